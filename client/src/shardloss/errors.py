@@ -1,0 +1,264 @@
+"""The one error tree of client and server, sorted by who must act.
+
+    ShardlossError
+    ├── RequestError                the caller changes something
+    │   ├── InvalidArgument         INVALID_ARGUMENT    a field is wrong; `field` and `index` name it
+    │   ├── LimitExceeded           LIMIT_EXCEEDED      larger than this server ever takes
+    │   ├── NotSupported            NOT_SUPPORTED       reserved in the contract, not built
+    │   ├── TableNotFound           TABLE_NOT_FOUND
+    │   ├── TableExists             TABLE_EXISTS        with another spec
+    │   ├── SessionExpired          SESSION_EXPIRED     unknown or forgotten
+    │   ├── StepReused              STEP_REUSED         another payload came under the same key
+    │   ├── StepTooOld              STEP_TOO_OLD        a later step was applied or given up
+    │   ├── TicketUnknown           TICKET_UNKNOWN
+    │   ├── TicketExpired           TICKET_EXPIRED
+    │   ├── TicketAborted           TICKET_ABORTED
+    │   ├── Stale                   STALE               scored too many commits ago
+    │   ├── Unauthenticated         UNAUTHENTICATED
+    │   ├── PermissionDenied        PERMISSION_DENIED
+    │   ├── Cancelled               CANCELLED           by the caller itself
+    │   ├── DoubleBackward          DOUBLE_BACKWARD     client only: the loss has no second derivative
+    │   └── ClientClosed            CLIENT_CLOSED       client only
+    ├── TransientError              the same call may be repeated
+    │   ├── Overloaded              OVERLOADED          `retry_after_s` says when
+    │   ├── TableUnavailable        TABLE_UNAVAILABLE   shards are being brought to one version
+    │   ├── ServerUnavailable       SERVER_UNAVAILABLE  no answer, or shutting down
+    │   └── DeadlineExceeded        DEADLINE_EXCEEDED
+    └── ServiceError                an operator looks
+        ├── RowsLost                ROWS_LOST           a worker died with rows of this table
+        ├── Internal                INTERNAL
+        └── BadReply                BAD_REPLY           client only: the server answered nonsense
+
+A class is rebuilt from its stable `reason`, never from text; where a status carries no reason (a proxy made it), from
+the gRPC status code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+DOMAIN = "shardloss"
+
+
+class ShardlossError(Exception):
+    """Root of the tree. `reason` is stable; `status` is the gRPC status code's name; details are strings by name."""
+
+    reason = "UNKNOWN"
+    status = "UNKNOWN"
+
+    def __init__(self, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details: dict[str, str] = {name: str(value) for name, value in details.items() if value is not None}
+
+    @property
+    def field(self) -> str | None:
+        """The request field at fault, as named in the contract."""
+        return self.details.get("field")
+
+    @property
+    def index(self) -> str | None:
+        """The first offending index within the field, "17" or "17,0"."""
+        return self.details.get("index")
+
+
+class RequestError(ShardlossError):
+    """The caller must change something; a repeat fails again."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class InvalidArgument(RequestError, ValueError):
+    """A field is malformed or out of range."""
+
+    reason, status = "INVALID_ARGUMENT", "INVALID_ARGUMENT"
+
+
+class LimitExceeded(RequestError):
+    """The request is larger than a limit that GetServerInfo reports."""
+
+    reason, status = "LIMIT_EXCEEDED", "OUT_OF_RANGE"
+
+
+class NotSupported(RequestError, NotImplementedError):
+    """A reserved field or option was used."""
+
+    reason, status = "NOT_SUPPORTED", "UNIMPLEMENTED"
+
+
+class TableNotFound(RequestError, LookupError):
+    """No table of that name."""
+
+    reason, status = "TABLE_NOT_FOUND", "NOT_FOUND"
+
+
+class TableExists(RequestError):
+    """A table of that name exists with another spec."""
+
+    reason, status = "TABLE_EXISTS", "ALREADY_EXISTS"
+
+
+class SessionExpired(RequestError):
+    """The session is unknown or forgotten; start a new one."""
+
+    reason = "SESSION_EXPIRED"
+
+
+class StepReused(RequestError):
+    """The key (session, step, part) was used with another payload."""
+
+    reason = "STEP_REUSED"
+
+
+class StepTooOld(RequestError):
+    """A later step of the session was applied or given up."""
+
+    reason = "STEP_TOO_OLD"
+
+
+class TicketUnknown(RequestError, LookupError):
+    """No such ticket in this session and step."""
+
+    reason, status = "TICKET_UNKNOWN", "NOT_FOUND"
+
+
+class TicketExpired(RequestError):
+    """The ticket was open for longer than the server keeps one."""
+
+    reason = "TICKET_EXPIRED"
+
+
+class TicketAborted(RequestError):
+    """The ticket was given up."""
+
+    reason, status = "TICKET_ABORTED", "ABORTED"
+
+
+class Stale(RequestError):
+    """A part was scored more commits ago than allowed."""
+
+    reason = "STALE"
+
+
+class Unauthenticated(RequestError):
+    """No valid credentials."""
+
+    reason, status = "UNAUTHENTICATED", "UNAUTHENTICATED"
+
+
+class PermissionDenied(RequestError):
+    """The credentials do not allow this call."""
+
+    reason, status = "PERMISSION_DENIED", "PERMISSION_DENIED"
+
+
+class Cancelled(RequestError):
+    """The call was cancelled by its caller."""
+
+    reason, status = "CANCELLED", "CANCELLED"
+
+
+class DoubleBackward(RequestError, RuntimeError):
+    """The remote loss was differentiated with create_graph=True."""
+
+    reason = "DOUBLE_BACKWARD"
+
+
+class ClientClosed(RequestError, RuntimeError):
+    """The client was closed before this call."""
+
+    reason = "CLIENT_CLOSED"
+
+
+class TransientError(ShardlossError):
+    """The same call, with the same key, may be repeated."""
+
+    status = "UNAVAILABLE"
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds the server asks to wait before a repeat; 0 where it named none."""
+        return float(self.details.get("retry_after_s", "0"))
+
+
+class Overloaded(TransientError):
+    """The server is at a momentary limit of calls, bytes, sessions or tickets."""
+
+    reason, status = "OVERLOADED", "RESOURCE_EXHAUSTED"
+
+
+class TableUnavailable(TransientError):
+    """The table's shards are being brought to one version."""
+
+    reason = "TABLE_UNAVAILABLE"
+
+
+class ServerUnavailable(TransientError, ConnectionError):
+    """The server cannot be reached or is shutting down."""
+
+    reason = "SERVER_UNAVAILABLE"
+
+
+class DeadlineExceeded(TransientError, TimeoutError):
+    """The call's time was up; it may or may not have taken effect, and a repeat with the same key tells."""
+
+    reason, status = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"
+
+
+class ServiceError(ShardlossError):
+    """Something an operator must look at."""
+
+    status = "INTERNAL"
+
+
+class RowsLost(ServiceError):
+    """A worker died and its rows of this table are gone; the table must be made and filled again."""
+
+    reason, status = "ROWS_LOST", "DATA_LOSS"
+
+
+class Internal(ServiceError):
+    """A bug of the server; its log holds the request id."""
+
+    reason = "INTERNAL"
+
+
+class BadReply(ServiceError):
+    """The server's answer does not fit the contract."""
+
+    reason = "BAD_REPLY"
+
+
+def leaves(root: type[ShardlossError] = ShardlossError) -> list[type[ShardlossError]]:
+    """Every class of the tree that has no subclass."""
+    subclasses = root.__subclasses__()
+    return [leaf for sub in subclasses for leaf in leaves(sub)] if subclasses else [root]
+
+
+BY_REASON: Mapping[str, type[ShardlossError]] = {leaf.reason: leaf for leaf in leaves()}
+
+# For statuses without our ErrorInfo: made by gRPC itself or by a proxy on the way.
+BY_STATUS: Mapping[str, type[ShardlossError]] = {
+    "CANCELLED": Cancelled,
+    "UNKNOWN": Internal,
+    "INVALID_ARGUMENT": InvalidArgument,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "NOT_FOUND": NotSupported,
+    "ALREADY_EXISTS": TableExists,
+    "PERMISSION_DENIED": PermissionDenied,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "FAILED_PRECONDITION": InvalidArgument,
+    "ABORTED": ServerUnavailable,
+    "OUT_OF_RANGE": LimitExceeded,
+    "UNIMPLEMENTED": NotSupported,
+    "INTERNAL": Internal,
+    "UNAVAILABLE": ServerUnavailable,
+    "DATA_LOSS": Internal,
+    "UNAUTHENTICATED": Unauthenticated,
+}
+
+
+def from_reason(reason: str | None, status: str, message: str, details: Mapping[str, str]) -> ShardlossError:
+    """Rebuild an error from what crossed the wire; an unknown reason falls back to its status."""
+    cls = BY_REASON.get(reason or "") or BY_STATUS.get(status, Internal)
+    return cls(message, **details)

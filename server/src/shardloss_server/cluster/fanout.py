@@ -1,0 +1,99 @@
+"""The verbs of the port, written once over "start this method on that worker"."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from shardloss_server.cluster.group import Order, Pending, Staged
+from shardloss_server.shard.record import Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
+from shardloss_server.shard.scan import Question, ScanAnswer
+
+T = TypeVar("T")
+
+
+class Gathered(Generic[T]):
+    """Answers of all workers, {shard: answer} each, as one list in shard order under one deadline."""
+
+    def __init__(self, pending: Sequence[Pending[dict[int, T]]]) -> None:
+        self._pending = pending
+
+    def result(self, timeout_s: float) -> list[T]:
+        deadline = time.monotonic() + timeout_s
+        by_shard: dict[int, T] = {}
+        for answer in self._pending:
+            by_shard.update(answer.result(max(0.0, deadline - time.monotonic())))
+        return [by_shard[k] for k in sorted(by_shard)]
+
+
+class FanoutGroup(ABC):
+    """A `ShardGroup` without the workers: a subclass says how to start a worker's method and how to stage a part."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+
+    @abstractmethod
+    def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+        """Start a method of `Worker` on one worker; a staged part among args arrives there as the part itself."""
+
+    @abstractmethod
+    def stage(self, part: Part) -> Staged:
+        """Place a part for later verbs."""
+
+    def on_all(self, method: str, *args: Any) -> Gathered[Any]:
+        """Start a method on every worker."""
+        return Gathered([self.start(worker, method, *args) for worker in range(self._num_workers)])
+
+    def create(self, spec: TableSpec, max_sessions: int) -> Gathered[int]:
+        return self.on_all("create", spec, max_sessions)
+
+    def drop(self, table: str) -> Gathered[int]:
+        return self.on_all("drop", table)
+
+    def score(self, table: str, staged: Staged, with_gradient: bool) -> Gathered[Score]:
+        return self.on_all("score", table, with_gradient, staged)
+
+    def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Gathered[RowGradient]:
+        return self.on_all("gradient", table, upstream, staged)
+
+    def apply(self, table: str, order: Order, staged: Sequence[Staged]) -> Gathered[int]:
+        return self.on_all("apply", table, order, *staged)
+
+    def write(self, table: str, write: RowWrite) -> Gathered[int]:
+        return self.on_all("write", table, write)
+
+    def read(self, table: str, class_ids: Tensor) -> Gathered[Rows]:
+        return self.on_all("read", table, class_ids)
+
+    def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Gathered[ScanAnswer]:
+        return self.on_all("scan", table, question, piece, num_pieces)
+
+    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Gathered[Tensor]:
+        return self.on_all("asked_logits", table, hidden, class_ids)
+
+    def applied_versions(self, table: str) -> Gathered[int]:
+        return self.on_all("applied_version", table)
+
+    def repair(self, table: str, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        left = remaining_until(deadline)
+        per_worker = [self.start(w, "applied_version", table).result(left()) for w in range(self._num_workers)]
+        versions = {shard: version for answer in per_worker for shard, version in answer.items()}
+        if not versions:
+            return 0
+        highest, lowest = max(versions.values()), min(versions.values())
+        if lowest < highest:
+            holder = next(w for w, answer in enumerate(per_worker) if highest in answer.values())
+            records = self.start(holder, "records_since", table, lowest).result(left())
+            complete = max(records.values(), key=len)
+            self.on_all("catch_up", table, complete).result(left())
+        return highest
+
+
+def remaining_until(deadline: float) -> Callable[[], float]:
+    """Seconds left until a monotonic time, never negative."""
+    return lambda: max(0.0, deadline - time.monotonic())

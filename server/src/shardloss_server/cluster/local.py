@@ -1,0 +1,41 @@
+"""A group in this process: for tests, small tables and machines without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.group import Pending, Staged
+from shardloss_server.cluster.worker import Worker
+from shardloss_server.shard.record import Part
+
+
+class LocalGroup(FanoutGroup):
+    """Workers as threads of this process, one each, so that a worker's calls keep their order."""
+
+    def __init__(self, num_workers: int = 1) -> None:
+        super().__init__(num_workers)
+        self._workers = [Worker(index, num_workers) for index in range(num_workers)]
+        self._threads = [ThreadPoolExecutor(1, f"shard-worker-{index}") for index in range(num_workers)]
+
+    @property
+    def num_workers(self) -> int:
+        """0: no worker processes."""
+        return 0
+
+    @property
+    def devices(self) -> Sequence[str]:
+        return [worker.device for worker in self._workers]
+
+    def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+        future: Future[dict[int, Any]] = self._threads[worker].submit(getattr(self._workers[worker], method), *args)
+        return future
+
+    def stage(self, part: Part) -> Staged:
+        return part
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,158 @@
+"""A group of Ray actors: one worker process a GPU, or a core. The only file that imports ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardloss_server.cluster.allocator import keep_freed_memory
+from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.worker import Worker
+from shardloss_server.shard.record import Part
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402  (reads the variables above)
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
+
+OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
+START_TIMEOUT_S = 120.0
+
+
+def _tensor_to_numpy(tensor: torch.Tensor) -> tuple[Any, str]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy(), "bfloat16"
+    return tensor.numpy(), ""
+
+
+def _tensor_from_numpy(packed: tuple[Any, str]) -> torch.Tensor:
+    array, view = packed
+    tensor = torch.from_numpy(np.array(array))  # a copy: the object store's memory must not outlive the call
+    return tensor.view(torch.bfloat16) if view else tensor
+
+
+def register_tensors() -> None:
+    """Send tensors as NumPy buffers, which Ray carries without pickling their content."""
+    ray.util.register_serializer(torch.Tensor, serializer=_tensor_to_numpy, deserializer=_tensor_from_numpy)
+
+
+class WorkerActor:
+    """`Worker` behind an actor: one thread, one device."""
+
+    def __init__(self, index: int, num_workers: int) -> None:
+        keep_freed_memory()
+        register_tensors()
+        torch.set_num_threads(1)
+        self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"
+        self._worker = Worker(index, num_workers, self._device)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Answer one verb of `Worker`."""
+        return getattr(self._worker, method)(*args)
+
+    def whoami(self) -> tuple[int, str]:
+        """Process id and device."""
+        return os.getpid(), self._device
+
+
+@dataclass(frozen=True, slots=True)
+class RayPending:
+    """The answer of one actor call."""
+
+    ref: Any
+
+    def result(self, timeout_s: float) -> Any:
+        try:
+            return ray.get(self.ref, timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, ShardMissing):
+                raise ShardMissing(str(error.cause)) from None
+            raise
+        except RayActorError as error:
+            raise WorkerLost(str(error)) from error
+        except RayError as error:
+            raise WorkerLost(str(error)) from error
+
+
+class RayGroup(FanoutGroup):
+    """W actors on an embedded Ray (address None) or on the cluster at `address`.
+
+    A worker that dies is started anew, empty: its tables answer ShardMissing and others go on.
+    """
+
+    def __init__(self, num_workers: int, address: str | None = None) -> None:
+        super().__init__(num_workers)
+        self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
+        self._actors: list[Any] = []
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            self._start_ray(address)
+        register_tensors()
+        try:
+            self._start_actors()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_ray(self, address: str | None) -> None:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            return
+        ray.init(
+            address="local",
+            num_cpus=max(self._num_workers, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=self._temp_dir,
+        )
+
+    def _start_actors(self) -> None:
+        num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self._num_workers)
+        actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
+        self._actors = [actor.remote(index, self._num_workers) for index in range(self._num_workers)]
+        answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)
+        self._pids = [pid for pid, _ in answers]
+        self._devices = [device for _, device in answers]
+
+    @property
+    def num_workers(self) -> int:
+        return self._num_workers
+
+    @property
+    def devices(self) -> Sequence[str]:
+        return self._devices
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Process ids of the workers as first started."""
+        return self._pids
+
+    def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+        return RayPending(self._actors[worker].call.remote(method, *args))
+
+    def stage(self, part: Part) -> Staged:
+        """The part in the object store: each node fetches it once, and it is freed with the last reference."""
+        return ray.put(part)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._owns_ray and ray.is_initialized():
+            ray.shutdown()
+        if self._temp_dir:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)

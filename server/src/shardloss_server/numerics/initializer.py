@@ -1,0 +1,103 @@
+"""First values of rows: a function of (seed, class id, column) alone, the same for any cut of the table.
+
+Bits are two rounds of the finaliser of SplitMix64 (Steele, Lea, Flood 2014) over a counter made of seed, class id and
+column pair; normals come by Box-Muller in float64, so that the last bit of a float32 does not depend on the machine's
+float32 math library.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 18  # scratch tensors stay inside the second-level cache
+GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd increment of SplitMix64
+SPLITMIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+SPLITMIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+@dataclass(frozen=True, slots=True)
+class Initializer:
+    """How rows begin: kind is "normal" (scale = standard deviation), "uniform" (on [-scale, scale)) or "zeros"."""
+
+    kind: str
+    scale: float
+    seed: int
+
+
+def shifted_xor_(x: Tensor, bits: int) -> Tensor:
+    """x ^= x >> bits with a logical shift, in place, on int64."""
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def mix_(x: Tensor) -> Tensor:
+    """The SplitMix64 finaliser, in place, on int64 (wrapping)."""
+    shifted_xor_(x, 30).mul_(SPLITMIX_1)
+    shifted_xor_(x, 27).mul_(SPLITMIX_2)
+    return shifted_xor_(x, 31)
+
+
+def to_int64(value: int) -> int:
+    """The signed number with the same 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def random_bits(seed: int, stream: int, class_ids: Tensor, num_columns: int) -> Tensor:
+    """64 random bits for each (class id, column) [M, num_columns] int64, by (seed, stream)."""
+    row_key = mix_(class_ids * GOLDEN_GAMMA + to_int64(seed * 0xD1342543DE82EF95 + stream + 1))
+    column = torch.arange(1, num_columns + 1, device=class_ids.device) * GOLDEN_GAMMA
+    return mix_(row_key[:, None] + column[None, :])
+
+
+def high_uniform(bits: Tensor) -> Tensor:
+    """The upper 32 bits as float64 in (0, 1)."""
+    return ((bits >> 32) & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+
+
+def low_uniform(bits: Tensor) -> Tensor:
+    """The lower 32 bits as float64 in (0, 1)."""
+    return (bits & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+
+
+def initial_rows(initializer: Initializer, class_ids: Tensor, dim: int) -> Tensor:
+    """Rows [M, D] in float64 of classes [M].
+
+    One 64-bit draw serves two neighbouring columns: (r cos a, r sin a) for normals, its halves for uniforms.
+    """
+    if initializer.kind == "zeros":
+        return torch.zeros(len(class_ids), dim, dtype=torch.float64)
+    bits = random_bits(initializer.seed, 0, class_ids, (dim + 1) // 2)
+    first, second = high_uniform(bits), low_uniform(bits)
+    if initializer.kind == "normal":
+        radius = first.log_().mul_(-2.0).sqrt_().mul_(initializer.scale)
+        angle = second.mul_(2.0 * math.pi)
+        pair = (torch.cos(angle).mul_(radius), torch.sin(angle).mul_(radius))
+    else:
+        pair = (first.mul_(2.0).sub_(1.0).mul_(initializer.scale), second.mul_(2.0).sub_(1.0).mul_(initializer.scale))
+    return torch.stack(pair, dim=2).view(len(class_ids), -1)[:, :dim]
+
+
+def fill_rows_(initializer: Initializer, class_ids: Tensor, rows: Tensor) -> None:
+    """Overwrite rows [M, D] of any float dtype with the first values of classes [M], chunk by chunk."""
+    if initializer.kind == "zeros":
+        rows.zero_()
+        return
+    step = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, len(class_ids), step):
+        chunk = class_ids[start : start + step]
+        rows[start : start + step] = initial_rows(initializer, chunk, rows.shape[1])
+
+
+def round_stochastically(values: Tensor, seed: int, version: int, class_ids: Tensor) -> Tensor:
+    """Round float32 [M, D] to bfloat16 up or down with probability by distance; E[rounded] = value.
+
+    Adds 16 random bits, keyed by (seed, version, class id, column), below the kept ones and truncates. Non-finite
+    values are rounded to nearest. Source: DESIGN of low-precision training, Gupta et al. 2015, section 3.
+    """
+    noise = random_bits(seed, version, class_ids, values.shape[1]) & 0xFFFF
+    kept = ((values.contiguous().view(torch.int32).long() + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(torch.isfinite(values), kept, values.to(torch.bfloat16))

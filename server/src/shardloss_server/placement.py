@@ -1,0 +1,63 @@
+"""class id <-> (shard, row): which shard owns a class, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("div", "mod")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """V classes over K shards.
+
+    "div": contiguous ranges, the first V % K shards one row longer. "mod": shard = id % K, row = id // K.
+    Shards may be empty. Source: TensorFlow, embedding_lookup(partition_strategy).
+    """
+
+    strategy: str
+    num_classes: int
+    num_shards: int
+
+    def num_rows(self, shard: int) -> int:
+        """Rows that a shard holds."""
+        return self.num_classes // self.num_shards + (shard < self.num_classes % self.num_shards)
+
+    def first_class(self, shard: int) -> int:
+        """Class id of row 0 ("div" and "mod" alike)."""
+        if self.strategy == "mod":
+            return shard
+        return shard * (self.num_classes // self.num_shards) + min(shard, self.num_classes % self.num_shards)
+
+    def stride(self) -> int:
+        """Distance of the class ids of neighbouring rows of a shard."""
+        return self.num_shards if self.strategy == "mod" else 1
+
+    def shard_of(self, class_ids: Tensor) -> Tensor:
+        """Owner of each valid class id, same shape."""
+        if self.strategy == "mod":
+            return class_ids % self.num_shards
+        short, num_long = divmod(self.num_classes, self.num_shards)
+        boundary = num_long * (short + 1)
+        in_long = class_ids // (short + 1)
+        in_short = num_long + (class_ids - boundary) // max(short, 1)
+        return torch.where(class_ids < boundary, in_long, in_short)
+
+    def class_ids(self, shard: int, first_row: int, end_row: int) -> Tensor:
+        """Class ids of rows [first_row, end_row) of a shard, ascending."""
+        start = self.first_class(shard)
+        return torch.arange(start + first_row * self.stride(), start + end_row * self.stride(), self.stride())
+
+    def rows(self, shard: int, class_ids: Tensor) -> Tensor:
+        """Row of each class id inside its shard; meaningless for ids of other shards."""
+        return (class_ids - self.first_class(shard)) // self.stride()
+
+    def owned(self, shard: int, class_ids: Tensor) -> Tensor:
+        """Which class ids [...] a shard owns; False for padding (negative ids)."""
+        first = self.first_class(shard)
+        if self.strategy == "mod":
+            return (class_ids >= 0) & (class_ids % self.num_shards == shard)
+        return (class_ids >= first) & (class_ids < first + self.num_rows(shard)) & (class_ids >= 0)

@@ -1,0 +1,1 @@
+"""The owner of rows: plain classes that a worker hosts."""

@@ -1,0 +1,69 @@
+"""The ledger: which steps of which sessions a table has applied. Table state, changed only by records."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from shardloss_server.shard.record import StepKey
+
+KEPT_OUTCOMES = 16  # per session; a trainer repeats its last step, not one of long ago
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step made: the version after it and the staleness of its oldest part."""
+
+    digest: bytes
+    version: int
+    staleness: int
+
+
+@dataclass(slots=True)
+class SessionSteps:
+    """Steps of one session: the highest applied one and the outcomes of the last KEPT_OUTCOMES."""
+
+    highest: int
+    outcomes: OrderedDict[int, Outcome]
+
+
+class Ledger:
+    """Per session the highest applied step and its last outcomes; at most max_sessions sessions are remembered.
+
+    The session that committed longest ago is forgotten first. Steps of one session only grow.
+    """
+
+    def __init__(self, max_sessions: int) -> None:
+        self._max_sessions = max_sessions
+        self._sessions: OrderedDict[str, SessionSteps] = OrderedDict()
+
+    def highest(self, session: str) -> int:
+        """The highest applied step of a session; 0 where none is remembered."""
+        known = self._sessions.get(session)
+        return known.highest if known else 0
+
+    def knows(self, session: str) -> bool:
+        """Whether a step of this session is remembered."""
+        return session in self._sessions
+
+    def outcome(self, session: str, step: int) -> Outcome | None:
+        """What a step made, if it was applied and is among the last of its session."""
+        known = self._sessions.get(session)
+        return known.outcomes.get(step) if known else None
+
+    def note(self, key: StepKey, outcome: Outcome) -> None:
+        """Remember an applied step.
+
+        Raises:
+            ValueError: the step is not above the session's highest; the caller checked it, so this is our own bug.
+        """
+        if key.step <= self.highest(key.session):
+            raise ValueError(f"step {key.step} of session {key.session!r} is not above {self.highest(key.session)}")
+        steps = self._sessions.setdefault(key.session, SessionSteps(key.step, OrderedDict()))
+        steps.highest = key.step
+        steps.outcomes[key.step] = outcome
+        while len(steps.outcomes) > KEPT_OUTCOMES:
+            steps.outcomes.popitem(last=False)
+        self._sessions.move_to_end(key.session)
+        while len(self._sessions) > self._max_sessions:
+            self._sessions.popitem(last=False)
