@@ -11,10 +11,9 @@ from torch import Tensor
 from shardloss_server.numerics import kernel
 from shardloss_server.numerics.initializer import fill_rows_, round_stochastically
 from shardloss_server.numerics.optimizer import State, initial_state, updated
-from shardloss_server.numerics.partial import Partial, Target, merge
+from shardloss_server.numerics.partial import Partial, merge
 from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import (
-    Batch,
     Candidates,
     Part,
     Record,
@@ -280,5 +279,3 @@ def _put(state: State, index: Tensor, new: State) -> None:
     for name, value in new.items():
         state[name][index] = value
 
-
-__all__ = ["Batch", "ShardTable", "Target", "VersionGap", "sum_by_row"]

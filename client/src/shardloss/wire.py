@@ -1,0 +1,111 @@
+"""The one codec between NumPy arrays and the contract's Tensor message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardloss.errors import InvalidArgument, NotSupported
+from shardloss.v1 import tensor_pb2
+
+Array = NDArray[Any]
+
+# bfloat16 has no NumPy dtype: it travels as uint16 and is told apart by the message's dtype.
+NUMPY_DTYPES: Mapping[int, np.dtype[Any]] = {
+    tensor_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DTYPE_FLOAT64: np.dtype("<f8"),
+    tensor_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
+    tensor_pb2.DTYPE_BFLOAT16: np.dtype("<u2"),
+    tensor_pb2.DTYPE_INT64: np.dtype("<i8"),
+    tensor_pb2.DTYPE_INT32: np.dtype("<i4"),
+}
+WIRE_DTYPES: Mapping[str, tensor_pb2.DType] = {
+    "float32": tensor_pb2.DTYPE_FLOAT32,
+    "float64": tensor_pb2.DTYPE_FLOAT64,
+    "float16": tensor_pb2.DTYPE_FLOAT16,
+    "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
+    "int64": tensor_pb2.DTYPE_INT64,
+    "int32": tensor_pb2.DTYPE_INT32,
+}
+NAMES: Mapping[int, str] = {number: name for name, number in WIRE_DTYPES.items()}
+MAX_RANK = 8
+
+
+def encode(array: Array, bfloat16: bool = False) -> tensor_pb2.Tensor:
+    """An inline tensor of an array; with bfloat16, a uint16 array holds the upper halves of float32 values.
+
+    Raises:
+        InvalidArgument: the contract has no such dtype.
+    """
+    name = "bfloat16" if bfloat16 else array.dtype.name
+    if name not in WIRE_DTYPES or (bfloat16 and array.dtype != np.uint16):
+        raise InvalidArgument(f"arrays of dtype {array.dtype} cannot be sent; use one of {', '.join(WIRE_DTYPES)}")
+    dtype = WIRE_DTYPES[name]
+    content = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype]).tobytes()
+    return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, inline=content)
+
+
+def num_elements(tensor: tensor_pb2.Tensor, field: str) -> int:
+    """prod(shape).
+
+    Raises:
+        InvalidArgument: a negative size or more than MAX_RANK sizes.
+    """
+    if len(tensor.shape) > MAX_RANK:
+        raise InvalidArgument(f"{field} has rank {len(tensor.shape)}; at most {MAX_RANK} is taken", field=field)
+    for place, size in enumerate(tensor.shape):
+        if size < 0:
+            raise InvalidArgument(f"{field}.shape[{place}] = {size} is negative", field=field, index=place)
+    return math.prod(tensor.shape)
+
+
+def expected_bytes(tensor: tensor_pb2.Tensor, field: str) -> int:
+    """Bytes that the storage of a tensor must hold.
+
+    Raises:
+        InvalidArgument: an unknown dtype or a bad shape.
+    """
+    if tensor.dtype not in NUMPY_DTYPES:
+        raise InvalidArgument(f"{field}.dtype = {tensor.dtype} is not a dtype of the contract", field=field)
+    return num_elements(tensor, field) * NUMPY_DTYPES[tensor.dtype].itemsize
+
+
+def decode(tensor: tensor_pb2.Tensor, field: str, chunks: Mapping[int, bytes] | None = None) -> Array:
+    """A read-only array over the tensor's bytes (bfloat16 as uint16), without a copy.
+
+    chunks holds the content of chunk references by id.
+
+    Raises:
+        InvalidArgument: dtype, shape and bytes do not fit each other.
+        NotSupported: shared memory.
+    """
+    expected = expected_bytes(tensor, field)
+    kind = tensor.WhichOneof("storage")
+    if kind == "shared_memory":
+        raise NotSupported(f"{field}: shared-memory tensors are not yet supported", field=field)
+    content = tensor.inline
+    if kind == "chunk":
+        if chunks is None or tensor.chunk.id not in chunks:
+            raise InvalidArgument(f"{field} refers to chunk {tensor.chunk.id}, which did not come", field=field)
+        content = chunks[tensor.chunk.id]
+    if len(content) != expected:
+        raise InvalidArgument(
+            f"{field} holds {len(content)} bytes; {NAMES[tensor.dtype]} {list(tensor.shape)} takes {expected}",
+            field=field,
+        )
+    try:
+        return np.frombuffer(content, NUMPY_DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
+    except ValueError as error:  # sizes beyond what an array can have, beside a size of 0
+        raise InvalidArgument(f"{field} has shape {list(tensor.shape)}: {error}", field=field) from None
+
+
+def decode_numbers(tensor: tensor_pb2.Tensor, field: str, chunks: Mapping[int, bytes] | None = None) -> Array:
+    """As `decode`, with bfloat16 widened to float32 exactly."""
+    array = decode(tensor, field, chunks)
+    if tensor.dtype == tensor_pb2.DTYPE_BFLOAT16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array

@@ -1,0 +1,98 @@
+"""shardloss-server: start the workers and the front end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from shardloss_server import __version__
+from shardloss_server.cluster.allocator import keep_freed_memory
+from shardloss_server.cluster.group import ShardGroup
+from shardloss_server.config import ServerConfig
+from shardloss_server.rpc.serve import Server
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
+log = logging.getLogger("shardloss_server")
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `serve` a subcommand."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes: one a GPU, or one a core.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Data port; 0 takes a free one.")] = 7070,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of health and reflection; 0: free.")] = 0,
+    ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster; default: an embedded Ray.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Shards as threads of this process, without Ray.")] = False,
+    ready_file: Annotated[Path | None, typer.Option(help="Write host:port here once serving.")] = None,
+    drain_s: Annotated[float, typer.Option(min=0.0, help="Seconds for calls in flight at a stop.")] = 10.0,
+) -> None:
+    """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
+    config = ServerConfig(host=host, port=port, admin_port=admin_port, drain_s=drain_s)
+    stop = threading.Event()
+    group = make_group(workers, ray_address, local)
+    try:
+        install_signals(stop)
+        run(group, config, ready_file, stop)
+    finally:
+        group.close()
+
+
+def make_group(workers: int, ray_address: str | None, local: bool) -> ShardGroup:
+    """The shard group; Ray is only imported where it is used, and started before any gRPC thread."""
+    if local:
+        from shardloss_server.cluster.local import LocalGroup
+
+        return LocalGroup(workers)
+    from shardloss_server.cluster.ray_group import RayGroup
+
+    return RayGroup(workers, ray_address)
+
+
+def run(group: ShardGroup, config: ServerConfig, ready_file: Path | None, stop: threading.Event) -> None:
+    """Serve until told to stop."""
+    server = Server(group, config)
+    server.start()
+    typer.echo(f"shardloss-server {__version__} serves on {server.address} with {', '.join(group.devices)}")
+    if ready_file is not None:
+        unfinished = ready_file.with_suffix(ready_file.suffix + ".part")
+        unfinished.write_text(server.address)
+        unfinished.rename(ready_file)
+    stop.wait()
+    log.info("stopping: no new calls, those in flight have %.0f s", config.drain_s)
+    server.stop()
+
+
+def install_signals(stop: threading.Event) -> None:
+    """First signal: drain. Second: exit now."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+
+
+if __name__ == "__main__":
+    app()

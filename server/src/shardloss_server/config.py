@@ -1,0 +1,45 @@
+"""Limits and settings of a server, as GetServerInfo reports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes. Sizes in bytes, times in seconds; the meaning of each is in proto/shardloss/v1/server.proto."""
+
+    max_message_bytes: int = 4 * MIB
+    max_chunk_bytes: int = 2 * MIB
+    max_request_bytes: int = 256 * MIB
+    max_reply_bytes: int = 256 * MIB
+    max_batch: int = 1 << 18
+    max_num_true: int = 1024
+    max_num_sampled: int = 1 << 22
+    max_dim: int = 1 << 16
+    max_num_classes: int = 1 << 40
+    max_num_shards: int = 4096
+    max_table_bytes: int = 64 * 2**30
+    max_tables: int = 64
+    max_parts: int = 4096
+    max_open_tickets: int = 4096
+    max_ticket_bytes: int = 2 * 2**30
+    max_sessions: int = 1 << 16
+    max_calls_in_flight: int = 64
+    max_top_k: int = 1 << 14
+    ticket_ttl_s: float = 600.0
+    max_deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where to listen and with how many threads."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    admin_port: int = 0
+    num_threads: int = 16
+    drain_s: float = 10.0
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,189 @@
+"""Exact answers over all classes of a live table, asked slice by slice so that training goes on between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from shardloss.errors import InvalidArgument, LimitExceeded
+from torch import Tensor
+
+from shardloss_server.config import Limits
+from shardloss_server.frontend import validate
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.shard.record import TableSpec
+from shardloss_server.shard.scan import Question, ScanAnswer, ordered
+
+SLICE_MACS = 1 << 28  # multiply-adds of one slice on one shard: about 30 ms of float64 on one core
+SLICE_ROWS = 512  # rows of hidden a slice takes
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """loss [N] nats, rank [N] int64 or None, in compute dtype; versions at the first and last slice."""
+
+    loss: Tensor
+    rank: Tensor | None
+    version: int
+    last_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """class_ids [N, k] best first (or as asked), logits [N, k], log_probs [N, k] or None."""
+
+    class_ids: Tensor
+    logits: Tensor
+    log_probs: Tensor | None
+    version: int
+    last_version: int
+
+
+class Evaluator:
+    """Answers Evaluate, TopK and Score."""
+
+    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+        self.catalog, self.limits = catalog, limits
+
+    def evaluate(
+        self, table: str, hidden: Tensor, labels: Tensor, ignore: int | None, want_rank: bool, deadline: Deadline
+    ) -> Evaluation:
+        """Exact negative log likelihood and rank of labels [N]; ignored rows get 0."""
+        owner = self.catalog.owner(table)
+        validate.hidden(hidden, owner.spec, self.limits)
+        validate.labels(labels[:, None], len(hidden), owner.spec.num_classes, ignore, self.limits)
+        labels = labels if ignore is None else torch.where(labels == ignore, -1, labels)
+        scan = Scan(self.catalog, owner, deadline)
+        lse, before, label_logits = [], [], []
+        for start in range(0, len(hidden), SLICE_ROWS):
+            rows, y = scan.hidden(hidden[start : start + SLICE_ROWS]), labels[start : start + SLICE_ROWS]
+            z_y = scan.asked(rows, y[:, None])[:, 0]
+            question = Question(rows, y if want_rank else None, z_y if want_rank else None, 0, True)
+            answers = list(scan.answers(question))
+            lse.append(merged_lse(answers))
+            label_logits.append(z_y)
+            before.append(sum_before(answers, len(y)))
+        counted = labels >= 0
+        loss = torch.where(counted, cat(lse) - cat(label_logits), 0.0)
+        rank = torch.where(counted, 1 + cat(before).long(), 0) if want_rank else None
+        return Evaluation(scan.result(loss), rank, *scan.versions())
+
+    def top_k(self, table: str, hidden: Tensor, k: int, want_log_probs: bool, deadline: Deadline) -> Ranked:
+        """The k best classes of each row: logit descending, then id ascending."""
+        owner = self.catalog.owner(table)
+        validate.hidden(hidden, owner.spec, self.limits)
+        check_k(k, owner.spec, self.limits)
+        scan = Scan(self.catalog, owner, deadline)
+        pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(hidden), SLICE_ROWS):
+            rows = scan.hidden(hidden[start : start + SLICE_ROWS])
+            answers = list(scan.answers(Question(rows, None, None, k, want_log_probs)))
+            ids = torch.cat([a.best_ids for a in answers if a.best_ids is not None], dim=1)
+            logits = torch.cat([a.best_logits for a in answers if a.best_logits is not None], dim=1)
+            ids, logits = ordered(ids, logits, k)
+            log_probs = logits - merged_lse(answers)[:, None] if want_log_probs else logits
+            pieces.append((ids, logits, log_probs))
+        empty = torch.zeros(0, k, dtype=torch.float64)
+        ids, logits, log_probs = (torch.cat(column) for column in zip((empty.long(), empty, empty), *pieces))
+        return Ranked(ids, scan.result(logits), scan.result(log_probs) if want_log_probs else None, *scan.versions())
+
+    def score(self, table: str, hidden: Tensor, class_ids: Tensor, want_log_probs: bool, deadline: Deadline) -> Ranked:
+        """Logits of asked classes [S] or [N, S]."""
+        owner = self.catalog.owner(table)
+        validate.hidden(hidden, owner.spec, self.limits)
+        if class_ids.dim() == 1:
+            validate.class_ids(class_ids, owner.spec.num_classes, "class_ids")
+            class_ids = class_ids.expand(len(hidden), -1)
+        check_asked(class_ids, hidden, owner.spec, self.limits)
+        scan = Scan(self.catalog, owner, deadline)
+        logits = [torch.zeros(0, class_ids.shape[1], dtype=torch.float64)]
+        log_probs = list(logits)
+        for start in range(0, len(hidden), SLICE_ROWS):
+            rows = scan.hidden(hidden[start : start + SLICE_ROWS])
+            asked = scan.asked(rows, class_ids[start : start + SLICE_ROWS].contiguous())
+            logits.append(asked)
+            if want_log_probs:
+                lse = merged_lse(list(scan.answers(Question(rows, None, None, 0, True))))
+                log_probs.append(asked - lse[:, None])
+        shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
+        return Ranked(class_ids, scan.result(torch.cat(logits)), shown, *scan.versions())
+
+
+class Scan:
+    """One pass over a table: asks every slice in turn and remembers which versions it saw."""
+
+    def __init__(self, catalog: Catalog, owner: TableOwner, deadline: Deadline) -> None:
+        self._group, self._owner, self._deadline = catalog.group, owner, deadline
+        self._dtype: torch.dtype = getattr(torch, owner.spec.compute_dtype)
+        self._seen: list[int] = []
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Hidden in compute dtype, a copy of its own."""
+        return rows.to(self._dtype).clone()
+
+    def result(self, values: Tensor) -> Tensor:
+        """float64 results in compute dtype."""
+        return values.to(self._dtype)
+
+    def answers(self, question: Question) -> Iterator[ScanAnswer]:
+        """Answers of every shard over every slice, in slice and shard order."""
+        spec = self._owner.spec
+        rows_a_shard = spec.placement.num_rows(0)
+        macs = max(1, len(question.hidden)) * spec.dim * rows_a_shard
+        num_pieces = max(1, min(-(-macs // SLICE_MACS), rows_a_shard))
+        for piece in range(num_pieces):
+            answers = self._owner.ask(
+                lambda piece=piece: self._group.scan(spec.name, question, piece, num_pieces),  # type: ignore[misc]
+                self._deadline,
+            )
+            self._seen.append(self._owner.same_version([answer.version for answer in answers]))
+            yield from answers
+
+    def asked(self, hidden: Tensor, class_ids: Tensor) -> Tensor:
+        """float64 logits [N, S] of class_ids [N, S]; 0 for padding."""
+        start = lambda: self._group.asked_logits(self._owner.spec.name, hidden, class_ids)  # noqa: E731
+        total = self._owner.ask(start, self._deadline)
+        return torch.stack(total).sum(0)
+
+    def versions(self) -> tuple[int, int]:
+        """The first and last version seen."""
+        seen = self._seen or [self._owner.version]
+        return seen[0], seen[-1]
+
+
+def cat(pieces: list[Tensor]) -> Tensor:
+    """Concatenate pieces [n_i]; [0] for none."""
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+
+
+def merged_lse(answers: list[ScanAnswer]) -> Tensor:
+    """Log-sum-exp over slices [N]."""
+    return torch.logsumexp(torch.stack([answer.lse for answer in answers if answer.lse is not None]), 0)
+
+
+def sum_before(answers: list[ScanAnswer], num_rows: int) -> Tensor:
+    """Number of classes before the label over slices [N]."""
+    counts = [answer.num_before for answer in answers if answer.num_before is not None]
+    return torch.stack(counts).sum(0) if counts else torch.zeros(num_rows, dtype=torch.int64)
+
+
+def check_k(k: int, spec: TableSpec, limits: Limits) -> None:
+    """1 <= k <= min(V, max_top_k)."""
+    if not 1 <= k <= spec.num_classes:
+        raise InvalidArgument(f"k = {k} is outside [1, {spec.num_classes}]", field="k")
+    if k > limits.max_top_k:
+        raise LimitExceeded(f"k = {k} exceeds max_top_k = {limits.max_top_k}", field="k")
+
+
+def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limits) -> None:
+    """[N, S] ids in range, within the reply limit."""
+    if class_ids.dim() != 2 or len(class_ids) != len(hidden):
+        raise InvalidArgument(
+            f"class_ids has shape {list(class_ids.shape)}; [S] or [{len(hidden)}, S] is needed", field="class_ids"
+        )
+    if 16 * class_ids.numel() > limits.max_reply_bytes:
+        raise LimitExceeded(f"{class_ids.numel()} logits exceed max_reply_bytes", field="class_ids")
+    validate.class_ids(class_ids, spec.num_classes, "class_ids")

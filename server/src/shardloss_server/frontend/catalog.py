@@ -1,0 +1,145 @@
+"""The tables of a server by name."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import threading
+
+from shardloss.errors import InvalidArgument, LimitExceeded, ShardlossError, TableExists, TableNotFound
+
+from shardloss_server.cluster.group import ShardGroup
+from shardloss_server.config import Limits
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.frontend.session import TicketBudget
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.shard.record import TableSpec
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
+STATES_PER_ELEMENT = {"sgd": 0, "adagrad": 1, "row_adagrad": 0, "adam": 2, "adamw": 2, "sparse_adam": 2}
+
+
+class Catalog:
+    """Makes, finds and deletes tables. Thread-safe."""
+
+    def __init__(self, group: ShardGroup, limits: Limits) -> None:
+        self.group, self.limits = group, limits
+        self.budget = TicketBudget(limits.max_open_tickets, limits.max_ticket_bytes)
+        self._owners: dict[str, TableOwner] = {}
+        self._making = threading.Lock()
+
+    def owner(self, table: str) -> TableOwner:
+        """The owner of a table.
+
+        Raises:
+            TableNotFound: there is none.
+        """
+        owner = self._owners.get(table)
+        if owner is None:
+            raise TableNotFound(f"no table is named {table!r}; create it first", field="table")
+        return owner
+
+    def owners(self) -> list[TableOwner]:
+        """All tables by name."""
+        return [owner for _, owner in sorted(self._owners.copy().items())]
+
+    def create(self, spec: TableSpec, deadline: Deadline) -> tuple[TableOwner, bool]:
+        """Make a table, or answer the one that exists with an equal spec; whether it is new.
+
+        Raises:
+            TableExists: the name is taken by another spec.
+            InvalidArgument, LimitExceeded: the spec is wrong or too large.
+        """
+        check_spec(spec, self.limits)
+        with deadline.holding(self._making, "another table in the making"):
+            existing = self._owners.get(spec.name)
+            if existing is not None:
+                refuse_other(existing.spec, spec)
+                return existing, False
+            if len(self._owners) >= self.limits.max_tables:
+                raise LimitExceeded(f"max_tables = {self.limits.max_tables} tables exist; delete one", field="spec")
+            owner = TableOwner(spec, self.group, self.limits, self.budget, secrets.token_hex(8))
+            try:
+                owner.ask(lambda: self.group.create(spec, self.limits.max_sessions), deadline)
+            except ShardlossError:
+                self.group.drop(spec.name)
+                raise
+            self._owners[spec.name] = owner
+            return owner, True
+
+    def delete(self, table: str, deadline: Deadline) -> None:
+        """Free a table, lost or not.
+
+        Raises:
+            TableNotFound: there is none.
+        """
+        with deadline.holding(self._making, "a table in the making"):
+            owner = self.owner(table)
+            del self._owners[table]
+            owner.sessions.clear()
+            self.group.drop(table)
+
+    def expire_tickets(self, now: float) -> int:
+        """Expire tickets of all tables; the number expired."""
+        return sum(owner.sessions.expire(now) for owner in self.owners())
+
+
+def check_spec(spec: TableSpec, limits: Limits) -> None:
+    """Check a table's name and sizes.
+
+    Raises:
+        InvalidArgument, LimitExceeded: naming the field.
+    """
+    if not NAME.fullmatch(spec.name):
+        raise InvalidArgument(
+            f"name {spec.name[:40]!r} must match [a-z0-9][a-z0-9._-]* and have at most 128 characters", field="spec.name"
+        )
+    for field, value, most in (
+        ("num_classes", spec.num_classes, limits.max_num_classes),
+        ("dim", spec.dim, limits.max_dim),
+        ("num_shards", spec.placement.num_shards, limits.max_num_shards),
+    ):
+        if value < 1:
+            raise InvalidArgument(f"{field} = {value} must be at least 1", field=f"spec.{field}")
+        if value > most:
+            raise LimitExceeded(f"{field} = {value} exceeds {most}", field=f"spec.{field}")
+    if table_bytes(spec) > limits.max_table_bytes:
+        raise LimitExceeded(
+            f"the table would take {table_bytes(spec)} bytes with its optimizer state, above "
+            f"max_table_bytes = {limits.max_table_bytes}",
+            field="spec.num_classes",
+        )
+
+
+def table_bytes(spec: TableSpec) -> int:
+    """Rows, biases and optimizer state of a whole table."""
+    state_item = ITEM_BYTES[spec.compute_dtype]
+    per_row = spec.dim * ITEM_BYTES[spec.dtype] + state_item
+    per_row += state_elements(spec.optimizer, spec.dim) * state_item
+    if spec.bias:
+        per_row += state_elements(spec.optimizer, 1) * state_item
+    return spec.num_classes * per_row
+
+
+def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
+    """Optimizer state of one row, in elements."""
+    if optimizer.kind == "row_adagrad":
+        return 1
+    if optimizer.kind == "sgd":
+        return dim if optimizer.momentum else 0
+    return STATES_PER_ELEMENT[optimizer.kind] * dim
+
+
+def refuse_other(existing: TableSpec, asked: TableSpec) -> None:
+    """Refuse a spec that differs from the existing table's, naming the first difference."""
+    for field in ("num_classes", "dim", "dtype", "bias", "placement", "initializer", "optimizer"):
+        have, want = getattr(existing, field), getattr(asked, field)
+        if have != want:
+            raise TableExists(
+                f"table {existing.name!r} exists with {field} = {have}, not {want}; delete it or use another name",
+                field=f"spec.{field}",
+            )

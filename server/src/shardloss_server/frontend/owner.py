@@ -1,0 +1,269 @@
+"""The owner of a table: numbers its commits and gives all its shards one order of work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from shardloss.errors import DeadlineExceeded, InvalidArgument, RowsLost, Stale, StepReused, StepTooOld, TableUnavailable
+from torch import Tensor
+
+from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
+from shardloss_server.config import Limits
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.request import CommitReply, CommitRequest, LossReply
+from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
+from shardloss_server.numerics.partial import merge_all
+from shardloss_server.shard.ledger import Ledger, Outcome
+from shardloss_server.shard.record import RowGradient, Rows, RowWrite, Score, StepKey, TableSpec, Upstream
+
+KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class LastReplies:
+    """The last replies of the one-call form, by (session, step), for a caller who lost his. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._replies: OrderedDict[tuple[str, int], LossReply] = OrderedDict()
+
+    def get(self, key: tuple[str, int], default: LossReply) -> LossReply:
+        """The kept reply, or the default."""
+        with self._lock:
+            return self._replies.get(key, default)
+
+    def keep(self, key: tuple[str, int], reply: LossReply) -> None:
+        """Keep a reply that has tensors, and forget the oldest."""
+        with self._lock:
+            self._replies.setdefault(key, reply)
+            while len(self._replies) > KEPT_REPLIES:
+                self._replies.popitem(last=False)
+
+
+class TableOwner:
+    """One table's versions, ledger and sessions, in front of the group that holds its shards.
+
+    `_order` is held while work is started, so every shard sees scores, commits and writes in one order and a fan-out
+    reads one version. `_commits` is held for the whole of a commit or write. After a change whose outcome is unknown
+    the table is in doubt: whoever comes next first brings all shards to the highest version that any of them reached
+    (`ShardGroup.repair`); a record that no shard holds never happened.
+    """
+
+    def __init__(self, spec: TableSpec, group: ShardGroup, limits: Limits, budget: TicketBudget, table_id: str) -> None:
+        self.spec, self.limits = spec, limits
+        self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s)
+        self.ledger = Ledger(limits.max_sessions)
+        self.version = 0
+        self.num_commits = 0
+        self.last_replies = LastReplies()
+        self._group = group
+        self._order = threading.Lock()
+        self._commits = threading.Lock()
+        self._applied = threading.Condition()
+        self._doubtful: Order | RowWrite | None = None
+        self._lost: str | None = None
+
+    # Reading
+
+    def score(self, staged: Staged, with_gradient: bool, deadline: Deadline) -> list[Score]:
+        """Score a staged part on every shard at one version."""
+        scores = self.ask(lambda: self._group.score(self.spec.name, staged, with_gradient), deadline)
+        self.same_version([score.version for score in scores])
+        return scores
+
+    def gradient(self, staged: Staged, upstream: Upstream, version: int, deadline: Deadline) -> list[RowGradient]:
+        """Gradient of every shard's touched rows at the version that gave the upstream's lse.
+
+        Raises:
+            TableUnavailable: a commit fell between; score again.
+        """
+        with deadline.holding(self._commits, "a commit of this table"):
+            if self.version != version:
+                raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
+            return self.ask(lambda: self._group.gradient(self.spec.name, staged, upstream), deadline, settled=True)
+
+    def read(self, class_ids: Tensor, deadline: Deadline) -> Rows:
+        """Rows [M, D] and biases [M] of class_ids [M] at one version."""
+        pieces = self.ask(lambda: self._group.read(self.spec.name, class_ids), deadline)
+        version = self.same_version([piece.version for piece in pieces])
+        owner = self.spec.placement.shard_of(class_ids)
+        place = torch.cat([torch.nonzero(owner == k)[:, 0] for k in range(len(pieces))])
+        rows = torch.cat([piece.rows for piece in pieces])
+        biases = torch.cat([piece.biases for piece in pieces])
+        in_order = torch.argsort(place)
+        return Rows(class_ids, rows[in_order], biases[in_order], version)
+
+    def ask(self, start: Callable[[], Pending[T]], deadline: Deadline, settled: bool = False) -> T:
+        """Start work on every shard in this table's order, and wait for it outside of the order."""
+        if not settled:
+            self._ensure_settled(deadline)
+        with deadline.holding(self._order, "the table's order of work"):
+            self._refuse_lost()
+            pending = start()
+        return self._wait(pending, deadline)
+
+    def same_version(self, versions: Sequence[int]) -> int:
+        """The one version of all shards.
+
+        Raises:
+            TableUnavailable: they differ, which a change in doubt explains; repeat.
+        """
+        if len(set(versions)) > 1:
+            raise TableUnavailable("the shards are being brought to one version; repeat the call")
+        return versions[0]
+
+    def wait_for_step(self, session: str, step: int, deadline: Deadline) -> None:
+        """Wait until a step of a session is applied.
+
+        Raises:
+            DeadlineExceeded: it was not, in time.
+        """
+        with self._applied:
+            if not self._applied.wait_for(lambda: self.ledger.highest(session) >= step, deadline.left()):
+                raise DeadlineExceeded(f"step {step} of session {session!r} was not applied in time")
+
+    # Changing
+
+    def commit(self, request: CommitRequest, deadline: Deadline) -> CommitReply:
+        """Apply one optimizer step exactly once; a repeat is answered from the ledger."""
+        with deadline.holding(self._commits, "another commit of this table"):
+            self._settle(deadline)
+            kept = self._kept_outcome(request)
+            if kept is not None:
+                return CommitReply(kept.version, kept.staleness, True)
+            names = [part.ticket for part in request.parts]
+            tickets = self.sessions.find(request.session, request.step, names, time.monotonic())
+            upstreams, staleness = self._upstreams(request, tickets, deadline)
+            key = StepKey(request.session, request.step, request.digest)
+            order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
+            staged = [ticket.staged for ticket in tickets]
+            self._change(order, lambda: self._group.apply(self.spec.name, order, staged), deadline)
+            self.sessions.commit(tickets)
+            return CommitReply(self.version, staleness, False)
+
+    def abort(self, session: str, step: int, deadline: Deadline) -> int:
+        """Give up a session's open tickets up to a step; not while one of them is being committed."""
+        with deadline.holding(self._commits, "a commit of this table"):
+            return self.sessions.abort(session, step, time.monotonic())
+
+    def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
+        """Overwrite rows as one version and return it."""
+        with deadline.holding(self._commits, "another commit of this table"):
+            self._settle(deadline)
+            write = RowWrite(self.version + 1, class_ids, rows, biases)
+            self._change(write, lambda: self._group.write(self.spec.name, write), deadline)
+            return self.version
+
+    def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
+        outcome = self.ledger.outcome(request.session, request.step)
+        if outcome is not None and outcome.digest != request.digest:
+            raise StepReused(f"step {request.step} was committed with another payload", field="step")
+        highest = self.ledger.highest(request.session)
+        if outcome is None and request.step <= highest:
+            raise StepTooOld(f"step {request.step} is not above {highest}, which was committed", field="step")
+        return outcome
+
+    def _upstreams(
+        self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline
+    ) -> tuple[tuple[Upstream, ...], int]:
+        """(lse, g) of every part at the present version, and the largest staleness."""
+        staleness = max(self.version - ticket.version for ticket in tickets)
+        if request.max_staleness is not None and staleness > request.max_staleness:
+            raise Stale(f"a part was scored {staleness} commits ago; max_staleness is {request.max_staleness}")
+        upstreams = []
+        for place, (part, ticket) in enumerate(zip(request.parts, tickets, strict=True)):
+            lse = self._present_lse(ticket, deadline)
+            g = torch.ones(ticket.num_rows, dtype=lse.dtype) if part.g is None else part.g.to(lse.dtype)
+            if len(g) != ticket.num_rows:
+                raise InvalidArgument(
+                    f"parts[{place}].g has {len(g)} rows; its ticket has {ticket.num_rows}",
+                    field=f"parts[{place}].g",
+                    index=place,
+                )
+            upstreams.append(Upstream(lse, g * request.grad_scale))
+        return tuple(upstreams), staleness
+
+    def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:
+        """lse of a part at the present version: with a stale one the softmax would not sum to 1."""
+        staged, lse = ticket.staged, ticket.lse
+        if staged is None or lse is None:
+            raise TableUnavailable("the ticket was closed meanwhile; repeat the call")
+        if ticket.version == self.version:
+            return lse
+        scores = self.ask(lambda: self._group.score(self.spec.name, staged, False), deadline, settled=True)
+        self.same_version([score.version for score in scores])
+        return merge_all([score.partial for score in scores]).lse
+
+    def _change(self, change: Order | RowWrite, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
+        """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
+        if deadline.left() == 0:
+            raise DeadlineExceeded("the deadline passed before the change began; nothing was changed")
+        with deadline.holding(self._order, "the table's order of work"):
+            self._refuse_lost()
+            self._doubtful = change
+            pending = start()
+        self._wait(pending, deadline, changing=True)
+        self._note(change)
+
+    def _note(self, change: Order | RowWrite) -> None:
+        """All shards hold the change: it happened."""
+        with self._applied:
+            self._doubtful = None
+            self.version = change.version
+            if isinstance(change, Order):
+                self.num_commits += 1
+                self.ledger.note(change.key, Outcome(change.key.digest, change.version, change.staleness))
+            self._applied.notify_all()
+
+    # Doubt
+
+    def _ensure_settled(self, deadline: Deadline) -> None:
+        """Settle what an earlier call left in doubt; a change that is merely under way is waited for."""
+        if self._doubtful is not None and not self._commits.locked():
+            with deadline.holding(self._commits, "a commit of this table"):
+                self._settle(deadline)
+
+    def _settle(self, deadline: Deadline) -> None:
+        self._refuse_lost()
+        change = self._doubtful
+        if change is None:
+            return
+        version = self._guarded(lambda: self._group.repair(self.spec.name, deadline.left()), changing=False)
+        if version >= change.version:
+            self._note(change)
+        self._doubtful = None
+
+    def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
+        return self._guarded(lambda: pending.result(deadline.left()), changing)
+
+    def _guarded(self, wait: Callable[[], T], changing: bool) -> T:
+        """Turn what can go wrong in a group into our errors."""
+        try:
+            return wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded("the shards did not answer in time; repeat with the same key") from error
+        except WorkerLost as error:
+            log.warning("table %s: %s", self.spec.name, error)
+            raise TableUnavailable("a worker did not answer; repeat with the same key") from error
+        except ShardMissing as error:
+            self._lost = "a worker died and its rows are gone"
+            log.error("table %s: %s", self.spec.name, error)
+            self._refuse_lost()
+            raise
+        except Exception:
+            if changing:
+                self._lost = "a shard failed while it changed its rows"
+                log.exception("table %s: %s", self.spec.name, self._lost)
+            raise
+
+    def _refuse_lost(self) -> None:
+        if self._lost is not None:
+            raise RowsLost(f"table {self.spec.name!r}: {self._lost}; delete it, make it anew and fill it")

@@ -1,0 +1,209 @@
+"""The whole way of a request: validate -> plan -> fan out -> merge -> finish. Then commit.
+
+    loss     a batch in, per-example losses and the gradient of hidden out, a ticket left open
+    commit   tickets and upstream gradients in, one optimizer step on every shard
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from shardloss.errors import DeadlineExceeded, SessionExpired, StepTooOld, TicketAborted
+
+from shardloss_server.config import Limits
+from shardloss_server.frontend import validate
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.frontend.plan import plan
+from shardloss_server.frontend.request import (
+    CommitPart,
+    CommitReply,
+    CommitRequest,
+    Cost,
+    LossReply,
+    LossRequest,
+)
+from shardloss_server.frontend.session import Ticket, TicketState
+from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
+from shardloss_server.numerics.partial import Partial, Target, add_all, merge_all
+from shardloss_server.shard.record import Part, RowGradient, Upstream
+
+
+class Pipeline:
+    """Answers losses and commits over the tables of a catalog."""
+
+    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+        self.catalog, self.limits = catalog, limits
+
+    def loss(self, request: LossRequest, deadline: Deadline) -> LossReply:
+        """Score a batch; with a session, exactly one ticket is open for its key afterwards."""
+        owner = self.catalog.owner(request.table)
+        validate.loss_request(request, owner.spec, self.limits)
+        if request.commit_now is not None:
+            return self._one_call(owner, request, deadline)
+        if not request.session:
+            return self._score(owner, request, None, deadline)
+        return self._with_ticket(owner, request, deadline)
+
+    def commit(self, request: CommitRequest, deadline: Deadline) -> CommitReply:
+        """One optimizer step over all parts, exactly once."""
+        owner = self.catalog.owner(request.table)
+        validate.commit_request(request, self.limits)
+        return owner.commit(request, deadline)
+
+    def abort(self, table: str, session: str, step: int, deadline: Deadline) -> int:
+        """Give up the open tickets of a session up to a step; the number given up."""
+        validate.session(session)
+        return self.catalog.owner(table).abort(session, step, deadline)
+
+    def _with_ticket(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
+        while True:
+            committed = owner.ledger.highest(request.session)
+            ticket, is_new = owner.sessions.begin(
+                request.session,
+                request.step,
+                request.part,
+                request.digest,
+                kept_bytes(request),
+                committed,
+                time.monotonic(),
+            )
+            if is_new:
+                return self._fill(owner, request, ticket, deadline)
+            reply = kept_reply(ticket, deadline)
+            if reply is not None:
+                return reply
+
+    def _fill(self, owner: TableOwner, request: LossRequest, ticket: Ticket, deadline: Deadline) -> LossReply:
+        try:
+            if request.after_step is not None:
+                owner.wait_for_step(request.session, request.after_step, deadline)
+            reply = self._score(owner, request, ticket, deadline)
+        except BaseException:
+            owner.sessions.discard(ticket)
+            raise
+        if ticket.state is not TicketState.OPEN:
+            raise TicketAborted("the step was given up while it was being scored")
+        return reply
+
+    def _score(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
+    ) -> LossReply:
+        """plan -> fan out -> merge -> finish."""
+        began = time.monotonic()
+        part = plan(request, owner.spec)
+        staged = self.catalog.group.stage(part)
+        planned = time.monotonic()
+        scores = owner.score(staged, request.want.hidden_grad, deadline)
+        scored = time.monotonic()
+        partial = merge_all([score.partial for score in scores])
+        target = add_all([score.target for score in scores])
+        table_grad = None
+        if request.want.table_grad:
+            upstream = Upstream(partial.lse, upstream_of(request, partial.lse))
+            table_grad = join(owner.gradient(staged, upstream, scores[0].version, deadline))
+        num_candidates = owner.spec.num_classes if part.candidates is None else len(part.candidates.class_ids)
+        cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates)
+        reply = finish(request, part, partial, target, table_grad, ticket, scores[0].version, cost)
+        if ticket is not None:
+            ticket.staged, ticket.lse, ticket.num_rows = staged, partial.lse, len(request.hidden)
+            ticket.version, ticket.reply = scores[0].version, reply
+            ticket.ready.set()
+        return reply
+
+    def _one_call(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
+        """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
+        session, step = request.session, request.step
+        if step != 1 and not (owner.sessions.knows(session) or owner.ledger.knows(session)):
+            raise SessionExpired(f"session {session!r} is unknown or forgotten; a new one begins with step 1")
+        try:
+            reply = self._with_ticket(owner, request, deadline)
+        except StepTooOld:
+            if owner.ledger.outcome(session, step) is None:
+                raise
+            reply = owner.last_replies.get((session, step), NO_REPLY)
+        committed = owner.commit(commit_of(request, reply.ticket), deadline)
+        owner.last_replies.keep((session, step), reply)
+        return with_commit(reply, committed)
+
+
+NO_REPLY = LossReply(None, None, None, None, "", 0, True, Cost(0, 0, 0))
+
+
+def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
+    """The commit inside a one-call request."""
+    assert request.commit_now is not None
+    rate, scale = request.commit_now.learning_rate, request.commit_now.grad_scale
+    parts = (CommitPart(ticket, request.upstream),)
+    return CommitRequest(request.table, request.session, request.step, parts, rate, scale, None, request.digest)
+
+
+def kept_bytes(request: LossRequest) -> int:
+    """What an open ticket keeps: the staged hidden and labels and the reply, at the widest dtypes."""
+    return 8 * (2 * request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden))
+
+
+def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
+    """The reply of a ticket that another call is making or has made; None where that call failed."""
+    if not ticket.ready.wait(deadline.left()):
+        raise DeadlineExceeded("the first call with this key is still at work; repeat with the same key")
+    reply = ticket.reply
+    return None if reply is None else replayed(reply)
+
+
+def replayed(reply: LossReply) -> LossReply:
+    """The same reply, marked as kept."""
+    return replace(reply, replayed=True)
+
+
+def with_commit(reply: LossReply, committed: CommitReply) -> LossReply:
+    """The one-call reply: no ticket stays open."""
+    return replace(reply, ticket="", replayed=reply.replayed or committed.replayed, committed=committed)
+
+
+def upstream_of(request: LossRequest, like: torch.Tensor) -> torch.Tensor:
+    """g [N] in compute dtype: the request's, or ones."""
+    if request.upstream is None:
+        return torch.ones_like(like)
+    return request.upstream.to(like.dtype)
+
+
+def join(gradients: list[RowGradient]) -> RowGradient:
+    """One gradient of all shards, class ids ascending."""
+    class_ids = torch.cat([gradient.class_ids for gradient in gradients])
+    order = torch.argsort(class_ids)
+    rows = torch.cat([gradient.rows for gradient in gradients])
+    biases = torch.cat([gradient.biases for gradient in gradients])
+    return RowGradient(class_ids[order], rows[order], biases[order])
+
+
+def finish(
+    request: LossRequest,
+    part: Part,
+    partial: Partial,
+    target: Target,
+    table_grad: RowGradient | None,
+    ticket: Ticket | None,
+    version: int,
+    cost: Cost,
+) -> LossReply:
+    """From merged statistics to what was wanted."""
+    want, mass = request.want, part.batch.mass
+    gradient = None
+    if want.hidden_grad:
+        gradient = hidden_gradient(partial, target, mass)
+        if want.grad_dtype is not None:
+            gradient = gradient.to(getattr(torch, want.grad_dtype))
+    return LossReply(
+        loss=per_example_loss(partial, target, mass) if want.loss else None,
+        lse=partial.lse if want.lse else None,
+        hidden_grad=gradient,
+        table_grad=table_grad,
+        ticket="" if ticket is None else ticket.name,
+        version=version,
+        replayed=False,
+        cost=cost,
+    )

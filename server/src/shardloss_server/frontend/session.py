@@ -1,0 +1,264 @@
+"""Tickets and the sessions that hold them. Time comes in as a number; nothing here waits but for a reply in the making.
+
+A ticket is OPEN -> COMMITTED | ABORTED | EXPIRED. Only the table's owner expires it: ticket_ttl_s after the last call
+of its session.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from shardloss.errors import (
+    InvalidArgument,
+    Overloaded,
+    SessionExpired,
+    StepReused,
+    StepTooOld,
+    TicketAborted,
+    TicketExpired,
+    TicketUnknown,
+)
+from torch import Tensor
+
+from shardloss_server.cluster.group import Staged
+from shardloss_server.frontend.request import LossReply
+
+KEPT_CLOSED = 1 << 14  # closed tickets whose fate is remembered, for a clear error
+RETRY_AFTER_S = 0.5
+
+
+class TicketState(Enum):
+    """Where a ticket stands."""
+
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    EXPIRED = "expired"
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One scored part that waits for its commit. The fields below `ready` are set before it is raised."""
+
+    name: str
+    session: str
+    step: int
+    part: int
+    digest: bytes
+    num_bytes: int
+    state: TicketState = TicketState.OPEN
+    ready: threading.Event = field(default_factory=threading.Event)
+    staged: Staged | None = None
+    lse: Tensor | None = None
+    num_rows: int = 0
+    version: int = 0
+    reply: LossReply | None = None
+
+
+@dataclass(slots=True)
+class Session:
+    """The open tickets of one trainer by (step, part), and the highest step it gave up."""
+
+    last_seen: float
+    given_up: int = 0
+    tickets: dict[tuple[int, int], Ticket] = field(default_factory=dict)
+
+
+class TicketBudget:
+    """Counts open tickets and the bytes they keep, over all tables of a server."""
+
+    def __init__(self, max_tickets: int, max_bytes: int) -> None:
+        self._max_tickets, self._max_bytes = max_tickets, max_bytes
+        self._lock = threading.Lock()
+        self.num_tickets = 0
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Account for one more ticket.
+
+        Raises:
+            Overloaded: the server keeps as many tickets or bytes as it may.
+        """
+        with self._lock:
+            if self.num_tickets >= self._max_tickets or self.num_bytes + num_bytes > self._max_bytes:
+                raise Overloaded(
+                    f"{self.num_tickets} open tickets keep {self.num_bytes} bytes; the limits are "
+                    f"{self._max_tickets} and {self._max_bytes}: commit or abort steps",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            self.num_tickets += 1
+            self.num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Account for one ticket less."""
+        with self._lock:
+            self.num_tickets -= 1
+            self.num_bytes -= num_bytes
+
+
+class Sessions:
+    """All sessions of one table. Thread-safe."""
+
+    def __init__(self, table_id: str, budget: TicketBudget, max_sessions: int, ttl_s: float) -> None:
+        self._table_id, self._budget, self._max_sessions, self._ttl_s = table_id, budget, max_sessions, ttl_s
+        self._lock = threading.Lock()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._closed: OrderedDict[str, TicketState] = OrderedDict()
+        self._num_made = 0
+
+    @property
+    def num_open(self) -> int:
+        """Open tickets of this table."""
+        with self._lock:
+            return sum(len(session.tickets) for session in self._sessions.values())
+
+    def knows(self, session: str) -> bool:
+        """Whether this session has been seen and not forgotten."""
+        with self._lock:
+            return session in self._sessions
+
+    def begin(
+        self, session: str, step: int, part: int, digest: bytes, num_bytes: int, committed: int, now: float
+    ) -> tuple[Ticket, bool]:
+        """The ticket of a key, and whether it is new: a new one is not ready until `complete`.
+
+        committed is the session's highest applied step.
+
+        Raises:
+            StepReused: the key has an open ticket with another payload.
+            StepTooOld: the step was applied or given up.
+            Overloaded: no ticket or session more can be kept.
+        """
+        with self._lock:
+            known = self._touch(session, now)
+            ticket = known.tickets.get((step, part))
+            if ticket is not None:
+                if ticket.digest != digest:
+                    raise StepReused(f"session {session!r}, step {step}, part {part} was sent with another payload")
+                return ticket, False
+            if step <= max(committed, known.given_up):
+                raise StepTooOld(f"step {step} is not above {max(committed, known.given_up)}, which is done")
+            self._budget.take(num_bytes)
+            self._num_made += 1
+            name = f"{self._table_id}-{self._num_made}"
+            ticket = known.tickets[step, part] = Ticket(name, session, step, part, digest, num_bytes)
+            return ticket, True
+
+    def touch(self, session: str, now: float) -> None:
+        """Renew a session that is known."""
+        with self._lock:
+            if session in self._sessions:
+                self._touch(session, now)
+
+    def _touch(self, session: str, now: float) -> Session:
+        known = self._sessions.get(session)
+        if known is None:
+            self._make_room()
+            known = self._sessions[session] = Session(now)
+        known.last_seen = now
+        self._sessions.move_to_end(session)
+        return known
+
+    def _make_room(self) -> None:
+        if len(self._sessions) < self._max_sessions:
+            return
+        idle = next((name for name, session in self._sessions.items() if not session.tickets), None)
+        if idle is None:
+            raise Overloaded(f"all {self._max_sessions} sessions hold open tickets", retry_after_s=RETRY_AFTER_S)
+        del self._sessions[idle]
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget a ticket whose scoring failed, as if it had never been asked for."""
+        with self._lock:
+            self._close(ticket, TicketState.ABORTED, remember=False)
+
+    def find(self, session: str, step: int, names: list[str], now: float) -> list[Ticket]:
+        """The open, ready tickets of one step by name.
+
+        Raises:
+            SessionExpired: the session is unknown.
+            TicketUnknown, TicketAborted, TicketExpired: naming the first part that cannot be committed.
+            InvalidArgument: a ticket of another step.
+        """
+        with self._lock:
+            known = self._sessions.get(session)
+            if known is None:
+                raise SessionExpired(f"session {session!r} is unknown or forgotten; start a new one", field="session")
+            self._touch(session, now)
+            by_name = {ticket.name: ticket for ticket in known.tickets.values()}
+            return [self._one(by_name, step, name, place) for place, name in enumerate(names)]
+
+    def _one(self, by_name: dict[str, Ticket], step: int, name: str, place: int) -> Ticket:
+        where = {"field": "parts", "index": place}
+        ticket = by_name.get(name)
+        if ticket is not None and ticket.ready.is_set():
+            if ticket.step != step:
+                raise InvalidArgument(f"parts[{place}] was scored for step {ticket.step}, not {step}", **where)
+            return ticket
+        state = self._closed.get(name)
+        if state is TicketState.ABORTED:
+            raise TicketAborted(f"parts[{place}]: the ticket was given up", **where)
+        if state is TicketState.EXPIRED:
+            raise TicketExpired(f"parts[{place}]: the ticket was open for more than {self._ttl_s} s", **where)
+        raise TicketUnknown(f"parts[{place}]: no such ticket is open in this session", **where)
+
+    def commit(self, tickets: list[Ticket]) -> None:
+        """Close committed tickets, and give up what else their session holds up to that step."""
+        with self._lock:
+            for ticket in tickets:
+                self._close(ticket, TicketState.COMMITTED)
+            known = self._sessions.get(tickets[0].session)
+            if known is not None:
+                self._give_up(known, tickets[0].step)
+
+    def abort(self, session: str, step: int, now: float) -> int:
+        """Give up the open tickets of this and earlier steps; the number given up.
+
+        Raises:
+            SessionExpired: the session is unknown.
+        """
+        with self._lock:
+            if session not in self._sessions:
+                raise SessionExpired(f"session {session!r} is unknown or forgotten", field="session")
+            return self._give_up(self._touch(session, now), step)
+
+    def _give_up(self, known: Session, step: int) -> int:
+        known.given_up = max(known.given_up, step)
+        doomed = [ticket for ticket in known.tickets.values() if ticket.step <= step]
+        for ticket in doomed:
+            self._close(ticket, TicketState.ABORTED)
+        return len(doomed)
+
+    def expire(self, now: float) -> int:
+        """Close the open tickets of every session not heard of for ttl_s; the number closed."""
+        with self._lock:
+            stale = [s for s in self._sessions.values() if now - s.last_seen > self._ttl_s]
+            doomed = [ticket for session in stale for ticket in session.tickets.values() if ticket.ready.is_set()]
+            for ticket in doomed:
+                self._close(ticket, TicketState.EXPIRED)
+            return len(doomed)
+
+    def clear(self) -> None:
+        """Give every ticket back: the table is going away."""
+        with self._lock:
+            for session in self._sessions.values():
+                for ticket in list(session.tickets.values()):
+                    self._close(ticket, TicketState.ABORTED)
+
+    def _close(self, ticket: Ticket, state: TicketState, remember: bool = True) -> None:
+        known = self._sessions.get(ticket.session)
+        if ticket.state is not TicketState.OPEN:
+            return
+        ticket.state = state
+        if known is not None:
+            known.tickets.pop((ticket.step, ticket.part), None)
+        self._budget.give_back(ticket.num_bytes)
+        ticket.staged = ticket.lse = ticket.reply = None
+        ticket.ready.set()
+        if remember:
+            self._closed[ticket.name] = state
+            while len(self._closed) > KEPT_CLOSED:
+                self._closed.popitem(last=False)

@@ -1,0 +1,294 @@
+"""Every rejection of a loss or commit happens here, before any work."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from shardloss.errors import InvalidArgument, LimitExceeded
+from torch import Tensor
+
+from shardloss_server.config import Limits
+from shardloss_server.frontend.request import CommitRequest, LossRequest, SampledValues, SamplerSpec
+from shardloss_server.shard.record import TableSpec
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_SESSION_CHARS = 64
+
+
+def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """Check a ComputeLoss against its table and the limits.
+
+    Raises:
+        InvalidArgument, LimitExceeded: naming the field and, for values, the first offending index.
+    """
+    key(request)
+    hidden(request.hidden, spec, limits)
+    num_rows = len(request.hidden)
+    labels(request.labels, num_rows, spec.num_classes, request.ignore_index, limits)
+    if request.label_weights is not None:
+        label_weights(request)
+    if request.upstream is not None:
+        vector("upstream", request.upstream, num_rows)
+    if request.sampled is not None:
+        candidates(request, spec, limits)
+    if request.commit_now is not None:
+        rate(request.commit_now.learning_rate, "commit_now.learning_rate")
+        finite_number(request.commit_now.grad_scale, "commit_now.grad_scale")
+    reply_size(request, spec, limits)
+
+
+def commit_request(request: CommitRequest, limits: Limits) -> None:
+    """Check what a Commit says by itself; its tickets are looked up later."""
+    session(request.session)
+    at_least(request.step, 1, "step")
+    if not request.parts:
+        raise InvalidArgument("parts is empty; a commit needs at least one ticket", field="parts")
+    if len(request.parts) > limits.max_parts:
+        raise LimitExceeded(f"{len(request.parts)} parts exceed max_parts = {limits.max_parts}", field="parts")
+    seen: set[str] = set()
+    for place, part in enumerate(request.parts):
+        if part.ticket in seen:
+            raise InvalidArgument(f"parts[{place}].ticket names a ticket twice", field="parts", index=place)
+        seen.add(part.ticket)
+        if part.g is not None:
+            vector(f"parts[{place}].g", part.g, None)
+    rate(request.learning_rate, "learning_rate")
+    finite_number(request.grad_scale, "grad_scale")
+    if request.max_staleness is not None:
+        at_least(request.max_staleness, 0, "max_staleness")
+
+
+def key(request: LossRequest) -> None:
+    """Session, step and part fit together."""
+    if not request.session:
+        if request.commit_now is not None:
+            raise InvalidArgument("commit_now needs a session: exactly once is promised by its key", field="session")
+        if request.after_step is not None:
+            raise InvalidArgument("after_step names a step of a session, but session is empty", field="session")
+        at_least(request.step, 0, "step")
+        return
+    session(request.session)
+    at_least(request.step, 1, "step")
+    at_least(request.part, 0, "part")
+    if request.after_step is not None:
+        at_least(request.after_step, 0, "after_step")
+        if request.after_step >= request.step:
+            raise InvalidArgument(
+                f"after_step = {request.after_step} is not before step = {request.step}", field="after_step"
+            )
+
+
+def session(name: str) -> None:
+    """A session's name is 1 to 64 printable characters."""
+    if not name or len(name) > MAX_SESSION_CHARS or not name.isprintable():
+        raise InvalidArgument(f"session must be 1 to {MAX_SESSION_CHARS} printable characters", field="session")
+
+
+def hidden(tensor: Tensor, spec: TableSpec, limits: Limits, field: str = "hidden") -> None:
+    """[N, D] of a float dtype, finite, N within the limits."""
+    if tensor.dtype not in FLOATS:
+        raise InvalidArgument(f"{field} is {name_of(tensor)}; a float dtype is needed", field=field)
+    if tensor.dim() != 2 or tensor.shape[1] != spec.dim:
+        raise InvalidArgument(f"{field} has shape {list(tensor.shape)}; [N, {spec.dim}] is needed", field=field)
+    if len(tensor) > limits.max_batch:
+        raise LimitExceeded(f"{field} has {len(tensor)} rows, above max_batch = {limits.max_batch}", field=field)
+    finite(tensor, field)
+
+
+def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None, limits: Limits) -> None:
+    """[N, T] class ids in [0, V) or equal to ignore_index."""
+    if tensor.dim() != 2 or len(tensor) != num_rows or tensor.shape[1] == 0:
+        raise InvalidArgument(
+            f"labels has shape {list(tensor.shape)}; [{num_rows}, T] with T >= 1 is needed", field="labels"
+        )
+    if tensor.shape[1] > limits.max_num_true:
+        raise LimitExceeded(f"labels has T = {tensor.shape[1]}, above {limits.max_num_true}", field="labels")
+    class_ids(tensor, num_classes, "labels", ignore_index, "; ids are zero-based; is an end-of-text token in the batch?")
+
+
+def class_ids(tensor: Tensor, num_classes: int, field: str, ignore: int | None = None, hint: str = "") -> None:
+    """Every id of an int64 tensor is in [0, V) or equals ignore."""
+    wrong = (tensor < 0) | (tensor >= num_classes)
+    if ignore is not None:
+        wrong &= tensor != ignore
+    if wrong.any():
+        index = first_index(wrong)
+        raise InvalidArgument(
+            f"{field}[{show(index)}] = {int(tensor[tuple(index)])} is outside [0, {num_classes}){hint}",
+            field=field,
+            index=show(index),
+        )
+
+
+def id_list(tensor: Tensor, num_classes: int) -> None:
+    """class_ids [M] in range."""
+    if tensor.dim() != 1:
+        raise InvalidArgument(f"class_ids has shape {list(tensor.shape)}; [M] is needed", field="class_ids")
+    class_ids(tensor, num_classes, "class_ids")
+
+
+def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec, limits: Limits) -> None:
+    """Rows to overwrite: class_ids [M] distinct, rows [M, D], biases [M] where the table has them."""
+    id_list(ids, spec.num_classes)
+    order = torch.argsort(ids, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[order[1:]] = ids[order][1:] == ids[order][:-1]
+    if repeated.any():
+        index = first_index(repeated)
+        place, class_id = show(index), int(ids[index[0]])
+        raise InvalidArgument(f"class_ids[{place}] = {class_id} is there twice", field="class_ids", index=place)
+    hidden(rows, spec, limits, field="rows")
+    if len(rows) != len(ids):
+        raise InvalidArgument(f"rows has {len(rows)} rows for {len(ids)} class_ids", field="rows")
+    if biases is None:
+        return
+    if not spec.bias:
+        raise InvalidArgument("this table has no biases", field="biases")
+    vector("biases", biases, len(ids))
+
+
+def label_weights(request: LossRequest) -> None:
+    """[N, T] finite and not negative; full softmax only."""
+    weights = request.label_weights
+    assert weights is not None
+    if request.sampled is not None:
+        raise InvalidArgument("label_weights belong to the full softmax; sampled uses 1/T", field="label_weights")
+    if weights.shape != request.labels.shape or weights.dtype not in FLOATS:
+        raise InvalidArgument(
+            f"label_weights is {name_of(weights)} {list(weights.shape)}; a float tensor of the labels' shape "
+            f"{list(request.labels.shape)} is needed",
+            field="label_weights",
+        )
+    finite(weights, "label_weights")
+    refuse_where(weights < 0, weights, "label_weights", "is negative")
+
+
+def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """The sampler or the caller's draw."""
+    assert request.sampled is not None
+    draw = request.sampled.candidates
+    if isinstance(draw, SamplerSpec):
+        sampler(draw, spec, limits)
+        return
+    sampled_values(draw, request, spec, limits)
+
+
+def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
+    """num_sampled is positive, within the limits and, where distinct, at most V."""
+    at_least(draw.num_sampled, 1, "sampler.num_sampled")
+    if draw.num_sampled > limits.max_num_sampled:
+        raise LimitExceeded(
+            f"sampler.num_sampled = {draw.num_sampled} exceeds {limits.max_num_sampled}", field="sampler.num_sampled"
+        )
+    if draw.unique and draw.num_sampled > spec.num_classes:
+        raise InvalidArgument(
+            f"sampler.num_sampled = {draw.num_sampled} distinct ids cannot come from {spec.num_classes} classes",
+            field="sampler.num_sampled",
+        )
+
+
+def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """sampled [S] in range; both expected counts of the right shape, finite and positive where they count."""
+    prefix = "sampled_values."
+    if draw.sampled.dim() != 1 or len(draw.sampled) > limits.max_num_sampled:
+        raise InvalidArgument(
+            f"{prefix}sampled has shape {list(draw.sampled.shape)}; [S] with S <= {limits.max_num_sampled} is needed",
+            field=prefix + "sampled",
+        )
+    class_ids(draw.sampled, spec.num_classes, prefix + "sampled")
+    for name, count, shape in (
+        ("true_expected_count", draw.true_expected_count, request.labels.shape),
+        ("sampled_expected_count", draw.sampled_expected_count, draw.sampled.shape),
+    ):
+        if count.shape != shape or count.dtype not in FLOATS:
+            raise InvalidArgument(
+                f"{prefix}{name} is {name_of(count)} {list(count.shape)}; floats {list(shape)} are needed",
+                field=prefix + name,
+            )
+    counted = torch.ones_like(request.labels, dtype=torch.bool)
+    if request.ignore_index is not None:
+        counted = request.labels != request.ignore_index
+    positive(draw.true_expected_count, counted, prefix + "true_expected_count")
+    everywhere = torch.ones_like(draw.sampled, dtype=torch.bool)
+    positive(draw.sampled_expected_count, everywhere, prefix + "sampled_expected_count")
+
+
+def positive(count: Tensor, where: Tensor, field: str) -> None:
+    """Q > 0 and finite wherever it counts: log Q must exist."""
+    refuse_where(where & ~(torch.isfinite(count) & (count > 0)), count, field, "is not a positive finite count")
+
+
+def reply_size(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """The reply fits max_reply_bytes; a table gradient of the full softmax has V rows."""
+    num_rows, width = len(request.hidden), 8
+    num_bytes = num_rows * spec.dim * width if request.want.hidden_grad else 0
+    if request.want.table_grad:
+        num_touched = spec.num_classes
+        if request.sampled is not None:
+            draw = request.sampled.candidates
+            num_sampled = draw.num_sampled if isinstance(draw, SamplerSpec) else len(draw.sampled)
+            num_touched = min(spec.num_classes, num_sampled + request.labels.numel())
+        num_bytes += num_touched * (spec.dim + 2) * width
+    if num_bytes > limits.max_reply_bytes:
+        raise LimitExceeded(
+            f"the reply would take up to {num_bytes} bytes, above max_reply_bytes = {limits.max_reply_bytes}; "
+            "ask for less, or split the batch",
+            field="want_table_grad" if request.want.table_grad else "want_hidden_grad",
+        )
+
+
+def vector(field: str, tensor: Tensor, num_rows: int | None) -> None:
+    """[N] floats, finite."""
+    if tensor.dtype not in FLOATS or tensor.dim() != 1 or (num_rows is not None and len(tensor) != num_rows):
+        shape = f"[{'N' if num_rows is None else num_rows}]"
+        raise InvalidArgument(
+            f"{field} is {name_of(tensor)} {list(tensor.shape)}; floats {shape} are needed", field=field
+        )
+    finite(tensor, field)
+
+
+def finite(tensor: Tensor, field: str) -> None:
+    """No NaN, no Inf."""
+    refuse_where(~torch.isfinite(tensor), tensor, field, "is not finite")
+
+
+def refuse_where(wrong: Tensor, tensor: Tensor, field: str, complaint: str) -> None:
+    """Refuse a tensor with any wrong entry, naming the first."""
+    if wrong.any():
+        index = first_index(wrong)
+        value = float(tensor[tuple(index)])
+        raise InvalidArgument(f"{field}[{show(index)}] = {value} {complaint}", field=field, index=show(index))
+
+
+def rate(value: float, field: str) -> None:
+    """A learning rate is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidArgument(f"{field} = {value} must be finite and >= 0", field=field)
+
+
+def finite_number(value: float, field: str) -> None:
+    """No NaN, no Inf."""
+    if not math.isfinite(value):
+        raise InvalidArgument(f"{field} = {value} must be finite", field=field)
+
+
+def at_least(value: int, least: int, field: str) -> None:
+    """An integer is not below its least value."""
+    if value < least:
+        raise InvalidArgument(f"{field} = {value} must be at least {least}", field=field)
+
+
+def first_index(wrong: Tensor) -> list[int]:
+    """Index of the first True in row-major order."""
+    return [int(i) for i in torch.nonzero(wrong)[0]]
+
+
+def show(index: list[int]) -> str:
+    """An index as it stands between brackets."""
+    return ", ".join(map(str, index))
+
+
+def name_of(tensor: Tensor) -> str:
+    """dtype without the module."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,119 @@
+"""A running server: the data port, the small admin port, and the clock that expires tickets."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent import futures
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from shardloss.v1 import (
+    evaluation_pb2,
+    evaluation_pb2_grpc,
+    loss_pb2,
+    loss_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    table_pb2,
+    table_pb2_grpc,
+)
+
+from shardloss_server.cluster.group import ShardGroup
+from shardloss_server.config import ServerConfig
+from shardloss_server.frontend.admission import Admission
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.rpc.servicer import (
+    EvaluationServicer,
+    Handlers,
+    LossServicer,
+    ServerServicer,
+    TableServicer,
+)
+
+log = logging.getLogger(__name__)
+EXPIRY_INTERVAL_S = 1.0
+ADMIN_THREADS = 2
+FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (loss_pb2, "LossService"),
+        (evaluation_pb2, "EvaluationService"),
+        (table_pb2, "TableService"),
+        (server_pb2, "ServerService"),
+    )
+)
+
+
+class Server:
+    """The front end of a shard group on two ports. Does not close the group."""
+
+    def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
+        self.config = config
+        self.catalog = Catalog(group, config.limits)
+        limits = config.limits
+        admission = Admission(limits.max_calls_in_flight, 2 * limits.max_request_bytes)
+        self.handlers = Handlers(self.catalog, limits, admission)
+        self._health = health.HealthServicer()
+        self._data = self._make_server(config.num_threads)
+        self._admin = self._make_server(ADMIN_THREADS)
+        self._register()
+        self.address = self._bind(self._data, config.port)
+        self.admin_address = self._bind(self._admin, config.admin_port)
+        self._stopping = threading.Event()
+        self._stopped = threading.Lock()
+        self._expiry = threading.Thread(target=self._expire_tickets, name="ticket-expiry", daemon=True)
+
+    def _make_server(self, num_threads: int) -> grpc.Server:
+        limit = self.config.limits.max_message_bytes + FRAMING_BYTES
+        return grpc.server(
+            futures.ThreadPoolExecutor(num_threads, "rpc"),
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
+            maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
+        )
+
+    def _register(self) -> None:
+        loss_pb2_grpc.add_LossServiceServicer_to_server(LossServicer(self.handlers), self._data)
+        table_pb2_grpc.add_TableServiceServicer_to_server(TableServicer(self.handlers), self._data)
+        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationServicer(self.handlers), self._data)
+        for server in (self._data, self._admin):
+            server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.handlers), server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+
+    def _bind(self, server: grpc.Server, port: int) -> str:
+        bound = server.add_insecure_port(f"{self.config.host}:{port}")
+        return f"{self.config.host}:{bound}"
+
+    def start(self) -> None:
+        """Serve until `stop`."""
+        self._data.start()
+        self._admin.start()
+        self._expiry.start()
+        for service in ("", *SERVICES):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving on %s, admin on %s", self.address, self.admin_address)
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Report NOT_SERVING, let calls in flight finish within the grace, stop. Idempotent."""
+        with self._stopped:
+            if self._stopping.is_set():
+                return
+            self._stopping.set()
+            self._health.enter_graceful_shutdown()
+            grace = self.config.drain_s if grace_s is None else grace_s
+            self._data.stop(grace).wait(grace + 5.0)
+            self._admin.stop(0).wait(5.0)
+
+    def _expire_tickets(self) -> None:
+        while not self._stopping.wait(EXPIRY_INTERVAL_S):
+            self.catalog.expire_tickets(time.monotonic())

@@ -1,0 +1,282 @@
+"""The services: each method decodes, calls, encodes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import grpc
+import torch
+from shardloss import chunks
+from shardloss.errors import Internal, InvalidArgument, LimitExceeded, ShardlossError
+from shardloss.v1 import (
+    evaluation_pb2,
+    evaluation_pb2_grpc,
+    loss_pb2,
+    loss_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    table_pb2,
+    table_pb2_grpc,
+)
+
+from shardloss_server import __version__
+from shardloss_server.config import Limits
+from shardloss_server.evaluation.passes import Evaluator
+from shardloss_server.frontend import validate
+from shardloss_server.frontend.admission import Admission
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.pipeline import Pipeline
+from shardloss_server.frontend.plan import draw_with_tries
+from shardloss_server.rpc import specs, wire
+from shardloss_server.rpc.status import fail
+
+log = logging.getLogger(__name__)
+M = TypeVar("M")
+Context = grpc.ServicerContext
+FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_softmax", "stream_loss", "top_k")
+
+
+class Handlers:
+    """What every service needs: the front end, admission and the one place where errors become statuses."""
+
+    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission) -> None:
+        self.catalog, self.limits, self.admission = catalog, limits, admission
+        self.pipeline = Pipeline(catalog, limits)
+        self.evaluator = Evaluator(catalog, limits)
+
+    def deadline(self, context: Context) -> Deadline:
+        """The caller's deadline, cut to the server's longest."""
+        left = context.time_remaining()
+        return Deadline.after(self.limits.max_deadline_s if left is None else min(left, self.limits.max_deadline_s))
+
+
+def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
+    """Admit a unary call, run it without autograd, and turn every error into its status."""
+
+    @functools.wraps(method)
+    def handler(self: Any, request: Any, context: Context) -> M:
+        with failing_as_status(context):
+            with self.handlers.admission.admit(request.ByteSize()), torch.inference_mode():
+                return method(self, request, context)
+        raise AssertionError("a failed call has ended")
+
+    return handler
+
+
+class failing_as_status:  # noqa: N801  (reads as a phrase)
+    """Context manager: a ShardlossError ends the call with its status; anything else is INTERNAL with a request id."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ShardlossError):
+            fail(self._context, error)
+        if isinstance(error, MemoryError):
+            fail(self._context, LimitExceeded("the server has not enough memory for this call"))
+        if isinstance(error, Exception):
+            request_id = secrets.token_hex(8)
+            log.exception("request %s failed", request_id, exc_info=error)
+            fail(self._context, Internal(f"internal error; the server's log has request {request_id}"))
+
+
+class LossServicer(loss_pb2_grpc.LossServiceServicer):
+    """LossService."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    @answers
+    def ComputeLoss(
+        self, request: loss_pb2.ComputeLossRequest, context: Context
+    ) -> loss_pb2.ComputeLossResponse:
+        response = self._loss(request, None, context)
+        if response.ByteSize() > self.handlers.limits.max_message_bytes:
+            raise LimitExceeded(f"the reply takes {response.ByteSize()} bytes; repeat the call through StreamLoss")
+        return response
+
+    def StreamLoss(
+        self, request_iterator: Iterator[loss_pb2.StreamLossRequest], context: Context
+    ) -> Iterator[loss_pb2.StreamLossResponse]:
+        with failing_as_status(context):
+            limits = self.handlers.limits
+            header = first_header(request_iterator)
+            assembler = chunks.Assembler(header, limits.max_request_bytes)
+            num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
+            with self.handlers.admission.admit(num_bytes), torch.inference_mode():
+                for piece in request_iterator:
+                    if piece.WhichOneof("piece") != "chunk":
+                        raise InvalidArgument("only chunks may follow the header", field="piece")
+                    assembler.add(piece.chunk)
+                response = self._loss(header, assembler.contents(), context)
+            reply, pieces = chunks.detach(response, limits.max_chunk_bytes)
+            yield loss_pb2.StreamLossResponse(header=reply)
+            for chunk in pieces:
+                yield loss_pb2.StreamLossResponse(chunk=chunk)
+
+    def _loss(
+        self, request: loss_pb2.ComputeLossRequest, contents: dict[int, bytes] | None, context: Context
+    ) -> loss_pb2.ComputeLossResponse:
+        reply = self.handlers.pipeline.loss(wire.loss_request(request, contents), self.handlers.deadline(context))
+        return wire.loss_response(reply, self.handlers.catalog.owner(request.table).spec.bias)
+
+    @answers
+    def Commit(self, request: loss_pb2.CommitRequest, context: Context) -> loss_pb2.CommitResponse:
+        reply = self.handlers.pipeline.commit(wire.commit_request(request), self.handlers.deadline(context))
+        return wire.commit_response(reply)
+
+    @answers
+    def Abort(self, request: loss_pb2.AbortRequest, context: Context) -> loss_pb2.AbortResponse:
+        deadline = self.handlers.deadline(context)
+        num_aborted = self.handlers.pipeline.abort(request.table, request.session, request.step, deadline)
+        return loss_pb2.AbortResponse(num_aborted=num_aborted)
+
+    @answers
+    def SampleCandidates(
+        self, request: loss_pb2.SampleCandidatesRequest, context: Context
+    ) -> loss_pb2.SampleCandidatesResponse:
+        spec = self.handlers.catalog.owner(request.table).spec
+        draw = wire.sampler(request.sampler)
+        validate.sampler(draw, spec, self.handlers.limits)
+        validate.at_least(request.step, 0, "step")
+        labels = torch.zeros(0, 1, dtype=torch.int64)
+        if request.HasField("labels"):
+            labels = wire.to_ids(request.labels, "labels")
+            labels = labels[:, None] if labels.dim() == 1 else labels
+            validate.labels(labels, len(labels), spec.num_classes, None, self.handlers.limits)
+        values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels)
+        return loss_pb2.SampleCandidatesResponse(
+            sampled=wire.from_tensor(values.sampled),
+            true_expected_count=wire.from_tensor(values.true_expected_count),
+            sampled_expected_count=wire.from_tensor(values.sampled_expected_count),
+            num_tries=num_tries,
+        )
+
+
+def first_header(pieces: Iterator[loss_pb2.StreamLossRequest]) -> loss_pb2.ComputeLossRequest:
+    """The header that a stream begins with."""
+    first = next(pieces, None)
+    if first is None or first.WhichOneof("piece") != "header":
+        raise InvalidArgument("a StreamLoss begins with a header", field="piece")
+    return first.header
+
+
+class TableServicer(table_pb2_grpc.TableServiceServicer):
+    """TableService."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    @answers
+    def CreateTable(
+        self, request: table_pb2.CreateTableRequest, context: Context
+    ) -> table_pb2.CreateTableResponse:
+        num_shards = max(1, self.handlers.catalog.group.num_workers)
+        spec = specs.table_spec(request.spec, num_shards)
+        owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context))
+        return table_pb2.CreateTableResponse(table=specs.table_message(owner), created=created)
+
+    @answers
+    def GetTable(self, request: table_pb2.GetTableRequest, context: Context) -> table_pb2.Table:
+        return specs.table_message(self.handlers.catalog.owner(request.table))
+
+    @answers
+    def ListTables(self, request: table_pb2.ListTablesRequest, context: Context) -> table_pb2.ListTablesResponse:
+        tables = [specs.table_message(owner) for owner in self.handlers.catalog.owners()]
+        return table_pb2.ListTablesResponse(tables=tables)
+
+    @answers
+    def DeleteTable(
+        self, request: table_pb2.DeleteTableRequest, context: Context
+    ) -> table_pb2.DeleteTableResponse:
+        self.handlers.catalog.delete(request.table, self.handlers.deadline(context))
+        return table_pb2.DeleteTableResponse()
+
+    @answers
+    def ReadRows(self, request: table_pb2.ReadRowsRequest, context: Context) -> table_pb2.ReadRowsResponse:
+        owner, limits = self.handlers.catalog.owner(request.table), self.handlers.limits
+        class_ids = wire.to_ids(request.class_ids, "class_ids")
+        validate.id_list(class_ids, owner.spec.num_classes)
+        num_bytes = len(class_ids) * (owner.spec.dim + 1) * 8
+        if num_bytes > limits.max_message_bytes:
+            raise LimitExceeded(f"{len(class_ids)} rows may take {num_bytes} bytes; read fewer", field="class_ids")
+        rows = owner.read(class_ids, self.handlers.deadline(context))
+        response = table_pb2.ReadRowsResponse(rows=wire.from_tensor(rows.rows), version=rows.version)
+        if owner.spec.bias:
+            response.biases.CopyFrom(wire.from_tensor(rows.biases))
+        return response
+
+    @answers
+    def WriteRows(self, request: table_pb2.WriteRowsRequest, context: Context) -> table_pb2.WriteRowsResponse:
+        owner = self.handlers.catalog.owner(request.table)
+        class_ids = wire.to_ids(request.class_ids, "class_ids")
+        rows, biases = wire.to_tensor(request.rows, "rows"), wire.optional_tensor(request, "biases")
+        validate.row_write(class_ids, rows, biases, owner.spec, self.handlers.limits)
+        return table_pb2.WriteRowsResponse(
+            version=owner.write(class_ids, rows, biases, self.handlers.deadline(context))
+        )
+
+
+class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
+    """EvaluationService."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    @answers
+    def Evaluate(
+        self, request: evaluation_pb2.EvaluateRequest, context: Context
+    ) -> evaluation_pb2.EvaluateResponse:
+        hidden, labels = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.labels, "labels")
+        if labels.dim() != 1:
+            raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N] is needed", field="labels")
+        ignore = request.ignore_index if request.HasField("ignore_index") else None
+        deadline = self.handlers.deadline(context)
+        evaluate = self.handlers.evaluator.evaluate
+        return wire.evaluate_response(
+            evaluate(request.table, hidden, labels, ignore, request.want_rank, deadline)
+        )
+
+    @answers
+    def TopK(self, request: evaluation_pb2.TopKRequest, context: Context) -> evaluation_pb2.TopKResponse:
+        hidden = wire.to_tensor(request.hidden, "hidden")
+        deadline = self.handlers.deadline(context)
+        return wire.top_k_response(
+            self.handlers.evaluator.top_k(request.table, hidden, request.k, request.want_log_probs, deadline)
+        )
+
+    @answers
+    def Score(self, request: evaluation_pb2.ScoreRequest, context: Context) -> evaluation_pb2.ScoreResponse:
+        hidden, class_ids = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.class_ids, "class_ids")
+        deadline = self.handlers.deadline(context)
+        return wire.score_response(
+            self.handlers.evaluator.score(request.table, hidden, class_ids, request.want_log_probs, deadline)
+        )
+
+
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """ServerService."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    @answers
+    def GetServerInfo(self, request: server_pb2.GetServerInfoRequest, context: Context) -> server_pb2.ServerInfo:
+        group = self.handlers.catalog.group
+        return server_pb2.ServerInfo(
+            version=__version__,
+            limits=server_pb2.ServerLimits(**asdict(self.handlers.limits)),
+            features=FEATURES,
+            num_workers=group.num_workers,
+            devices=group.devices,
+        )
+

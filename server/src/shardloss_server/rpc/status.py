@@ -1,0 +1,40 @@
+"""Errors as google.rpc.Status with one ErrorInfo, and nothing else of what went wrong inside."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from shardloss.errors import DOMAIN, ShardlossError, TransientError
+
+DETAILS_KEY = "grpc-status-details-bin"
+MAX_MESSAGE_CHARS = 1024  # gRPC turns details above about 8 kB into another error
+
+
+def status_of(error: ShardlossError) -> status_pb2.Status:
+    """The rich status of an error; below 4 kB."""
+    message = error.message[:MAX_MESSAGE_CHARS]
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
+    metadata = {name: value[:256] for name, value in error.details.items()}
+    details: list[error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    ]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field[:256], description=message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, TransientError) and error.retry_after_s:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def fail(context: grpc.ServicerContext, error: ShardlossError) -> None:
+    """End a call with an error's status; raises, as grpc's abort does."""
+    status = status_of(error)
+    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
+    context.abort(getattr(grpc.StatusCode, error.status), status.message)

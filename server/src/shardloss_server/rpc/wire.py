@@ -1,0 +1,253 @@
+"""Between the contract's messages and the front end's values: the only place that knows protobuf and torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from google.protobuf.message import Message
+from shardloss import wire
+from shardloss.errors import InvalidArgument, NotSupported
+from shardloss.v1 import evaluation_pb2, loss_pb2, tensor_pb2
+from torch import Tensor
+
+from shardloss_server.evaluation.passes import Evaluation, Ranked
+from shardloss_server.frontend.request import (
+    CommitNow,
+    CommitPart,
+    CommitReply,
+    CommitRequest,
+    LossReply,
+    LossRequest,
+    SampledSoftmax,
+    SampledValues,
+    SamplerSpec,
+    Want,
+)
+
+Chunks = Mapping[int, bytes]
+FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+SAMPLER_KINDS = {loss_pb2.Sampler.KIND_LOG_UNIFORM: "log_uniform", loss_pb2.Sampler.KIND_UNIFORM: "uniform"}
+HIT_REMOVALS = {
+    loss_pb2.HIT_REMOVAL_UNSPECIFIED: "every",
+    loss_pb2.HIT_REMOVAL_EVERY: "every",
+    loss_pb2.HIT_REMOVAL_LAST: "last",
+}
+
+
+def to_tensor(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None) -> Tensor:
+    """A tensor of its own memory."""
+    array = wire.decode(message, field, chunks).copy()
+    if message.dtype == tensor_pb2.DTYPE_BFLOAT16:
+        return torch.from_numpy(array.view("<i2")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_ids(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None) -> Tensor:
+    """Class ids as int64.
+
+    Raises:
+        InvalidArgument: not an integer tensor, or absent.
+    """
+    if message.dtype not in (tensor_pb2.DTYPE_INT64, tensor_pb2.DTYPE_INT32):
+        name = wire.NAMES.get(message.dtype, "absent" if not message.ByteSize() else str(message.dtype))
+        raise InvalidArgument(f"{field} is {name}; int64 or int32 class ids are needed", field=field)
+    return to_tensor(message, field, chunks).long()
+
+
+def optional_tensor(owner: Message, field: str, chunks: Chunks | None = None) -> Tensor | None:
+    """The tensor of a field, or None where it is absent."""
+    return to_tensor(getattr(owner, field), field, chunks) if owner.HasField(field) else None
+
+
+def from_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
+    """The message of a tensor."""
+    tensor = tensor.detach().contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return wire.encode(tensor.view(torch.int16).numpy().view("<u2"), bfloat16=True)
+    return wire.encode(tensor.numpy())
+
+
+def loss_request(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None = None) -> LossRequest:
+    """Decode a ComputeLoss; what the front end can check, it checks later.
+
+    Raises:
+        InvalidArgument, NotSupported: what is not even a request, or is reserved.
+    """
+    refuse_reserved(message, "max_staleness", "group", "hit_ids")
+    labels = to_ids(message.labels, "labels", chunks)
+    return LossRequest(
+        table=message.table,
+        session=message.session,
+        step=message.step,
+        part=message.part,
+        after_step=message.after_step if message.HasField("after_step") else None,
+        hidden=to_tensor(message.hidden, "hidden", chunks),
+        labels=labels[:, None] if labels.dim() == 1 else labels,
+        label_weights=optional_tensor(message, "label_weights", chunks),
+        ignore_index=message.ignore_index if message.HasField("ignore_index") else None,
+        sampled=sampled_softmax(message, chunks),
+        upstream=optional_tensor(message, "upstream", chunks),
+        commit_now=commit_now(message),
+        want=want(message),
+        digest=digest(message, chunks) if message.session else b"",
+    )
+
+
+def refuse_reserved(message: Message, *fields: str) -> None:
+    """Refuse fields of the contract that are not built."""
+    for field in fields:
+        if message.HasField(field):
+            raise NotSupported(f"{field} is reserved and not yet supported; leave it out", field=field)
+
+
+def digest(message: Message, chunks: Chunks | None = None) -> bytes:
+    """16 bytes that tell one payload under a key from another."""
+    digest = hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16)
+    for place in sorted(chunks or {}):
+        digest.update(chunks[place])  # type: ignore[index]
+    return digest.digest()
+
+
+def want(message: loss_pb2.ComputeLossRequest) -> Want:
+    """What the reply must hold."""
+    grad_dtype = None
+    if message.grad_dtype != tensor_pb2.DTYPE_UNSPECIFIED:
+        grad_dtype = wire.NAMES.get(message.grad_dtype)
+        if grad_dtype not in FLOAT_DTYPES:
+            raise InvalidArgument(f"grad_dtype = {message.grad_dtype} is not a float dtype", field="grad_dtype")
+    want_loss = message.want_loss if message.HasField("want_loss") else True
+    return Want(want_loss, message.want_lse, message.want_hidden_grad, message.want_table_grad, grad_dtype)
+
+
+def commit_now(message: loss_pb2.ComputeLossRequest) -> CommitNow | None:
+    """The one-call form, if asked for."""
+    if not message.HasField("commit_now"):
+        return None
+    now = message.commit_now
+    return CommitNow(now.learning_rate, now.grad_scale if now.HasField("grad_scale") else 1.0)
+
+
+def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> SampledSoftmax | None:
+    """The sampled loss, or None for the full softmax."""
+    kind = message.WhichOneof("loss")
+    if kind is None:
+        raise InvalidArgument("loss is absent; set full_softmax or sampled_softmax", field="loss")
+    if kind == "full_softmax":
+        return None
+    sampled = message.sampled_softmax
+    if sampled.hit_removal not in HIT_REMOVALS:
+        raise InvalidArgument(f"hit_removal = {sampled.hit_removal} is unknown", field="sampled_softmax.hit_removal")
+    remove = sampled.remove_accidental_hits if sampled.HasField("remove_accidental_hits") else True
+    return SampledSoftmax(candidates(sampled, chunks), HIT_REMOVALS[sampled.hit_removal] if remove else "none")
+
+
+def candidates(sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None) -> SamplerSpec | SampledValues:
+    """The sampler or the caller's draw."""
+    kind = sampled.WhichOneof("candidates")
+    if kind == "sampler":
+        return sampler(sampled.sampler)
+    if kind is None:
+        raise InvalidArgument("candidates is absent; set sampler or sampled_values", field="sampled_softmax.candidates")
+    values, prefix = sampled.sampled_values, "sampled_values."
+    true_count = to_tensor(values.true_expected_count, prefix + "true_expected_count", chunks)
+    return SampledValues(
+        to_ids(values.sampled, prefix + "sampled", chunks),
+        true_count[:, None] if true_count.dim() == 1 else true_count,
+        to_tensor(values.sampled_expected_count, prefix + "sampled_expected_count", chunks),
+    )
+
+
+def sampler(message: loss_pb2.Sampler) -> SamplerSpec:
+    """What to draw."""
+    if message.kind not in SAMPLER_KINDS:
+        raise InvalidArgument(f"sampler.kind = {message.kind} is unknown", field="sampler.kind")
+    unique = message.unique if message.HasField("unique") else True
+    return SamplerSpec(SAMPLER_KINDS[message.kind], message.num_sampled, unique, message.seed)
+
+
+def loss_response(reply: LossReply, bias: bool) -> loss_pb2.ComputeLossResponse:
+    """Encode the answer to a ComputeLoss."""
+    message = loss_pb2.ComputeLossResponse(
+        ticket=reply.ticket, version=reply.version, replayed=reply.replayed, cost=cost_of(reply)
+    )
+    for field in ("loss", "lse", "hidden_grad"):
+        value = getattr(reply, field)
+        if value is not None:
+            getattr(message, field).CopyFrom(from_tensor(value))
+    if reply.table_grad is not None:
+        gradient = message.table_grad
+        gradient.class_ids.CopyFrom(from_tensor(reply.table_grad.class_ids))
+        gradient.rows.CopyFrom(from_tensor(reply.table_grad.rows))
+        if bias:
+            gradient.biases.CopyFrom(from_tensor(reply.table_grad.biases))
+    if reply.committed is not None:
+        message.committed.CopyFrom(commit_response(reply.committed))
+        message.staleness = reply.committed.staleness
+    return message
+
+
+def cost_of(reply: LossReply) -> loss_pb2.Cost:
+    """What a call cost."""
+    cost = reply.cost
+    return loss_pb2.Cost(queue_us=cost.queue_us, score_us=cost.score_us, num_candidates=cost.num_candidates)
+
+
+def commit_request(message: loss_pb2.CommitRequest) -> CommitRequest:
+    """Decode a Commit."""
+    if message.external_gradients:
+        raise NotSupported("external_gradients is reserved and not yet supported", field="external_gradients")
+    parts = tuple(
+        CommitPart(part.ticket, to_tensor(part.g, f"parts[{i}].g") if part.HasField("g") else None)
+        for i, part in enumerate(message.parts)
+    )
+    return CommitRequest(
+        message.table,
+        message.session,
+        message.step,
+        parts,
+        message.learning_rate,
+        message.grad_scale if message.HasField("grad_scale") else 1.0,
+        message.max_staleness if message.HasField("max_staleness") else None,
+        digest(message),
+    )
+
+
+def commit_response(reply: CommitReply) -> loss_pb2.CommitResponse:
+    """Encode the answer to a Commit."""
+    return loss_pb2.CommitResponse(version=reply.version, staleness=reply.staleness, replayed=reply.replayed)
+
+
+def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse:
+    """Encode the answer to an Evaluate."""
+    message = evaluation_pb2.EvaluateResponse(
+        loss=from_tensor(evaluation.loss), version=evaluation.version, last_version=evaluation.last_version
+    )
+    if evaluation.rank is not None:
+        message.rank.CopyFrom(from_tensor(evaluation.rank))
+    return message
+
+
+def top_k_response(ranked: Ranked) -> evaluation_pb2.TopKResponse:
+    """Encode the answer to a TopK."""
+    message = evaluation_pb2.TopKResponse(
+        class_ids=from_tensor(ranked.class_ids),
+        logits=from_tensor(ranked.logits),
+        version=ranked.version,
+        last_version=ranked.last_version,
+    )
+    if ranked.log_probs is not None:
+        message.log_probs.CopyFrom(from_tensor(ranked.log_probs))
+    return message
+
+
+def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
+    """Encode the answer to a Score."""
+    message = evaluation_pb2.ScoreResponse(
+        logits=from_tensor(ranked.logits), version=ranked.version, last_version=ranked.last_version
+    )
+    if ranked.log_probs is not None:
+        message.log_probs.CopyFrom(from_tensor(ranked.log_probs))
+    return message
+
