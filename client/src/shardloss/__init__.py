@@ -1,1 +1,69 @@
-"""Client of shardloss."""
+"""shardloss: softmax losses over class tables that live in a service.
+
+    client = shardloss.connect("localhost:7070")
+    head = client.table("words").sampled_softmax(num_sampled=4096)
+    optimizer = head.optimizer(lr=0.1)
+
+Importing this package imports neither torch nor ray; heads import torch when they are made.
+"""
+
+from shardloss import errors
+from shardloss.client import LossClient, Session, Table, connect
+from shardloss.errors import ShardlossError
+from shardloss.types import (
+    Adagrad,
+    Adam,
+    AdamW,
+    Candidates,
+    CommitResult,
+    Evaluation,
+    FullSoftmax,
+    LossResult,
+    Normal,
+    RowAdagrad,
+    Rows,
+    SampledSoftmax,
+    SampledValues,
+    Scores,
+    ServerInfo,
+    Sgd,
+    SparseAdam,
+    TableGradient,
+    TableInfo,
+    TopK,
+    Uniform,
+    Zeros,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Candidates",
+    "CommitResult",
+    "Evaluation",
+    "FullSoftmax",
+    "LossClient",
+    "LossResult",
+    "Normal",
+    "RowAdagrad",
+    "Rows",
+    "SampledSoftmax",
+    "SampledValues",
+    "Scores",
+    "ServerInfo",
+    "Session",
+    "Sgd",
+    "ShardlossError",
+    "SparseAdam",
+    "Table",
+    "TableGradient",
+    "TableInfo",
+    "TopK",
+    "Uniform",
+    "Zeros",
+    "connect",
+    "errors",
+]

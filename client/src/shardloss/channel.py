@@ -1,0 +1,121 @@
+"""The border to gRPC: options, deadlines, retries; grpc.RpcError ends here."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from shardloss import errors
+from shardloss.errors import BadReply, ClientClosed, DeadlineExceeded, ShardlossError, TransientError
+
+DETAILS_KEY = "grpc-status-details-bin"
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
+MESSAGE_BYTES = 64 * 2**20  # what the client takes in one message; the server's limits are tighter
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+def error_of(failure: grpc.RpcError) -> ShardlossError:
+    """Our error for a failed call: by the reason in its status details, else by its status code."""
+    code = failure.code().name
+    message = failure.details() or code
+    for key, value in failure.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            info = error_info(value)
+            if info is not None:
+                return errors.from_reason(info.reason, code, message, dict(info.metadata))
+    return errors.from_reason(None, code, message, {})
+
+
+def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
+    """The ErrorInfo of our domain inside serialized status details."""
+    try:
+        status = status_pb2.Status.FromString(details)
+    except DecodeError:
+        return None
+    for packed in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if packed.Is(info.DESCRIPTOR) and packed.Unpack(info) and info.domain == errors.DOMAIN:
+            return info
+    return None
+
+
+class Channel:
+    """One gRPC channel with an overall deadline a call and retries of transient errors under the same request.
+
+    timeout_s bounds a call with all its tries; attempt_timeout_s one try, so that a lost reply is asked for again.
+    """
+
+    def __init__(self, address: str, timeout_s: float, attempt_timeout_s: float) -> None:
+        self.timeout_s, self.attempt_timeout_s = timeout_s, attempt_timeout_s
+        self._grpc = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_BYTES),
+                ("grpc.enable_retries", 0),
+                ("grpc.keepalive_time_ms", 20000),
+                ("grpc.keepalive_timeout_ms", 10000),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 2000),
+            ],
+        )
+        self._closed = False
+
+    def stub(self, make: Callable[[grpc.Channel], R]) -> R:
+        """A service's stub on this channel."""
+        return make(self._grpc)
+
+    def close(self) -> None:
+        """Close the connection; later calls raise ClientClosed. Idempotent."""
+        self._closed = True
+        self._grpc.close()
+
+    def unary(self, method: Callable[..., R], request: object, timeout_s: float | None, *, whole: bool = False) -> R:
+        """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time."""
+        return self._repeat(lambda left: method(request, timeout=left), timeout_s, whole)
+
+    def stream(
+        self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
+    ) -> list[R]:
+        """As `unary` for a stream both ways; requests are made anew for each try."""
+        return self._repeat(lambda left: list(method(requests(), timeout=left)), timeout_s, True)
+
+    def _repeat(self, attempt: Callable[[float], R], timeout_s: float | None, whole: bool) -> R:
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        backoff_s, last = FIRST_BACKOFF_S, None
+        while True:
+            if self._closed:
+                raise ClientClosed("the client was closed")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise last or DeadlineExceeded("the deadline passed before the call was sent")
+            try:
+                return attempt(left if whole else min(left, self.attempt_timeout_s))
+            except grpc.RpcError as failure:
+                last = error_of(failure)
+            if not isinstance(last, TransientError):
+                raise last
+            wait_s = max(last.retry_after_s, backoff_s * random.uniform(0.5, 1.0))
+            if time.monotonic() + wait_s >= deadline:
+                raise last
+            time.sleep(wait_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+
+def single(messages: list[Any], kind: str) -> Any:
+    """The header that a reply stream begins with.
+
+    Raises:
+        BadReply: it begins with something else.
+    """
+    if not messages or messages[0].WhichOneof("piece") != kind:
+        raise BadReply("the reply stream does not begin with a header")
+    return messages[0].header

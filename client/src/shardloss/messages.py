@@ -1,0 +1,198 @@
+"""Between public values and the contract's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from shardloss import types, wire
+from shardloss.errors import InvalidArgument
+from shardloss.v1 import evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
+from shardloss.wire import Array
+
+OPTIMIZER_FIELDS = {
+    types.Sgd: "sgd",
+    types.Adagrad: "adagrad",
+    types.RowAdagrad: "row_adagrad",
+    types.Adam: "adam",
+    types.AdamW: "adamw",
+    types.SparseAdam: "sparse_adam",
+}
+SAMPLER_KINDS = {"log_uniform": loss_pb2.Sampler.KIND_LOG_UNIFORM, "uniform": loss_pb2.Sampler.KIND_UNIFORM}
+HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
+PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
+
+
+def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
+    """The entry of a named option.
+
+    Raises:
+        InvalidArgument: no such option.
+    """
+    if value not in table:
+        raise InvalidArgument(f"{field} = {value!r} must be one of {', '.join(map(repr, table))}", field=field)
+    return table[value]
+
+
+def optional(message: tensor_pb2.Tensor, present: bool, field: str, chunks: Mapping[int, bytes] | None) -> Array | None:
+    """A tensor's array, or None where the field is absent."""
+    return wire.decode_numbers(message, field, chunks) if present else None
+
+
+def table_spec(
+    name: str,
+    num_classes: int,
+    dim: int,
+    dtype: str,
+    bias: bool,
+    num_shards: int,
+    placement: str,
+    initializer: types.Initializer | None,
+    optimizer: types.Optimizer | None,
+) -> table_pb2.TableSpec:
+    """A table's spec."""
+    spec = table_pb2.TableSpec(
+        name=name,
+        num_classes=num_classes,
+        dim=dim,
+        dtype=choose(wire.WIRE_DTYPES, dtype, "dtype"),
+        bias=bias,
+        num_shards=num_shards,
+        placement=choose(PLACEMENTS, placement, "placement"),
+    )
+    if optimizer is not None:
+        one = getattr(spec.optimizer, OPTIMIZER_FIELDS[type(optimizer)])
+        one.SetInParent()
+        for field, value in asdict(optimizer).items():
+            setattr(one, field, value)
+    if initializer is not None:
+        spec.initializer.seed = initializer.seed
+        if isinstance(initializer, types.Normal):
+            spec.initializer.normal.stddev = initializer.stddev
+        elif isinstance(initializer, types.Uniform):
+            spec.initializer.uniform.limit = initializer.limit
+        else:
+            spec.initializer.zeros.SetInParent()
+    return spec
+
+
+def table_info(message: table_pb2.Table) -> types.TableInfo:
+    """A table as it stands."""
+    spec = message.spec
+    return types.TableInfo(
+        name=spec.name,
+        num_classes=spec.num_classes,
+        dim=spec.dim,
+        dtype=wire.NAMES[spec.dtype],
+        bias=spec.bias,
+        num_shards=spec.num_shards,
+        placement="mod" if spec.placement == table_pb2.PLACEMENT_MOD else "div",
+        version=message.version,
+        num_commits=message.num_commits,
+        num_open_tickets=message.num_open_tickets,
+    )
+
+
+def sampler(loss: types.SampledSoftmax) -> loss_pb2.Sampler:
+    """The sampler of a loss."""
+    kind = choose(SAMPLER_KINDS, loss.sampler, "sampler")
+    return loss_pb2.Sampler(kind=kind, num_sampled=loss.num_sampled, unique=loss.unique, seed=loss.seed)
+
+
+def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
+    """Write a loss into a request."""
+    if isinstance(loss, types.FullSoftmax):
+        message.full_softmax.SetInParent()
+        return
+    sampled = message.sampled_softmax
+    sampled.remove_accidental_hits = loss.remove_accidental_hits
+    sampled.hit_removal = choose(HIT_REMOVALS, loss.hit_removal, "hit_removal")
+    if loss.sampled_values is None:
+        sampled.sampler.CopyFrom(sampler(loss))
+        return
+    values = loss.sampled_values
+    sampled.sampled_values.sampled.CopyFrom(wire.encode(np.asarray(values.sampled)))
+    sampled.sampled_values.true_expected_count.CopyFrom(wire.encode(np.asarray(values.true_expected_count)))
+    sampled.sampled_values.sampled_expected_count.CopyFrom(wire.encode(np.asarray(values.sampled_expected_count)))
+
+
+def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, bytes] | None = None) -> types.LossResult:
+    """A batch's answer."""
+    gradient = None
+    if message.HasField("table_grad"):
+        grad = message.table_grad
+        gradient = types.TableGradient(
+            wire.decode(grad.class_ids, "table_grad.class_ids", chunks),
+            wire.decode_numbers(grad.rows, "table_grad.rows", chunks),
+            optional(grad.biases, grad.HasField("biases"), "table_grad.biases", chunks),
+        )
+    return types.LossResult(
+        loss=optional(message.loss, message.HasField("loss"), "loss", chunks),
+        lse=optional(message.lse, message.HasField("lse"), "lse", chunks),
+        hidden_grad=optional(message.hidden_grad, message.HasField("hidden_grad"), "hidden_grad", chunks),
+        table_grad=gradient,
+        ticket=message.ticket,
+        version=message.version,
+        replayed=message.replayed,
+        num_candidates=message.cost.num_candidates,
+        committed=commit_result(message.committed) if message.HasField("committed") else None,
+    )
+
+
+def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
+    """A step's outcome."""
+    return types.CommitResult(message.version, message.staleness, message.replayed)
+
+
+def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
+    """Exact losses and ranks."""
+    rank = wire.decode(message.rank, "rank") if message.HasField("rank") else None
+    return types.Evaluation(wire.decode(message.loss, "loss"), rank, message.version, message.last_version)
+
+
+def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
+    """Best classes."""
+    return types.TopK(
+        wire.decode(message.class_ids, "class_ids"),
+        wire.decode(message.logits, "logits"),
+        optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
+        message.version,
+        message.last_version,
+    )
+
+
+def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
+    """Logits of asked classes."""
+    return types.Scores(
+        wire.decode(message.logits, "logits"),
+        optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
+        message.version,
+        message.last_version,
+    )
+
+
+def rows(message: table_pb2.ReadRowsResponse) -> types.Rows:
+    """Rows read."""
+    biases = optional(message.biases, message.HasField("biases"), "biases", None)
+    return types.Rows(wire.decode_numbers(message.rows, "rows"), biases, message.version)
+
+
+def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
+    """A draw."""
+    return types.Candidates(
+        wire.decode(message.sampled, "sampled"),
+        wire.decode(message.true_expected_count, "true_expected_count"),
+        wire.decode(message.sampled_expected_count, "sampled_expected_count"),
+        message.num_tries,
+    )
+
+
+def server_info(message: server_pb2.ServerInfo) -> types.ServerInfo:
+    """What a server is and allows."""
+    limits = {field.name: getattr(message.limits, field.name) for field in message.limits.DESCRIPTOR.fields}
+    return types.ServerInfo(
+        message.version, tuple(message.features), message.num_workers, tuple(message.devices), limits
+    )
