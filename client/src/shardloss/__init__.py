@@ -8,8 +8,10 @@ Importing this package imports neither torch nor ray; heads import torch when th
 """
 
 from shardloss import errors
-from shardloss.client import LossClient, Session, Table, connect
+from shardloss.client import LossClient, connect
 from shardloss.errors import ShardlossError
+from shardloss.session import Session
+from shardloss.table import Table
 from shardloss.types import (
     Adagrad,
     Adam,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.client import Session, Table
 from shardloss.errors import DoubleBackward, InvalidArgument
 from shardloss.optimizer import Pending, RemoteOptimizer
+from shardloss.table import Table
 from shardloss.v1 import tensor_pb2
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -43,9 +44,7 @@ class RemoteLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, probe: Tensor, result: types.LossResult, pending: Pending | None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, probe: Tensor, result: types.LossResult, pending: Pending | None) -> Tensor:
         """The loss [N] on hidden's device."""
         ctx.result, ctx.pending = result, pending
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
@@ -53,7 +52,7 @@ class RemoteLoss(torch.autograd.Function):
         return to_torch(loss).to(hidden.device)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """(g * hidden_grad, the probe's mark).
 
         Raises:
@@ -78,9 +77,7 @@ class Head(torch.nn.Module):
     optimizer whose step() commits them. In eval mode or under no_grad a call leaves the table alone.
     """
 
-    def __init__(
-        self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None
-    ) -> None:
+    def __init__(self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InvalidArgument(f"reduction = {reduction!r} must be one of {', '.join(REDUCTIONS)}")
@@ -119,19 +116,19 @@ class Head(torch.nn.Module):
     def _losses(self, hidden: Tensor, labels: Tensor, loss: types.Loss, weights: Tensor | None) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
-        arguments = dict(
+        session = self.pending.session
+        compute = session.compute_loss if training else partial(self.table.compute_loss, step=session.step)
+        result = compute(
+            to_wire(hidden),
+            labels.detach().to("cpu").numpy(),
+            loss,
             label_weights=None if weights is None else to_wire(weights),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
         )
-        message, ids = to_wire(hidden), labels.detach().to("cpu").numpy()
-        session = self.pending.session
-        if training:
-            result = session.compute_loss(message, ids, loss, **arguments)
-        else:
-            result = self.table.compute_loss(cast(Any, message), ids, loss, step=session.step, **arguments)
         pending = self.pending if training else None
-        return cast(Tensor, RemoteLoss.apply(hidden, self.pending.probe, result, pending))
+        losses: Tensor = RemoteLoss.apply(hidden, self.pending.probe, result, pending)  # type: ignore[no-untyped-call]
+        return losses
 
     def _num_counted(self, labels: Tensor, weights: Tensor | None) -> Tensor | int:
         if weights is not None or self.ignore_index is None:
@@ -182,6 +179,3 @@ class SampledSoftmaxHead(Head):
             hit_removal=self.loss.hit_removal,
         )
         return self.apply_loss(hidden, labels, loss)
-
-
-__all__ = ["Head", "RemoteLoss", "SampledSoftmaxHead", "Session", "SoftmaxHead", "fresh_seed", "to_torch", "to_wire"]

@@ -26,11 +26,11 @@ def error_of(failure: grpc.RpcError) -> ShardlossError:
     """Our error for a failed call: by the reason in its status details, else by its status code."""
     code = failure.code().name
     message = failure.details() or code
-    for key, value in failure.trailing_metadata() or ():
-        if key == DETAILS_KEY:
-            info = error_info(value)
-            if info is not None:
-                return errors.from_reason(info.reason, code, message, dict(info.metadata))
+    metadata: Any = failure.trailing_metadata() or ()
+    for key, value in metadata:
+        info = error_info(value) if key == DETAILS_KEY else None
+        if info is not None:
+            return errors.from_reason(info.reason, code, message, dict(info.metadata))
     return errors.from_reason(None, code, message, {})
 
 

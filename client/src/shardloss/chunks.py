@@ -70,7 +70,9 @@ class Assembler:
     def _announce(self, field: str, tensor: tensor_pb2.Tensor) -> None:
         reference, expected = tensor.chunk, expected_bytes(tensor, field)
         if reference.num_bytes != expected:
-            raise InvalidArgument(f"{field} announces {reference.num_bytes} bytes; its shape takes {expected}", field=field)
+            raise InvalidArgument(
+                f"{field} announces {reference.num_bytes} bytes; its shape takes {expected}", field=field
+            )
         if reference.id in self._missing:
             raise InvalidArgument(f"{field} refers to chunk {reference.id}, as another tensor does", field=field)
         self._missing[reference.id] = expected

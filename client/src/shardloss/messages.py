@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,18 @@ OPTIMIZER_FIELDS = {
 SAMPLER_KINDS = {"log_uniform": loss_pb2.Sampler.KIND_LOG_UNIFORM, "uniform": loss_pb2.Sampler.KIND_UNIFORM}
 HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
+
+
+Numbers: TypeAlias = Array | tensor_pb2.Tensor  # a message passes as it is: so bfloat16 comes
+
+
+def numbers(array: Numbers) -> tensor_pb2.Tensor:
+    """The message of an array; a message passes (bfloat16 comes so)."""
+    if isinstance(array, tensor_pb2.Tensor):
+        return array
+    if not isinstance(array, (np.ndarray, list, tuple)):
+        raise InvalidArgument(f"a NumPy array is needed, not {type(array).__name__}")
+    return wire.encode(np.asarray(array))
 
 
 def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
@@ -117,6 +129,37 @@ def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     sampled.sampled_values.sampled.CopyFrom(wire.encode(np.asarray(values.sampled)))
     sampled.sampled_values.true_expected_count.CopyFrom(wire.encode(np.asarray(values.true_expected_count)))
     sampled.sampled_values.sampled_expected_count.CopyFrom(wire.encode(np.asarray(values.sampled_expected_count)))
+
+
+def loss_request(
+    table: str,
+    hidden: Numbers,
+    labels: Numbers,
+    loss: types.Loss,
+    *,
+    label_weights: Numbers | None = None,
+    ignore_index: int | None = None,
+    upstream: Numbers | None = None,
+    want_lse: bool = False,
+    want_hidden_grad: bool = False,
+    want_table_grad: bool = False,
+) -> loss_pb2.ComputeLossRequest:
+    """A ComputeLoss without its key."""
+    message = loss_pb2.ComputeLossRequest(
+        table=table,
+        hidden=numbers(hidden),
+        labels=numbers(labels),
+        ignore_index=ignore_index,
+        want_lse=want_lse,
+        want_hidden_grad=want_hidden_grad,
+        want_table_grad=want_table_grad,
+    )
+    set_loss(message, loss)
+    if label_weights is not None:
+        message.label_weights.CopyFrom(numbers(label_weights))
+    if upstream is not None:
+        message.upstream.CopyFrom(numbers(upstream))
+    return message
 
 
 def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, bytes] | None = None) -> types.LossResult:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.client import Session
 from shardloss.errors import RequestError
+from shardloss.session import Session
 
 
 class Pending:
@@ -85,7 +85,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._pending = pending
         super().__init__([pending.probe], {"lr": lr})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Commit. With a closure, evaluate it first and return its loss."""
         loss = None
         if closure is not None:
@@ -96,6 +96,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._pending.commit(float(self.param_groups[0]["lr"]), scale)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)
         """Drop what was recorded and not committed; losses whose backward has not run yet stay valid."""
         self._pending.drop()

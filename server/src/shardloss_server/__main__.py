@@ -85,7 +85,7 @@ def run(group: ShardGroup, config: ServerConfig, ready_file: Path | None, stop: 
 def install_signals(stop: threading.Event) -> None:
     """First signal: drain. Second: exit now."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(128 + number)
         stop.set()

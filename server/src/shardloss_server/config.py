@@ -9,7 +9,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server takes. Sizes in bytes, times in seconds; the meaning of each is in proto/shardloss/v1/server.proto."""
+    """What a server takes: bytes, counts and seconds. The meaning of each is in proto/shardloss/v1/server.proto."""
 
     max_message_bytes: int = 4 * MIB
     max_chunk_bytes: int = 2 * MIB

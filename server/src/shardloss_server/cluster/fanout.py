@@ -85,7 +85,8 @@ class FanoutGroup(ABC):
         versions = {shard: version for answer in per_worker for shard, version in answer.items()}
         if not versions:
             return 0
-        highest, lowest = max(versions.values()), min(versions.values())
+        highest: int = max(versions.values())
+        lowest: int = min(versions.values())
         if lowest < highest:
             holder = next(w for w, answer in enumerate(per_worker) if highest in answer.values())
             records = self.start(holder, "records_since", table, lowest).result(left())

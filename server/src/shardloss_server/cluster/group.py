@@ -54,9 +54,7 @@ class Order:
 
     def record(self, parts: Sequence[Part]) -> Record:
         """The self-contained record."""
-        return Record(
-            self.version, self.key, self.learning_rate, self.staleness, tuple(parts), tuple(self.upstreams)
-        )
+        return Record(self.version, self.key, self.learning_rate, self.staleness, tuple(parts), tuple(self.upstreams))
 
 
 class ShardGroup(Protocol):

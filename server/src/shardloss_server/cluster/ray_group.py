@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -21,8 +22,8 @@ from shardloss_server.shard.record import Part
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402  (reads the variables above)
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
+import ray  # reads the variables above
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 START_TIMEOUT_S = 120.0
@@ -65,6 +66,12 @@ class WorkerActor:
         return os.getpid(), self._device
 
 
+def resources() -> dict[str, float]:
+    """What the cluster has."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class RayPending:
     """The answer of one actor call."""
@@ -80,8 +87,6 @@ class RayPending:
             if isinstance(error.cause, ShardMissing):
                 raise ShardMissing(str(error.cause)) from None
             raise
-        except RayActorError as error:
-            raise WorkerLost(str(error)) from error
         except RayError as error:
             raise WorkerLost(str(error)) from error
 
@@ -108,7 +113,7 @@ class RayGroup(FanoutGroup):
 
     def _start_ray(self, address: str | None) -> None:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             return
         ray.init(
             address="local",
@@ -116,12 +121,12 @@ class RayGroup(FanoutGroup):
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _temp_dir=self._temp_dir,
         )
 
     def _start_actors(self) -> None:
-        num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self._num_workers)
+        num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         self._actors = [actor.remote(index, self._num_workers) for index in range(self._num_workers)]
         answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)

@@ -43,7 +43,7 @@ class Worker:
         shards = range(self.index, spec.placement.num_shards, self.num_workers)
         with torch.inference_mode():
             self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions, self.device) for k in shards}
-        return {k: 0 for k in shards}
+        return dict.fromkeys(shards, 0)
 
     def drop(self, table: str) -> dict[int, int]:
         """Free this worker's shards of a table."""

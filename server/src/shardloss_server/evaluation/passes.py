@@ -87,7 +87,9 @@ class Evaluator:
             log_probs = logits - merged_lse(answers)[:, None] if want_log_probs else logits
             pieces.append((ids, logits, log_probs))
         empty = torch.zeros(0, k, dtype=torch.float64)
-        ids, logits, log_probs = (torch.cat(column) for column in zip((empty.long(), empty, empty), *pieces))
+        ids, logits, log_probs = (
+            torch.cat(column) for column in zip((empty.long(), empty, empty), *pieces, strict=True)
+        )
         return Ranked(ids, scan.result(logits), scan.result(log_probs) if want_log_probs else None, *scan.versions())
 
     def score(self, table: str, hidden: Tensor, class_ids: Tensor, want_log_probs: bool, deadline: Deadline) -> Ranked:

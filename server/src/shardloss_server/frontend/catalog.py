@@ -96,7 +96,8 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
     """
     if not NAME.fullmatch(spec.name):
         raise InvalidArgument(
-            f"name {spec.name[:40]!r} must match [a-z0-9][a-z0-9._-]* and have at most 128 characters", field="spec.name"
+            f"name {spec.name[:40]!r} must match [a-z0-9][a-z0-9._-]* and have at most 128 characters",
+            field="spec.name",
         )
     for field, value, most in (
         ("num_classes", spec.num_classes, limits.max_num_classes),

@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from shardloss.errors import DeadlineExceeded, InvalidArgument, RowsLost, Stale, StepReused, StepTooOld, TableUnavailable
+from shardloss.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    RowsLost,
+    Stale,
+    StepReused,
+    StepTooOld,
+    TableUnavailable,
+)
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost

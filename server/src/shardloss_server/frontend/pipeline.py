@@ -1,7 +1,7 @@
 """The whole way of a request: validate -> plan -> fan out -> merge -> finish. Then commit.
 
-    loss     a batch in, per-example losses and the gradient of hidden out, a ticket left open
-    commit   tickets and upstream gradients in, one optimizer step on every shard
+loss     a batch in, per-example losses and the gradient of hidden out, a ticket left open
+commit   tickets and upstream gradients in, one optimizer step on every shard
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ class Pipeline:
             raise TicketAborted("the step was given up while it was being scored")
         return reply
 
-    def _score(
-        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
-    ) -> LossReply:
+    def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
         part = plan(request, owner.spec)

@@ -34,9 +34,7 @@ def plan(request: LossRequest, spec: TableSpec) -> Part:
         draw = draw_candidates(draw, spec.num_classes, request.step, labels)
     folded = fold_repeats(draw.sampled, draw.sampled_expected_count.to(dtype).log(), request.sampled.hit_removal)
     true_log_weight = torch.where(labels == PADDING, 0.0, -draw.true_expected_count.to(dtype).log())
-    return Part(
-        batch, Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, true_log_weight)
-    )
+    return Part(batch, Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, true_log_weight))
 
 
 def weights_of(labels: Tensor, given: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -104,7 +104,9 @@ def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | 
         )
     if tensor.shape[1] > limits.max_num_true:
         raise LimitExceeded(f"labels has T = {tensor.shape[1]}, above {limits.max_num_true}", field="labels")
-    class_ids(tensor, num_classes, "labels", ignore_index, "; ids are zero-based; is an end-of-text token in the batch?")
+    class_ids(
+        tensor, num_classes, "labels", ignore_index, "; ids are zero-based; is an end-of-text token in the batch?"
+    )
 
 
 def class_ids(tensor: Tensor, num_classes: int, field: str, ignore: int | None = None, hint: str = "") -> None:

@@ -91,7 +91,10 @@ def moments(spec: OptimizerSpec, gradient: Tensor, state: State) -> tuple[Tensor
 def adam(
     spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
 ) -> tuple[Tensor, State]:
-    """p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps); adam adds wd * p to grad, adamw scales p by 1 - lr * wd."""
+    """p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
+
+    adam adds weight_decay * p to the gradient, adamw scales p by 1 - lr * weight_decay first.
+    """
     if spec.kind == "adam" and spec.weight_decay:
         gradient = gradient + spec.weight_decay * rows
     if spec.kind == "adamw":

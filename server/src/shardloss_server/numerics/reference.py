@@ -32,7 +32,7 @@ def sampled_softmax(
     """Per-example sampled softmax loss [N], as tf.nn.sampled_softmax_loss (TensorFlow 2.21) computes it.
 
     labels [N, T] without padding, sampled [S] with repeats, expected counts Q [N, T] and [S]; hit_removal is "none",
-    "every" or "last". The logits are x.w + b - log Q over T true and S sampled columns; each true column has target 1/T.
+    "every" or "last". Logits are x.w + b - log Q over T true and S sampled columns; each true column has target 1/T.
     """
     true_logits = torch.einsum("nd,ntd->nt", hidden, weights[labels]) + biases[labels] - true_expected_count.log()
     logits = hidden @ weights[sampled].T + biases[sampled] - sampled_expected_count.log()

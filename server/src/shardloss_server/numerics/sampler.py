@@ -88,7 +88,8 @@ def expected_count(
 ) -> NDArray[np.float64]:
     """Q of classes of any shape: how often each is expected in the draw.
 
-    Q = p * S with repeats; Q = -expm1(num_tries * log1p(-p)) where distinct. Source: TensorFlow, candidate_sampling_ops.
+    Q = p * S with repeats; Q = -expm1(num_tries * log1p(-p)) where distinct.
+    Source: TensorFlow, candidate_sampling_ops.
     """
     p = distribution.probability(class_ids)
     if not unique:

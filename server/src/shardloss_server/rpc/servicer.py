@@ -61,9 +61,9 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        with failing_as_status(context):
-            with self.handlers.admission.admit(request.ByteSize()), torch.inference_mode():
-                return method(self, request, context)
+        admission = self.handlers.admission
+        with failing_as_status(context), admission.admit(request.ByteSize()), torch.inference_mode():
+            return method(self, request, context)
         raise AssertionError("a failed call has ended")
 
     return handler
@@ -96,9 +96,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         self.handlers = handlers
 
     @answers
-    def ComputeLoss(
-        self, request: loss_pb2.ComputeLossRequest, context: Context
-    ) -> loss_pb2.ComputeLossResponse:
+    def ComputeLoss(self, request: loss_pb2.ComputeLossRequest, context: Context) -> loss_pb2.ComputeLossResponse:
         response = self._loss(request, None, context)
         if response.ByteSize() > self.handlers.limits.max_message_bytes:
             raise LimitExceeded(f"the reply takes {response.ByteSize()} bytes; repeat the call through StreamLoss")
@@ -177,9 +175,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         self.handlers = handlers
 
     @answers
-    def CreateTable(
-        self, request: table_pb2.CreateTableRequest, context: Context
-    ) -> table_pb2.CreateTableResponse:
+    def CreateTable(self, request: table_pb2.CreateTableRequest, context: Context) -> table_pb2.CreateTableResponse:
         num_shards = max(1, self.handlers.catalog.group.num_workers)
         spec = specs.table_spec(request.spec, num_shards)
         owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context))
@@ -195,9 +191,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         return table_pb2.ListTablesResponse(tables=tables)
 
     @answers
-    def DeleteTable(
-        self, request: table_pb2.DeleteTableRequest, context: Context
-    ) -> table_pb2.DeleteTableResponse:
+    def DeleteTable(self, request: table_pb2.DeleteTableRequest, context: Context) -> table_pb2.DeleteTableResponse:
         self.handlers.catalog.delete(request.table, self.handlers.deadline(context))
         return table_pb2.DeleteTableResponse()
 
@@ -233,18 +227,14 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
         self.handlers = handlers
 
     @answers
-    def Evaluate(
-        self, request: evaluation_pb2.EvaluateRequest, context: Context
-    ) -> evaluation_pb2.EvaluateResponse:
+    def Evaluate(self, request: evaluation_pb2.EvaluateRequest, context: Context) -> evaluation_pb2.EvaluateResponse:
         hidden, labels = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.labels, "labels")
         if labels.dim() != 1:
             raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N] is needed", field="labels")
         ignore = request.ignore_index if request.HasField("ignore_index") else None
         deadline = self.handlers.deadline(context)
         evaluate = self.handlers.evaluator.evaluate
-        return wire.evaluate_response(
-            evaluate(request.table, hidden, labels, ignore, request.want_rank, deadline)
-        )
+        return wire.evaluate_response(evaluate(request.table, hidden, labels, ignore, request.want_rank, deadline))
 
     @answers
     def TopK(self, request: evaluation_pb2.TopKRequest, context: Context) -> evaluation_pb2.TopKResponse:
@@ -279,4 +269,3 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
             num_workers=group.num_workers,
             devices=group.devices,
         )
-

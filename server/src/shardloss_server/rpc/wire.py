@@ -250,4 +250,3 @@ def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
     if ranked.log_probs is not None:
         message.log_probs.CopyFrom(from_tensor(ranked.log_probs))
     return message
-

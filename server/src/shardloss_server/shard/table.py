@@ -200,7 +200,10 @@ class ShardTable:
         rows, biases = self._gather(self.spec.placement.rows(self.shard, class_ids))
         after_hit = candidates.log_weight_after_hit
         return kernel.CandidateColumns(
-            class_ids, rows, biases + candidates.log_weight[mine], None if after_hit is None else biases + after_hit[mine]
+            class_ids,
+            rows,
+            biases + candidates.log_weight[mine],
+            None if after_hit is None else biases + after_hit[mine],
         )
 
     def _chunks(self, num_rows: int) -> Iterator[tuple[int, int]]:
@@ -220,7 +223,9 @@ class ShardTable:
         self, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient through candidate and label columns: row index [M] ascending and distinct, [M, D] and [M]."""
-        pieces = [piece for part, up in zip(parts, upstreams, strict=True) for piece in self._column_gradients(part, up)]
+        pieces = [
+            piece for part, up in zip(parts, upstreams, strict=True) for piece in self._column_gradients(part, up)
+        ]
         return sum_by_row(pieces, self.spec.dim, self.compute_dtype)
 
     def _column_gradients(self, part: Part, up: Upstream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -261,7 +266,7 @@ class ShardTable:
 def sum_by_row(
     pieces: list[tuple[Tensor, Tensor, Tensor]], dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum gradients that hit the same row: pieces of (row index [L], rows [L, D], biases [L]) to distinct ascending rows."""
+    """Sum gradients that hit the same row: (row index [L], rows [L, D], biases [L]) each, to distinct rows."""
     index = torch.cat([piece[0] for piece in pieces])
     distinct, place = torch.unique(index, return_inverse=True)
     rows = torch.zeros(len(distinct), dim, dtype=dtype)
@@ -278,4 +283,3 @@ def sum_by_row(
 def _put(state: State, index: Tensor, new: State) -> None:
     for name, value in new.items():
         state[name][index] = value
-

@@ -1,0 +1,64 @@
+# `make demo` and `make test` set up everything they need in .venv; only Python 3.11+ with venv, and make, must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A GPU user changes this one line, to the torch build of his CUDA version.
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROTOS := $(wildcard proto/shardloss/v1/*.proto)
+STUBS := client/src
+# Two cores: each process computes with one thread.
+export OMP_NUM_THREADS := 1
+
+.PHONY: help setup demo demo-full demo-ask test test-long check format lint types protos protos-check clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.ready  ## Make .venv with both packages and every tool, at pinned versions
+
+$(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml server/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --requirement requirements-dev.txt
+	$(PIP) --no-build-isolation --editable client --editable server
+	touch $@
+
+demo: setup  ## Train the city finder through the service (about 5 minutes) and ask it misspelt names
+	$(BIN)/python -m examples.cities train
+
+demo-full: setup  ## As demo, evaluated on every held-out name
+	$(BIN)/python -m examples.cities train --full
+
+demo-ask: setup  ## Ask the trained city finder: make demo-ask NAME="Koeln"
+	$(BIN)/python -m examples.cities ask "$(NAME)"
+
+test: setup  ## All tests that fit 12 minutes on 2 cores
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-long: setup  ## The tests of a minute or more
+	$(BIN)/python -m pytest -q -m slow
+
+check: format lint types protos-check test  ## What CI runs
+
+format: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+protos: setup  ## Regenerate the stubs in client/src/shardloss/v1
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(STUBS) --pyi_out=$(STUBS) $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(STUBS) $(shell grep -l '^service' $(PROTOS))
+
+protos-check: setup  ## Fail where the stubs are not what the contract generates
+	rm -rf build/protos && mkdir -p build/protos
+	$(MAKE) --no-print-directory protos STUBS=build/protos
+	diff -r --exclude=__init__.py --exclude=__pycache__ build/protos/shardloss/v1 client/src/shardloss/v1
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) build

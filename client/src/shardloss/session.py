@@ -1,0 +1,124 @@
+"""The steps of one trainer on one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shardloss import messages, types
+from shardloss.messages import Numbers, numbers
+from shardloss.v1 import loss_pb2
+from shardloss.wire import Array
+
+if TYPE_CHECKING:
+    from shardloss.table import Table
+
+
+class Session:
+    """The steps of one trainer on one table. Steps begin at 1 and only grow; not thread-safe."""
+
+    def __init__(self, table: Table, name: str) -> None:
+        self.table, self.name = table, name
+        self.step = 1
+        self.num_parts = 0
+
+    def compute_loss(
+        self,
+        hidden: Numbers,
+        labels: Array,
+        loss: types.Loss,
+        *,
+        label_weights: Numbers | None = None,
+        ignore_index: int | None = None,
+        want_lse: bool = False,
+        want_hidden_grad: bool = True,
+    ) -> types.LossResult:
+        """Score the next part of the present step and leave its ticket open for `commit`."""
+        request = messages.loss_request(
+            self.table.name,
+            hidden,
+            labels,
+            loss,
+            label_weights=label_weights,
+            ignore_index=ignore_index,
+            want_lse=want_lse,
+            want_hidden_grad=want_hidden_grad,
+        )
+        self._key(request)
+        self.num_parts += 1
+        return self.table.send_loss(request)
+
+    def commit(
+        self,
+        parts: Sequence[tuple[types.LossResult | str, Array | None]],
+        *,
+        learning_rate: float,
+        grad_scale: float = 1.0,
+        max_staleness: int | None = None,
+    ) -> types.CommitResult:
+        """One optimizer step over (result or ticket, g [N] or None for ones) of the present step, exactly once.
+
+        After a TransientError the same commit may be repeated; it is applied once.
+        """
+        request = loss_pb2.CommitRequest(
+            table=self.table.name,
+            session=self.name,
+            step=self.step,
+            learning_rate=learning_rate,
+            grad_scale=grad_scale,
+            max_staleness=max_staleness,
+        )
+        for part, g in parts:
+            ticket = part if isinstance(part, str) else part.ticket
+            message = request.parts.add(ticket=ticket)
+            if g is not None:
+                message.g.CopyFrom(numbers(g))
+        channel = self.table.client.channel
+        result = messages.commit_result(channel.unary(self.table.client.losses.Commit, request, None))
+        self._next_step()
+        return result
+
+    def train_step(
+        self,
+        hidden: Array,
+        labels: Array,
+        loss: types.Loss,
+        *,
+        learning_rate: float,
+        upstream: Array | None = None,
+        label_weights: Array | None = None,
+        ignore_index: int | None = None,
+        want_hidden_grad: bool = True,
+    ) -> types.LossResult:
+        """Score and commit in one call: the table's objective is sum(upstream * loss), upstream None is ones."""
+        request = messages.loss_request(
+            self.table.name,
+            hidden,
+            labels,
+            loss,
+            label_weights=label_weights,
+            ignore_index=ignore_index,
+            upstream=upstream,
+            want_hidden_grad=want_hidden_grad,
+        )
+        self._key(request)
+        request.commit_now.learning_rate = learning_rate
+        result = self.table.send_loss(request)
+        self._next_step()
+        return result
+
+    def abort(self) -> int:
+        """Give up the present step's tickets, as if its losses had never been computed; the number given up."""
+        if self.num_parts == 0:
+            return 0
+        request = loss_pb2.AbortRequest(table=self.table.name, session=self.name, step=self.step)
+        reply: loss_pb2.AbortResponse = self.table.client.channel.unary(self.table.client.losses.Abort, request, None)
+        self._next_step()
+        return reply.num_aborted
+
+    def _key(self, request: loss_pb2.ComputeLossRequest) -> None:
+        request.session, request.step, request.part = self.name, self.step, self.num_parts
+
+    def _next_step(self) -> None:
+        self.step += 1
+        self.num_parts = 0

@@ -1,0 +1,254 @@
+"""One table of a server: heads that train it, exact questions, rows. NumPy in and out; torch only in heads."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from shardloss import chunks, messages, types
+from shardloss.channel import single
+from shardloss.messages import Numbers, numbers
+from shardloss.session import Session
+from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
+from shardloss.wire import Array
+
+if TYPE_CHECKING:
+    from shardloss.autograd import SampledSoftmaxHead, SoftmaxHead
+    from shardloss.client import LossClient
+
+PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
+REPLY_BYTES = 8  # an element of a reply takes this much at most
+
+T = TypeVar("T")
+
+
+class Table:
+    """One table of a server: heads that train it, exact questions, rows."""
+
+    def __init__(self, client: LossClient, info: types.TableInfo) -> None:
+        self.client, self.spec = client, info
+        self.name = info.name
+
+    def info(self) -> types.TableInfo:
+        """The table as it stands now."""
+        return self.client.table(self.name).spec
+
+    def softmax(
+        self, *, reduction: str = "mean", ignore_index: int | None = -100, learning_rate: float | None = None
+    ) -> SoftmaxHead:
+        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.autograd.SoftmaxHead`."""
+        from shardloss.autograd import SoftmaxHead
+
+        return SoftmaxHead(self, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+
+    def sampled_softmax(
+        self,
+        num_sampled: int = 0,
+        *,
+        sampler: str = "log_uniform",
+        unique: bool = True,
+        seed: int | None = None,
+        remove_accidental_hits: bool = True,
+        hit_removal: str = "every",
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SampledSoftmaxHead:
+        """A torch.nn.Module of the sampled softmax loss; see `shardloss.autograd.SampledSoftmaxHead`."""
+        from shardloss.autograd import SampledSoftmaxHead, fresh_seed
+
+        loss = types.SampledSoftmax(
+            num_sampled=num_sampled,
+            sampler=sampler,
+            unique=unique,
+            seed=fresh_seed() if seed is None else seed,
+            remove_accidental_hits=remove_accidental_hits,
+            hit_removal=hit_removal,
+        )
+        return SampledSoftmaxHead(
+            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def session(self) -> Session:
+        """A new session: the steps of one trainer."""
+        return Session(self, secrets.token_hex(16))
+
+    def compute_loss(
+        self,
+        hidden: Numbers,
+        labels: Array,
+        loss: types.Loss,
+        *,
+        step: int = 0,
+        label_weights: Numbers | None = None,
+        ignore_index: int | None = None,
+        upstream: Array | None = None,
+        want_lse: bool = False,
+        want_hidden_grad: bool = False,
+        want_table_grad: bool = False,
+    ) -> types.LossResult:
+        """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
+
+        step keys the sampler. want_table_grad asks for the gradient of sum(upstream * loss) in the rows, for callers
+        who own the optimizer.
+        """
+        request = messages.loss_request(
+            self.name,
+            hidden,
+            labels,
+            loss,
+            label_weights=label_weights,
+            ignore_index=ignore_index,
+            upstream=upstream,
+            want_lse=want_lse,
+            want_hidden_grad=want_hidden_grad,
+            want_table_grad=want_table_grad,
+        )
+        request.step = step
+        return self.send_loss(request)
+
+    def send_loss(self, request: loss_pb2.ComputeLossRequest) -> types.LossResult:
+        """Send a request as one message, or in chunks where it or its reply is too large for one."""
+        channel, limits = self.client.channel, self.client.info.limits
+        limit = int(limits["max_message_bytes"])
+        if max(request.ByteSize(), self._reply_bytes(request)) <= limit:
+            return messages.loss_result(channel.unary(self.client.losses.ComputeLoss, request, None))
+
+        def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
+            header, parts = chunks.detach(request, int(limits["max_chunk_bytes"]))
+            yield loss_pb2.StreamLossRequest(header=header)
+            for chunk in parts:
+                yield loss_pb2.StreamLossRequest(chunk=chunk)
+
+        replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
+        header = single(replies, "header")
+        assembler = chunks.Assembler(header, int(limits["max_reply_bytes"]) * 2)
+        for piece in replies[1:]:
+            assembler.add(piece.chunk)
+        return messages.loss_result(header, assembler.contents())
+
+    def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
+        num_rows, dim = request.hidden.shape[0], self.spec.dim
+        elements = 2 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
+        if request.want_table_grad:
+            num_touched = self.spec.num_classes
+            if request.WhichOneof("loss") == "sampled_softmax":
+                sampled = request.sampled_softmax
+                num_sampled = sampled.sampler.num_sampled or sum(sampled.sampled_values.sampled.shape)
+                num_touched = min(num_touched, num_sampled + int(np.prod(request.labels.shape)))
+            elements += num_touched * (dim + 2)
+        return elements * REPLY_BYTES + 4096
+
+    def sample_candidates(
+        self,
+        num_sampled: int,
+        *,
+        sampler: str = "log_uniform",
+        unique: bool = True,
+        seed: int = 0,
+        step: int = 0,
+        labels: Array | None = None,
+    ) -> types.Candidates:
+        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]."""
+        loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
+        request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
+        if labels is not None:
+            request.labels.CopyFrom(numbers(labels))
+        return messages.candidates(self.client.channel.unary(self.client.losses.SampleCandidates, request, None))
+
+    def evaluate(
+        self, hidden: Array, labels: Array, *, want_rank: bool = True, ignore_index: int | None = -100
+    ) -> types.Evaluation:
+        """Exact negative log likelihood and rank over all classes of hidden [N, D] with labels [N], in pages."""
+
+        def ask(page: slice) -> types.Evaluation:
+            request = evaluation_pb2.EvaluateRequest(
+                table=self.name,
+                hidden=numbers(hidden[page]),
+                labels=numbers(np.asarray(labels)[page]),
+                want_rank=want_rank,
+                ignore_index=ignore_index,
+            )
+            return messages.evaluation(self._ask(self.client.questions.Evaluate, request))
+
+        pages = [ask(page) for page in self._pages(len(hidden))]
+        rank = np.concatenate([page.rank for page in pages if page.rank is not None]) if want_rank else None
+        loss = np.concatenate([page.loss for page in pages])
+        return types.Evaluation(loss, rank, pages[0].version, pages[-1].last_version)
+
+    def top_k(self, hidden: Array, k: int, *, want_log_probs: bool = True) -> types.TopK:
+        """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages."""
+
+        def ask(page: slice) -> types.TopK:
+            request = evaluation_pb2.TopKRequest(
+                table=self.name, hidden=numbers(hidden[page]), k=k, want_log_probs=want_log_probs
+            )
+            return messages.top_k(self._ask(self.client.questions.TopK, request))
+
+        pages = [ask(page) for page in self._pages(len(hidden), 3 * k)]
+        return types.TopK(
+            np.concatenate([page.class_ids for page in pages]),
+            np.concatenate([page.logits for page in pages]),
+            joined([page.log_probs for page in pages]),
+            pages[0].version,
+            pages[-1].last_version,
+        )
+
+    def score(self, hidden: Array, class_ids: Array, *, want_log_probs: bool = False) -> types.Scores:
+        """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages."""
+        class_ids = np.asarray(class_ids)
+
+        def ask(page: slice) -> types.Scores:
+            asked = class_ids[page] if class_ids.ndim == 2 else class_ids
+            request = evaluation_pb2.ScoreRequest(
+                table=self.name, hidden=numbers(hidden[page]), class_ids=numbers(asked), want_log_probs=want_log_probs
+            )
+            return messages.scores(self._ask(self.client.questions.Score, request))
+
+        pages = [ask(page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
+        logits = np.concatenate([page.logits for page in pages])
+        log_probs = joined([page.log_probs for page in pages])
+        return types.Scores(logits, log_probs, pages[0].version, pages[-1].last_version)
+
+    def read_rows(self, class_ids: Array) -> types.Rows:
+        """Rows [M, D] and biases [M] of class_ids [M], in pages; `version` is the last page's."""
+
+        def ask(page: slice) -> types.Rows:
+            request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(np.asarray(class_ids)[page]))
+            return messages.rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
+
+        pages = [ask(page) for page in self._pages(len(class_ids))]
+        biases = joined([page.biases for page in pages])
+        return types.Rows(np.concatenate([page.rows for page in pages]), biases, pages[-1].version)
+
+    def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
+        """Overwrite rows [M, D] (and biases [M]) of class_ids [M]; one version a page; returns the last."""
+
+        def ask(page: slice) -> int:
+            request = table_pb2.WriteRowsRequest(
+                table=self.name, class_ids=numbers(np.asarray(class_ids)[page]), rows=numbers(rows[page])
+            )
+            if biases is not None:
+                request.biases.CopyFrom(numbers(biases[page]))
+            reply: table_pb2.WriteRowsResponse = self.client.channel.unary(self.client.tables.WriteRows, request, None)
+            return reply.version
+
+        return [ask(page) for page in self._pages(len(class_ids))][-1]
+
+    def _ask(self, method: Callable[..., T], request: object) -> T:
+        return self.client.channel.unary(method, request, None, whole=True)
+
+    def _pages(self, num_rows: int, width: int = 0) -> Iterator[slice]:
+        """Slices of rows of about PAGE_BYTES; one empty slice for no rows."""
+        size = max(1, PAGE_BYTES // (8 * (self.spec.dim + 1 + width)))
+        for start in range(0, max(num_rows, 1), size):
+            yield slice(start, start + size)
+
+
+def joined(pages: Sequence[Array | None]) -> Array | None:
+    """Pages in one array; None where they are None."""
+    present = [page for page in pages if page is not None]
+    return np.concatenate(present) if present else None

@@ -1,0 +1,81 @@
+"""Servers for tests: in-process with worker threads, and one embedded Ray a session. Fresh tables every test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import shardloss
+import torch
+from hypothesis import settings
+from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.config import ServerConfig
+from shardloss_server.rpc.serve import Server
+
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("fixed")
+SEED = 20_240_607
+_names = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The one seed of every test: torch and NumPy start from it."""
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def fresh_name() -> Callable[[], str]:
+    """Names that no other test uses."""
+    return lambda: f"table-{next(_names)}"
+
+
+@pytest.fixture(scope="session")
+def local_server() -> Iterator[Server]:
+    """A server over two worker threads, without Ray."""
+    group = LocalGroup(2)
+    server = Server(group, ServerConfig())
+    server.start()
+    yield server
+    server.stop(grace_s=1.0)
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def ray_server() -> Iterator[Server]:
+    """A server over two Ray worker processes; the only Ray of the session."""
+    ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
+    group = ray_group.RayGroup(2)
+    server = Server(group, ServerConfig())
+    server.start()
+    yield server
+    server.stop(grace_s=1.0)
+    group.close()
+
+
+@pytest.fixture
+def client(local_server: Server) -> Iterator[shardloss.LossClient]:
+    with shardloss.connect(local_server.address, timeout_s=30.0) as client:
+        yield client
+
+
+@pytest.fixture
+def ray_client(ray_server: Server) -> Iterator[shardloss.LossClient]:
+    with shardloss.connect(ray_server.address, timeout_s=60.0) as client:
+        yield client
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def any_client(request: pytest.FixtureRequest) -> shardloss.LossClient:
+    """A client of the local group, then of Ray workers."""
+    name = "client" if request.param == "local" else "ray_client"
+    found: shardloss.LossClient = request.getfixturevalue(name)
+    return found
