@@ -31,6 +31,13 @@ def to_wire(tensor: Tensor) -> tensor_pb2.Tensor:
     return wire.encode(tensor.numpy())
 
 
+def to_numpy(tensor: Tensor) -> wire.Array:
+    """A tensor on any device as NumPy (bfloat16 widened to float32)."""
+    tensor = tensor.detach().to("cpu")
+    array: wire.Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def to_torch(array: wire.Array) -> Tensor:
     """A tensor with memory of its own."""
     return torch.from_numpy(array.copy())
@@ -120,7 +127,7 @@ class Head(torch.nn.Module):
         compute = session.compute_loss if training else partial(self.table.compute_loss, step=session.step)
         result = compute(
             to_wire(hidden),
-            labels.detach().to("cpu").numpy(),
+            to_numpy(labels),
             loss,
             label_weights=None if weights is None else to_wire(weights),
             ignore_index=self.ignore_index,
@@ -171,8 +178,7 @@ class SampledSoftmaxHead(Head):
         """
         if sampled_values is None:
             return self.apply_loss(hidden, labels, self.loss)
-        sampled, true_count, sampled_count = (value.detach().to("cpu").numpy() for value in sampled_values)
-        values = types.SampledValues(sampled, true_count, sampled_count)
+        values = types.SampledValues(*map(to_numpy, sampled_values))
         loss = types.SampledSoftmax(
             sampled_values=values,
             remove_accidental_hits=self.loss.remove_accidental_hits,

@@ -31,6 +31,7 @@ class Table:
     def __init__(self, client: LossClient, info: types.TableInfo) -> None:
         self.client, self.spec = client, info
         self.name = info.name
+        self.attachments: dict[str, object] = {}  # what shardloss.compat keeps with a table
 
     def info(self) -> types.TableInfo:
         """The table as it stands now."""

@@ -1,0 +1,1 @@
+"""The frameworks' own signatures, over a remote table."""
