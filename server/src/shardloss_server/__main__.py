@@ -16,7 +16,7 @@ from shardloss_server import __version__
 from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import ServerConfig
-from shardloss_server.rpc.serve import Server
+from shardloss_server.rpc.serve import PortTaken, Server
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
 log = logging.getLogger("shardloss_server")
@@ -53,6 +53,9 @@ def serve(
     try:
         install_signals(stop)
         run(group, config, ready_file, stop)
+    except PortTaken as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
     finally:
         group.close()
 

@@ -96,7 +96,7 @@ class ShardGroup(Protocol):
         """Answer an exact question over one slice of every shard's rows."""
 
     def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Pending[list[Tensor]]:
-        """float64 logits [N, S] of class_ids [N, S]: each shard's own, 0 for all others."""
+        """Logits [N, S] of class_ids [N, S] in compute dtype: each shard's own, 0 for all others."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:
         """The version of every shard."""

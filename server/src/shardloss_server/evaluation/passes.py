@@ -145,7 +145,7 @@ class Scan:
             yield from answers
 
     def asked(self, hidden: Tensor, class_ids: Tensor) -> Tensor:
-        """float64 logits [N, S] of class_ids [N, S]; 0 for padding."""
+        """Logits [N, S] of class_ids [N, S] in compute dtype; 0 for padding."""
         start = lambda: self._group.asked_logits(self._owner.spec.name, hidden, class_ids)  # noqa: E731
         total = self._owner.ask(start, self._deadline)
         return torch.stack(total).sum(0)

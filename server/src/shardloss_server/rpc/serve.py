@@ -48,6 +48,10 @@ SERVICES = tuple(
 )
 
 
+class PortTaken(Exception):
+    """A port that cannot be listened on."""
+
+
 class Server:
     """The front end of a shard group on two ports. Does not close the group."""
 
@@ -91,7 +95,10 @@ class Server:
             reflection.enable_server_reflection(names, server)
 
     def _bind(self, server: grpc.Server, port: int) -> str:
-        bound = server.add_insecure_port(f"{self.config.host}:{port}")
+        try:
+            bound = server.add_insecure_port(f"{self.config.host}:{port}")
+        except RuntimeError:
+            raise PortTaken(f"cannot listen on {self.config.host} port {port}: is another server there?") from None
         return f"{self.config.host}:{bound}"
 
     def start(self) -> None:

@@ -1,8 +1,8 @@
 """Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, asked logits.
 
-Logits are formed in float64 and then rounded to the significant bits below, so that equal rows give equal logits on
-any shard and in any slice (the bits of a plain float32 product depend on where a row stands); only then are they
-compared. Two logits that agree to 24 bits (33 in a float64 table) count as tied.
+Logits are formed in float64 and then rounded (to float32, or to 33 significant bits in a float64 table), so that equal
+rows give equal logits on any shard and in any slice (the bits of a plain float32 product depend on where a row stands);
+only then are they compared. Two logits that round to the same number count as tied. See docs/adr/0002.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardloss_server.shard.table import ShardTable
 
-SIGNIFICANT_BITS = {torch.float32: 24, torch.float64: 33}
+SPLITTER = 2.0**20 + 1.0  # keeps 53 - 20 = 33 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +43,22 @@ class ScanAnswer:
     best_logits: Tensor | None
 
 
-def rounded(logits: Tensor, bits: int) -> Tensor:
-    """float64 logits rounded to `bits` significant bits (Veltkamp splitting, Dekker 1971); infinities stay."""
-    scaled = logits * (2.0 ** (53 - bits) + 1.0)
-    split = scaled - (scaled - logits)
-    return torch.where(torch.isfinite(split), split, logits)
+def rounded(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 logits rounded to float32, or to 33 significant bits of float64 (Veltkamp splitting, Dekker 1971)."""
+    if dtype == torch.float32:
+        return logits.float()
+    scaled = logits * SPLITTER
+    return scaled - (scaled - logits)
 
 
 def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> Tensor:
-    """Logits [N, S] in float64 of class_ids [N, S] that this shard owns; 0 for all others, so that shards sum up."""
-    logits = torch.zeros(class_ids.shape, dtype=torch.float64)
+    """Logits [N, S] in compute dtype of class_ids [N, S] that this shard owns; 0 for others, so that shards sum up."""
+    logits = torch.zeros(class_ids.shape, dtype=table.compute_dtype)
     row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
     index = table.spec.placement.rows(table.shard, class_ids[row, column])
     products = table.weights[index].double() * hidden[row].double()
     values = products.sum(1) + table.biases[index].double()
-    logits[row, column] = rounded(values, SIGNIFICANT_BITS[table.compute_dtype])
+    logits[row, column] = rounded(values, table.compute_dtype)
     return logits
 
 
@@ -67,13 +68,13 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     end = table.num_rows * (piece + 1) // num_pieces
     class_ids, rows, biases = table.dense_rows(start, end)
     logits = torch.addmm(biases.double(), question.hidden.double(), rows.double().T)
-    logits = rounded(logits, SIGNIFICANT_BITS[table.compute_dtype])
+    logits = rounded(logits, table.compute_dtype)
     num_before = best_ids = best_logits = None
     if question.labels is not None and question.label_logits is not None:
         num_before = count_before(class_ids, logits, question.labels, question.label_logits)
     if question.k:
         best_ids, best_logits = best(class_ids, logits, question.k)
-    lse = torch.logsumexp(logits, 1) if question.with_lse else None
+    lse = torch.logsumexp(logits, 1).double() if question.with_lse else None
     return ScanAnswer(table.version, lse, num_before, best_ids, best_logits)
 
 

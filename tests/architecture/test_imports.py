@@ -1,0 +1,126 @@
+"""The house keeps its shape: imports point one way, and rooms keep out what does not belong to them."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_server"
+
+# A room may import itself and the rooms after it in this order; `evaluation` stands beside `frontend`, above it.
+ORDER = ["__main__", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement"]
+EVERYWHERE = {"config", "metrics"}
+ONLY_IN = {
+    "ray": {"cluster/ray_group.py"},
+    "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py"},
+    "google.protobuf": {"rpc/wire.py", "rpc/status.py"},
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    """The room of a server file."""
+    parts = path.relative_to(SERVER).with_suffix("").parts
+    return parts[0]
+
+
+SERVER_FILES = sorted(SERVER.rglob("*.py"))
+CLIENT_FILES = sorted(path for path in CLIENT.rglob("*.py") if "v1/" not in str(path.relative_to(CLIENT)) + "/")
+
+
+@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
+def test_a_server_room_imports_only_rooms_to_its_right(path: Path) -> None:
+    """__main__ -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
+    room = room_of(path)
+    for module in imports_of(path):
+        target = module.split(".")[1] if module.startswith("shardloss_server.") else None
+        if target in ORDER and room in ORDER:
+            assert ORDER.index(target) >= ORDER.index(room), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
+def test_ray_grpc_and_protobuf_stay_in_their_files(path: Path) -> None:
+    """ray is known to one file, grpc to the rpc room, protobuf to the codec and the status."""
+    name = str(path.relative_to(SERVER))
+    for module in imports_of(path):
+        for library, files in ONLY_IN.items():
+            if module == library or module.startswith(library + "."):
+                assert name in files, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
+def test_pure_rooms_know_no_files_clock_or_processes(path: Path) -> None:
+    """numerics, shard and placement take values and return values."""
+    if room_of(path) in ("numerics", "shard", "placement"):
+        found = {module.split(".")[0] for module in imports_of(path)}
+        assert not found & {"os", "time", "pathlib", "random", "threading", "subprocess", "socket"}
+
+
+@pytest.mark.parametrize("path", CLIENT_FILES, ids=lambda path: str(path.relative_to(CLIENT)))
+def test_the_client_never_imports_the_server_or_ray(path: Path) -> None:
+    """A trainer's machine needs neither."""
+    for module in imports_of(path):
+        assert module.split(".")[0] not in ("ray", "shardloss_server"), f"{path} imports {module}"
+
+
+def test_every_room_is_in_the_order() -> None:
+    """A new room is placed before it is used."""
+    rooms = {room_of(path) for path in SERVER_FILES} - {"__init__"}
+    assert rooms <= set(ORDER) | EVERYWHERE
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"ray", "torch", "shardloss_server"}:
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Block())
+import shardloss
+assert "torch" not in sys.modules
+print(len(shardloss.__all__))
+"""
+
+
+def test_the_client_imports_without_torch_and_ray() -> None:
+    """The NumPy path needs grpc, protobuf and numpy alone."""
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_client_installs_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """A fresh environment with the client alone imports it; neither ray nor torch came along."""
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    source = tmp_path / "client"
+    subprocess.run(["cp", "-r", str(ROOT / "client"), str(source)], check=True, timeout=30)
+    install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*install, "-c", str(ROOT / "constraints.txt"), str(source)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "PIP_RETRIES": "1"},
+    )
+    if done.returncode and "Could not find a version" in done.stderr:
+        pytest.skip("no package registry can be reached")
+    assert done.returncode == 0, done.stderr
+    code = "import shardloss, importlib.util as u; assert not u.find_spec('ray') and not u.find_spec('torch')"
+    subprocess.run([str(python), "-c", code], check=True, timeout=60, cwd=tmp_path)

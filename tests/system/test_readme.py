@@ -1,0 +1,33 @@
+"""The README is true: its example runs, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shardloss_server.rpc.serve import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_trainer_example_runs_as_it_stands(local_server: Server, capsys) -> None:
+    """Only the address is replaced by the test server's."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(example.strip().splitlines()) <= 20
+    exec(compile(example.replace("127.0.0.1:7070", local_server.address), "README.md", "exec"), {})
+    assert 5.0 < float(capsys.readouterr().out) < 20.0  # log(50,000) = 10.8
+
+
+def test_every_make_target_and_link_is_there() -> None:
+    """Commands and files that the README names exist."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", README)) - {"nothing"} <= targets
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_adr_is_short() -> None:
+    """An ADR has at most 60 lines."""
+    for path in (ROOT / "docs/adr").glob("*.md"):
+        assert len(path.read_text().splitlines()) <= 60, path.name

@@ -1,0 +1,174 @@
+"""`shardloss-server serve` as an operator runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import shardloss
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+START_S = 90.0
+
+
+@contextmanager
+def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server process of our own and its address; ended by pid whatever happens."""
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "shardloss_server", "serve", "--port", "0", "--ready-file", str(ready), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            deadline = time.monotonic() + START_S
+            while not ready.exists():
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline, "the server did not come up"
+                time.sleep(0.05)
+            yield process, ready.read_text()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+
+
+def children_of(pid: int) -> set[int]:
+    """All living descendants of a process."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found = {pid}
+    while True:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        if not more:
+            return found - {pid}
+        found |= more
+
+
+def wait_gone(pids: set[int], timeout_s: float) -> set[int]:
+    """Those of pids that still live after at most timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        alive = {pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)}
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.1)
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return ") Z" in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) -> None:
+    """It writes its address once ready, answers, and exits 0 on a signal."""
+    with serving(tmp_path, "--local", "--workers", "1") as (process, address):
+        with shardloss.connect(address) as client:
+            table = client.create_table("t", num_classes=11, dim=3)
+            hidden = np.ones((2, 3), np.float32)
+            result = table.session().train_step(hidden, np.array([1, 2]), shardloss.FullSoftmax(), learning_rate=0.1)
+            assert result.committed is not None
+            assert result.committed.version == 1
+        process.send_signal(number)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.ray
+def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
+    """After SIGTERM neither workers nor Ray's own processes, nor its files, are left."""
+    before = {path.name for path in Path("/tmp").glob("shardloss-*")}
+    with serving(tmp_path, "--workers", "2") as (process, address):
+        with shardloss.connect(address) as client:
+            assert client.info.num_workers == 2
+            client.create_table("t", num_classes=11, dim=3)
+        children = children_of(process.pid)
+        assert len(children) > 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert wait_gone(children, 30.0) == set()
+    assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
+
+
+def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
+    """A call in flight holds the drain; the second signal does not wait for it."""
+    with serving(tmp_path, "--local", "--drain-s", "60") as (process, address), shardloss.connect(address) as client:
+        table = client.create_table("t", num_classes=5, dim=2)
+        session = table.session()
+        stub = table.client.losses
+        request = shardloss.messages.loss_request(
+            "t", np.ones((1, 2), np.float32), np.array([0]), shardloss.FullSoftmax()
+        )
+        request.session, request.step, request.after_step = session.name, 2, 1
+        waiting = stub.ComputeLoss.future(request, timeout=50)
+        wait_until_in_flight(client)
+        process.send_signal(signal.SIGTERM)
+        wait_not_serving(address)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        waiting.cancel()
+
+
+def wait_until_in_flight(client: shardloss.LossClient) -> None:
+    """Poll until the waiting call holds its ticket."""
+    deadline = time.monotonic() + 10
+    while client.table("t").spec.num_open_tickets == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_not_serving(address: str) -> None:
+    """Poll until no new call is taken."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            shardloss.connect(address, timeout_s=0.5).close()
+        except shardloss.ShardlossError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the server went on serving after its signal")
+
+
+def test_health_and_reflection_answer_on_both_ports(local_server: object) -> None:
+    """Standard tools find the services and their state without our stubs."""
+    for address in (local_server.address, local_server.admin_address):
+        with grpc.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            reply = stub.Check(health_pb2.HealthCheckRequest(service="shardloss.v1.LossService"), timeout=5)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=5))
+            names = {service.name for service in answer.list_services_response.service}
+            assert {"shardloss.v1.LossService", "shardloss.v1.TableService"} <= names
+
+
+def test_a_taken_port_is_refused_in_one_line(local_server: object, tmp_path: Path) -> None:
+    """Two servers never share a port silently."""
+    port = local_server.address.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "shardloss_server", "serve", "--local", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
+    assert done.returncode == 1
+    assert f"port {port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nobody_at_the_address_is_a_named_error() -> None:
+    """connect gives up within its deadline with ServerUnavailable or DeadlineExceeded."""
+    with pytest.raises(shardloss.errors.TransientError):
+        shardloss.connect("127.0.0.1:1", timeout_s=0.5)
