@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_trainer_example_runs_as_it_stands(local_server: Server, capsys) -> None:
     """Only the address is replaced by the test server's."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(example.strip().splitlines()) <= 20
+    assert len(example.strip().splitlines()) <= 16
     exec(compile(example.replace("127.0.0.1:7070", local_server.address), "README.md", "exec"), {})
     assert 5.0 < float(capsys.readouterr().out) < 20.0  # log(50,000) = 10.8
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 MIB = 2**20
+
+
+def physical_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,7 @@ class Limits:
     max_dim: int = 1 << 16
     max_num_classes: int = 1 << 40
     max_num_shards: int = 4096
-    max_table_bytes: int = 64 * 2**30
+    max_table_bytes: int = field(default_factory=lambda: physical_memory_bytes() // 2)
     max_tables: int = 64
     max_parts: int = 4096
     max_open_tickets: int = 4096
@@ -40,6 +46,6 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 0
     admin_port: int = 0
-    num_threads: int = 16
+    num_threads: int = 80  # above max_calls_in_flight: a refusal and a commit need a thread, too
     drain_s: float = 10.0
     limits: Limits = field(default_factory=Limits)

@@ -62,6 +62,7 @@ class Catalog:
                 return existing, False
             if len(self._owners) >= self.limits.max_tables:
                 raise LimitExceeded(f"max_tables = {self.limits.max_tables} tables exist; delete one", field="spec")
+            refuse_too_large(spec, [owner.spec for owner in self.owners()], self.limits)
             owner = TableOwner(spec, self.group, self.limits, self.budget, secrets.token_hex(8))
             try:
                 owner.ask(lambda: self.group.create(spec, self.limits.max_sessions), deadline)
@@ -108,10 +109,15 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
             raise InvalidArgument(f"{field} = {value} must be at least 1", field=f"spec.{field}")
         if value > most:
             raise LimitExceeded(f"{field} = {value} exceeds {most}", field=f"spec.{field}")
-    if table_bytes(spec) > limits.max_table_bytes:
+
+
+def refuse_too_large(spec: TableSpec, existing: list[TableSpec], limits: Limits) -> None:
+    """Refuse a table that does not fit max_table_bytes beside the existing ones."""
+    taken, needed = sum(map(table_bytes, existing)), table_bytes(spec)
+    if taken + needed > limits.max_table_bytes:
         raise LimitExceeded(
-            f"the table would take {table_bytes(spec)} bytes with its optimizer state, above "
-            f"max_table_bytes = {limits.max_table_bytes}",
+            f"the table would take {needed} bytes with its optimizer state; {taken} of max_table_bytes = "
+            f"{limits.max_table_bytes} are taken",
             field="spec.num_classes",
         )
 

@@ -32,8 +32,10 @@ def plan(request: LossRequest, spec: TableSpec) -> Part:
     draw = request.sampled.candidates
     if isinstance(draw, SamplerSpec):
         draw = draw_candidates(draw, spec.num_classes, request.step, labels)
-    folded = fold_repeats(draw.sampled, draw.sampled_expected_count.to(dtype).log(), request.sampled.hit_removal)
-    true_log_weight = torch.where(labels == PADDING, 0.0, -draw.true_expected_count.to(dtype).log())
+    folded = fold_repeats(
+        draw.sampled, draw.sampled_expected_count.double().log().to(dtype), request.sampled.hit_removal
+    )
+    true_log_weight = torch.where(labels == PADDING, 0.0, -draw.true_expected_count.double().log().to(dtype))
     return Part(batch, Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, true_log_weight))
 
 

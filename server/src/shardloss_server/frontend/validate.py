@@ -26,10 +26,11 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     hidden(request.hidden, spec, limits)
     num_rows = len(request.hidden)
     labels(request.labels, num_rows, spec.num_classes, request.ignore_index, limits)
+    label_rows(request.labels, spec, limits)
     if request.label_weights is not None:
-        label_weights(request)
+        label_weights(request, spec)
     if request.upstream is not None:
-        vector("upstream", request.upstream, num_rows)
+        vector("upstream", request.upstream, num_rows, spec)
     if request.sampled is not None:
         candidates(request, spec, limits)
     if request.commit_now is not None:
@@ -93,7 +94,7 @@ def hidden(tensor: Tensor, spec: TableSpec, limits: Limits, field: str = "hidden
         raise InvalidArgument(f"{field} has shape {list(tensor.shape)}; [N, {spec.dim}] is needed", field=field)
     if len(tensor) > limits.max_batch:
         raise LimitExceeded(f"{field} has {len(tensor)} rows, above max_batch = {limits.max_batch}", field=field)
-    finite(tensor, field)
+    finite(tensor, field, spec)
 
 
 def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None, limits: Limits) -> None:
@@ -147,10 +148,21 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
         return
     if not spec.bias:
         raise InvalidArgument("this table has no biases", field="biases")
-    vector("biases", biases, len(ids))
+    vector("biases", biases, len(ids), spec)
 
 
-def label_weights(request: LossRequest) -> None:
+def label_rows(tensor: Tensor, spec: TableSpec, limits: Limits) -> None:
+    """The rows of all labels, gathered, stay within max_request_bytes."""
+    num_bytes = tensor.numel() * spec.dim * 8
+    if num_bytes > limits.max_request_bytes:
+        raise LimitExceeded(
+            f"labels {list(tensor.shape)} gather {num_bytes} bytes of rows, above {limits.max_request_bytes}; "
+            "split the batch",
+            field="labels",
+        )
+
+
+def label_weights(request: LossRequest, spec: TableSpec) -> None:
     """[N, T] finite and not negative; full softmax only."""
     weights = request.label_weights
     assert weights is not None
@@ -162,7 +174,7 @@ def label_weights(request: LossRequest) -> None:
             f"{list(request.labels.shape)} is needed",
             field="label_weights",
         )
-    finite(weights, "label_weights")
+    finite(weights, "label_weights", spec)
     refuse_where(weights < 0, weights, "label_weights", "is negative")
 
 
@@ -240,18 +252,20 @@ def reply_size(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
         )
 
 
-def vector(field: str, tensor: Tensor, num_rows: int | None) -> None:
+def vector(field: str, tensor: Tensor, num_rows: int | None, spec: TableSpec | None = None) -> None:
     """[N] floats, finite."""
     if tensor.dtype not in FLOATS or tensor.dim() != 1 or (num_rows is not None and len(tensor) != num_rows):
         shape = f"[{'N' if num_rows is None else num_rows}]"
         raise InvalidArgument(
             f"{field} is {name_of(tensor)} {list(tensor.shape)}; floats {shape} are needed", field=field
         )
-    finite(tensor, field)
+    finite(tensor, field, spec)
 
 
-def finite(tensor: Tensor, field: str) -> None:
-    """No NaN, no Inf."""
+def finite(tensor: Tensor, field: str, spec: TableSpec | None = None) -> None:
+    """No NaN, no Inf, also once it is in the table's compute dtype."""
+    if spec is not None:
+        tensor = tensor.to(getattr(torch, spec.compute_dtype))
     refuse_where(~torch.isfinite(tensor), tensor, field, "is not finite")
 
 

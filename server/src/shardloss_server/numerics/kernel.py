@@ -7,15 +7,17 @@ rows in chunks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardloss_server.numerics.correction import find_hits
-from shardloss_server.numerics.partial import Partial, Target, merge
+from shardloss_server.numerics.partial import Partial, Target
 
 CHUNK_LOGITS = 1 << 20  # logits held at once by the full softmax: 4 MiB of float32 stay near the cache
+SAMPLED_LOGITS = 1 << 25  # and by a sampled loss, whose usual N x S fits; a larger one goes in ranges of candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,18 @@ def softmax_statistics(logits: Tensor, rows: Tensor, with_mean_row: bool) -> Par
     if not with_mean_row:
         return Partial(lse, None)
     return Partial(lse, (exps @ rows) / torch.where(total == 0, 1.0, total)[:, None])
+
+
+def candidate_ranges(columns: CandidateColumns, num_rows: int) -> Iterator[CandidateColumns]:
+    """The candidates in ranges whose logits against num_rows of hidden stay within SAMPLED_LOGITS; usually one."""
+    size = max(64, SAMPLED_LOGITS // max(1, num_rows))
+    if len(columns.class_ids) <= size:
+        yield columns
+        return
+    for start in range(0, len(columns.class_ids), size):
+        cut = slice(start, start + size)
+        after_hit = None if columns.after_hit is None else columns.after_hit[cut]
+        yield CandidateColumns(columns.class_ids[cut], columns.rows[cut], columns.offset[cut], after_hit)
 
 
 def candidate_logits(hidden: Tensor, labels: Tensor, columns: CandidateColumns) -> Tensor:
@@ -108,11 +122,6 @@ def label_partial(
 def full_partial(hidden: Tensor, rows: Tensor, biases: Tensor, with_mean_row: bool) -> Partial:
     """Partial over one chunk of rows [R, D] with biases [R]."""
     return softmax_statistics(torch.addmm(biases, hidden, rows.T), rows, with_mean_row)
-
-
-def merge_into(total: Partial | None, chunk: Partial) -> Partial:
-    """Fold the next chunk of the vocabulary in, in order."""
-    return chunk if total is None else merge(total, chunk)
 
 
 def finite_lse(lse: Tensor) -> Tensor:

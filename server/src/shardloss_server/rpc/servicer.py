@@ -6,6 +6,7 @@ import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -57,12 +58,16 @@ class Handlers:
 
 
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
-    """Admit a unary call, run it without autograd, and turn every error into its status."""
+    """Admit a unary call, run it without autograd, and turn every error into its status.
+
+    Commits and aborts are always admitted: they free what other calls wait for.
+    """
+    frees = method.__name__ in ("Commit", "Abort")
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        admission = self.handlers.admission
-        with failing_as_status(context), admission.admit(request.ByteSize()), torch.inference_mode():
+        admitted = nullcontext() if frees else self.handlers.admission.admit(request.ByteSize())
+        with failing_as_status(context), admitted, torch.inference_mode():
             return method(self, request, context)
         raise AssertionError("a failed call has ended")
 
@@ -148,8 +153,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         validate.at_least(request.step, 0, "step")
         labels = torch.zeros(0, 1, dtype=torch.int64)
         if request.HasField("labels"):
-            labels = wire.to_ids(request.labels, "labels")
-            labels = labels[:, None] if labels.dim() == 1 else labels
+            labels = wire.column(wire.to_ids(request.labels, "labels"))
             validate.labels(labels, len(labels), spec.num_classes, None, self.handlers.limits)
         values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels)
         return loss_pb2.SampleCandidatesResponse(

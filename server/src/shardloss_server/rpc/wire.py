@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from google.protobuf.message import Message
@@ -27,6 +28,7 @@ from shardloss_server.frontend.request import (
 )
 
 Chunks = Mapping[int, bytes]
+T = TypeVar("T", Tensor, Tensor | None)
 FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 SAMPLER_KINDS = {loss_pb2.Sampler.KIND_LOG_UNIFORM: "log_uniform", loss_pb2.Sampler.KIND_UNIFORM: "uniform"}
 HIT_REMOVALS = {
@@ -69,6 +71,11 @@ def from_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
     return wire.encode(tensor.numpy())
 
 
+def column(tensor: T) -> T:
+    """[N] as [N, 1]; everything else as it is."""
+    return tensor[:, None] if tensor is not None and tensor.dim() == 1 else tensor
+
+
 def loss_request(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None = None) -> LossRequest:
     """Decode a ComputeLoss; what the front end can check, it checks later.
 
@@ -84,8 +91,8 @@ def loss_request(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None = N
         part=message.part,
         after_step=message.after_step if message.HasField("after_step") else None,
         hidden=to_tensor(message.hidden, "hidden", chunks),
-        labels=labels[:, None] if labels.dim() == 1 else labels,
-        label_weights=optional_tensor(message, "label_weights", chunks),
+        labels=column(labels),
+        label_weights=column(optional_tensor(message, "label_weights", chunks)),
         ignore_index=message.ignore_index if message.HasField("ignore_index") else None,
         sampled=sampled_softmax(message, chunks),
         upstream=optional_tensor(message, "upstream", chunks),
@@ -154,7 +161,7 @@ def candidates(sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None) -> Sampl
     true_count = to_tensor(values.true_expected_count, prefix + "true_expected_count", chunks)
     return SampledValues(
         to_ids(values.sampled, prefix + "sampled", chunks),
-        true_count[:, None] if true_count.dim() == 1 else true_count,
+        column(true_count),
         to_tensor(values.sampled_expected_count, prefix + "sampled_expected_count", chunks),
     )
 

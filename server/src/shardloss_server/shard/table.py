@@ -75,11 +75,11 @@ class ShardTable:
         target = kernel.target_of(num_rows, self.spec.dim, labels, logits, label_rows, with_gradient)
         if part.candidates is None:
             return Score(self._full_partial(part.batch.hidden, with_gradient), target, self.version)
-        columns = self._candidate_columns(part.candidates)
-        candidate_logits = kernel.candidate_logits(part.batch.hidden, part.batch.labels, columns)
-        sampled = kernel.softmax_statistics(candidate_logits, columns.rows, with_gradient)
-        true = kernel.label_partial(part.batch.hidden, num_true, labels, logits, label_rows, with_gradient)
-        return Score(merge(sampled, true), target, self.version)
+        partial = kernel.label_partial(part.batch.hidden, num_true, labels, logits, label_rows, with_gradient)
+        for columns in kernel.candidate_ranges(self._candidate_columns(part.candidates), num_rows):
+            candidate_logits = kernel.candidate_logits(part.batch.hidden, part.batch.labels, columns)
+            partial = merge(kernel.softmax_statistics(candidate_logits, columns.rows, with_gradient), partial)
+        return Score(partial, target, self.version)
 
     def gradient(self, part: Part, upstream: Upstream) -> RowGradient:
         """Gradient of sum(g * loss) in this shard's touched rows, class ids ascending; all rows for a full softmax."""
@@ -236,10 +236,10 @@ class ShardTable:
         dz = kernel.label_logit_gradient(labels, logits, up.lse, up.g, batch.mass)
         yield labels.row_index, dz[:, None] * batch.hidden[labels.batch_row], dz
         if part.candidates is not None:
-            columns = self._candidate_columns(part.candidates)
-            logits = kernel.candidate_logits(batch.hidden, batch.labels, columns)
-            dz = kernel.logit_gradient(logits, up.lse, up.g * batch.mass)
-            yield self.spec.placement.rows(self.shard, columns.class_ids), dz.T @ batch.hidden, dz.sum(0)
+            for columns in kernel.candidate_ranges(self._candidate_columns(part.candidates), len(batch.hidden)):
+                logits = kernel.candidate_logits(batch.hidden, batch.labels, columns)
+                dz = kernel.logit_gradient(logits, up.lse, up.g * batch.mass)
+                yield self.spec.placement.rows(self.shard, columns.class_ids), dz.T @ batch.hidden, dz.sum(0)
 
     def _dense_gradient(
         self, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], touched: tuple[Tensor, Tensor, Tensor]
