@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
 from shardloss_server.shard.record import Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
-from shardloss_server.shard.scan import Question, ScanAnswer
+from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class FanoutGroup(ABC):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Gathered[ScanAnswer]:
         return self.on_all("scan", table, question, piece, num_pieces)
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Gathered[Tensor]:
+    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Gathered[AskedLogits]:
         return self.on_all("asked_logits", table, hidden, class_ids)
 
     def applied_versions(self, table: str) -> Gathered[int]:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from shardloss_server.shard.record import Part, Record, RowGradient, Rows, RowWrite, Score, StepKey, TableSpec, Upstream
-from shardloss_server.shard.scan import Question, ScanAnswer
+from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -95,8 +95,8 @@ class ShardGroup(Protocol):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Pending[list[ScanAnswer]]:
         """Answer an exact question over one slice of every shard's rows."""
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Pending[list[Tensor]]:
-        """Logits [N, S] of class_ids [N, S] in compute dtype: each shard's own, 0 for all others."""
+    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Pending[list[AskedLogits]]:
+        """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:
         """The version of every shard."""

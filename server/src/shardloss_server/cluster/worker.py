@@ -20,6 +20,7 @@ from shardloss_server.shard.record import (
     TableSpec,
     Upstream,
 )
+from shardloss_server.shard.scan import AskedLogits
 from shardloss_server.shard.table import ShardTable
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class Worker:
     def scan(self, table: str, question: scan.Question, piece: int, num_pieces: int) -> dict[int, scan.ScanAnswer]:
         return self._each(table, lambda shard: scan.answer(shard, question, piece, num_pieces))
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> dict[int, Tensor]:
+    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> dict[int, AskedLogits]:
         return self._each(table, lambda shard: scan.asked_logits(shard, hidden, class_ids))
 
     def applied_version(self, table: str) -> dict[int, int]:

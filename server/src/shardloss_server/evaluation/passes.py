@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.shard.record import TableSpec
-from shardloss_server.shard.scan import Question, ScanAnswer, ordered
+from shardloss_server.shard.scan import AskedLogits, Best, Question, ScanAnswer, ordered
 
 SLICE_MACS = 1 << 28  # multiply-adds of one slice on one shard: about 30 ms of float64 on one core
 SLICE_ROWS = 512  # rows of hidden a slice takes
@@ -60,11 +60,11 @@ class Evaluator:
         lse, before, label_logits = [], [], []
         for start in range(0, len(hidden), SLICE_ROWS):
             rows, y = scan.hidden(hidden[start : start + SLICE_ROWS]), labels[start : start + SLICE_ROWS]
-            z_y = scan.asked(rows, y[:, None])[:, 0]
-            question = Question(rows, y if want_rank else None, z_y if want_rank else None, 0, True)
+            asked = scan.asked(rows, y[:, None])
+            question = Question(rows, y if want_rank else None, asked.keys[:, 0] if want_rank else None, 0, True)
             answers = list(scan.answers(question))
             lse.append(merged_lse(answers))
-            label_logits.append(z_y)
+            label_logits.append(asked.logits[:, 0])
             before.append(sum_before(answers, len(y)))
         counted = labels >= 0
         loss = torch.where(counted, cat(lse) - cat(label_logits), 0.0)
@@ -77,20 +77,16 @@ class Evaluator:
         validate.hidden(hidden, owner.spec, self.limits)
         check_k(k, owner.spec, self.limits)
         scan = Scan(self.catalog, owner, deadline)
-        pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+        logits = [torch.zeros(0, k, dtype=torch.float64)]
+        ids, log_probs = [logits[0].long()], list(logits)
         for start in range(0, len(hidden), SLICE_ROWS):
             rows = scan.hidden(hidden[start : start + SLICE_ROWS])
-            answers = list(scan.answers(Question(rows, None, None, k, want_log_probs)))
-            ids = torch.cat([a.best_ids for a in answers if a.best_ids is not None], dim=1)
-            logits = torch.cat([a.best_logits for a in answers if a.best_logits is not None], dim=1)
-            ids, logits = ordered(ids, logits, k)
-            log_probs = logits - merged_lse(answers)[:, None] if want_log_probs else logits
-            pieces.append((ids, logits, log_probs))
-        empty = torch.zeros(0, k, dtype=torch.float64)
-        ids, logits, log_probs = (
-            torch.cat(column) for column in zip((empty.long(), empty, empty), *pieces, strict=True)
-        )
-        return Ranked(ids, scan.result(logits), scan.result(log_probs) if want_log_probs else None, *scan.versions())
+            found, lse = best_of(scan.answers(Question(rows, None, None, k, want_log_probs)), k)
+            ids.append(found.class_ids)
+            logits.append(found.logits)
+            log_probs.append(found.logits - lse[:, None] if want_log_probs else found.logits)
+        shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
+        return Ranked(torch.cat(ids), scan.result(torch.cat(logits)), shown, *scan.versions())
 
     def score(self, table: str, hidden: Tensor, class_ids: Tensor, want_log_probs: bool, deadline: Deadline) -> Ranked:
         """Logits of asked classes [S] or [N, S]."""
@@ -105,7 +101,7 @@ class Evaluator:
         log_probs = list(logits)
         for start in range(0, len(hidden), SLICE_ROWS):
             rows = scan.hidden(hidden[start : start + SLICE_ROWS])
-            asked = scan.asked(rows, class_ids[start : start + SLICE_ROWS].contiguous())
+            asked = scan.asked(rows, class_ids[start : start + SLICE_ROWS].contiguous()).logits
             logits.append(asked)
             if want_log_probs:
                 lse = merged_lse(list(scan.answers(Question(rows, None, None, 0, True))))
@@ -144,11 +140,11 @@ class Scan:
             self._seen.append(self._owner.same_version([answer.version for answer in answers]))
             yield from answers
 
-    def asked(self, hidden: Tensor, class_ids: Tensor) -> Tensor:
-        """Logits [N, S] of class_ids [N, S] in compute dtype; 0 for padding."""
+    def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
+        """Logits and keys of class_ids [N, S]; 0 for padding."""
         start = lambda: self._group.asked_logits(self._owner.spec.name, hidden, class_ids)  # noqa: E731
-        total = self._owner.ask(start, self._deadline)
-        return torch.stack(total).sum(0)
+        answers = self._owner.ask(start, self._deadline)
+        return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]))
 
     def versions(self) -> tuple[int, int]:
         """The first and last version seen."""
@@ -159,6 +155,30 @@ class Scan:
 def cat(pieces: list[Tensor]) -> Tensor:
     """Concatenate pieces [n_i]; [0] for none."""
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+
+
+def sum_of(pieces: list[Tensor]) -> Tensor:
+    """Sum of at least one tensor of one shape."""
+    return torch.stack(pieces).sum(0)
+
+
+def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
+    """The k best over all slices, and their lse [N] (0 where it was not asked for), folded as they come."""
+    found: Best | None = None
+    lse = torch.zeros(())
+    for answer in answers:
+        assert answer.best is not None
+        found = answer.best if found is None else ordered(beside(found, answer.best), k)
+        if answer.lse is not None:
+            lse = answer.lse if lse.dim() == 0 else torch.logaddexp(lse, answer.lse)
+    assert found is not None
+    return ordered(found, k), lse
+
+
+def beside(a: Best, b: Best) -> Best:
+    """Both, [N, a + b]."""
+    columns = zip((a.class_ids, a.keys, a.logits), (b.class_ids, b.keys, b.logits), strict=True)
+    return Best(*(torch.cat(pair, dim=1) for pair in columns))
 
 
 def merged_lse(answers: list[ScanAnswer]) -> Tensor:

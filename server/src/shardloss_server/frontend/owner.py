@@ -189,14 +189,15 @@ class TableOwner:
         upstreams = []
         for place, (part, ticket) in enumerate(zip(request.parts, tickets, strict=True)):
             lse = self._present_lse(ticket, deadline)
-            g = torch.ones(ticket.num_rows, dtype=lse.dtype) if part.g is None else part.g.to(lse.dtype)
+            g = torch.ones(ticket.num_rows) if part.g is None else part.g
             if len(g) != ticket.num_rows:
                 raise InvalidArgument(
                     f"parts[{place}].g has {len(g)} rows; its ticket has {ticket.num_rows}",
                     field=f"parts[{place}].g",
                     index=place,
                 )
-            upstreams.append(Upstream(lse, g * request.grad_scale))
+            dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
+            upstreams.append(Upstream(lse, (g.double() * request.grad_scale).to(dtype)))
         return tuple(upstreams), staleness
 
     def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:

@@ -101,7 +101,7 @@ class Pipeline:
         target = add_all([score.target for score in scores])
         table_grad = None
         if request.want.table_grad:
-            upstream = Upstream(partial.lse, upstream_of(request, partial.lse))
+            upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
             table_grad = join(owner.gradient(staged, upstream, scores[0].version, deadline))
         num_candidates = owner.spec.num_classes if part.candidates is None else len(part.candidates.class_ids)
         cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates)
@@ -196,8 +196,8 @@ def finish(
         if want.grad_dtype is not None:
             gradient = gradient.to(getattr(torch, want.grad_dtype))
     return LossReply(
-        loss=per_example_loss(partial, target, mass) if want.loss else None,
-        lse=partial.lse if want.lse else None,
+        loss=per_example_loss(partial, target, mass).to(mass.dtype) if want.loss else None,
+        lse=partial.lse.to(mass.dtype) if want.lse else None,
         hidden_grad=gradient,
         table_grad=table_grad,
         ticket="" if ticket is None else ticket.name,

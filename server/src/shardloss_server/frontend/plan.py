@@ -26,7 +26,11 @@ def plan(request: LossRequest, spec: TableSpec) -> Part:
     if request.ignore_index is not None:
         labels = torch.where(labels == request.ignore_index, PADDING, labels)
     weights = weights_of(labels, request.label_weights, dtype)
-    batch = Batch(request.hidden.to(dtype), labels, weights, weights.sum(1))
+    mass = weights.sum(1)
+    hidden = request.hidden.to(dtype)
+    if (mass == 0).any():  # whatever stands in an ignored row, its logits are finite
+        hidden = torch.where((mass == 0)[:, None], 0.0, hidden)
+    batch = Batch(hidden, labels, weights, mass)
     if request.sampled is None:
         return Part(batch, None)
     draw = request.sampled.candidates

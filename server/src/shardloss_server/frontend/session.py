@@ -133,15 +133,21 @@ class Sessions:
             Overloaded: no ticket or session more can be kept.
         """
         with self._lock:
-            known = self._touch(session, now)
+            known = self._sessions.get(session, Session(now))
             ticket = known.tickets.get((step, part))
             if ticket is not None:
                 if ticket.digest != digest:
                     raise StepReused(f"session {session!r}, step {step}, part {part} was sent with another payload")
+                self._touch(session, now)
                 return ticket, False
             if step <= max(committed, known.given_up):
                 raise StepTooOld(f"step {step} is not above {max(committed, known.given_up)}, which is done")
             self._budget.take(num_bytes)
+            try:
+                known = self._touch(session, now)
+            except Overloaded:
+                self._budget.give_back(num_bytes)
+                raise
             self._num_made += 1
             name = f"{self._table_id}-{self._num_made}"
             ticket = known.tickets[step, part] = Ticket(name, session, step, part, digest, num_bytes)

@@ -56,7 +56,7 @@ def softmax_statistics(logits: Tensor, rows: Tensor, with_mean_row: bool) -> Par
     safe_top = torch.where(torch.isneginf(top), 0.0, top)
     exps = logits.sub_(safe_top[:, None]).exp_()
     total = exps.sum(1)
-    lse = safe_top + total.log()
+    lse = safe_top.double() + total.double().log()
     if not with_mean_row:
         return Partial(lse, None)
     return Partial(lse, (exps @ rows) / torch.where(total == 0, 1.0, total)[:, None])
@@ -96,8 +96,8 @@ def target_of(
     batch: int, dim: int, columns: LabelColumns, logits: Tensor, label_rows: Tensor, with_target_row: bool
 ) -> Target:
     """Sums of y z [N] and y row [N, D] over the owned true columns."""
-    weighted = torch.where(columns.weight == 0, 0.0, columns.weight * logits)
-    target_logit = torch.zeros(batch, dtype=logits.dtype).index_add_(0, columns.batch_row, weighted)
+    weighted = torch.where(columns.weight == 0, 0.0, columns.weight.double() * logits.double())
+    target_logit = torch.zeros(batch, dtype=torch.float64).index_add_(0, columns.batch_row, weighted)
     if not with_target_row:
         return Target(target_logit, None)
     target_row = torch.zeros(batch, dim, dtype=logits.dtype)
@@ -109,12 +109,12 @@ def label_partial(
     hidden: Tensor, num_true: int, columns: LabelColumns, logits: Tensor, label_rows: Tensor, with_mean_row: bool
 ) -> Partial:
     """Partial of the true columns alone: each owned label is one column of its own row."""
-    table = torch.full((len(hidden), num_true), -torch.inf, dtype=logits.dtype)
-    table[columns.batch_row, columns.column] = logits
+    table = torch.full((len(hidden), num_true), -torch.inf, dtype=torch.float64)
+    table[columns.batch_row, columns.column] = logits.double()
     lse = torch.logsumexp(table, 1)
     if not with_mean_row:
         return Partial(lse, None)
-    weight = torch.exp(logits - lse[columns.batch_row])
+    weight = torch.exp(logits.double() - lse[columns.batch_row]).to(logits.dtype)
     mean_row = torch.zeros_like(hidden).index_add_(0, columns.batch_row, weight[:, None] * label_rows)
     return Partial(lse, mean_row)
 
@@ -130,8 +130,14 @@ def finite_lse(lse: Tensor) -> Tensor:
 
 
 def logit_gradient(logits: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
-    """dz = scale * exp(z - lse) [N, C], in place of logits. scale [N] = g * mass."""
-    return logits.sub_(finite_lse(lse)[:, None]).exp_().mul_(scale[:, None])
+    """dz = scale * exp(z - lse) [N, C], in place of logits. lse [N] float64, scale [N] = g * mass.
+
+    lse is split into what the logits' dtype holds and a rest that goes into the scale, so its rounding costs nothing.
+    """
+    lse = finite_lse(lse)
+    held = lse.to(logits.dtype)
+    scale = scale * torch.exp(held.double() - lse).to(scale.dtype)
+    return logits.sub_(held[:, None]).exp_().mul_(scale[:, None])
 
 
 def label_logit_gradient(columns: LabelColumns, logits: Tensor, lse: Tensor, g: Tensor, mass: Tensor) -> Tensor:
@@ -139,4 +145,5 @@ def label_logit_gradient(columns: LabelColumns, logits: Tensor, lse: Tensor, g: 
     n = columns.batch_row
     if columns.log_weight is None:
         return -g[n] * columns.weight
-    return g[n] * (mass[n] * torch.exp(logits - finite_lse(lse)[n]) - columns.weight)
+    probability = torch.exp(logits.double() - finite_lse(lse)[n]).to(logits.dtype)
+    return g[n] * (mass[n] * probability - columns.weight)

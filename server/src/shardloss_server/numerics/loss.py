@@ -9,7 +9,7 @@ from shardloss_server.numerics.partial import Partial, Target
 
 
 def per_example_loss(partial: Partial, target: Target, mass: Tensor) -> Tensor:
-    """loss = mass * lse - target_logit [N]; 0 where mass = 0, whatever lse is.
+    """loss = mass * lse - target_logit [N] float64; 0 where mass = 0, whatever lse is.
 
     mass [N] is the sum of a row's label weights: 1 for an ordinary row, 0 for an ignored one.
     """

@@ -13,7 +13,8 @@ from torch import Tensor
 class Partial:
     """Softmax statistics of one candidate set, per row of hidden.
 
-    lse [N] is the log-sum-exp of its logits; mean_row [N, D] the softmax-weighted mean of its rows, or None where no
+    lse [N] is the log-sum-exp of its logits, always float64: at logits of hundreds a float32 lse would cost the shares
+    five digits; mean_row [N, D] the softmax-weighted mean of its rows, or None where no
     gradient is wanted. Source: docs/design.md, "The partial".
     """
 
@@ -23,13 +24,13 @@ class Partial:
     @staticmethod
     def empty(num_rows: int, dim: int, dtype: torch.dtype, with_mean_row: bool = True) -> Partial:
         """The identity of `merge`: lse = -inf [N], mean_row = 0 [N, D]."""
-        lse = torch.full((num_rows,), -torch.inf, dtype=dtype)
+        lse = torch.full((num_rows,), -torch.inf, dtype=torch.float64)
         return Partial(lse, torch.zeros(num_rows, dim, dtype=dtype) if with_mean_row else None)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The true labels a shard owns: target_logit = sum_t y_t z_t [N], target_row = sum_t y_t row_t [N, D] or None."""
+    """Labels a shard owns: target_logit = sum_t y_t z_t [N] float64, target_row = sum_t y_t row_t [N, D] or None."""
 
     target_logit: Tensor
     target_row: Tensor | None
@@ -50,8 +51,8 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = torch.logaddexp(a.lse, b.lse)
     if a.mean_row is None or b.mean_row is None:
         return Partial(lse, None)
-    share_a, share_b = share(a.lse, lse), share(b.lse, lse)
-    return Partial(lse, share_a[:, None] * a.mean_row + share_b[:, None] * b.mean_row)
+    share_a, share_b = (share(part.lse, lse).to(a.mean_row.dtype)[:, None] for part in (a, b))
+    return Partial(lse, share_a * a.mean_row + share_b * b.mean_row)
 
 
 def merge_all(partials: Sequence[Partial]) -> Partial:

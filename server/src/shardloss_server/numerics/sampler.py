@@ -2,7 +2,7 @@
 
 Bits come from NumPy's counter-based Philox with key (seed, step), so a draw is the same on every shard count, rank
 and retry. Expected counts follow TensorFlow's candidate_sampling_ops: Q = p * S with repeats, and
-Q = 1 - (1 - p)^num_tries where draws continue until S distinct ids are found.
+Q = 1 - (1 - p)^num_tries where draws continue until S distinct ids are found (p * S where that takes S draws).
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def expected_count(
 ) -> NDArray[np.float64]:
     """Q of classes of any shape: how often each is expected in the draw.
 
-    Q = p * S with repeats; Q = -expm1(num_tries * log1p(-p)) where distinct.
-    Source: TensorFlow, candidate_sampling_ops.
+    Q = p * S with repeats, and where the first S draws are distinct already; Q = -expm1(num_tries * log1p(-p)) else.
+    Source: TensorFlow 2.21, candidate_sampling_ops (the second case is its, too: golden cases of tf_candidate_sampler).
     """
     p = distribution.probability(class_ids)
-    if not unique:
+    if not unique or num_tries == num_sampled:
         return p * num_sampled
     with np.errstate(divide="ignore"):  # p = 1 where V = 1: log1p(-1) = -inf gives Q = 1
         return np.asarray(-np.expm1(num_tries * np.log1p(-p)))

@@ -86,7 +86,7 @@ class RowGradient:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the table's gradient of one part needs beside the part: lse [N] and g [N] (already scaled)."""
+    """What the table's gradient of one part needs beside the part: lse [N] float64 and g [N] (already scaled)."""
 
     lse: Tensor
     g: Tensor

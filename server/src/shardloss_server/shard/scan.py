@@ -1,8 +1,9 @@
 """Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, asked logits.
 
-Logits are formed in float64 and then rounded (to float32, or to 33 significant bits in a float64 table), so that equal
-rows give equal logits on any shard and in any slice (the bits of a plain float32 product depend on where a row stands);
-only then are they compared. Two logits that round to the same number count as tied. See docs/adr/0002.
+Logits are formed in float64. Their last bits depend on where a row stands in the matrix, so for every comparison they
+are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row|, both norms taken up to the
+next power of two and with the bias counted in. Equal rows have equal keys on any shard and in any slice, and logits
+with the same key count as tied. See docs/adr/0002.
 """
 
 from __future__ import annotations
@@ -14,52 +15,77 @@ from torch import Tensor
 
 from shardloss_server.shard.table import ShardTable
 
-SPLITTER = 2.0**20 + 1.0  # keeps 53 - 20 = 33 bits
+KEY_BITS = {torch.float32: 24, torch.float64: 33}
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """What to answer for hidden [N, D].
 
-    labels [N] (-1: no label) with label_logits [N] ask for the number of classes that stand before the label; k > 0
-    asks for the k best; with_lse for the log-sum-exp.
+    labels [N] (-1: no label) with label_keys [N] ask for the number of classes that stand before the label; k > 0 asks
+    for the k best; with_lse for the log-sum-exp.
     """
 
     hidden: Tensor
     labels: Tensor | None
-    label_logits: Tensor | None
+    label_keys: Tensor | None
     k: int
     with_lse: bool
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The k best of some classes, by key descending and then id ascending: each [N, <= k], float64 but for the ids."""
+
+    class_ids: Tensor
+    keys: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ScanAnswer:
-    """The answers over one slice: lse [N], num_before [N], best_ids and best_logits [N, <= k]; None where not asked."""
+    """The answers over one slice: lse [N] float64, num_before [N] and the best; None where not asked."""
 
     version: int
     lse: Tensor | None
     num_before: Tensor | None
-    best_ids: Tensor | None
-    best_logits: Tensor | None
+    best: Best | None
 
 
-def rounded(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 logits rounded to float32, or to 33 significant bits of float64 (Veltkamp splitting, Dekker 1971)."""
-    if dtype == torch.float32:
-        return logits.float()
-    scaled = logits * SPLITTER
-    return scaled - (scaled - logits)
+@dataclass(frozen=True, slots=True)
+class AskedLogits:
+    """Logits and keys [N, S] float64 of asked classes: a shard's own, 0 for all others, so that shards sum up."""
+
+    logits: Tensor
+    keys: Tensor
 
 
-def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> Tensor:
-    """Logits [N, S] in compute dtype of class_ids [N, S] that this shard owns; 0 for others, so that shards sum up."""
-    logits = torch.zeros(class_ids.shape, dtype=table.compute_dtype)
-    row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
-    index = table.spec.placement.rows(table.shard, class_ids[row, column])
-    products = table.weights[index].double() * hidden[row].double()
-    values = products.sum(1) + table.biases[index].double()
-    logits[row, column] = rounded(values, table.compute_dtype)
-    return logits
+def power_above(squares: Tensor) -> Tensor:
+    """A power of two at least sqrt(squares), less than four times it."""
+    return torch.exp2((torch.frexp(squares).exponent // 2 + 1).double())
+
+
+def norms(values: Tensor, extra: Tensor | float) -> Tensor:
+    """sqrt(|value|^2 + extra^2) [M] of values [M, D], up to a power of two; the same bits for equal rows."""
+    return power_above((values * values).sum(1) + extra * extra)
+
+
+def keys_of(logits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits rounded to multiples of 2^-bits * scale, by adding and subtracting 1.5 * 2^52 of that."""
+    magic = scale * (1.5 * 2.0 ** (52 - KEY_BITS[dtype]))
+    return (logits + magic).sub_(magic)
+
+
+def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
+    """Logits and keys of class_ids [N, S] that this shard owns."""
+    logits, keys = (torch.zeros(class_ids.shape, dtype=torch.float64) for _ in range(2))
+    batch_row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
+    index = table.spec.placement.rows(table.shard, class_ids[batch_row, column])
+    rows, biases, hidden = table.weights[index].double(), table.biases[index].double(), hidden.double()
+    values = (rows * hidden[batch_row]).sum(1) + biases
+    logits[batch_row, column] = values
+    keys[batch_row, column] = keys_of(values, norms(hidden, 1.0)[batch_row] * norms(rows, biases), table.compute_dtype)
+    return AskedLogits(logits, keys)
 
 
 def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -> ScanAnswer:
@@ -67,40 +93,43 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     start = table.num_rows * piece // num_pieces
     end = table.num_rows * (piece + 1) // num_pieces
     class_ids, rows, biases = table.dense_rows(start, end)
-    logits = torch.addmm(biases.double(), question.hidden.double(), rows.double().T)
-    logits = rounded(logits, table.compute_dtype)
-    num_before = best_ids = best_logits = None
-    if question.labels is not None and question.label_logits is not None:
-        num_before = count_before(class_ids, logits, question.labels, question.label_logits)
-    if question.k:
-        best_ids, best_logits = best(class_ids, logits, question.k)
-    lse = torch.logsumexp(logits, 1).double() if question.with_lse else None
-    return ScanAnswer(table.version, lse, num_before, best_ids, best_logits)
+    rows, biases, hidden = rows.double(), biases.double(), question.hidden.double()
+    logits = torch.addmm(biases, hidden, rows.T)
+    lse = torch.logsumexp(logits.to(table.compute_dtype), 1).double() if question.with_lse else None
+    num_before = found = None
+    if question.k or question.labels is not None:
+        scale = norms(hidden, 1.0)[:, None] * norms(rows, biases)
+        keys = keys_of(logits, scale, table.compute_dtype)
+        if question.labels is not None and question.label_keys is not None:
+            num_before = count_before(class_ids, keys, question.labels, question.label_keys)
+        if question.k:
+            found = best(class_ids, keys, logits, question.k)
+    return ScanAnswer(table.version, lse, num_before, found)
 
 
-def count_before(class_ids: Tensor, logits: Tensor, labels: Tensor, label_logits: Tensor) -> Tensor:
-    """#{z > z_y} + #{z = z_y, id < y} [N] over one slice: class_ids [R], logits [N, R]."""
-    z_y, y = label_logits[:, None], labels[:, None]
-    before = (logits > z_y) | ((logits == z_y) & (class_ids < y))
+def count_before(class_ids: Tensor, keys: Tensor, labels: Tensor, label_keys: Tensor) -> Tensor:
+    """#{z > z_y} + #{z = z_y, id < y} [N] over one slice: class_ids [R], keys [N, R]."""
+    z_y, y = label_keys[:, None], labels[:, None]
+    before = (keys > z_y) | ((keys == z_y) & (class_ids < y))
     return (before & (class_ids != y)).sum(1)
 
 
-def best(class_ids: Tensor, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The min(k, R) best of class_ids [R] (ascending) by logits [N, R]: logit descending, then id ascending."""
+def best(class_ids: Tensor, keys: Tensor, logits: Tensor, k: int) -> Best:
+    """The min(k, R) best of class_ids [R] (ascending) by keys [N, R]."""
     k = min(k, len(class_ids))
     if k == 0:
-        return class_ids.new_zeros(len(logits), 0), logits[:, :0]
-    border = torch.topk(logits, k, dim=1).values[:, -1:]
-    above, tied = logits > border, logits == border
+        return Best(class_ids.new_zeros(len(keys), 0), keys[:, :0], logits[:, :0])
+    border = torch.topk(keys, k, dim=1).values[:, -1:]
+    above, tied = keys > border, keys == border
     room = k - above.sum(1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(1) <= room))
-    column = torch.nonzero(chosen)[:, 1].view(len(logits), k)
-    return ordered(class_ids[column], logits.gather(1, column), k)
+    column = torch.nonzero(chosen)[:, 1].view(len(keys), k)
+    return ordered(Best(class_ids[column], keys.gather(1, column), logits.gather(1, column)), k)
 
 
-def ordered(class_ids: Tensor, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k of [N, M] candidates by logit descending, then id ascending."""
-    by_id = torch.argsort(class_ids, dim=1)
-    class_ids, logits = class_ids.gather(1, by_id), logits.gather(1, by_id)
-    by_logit = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k]
-    return class_ids.gather(1, by_logit), logits.gather(1, by_logit)
+def ordered(found: Best, k: int) -> Best:
+    """The first k of [N, M] candidates by key descending, then id ascending."""
+    by_id = torch.argsort(found.class_ids, dim=1)
+    by_key = torch.argsort(found.keys.gather(1, by_id), dim=1, descending=True, stable=True)[:, :k]
+    place = by_id.gather(1, by_key)
+    return Best(found.class_ids.gather(1, place), found.keys.gather(1, place), found.logits.gather(1, place))

@@ -29,6 +29,9 @@ KEPT_RECORDS = 4  # a peer lags by the one record in flight; more would only hol
 UPDATE_ROWS = 1 << 14  # rows an optimizer step takes at once, so that its temporaries stay small
 
 
+Index = Tensor | slice  # rows of a shard: sparse, or one contiguous range
+
+
 class VersionGap(Exception):
     """A record or write that is not the next version: the shard lags and must be given what it lacks first."""
 
@@ -124,11 +127,9 @@ class ShardTable:
         if any(part.candidates is None for part in record.parts):
             blocks = self._dense_gradient(record.parts, record.upstreams, touched)
         else:
-            blocks = iter([touched])
-        for row_index, rows, biases in blocks:
-            for start in range(0, len(row_index), UPDATE_ROWS):
-                block = slice(start, start + UPDATE_ROWS)
-                self._update_rows_(row_index[block], rows[block], biases[block], record, step)
+            blocks = in_blocks(touched)
+        for index, rows, biases in blocks:
+            self._update_rows_(index, rows, biases, record, step)
         self.num_commits = step
         self.ledger.note(record.key, Outcome(record.key.digest, record.version, record.staleness))
         self._advance_(record)
@@ -161,7 +162,7 @@ class ShardTable:
         self.version = record.version
         self._records.append(record)
 
-    def _update_rows_(self, index: Tensor, gradient: Tensor, bias_gradient: Tensor, record: Record, step: int) -> None:
+    def _update_rows_(self, index: Index, gradient: Tensor, bias_gradient: Tensor, record: Record, step: int) -> None:
         optimizer, lr = self.spec.optimizer, record.learning_rate
         state = {name: value[index] for name, value in self.weight_state.items()}
         rows, state = updated(optimizer, self.weights[index].to(self.compute_dtype), gradient, state, lr, step)
@@ -169,16 +170,17 @@ class ShardTable:
         _put(self.weight_state, index, state)
         if self.spec.bias:
             state = {name: value[index] for name, value in self.bias_state.items()}
-            column, gradient_column = self.biases[index, None], bias_gradient[:, None]
+            column, gradient_column = self.biases[index][:, None], bias_gradient[:, None]
             column, state = updated(optimizer, column, gradient_column, state, lr, step)
             self.biases[index] = column[:, 0]
             _put(self.bias_state, index, state)
 
-    def _stored(self, rows: Tensor, index: Tensor, version: int) -> Tensor:
+    def _stored(self, rows: Tensor, index: Index, version: int) -> Tensor:
         if self.weights.dtype != torch.bfloat16:
             return rows
         placement = self.spec.placement
-        class_ids = placement.first_class(self.shard) + index * placement.stride()
+        row_index = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+        class_ids = placement.first_class(self.shard) + row_index * placement.stride()
         return round_stochastically(rows, self.spec.initializer.seed, version, class_ids)
 
     # Parts seen from this shard
@@ -243,7 +245,7 @@ class ShardTable:
 
     def _dense_gradient(
         self, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], touched: tuple[Tensor, Tensor, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Index, Tensor, Tensor]]:
         """Gradient of every row, in chunks of rows: the full-softmax parts plus what the columns touched.
 
         A chunk's logits depend on its own rows alone, so the caller may update a chunk before asking for the next.
@@ -260,7 +262,15 @@ class ShardTable:
             low, high = torch.searchsorted(row_index, torch.tensor([start, end])).tolist()
             gradient[row_index[low:high] - start] += touched_rows[low:high]
             bias_gradient[row_index[low:high] - start] += touched_biases[low:high]
-            yield torch.arange(start, end), gradient, bias_gradient
+            yield slice(start, end), gradient, bias_gradient
+
+
+def in_blocks(touched: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[Index, Tensor, Tensor]]:
+    """Touched rows, UPDATE_ROWS at a time."""
+    index, rows, biases = touched
+    for start in range(0, len(index), UPDATE_ROWS):
+        block = slice(start, start + UPDATE_ROWS)
+        yield index[block], rows[block], biases[block]
 
 
 def sum_by_row(
@@ -280,6 +290,6 @@ def sum_by_row(
     return distinct, rows, biases
 
 
-def _put(state: State, index: Tensor, new: State) -> None:
+def _put(state: State, index: Index, new: State) -> None:
     for name, value in new.items():
         state[name][index] = value
