@@ -54,10 +54,11 @@ class Assembler:
 
     Raises:
         InvalidArgument: a reference and its tensor do not fit, or a chunk comes that was not announced or is too long.
-        LimitExceeded: the header announces more than max_bytes in all.
+        LimitExceeded: the header announces more than max_bytes in all, or a chunk is above max_chunk_bytes.
     """
 
-    def __init__(self, header: Message, max_bytes: int) -> None:
+    def __init__(self, header: Message, max_bytes: int, max_chunk_bytes: int) -> None:
+        self._max_chunk_bytes = max_chunk_bytes
         self._missing: dict[int, int] = {}
         for field, tensor in tensors_of(header):
             if tensor.WhichOneof("storage") == "chunk":
@@ -79,6 +80,9 @@ class Assembler:
 
     def add(self, chunk: tensor_pb2.Chunk) -> None:
         """Take the next chunk."""
+        if len(chunk.content) > self._max_chunk_bytes:
+            message = f"a chunk of {len(chunk.content)} bytes exceeds max_chunk_bytes = {self._max_chunk_bytes}"
+            raise LimitExceeded(message, field="chunk")
         if len(chunk.content) > self._missing.get(chunk.id, -1):
             raise InvalidArgument(f"chunk {chunk.id} was not announced or is longer than announced", field="chunk")
         self._missing[chunk.id] -= len(chunk.content)

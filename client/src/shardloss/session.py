@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Session:
     """The steps of one trainer on one table. Steps begin at 1 and only grow; not thread-safe."""
 
-    def __init__(self, table: Table, name: str) -> None:
-        self.table, self.name = table, name
+    def __init__(self, table: Table, name: str, opened_at_version: int) -> None:
+        self.table, self.name, self.opened_at_version = table, name, opened_at_version
         self.step = 1
         self.num_parts = 0
 
@@ -103,6 +103,7 @@ class Session:
         )
         self._key(request)
         request.commit_now.learning_rate = learning_rate
+        request.commit_now.opened_at_version = self.opened_at_version
         result = self.table.send_loss(request)
         self._next_step()
         return result

@@ -75,7 +75,7 @@ class Table:
 
     def session(self) -> Session:
         """A new session: the steps of one trainer."""
-        return Session(self, secrets.token_hex(16))
+        return Session(self, secrets.token_hex(16), self.info().version)
 
     def compute_loss(
         self,
@@ -126,7 +126,7 @@ class Table:
 
         replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
         header = single(replies, "header")
-        assembler = chunks.Assembler(header, int(limits["max_reply_bytes"]) * 2)
+        assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), int(limits["max_chunk_bytes"]))
         for piece in replies[1:]:
             assembler.add(piece.chunk)
         return messages.loss_result(header, assembler.contents())

@@ -48,4 +48,6 @@ class ServerConfig:
     admin_port: int = 0
     num_threads: int = 80  # above max_calls_in_flight: a refusal and a commit need a thread, too
     drain_s: float = 10.0
+    max_streams_receiving: int = 16  # streams whose request has not come whole; each holds a thread
+    stream_idle_s: float = 10.0  # such a stream is dropped when nothing came for so long
     limits: Limits = field(default_factory=Limits)

@@ -123,12 +123,14 @@ class ComputeLossRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., after_step: _Optional[int] = ..., hidden: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., label_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ignore_index: _Optional[int] = ..., full_softmax: _Optional[_Union[FullSoftmax, _Mapping]] = ..., sampled_softmax: _Optional[_Union[SampledSoftmax, _Mapping]] = ..., upstream: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., commit_now: _Optional[_Union[CommitNow, _Mapping]] = ..., want_loss: bool = ..., want_lse: bool = ..., want_hidden_grad: bool = ..., want_table_grad: bool = ..., grad_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_staleness: _Optional[int] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., hit_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class CommitNow(_message.Message):
-    __slots__ = ("learning_rate", "grad_scale")
+    __slots__ = ("learning_rate", "grad_scale", "opened_at_version")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
+    OPENED_AT_VERSION_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     grad_scale: float
-    def __init__(self, learning_rate: _Optional[float] = ..., grad_scale: _Optional[float] = ...) -> None: ...
+    opened_at_version: int
+    def __init__(self, learning_rate: _Optional[float] = ..., grad_scale: _Optional[float] = ..., opened_at_version: _Optional[int] = ...) -> None: ...
 
 class TableGradient(_message.Message):
     __slots__ = ("class_ids", "rows", "biases")

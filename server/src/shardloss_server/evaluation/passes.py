@@ -54,7 +54,7 @@ class Evaluator:
         """Exact negative log likelihood and rank of labels [N]; ignored rows get 0."""
         owner = self.catalog.owner(table)
         validate.hidden(hidden, owner.spec, self.limits)
-        validate.labels(labels[:, None], len(hidden), owner.spec.num_classes, ignore, self.limits)
+        validate.label_list(labels, len(hidden), owner.spec.num_classes, ignore)
         labels = labels if ignore is None else torch.where(labels == ignore, -1, labels)
         scan = Scan(self.catalog, owner, deadline)
         lse, before, label_logits = [], [], []
@@ -75,7 +75,7 @@ class Evaluator:
         """The k best classes of each row: logit descending, then id ascending."""
         owner = self.catalog.owner(table)
         validate.hidden(hidden, owner.spec, self.limits)
-        check_k(k, owner.spec, self.limits)
+        check_k(k, len(hidden), owner.spec, self.limits)
         scan = Scan(self.catalog, owner, deadline)
         logits = [torch.zeros(0, k, dtype=torch.float64)]
         ids, log_probs = [logits[0].long()], list(logits)
@@ -134,7 +134,7 @@ class Scan:
         num_pieces = max(1, min(-(-macs // SLICE_MACS), rows_a_shard))
         for piece in range(num_pieces):
             answers = self._owner.ask(
-                lambda piece=piece: self._group.scan(spec.name, question, piece, num_pieces),  # type: ignore[misc]
+                lambda piece=piece: self._group.scan(self._owner.key, question, piece, num_pieces),  # type: ignore[misc]
                 self._deadline,
             )
             self._seen.append(self._owner.same_version([answer.version for answer in answers]))
@@ -142,7 +142,7 @@ class Scan:
 
     def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
         """Logits and keys of class_ids [N, S]; 0 for padding."""
-        start = lambda: self._group.asked_logits(self._owner.spec.name, hidden, class_ids)  # noqa: E731
+        start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
         return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]))
 
@@ -192,12 +192,14 @@ def sum_before(answers: list[ScanAnswer], num_rows: int) -> Tensor:
     return torch.stack(counts).sum(0) if counts else torch.zeros(num_rows, dtype=torch.int64)
 
 
-def check_k(k: int, spec: TableSpec, limits: Limits) -> None:
-    """1 <= k <= min(V, max_top_k)."""
+def check_k(k: int, num_rows: int, spec: TableSpec, limits: Limits) -> None:
+    """1 <= k <= min(V, max_top_k), and the reply fits one message."""
     if not 1 <= k <= spec.num_classes:
         raise InvalidArgument(f"k = {k} is outside [1, {spec.num_classes}]", field="k")
     if k > limits.max_top_k:
         raise LimitExceeded(f"k = {k} exceeds max_top_k = {limits.max_top_k}", field="k")
+    if 24 * k * num_rows > min(limits.max_message_bytes, limits.max_reply_bytes):
+        raise LimitExceeded(f"{num_rows} rows of {k} classes exceed one message; ask for fewer rows", field="k")
 
 
 def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limits) -> None:
@@ -206,6 +208,6 @@ def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limi
         raise InvalidArgument(
             f"class_ids has shape {list(class_ids.shape)}; [S] or [{len(hidden)}, S] is needed", field="class_ids"
         )
-    if 16 * class_ids.numel() > limits.max_reply_bytes:
-        raise LimitExceeded(f"{class_ids.numel()} logits exceed max_reply_bytes", field="class_ids")
+    if 16 * class_ids.numel() > min(limits.max_message_bytes, limits.max_reply_bytes):
+        raise LimitExceeded(f"{class_ids.numel()} logits exceed one message; ask for fewer", field="class_ids")
     validate.class_ids(class_ids, spec.num_classes, "class_ids")

@@ -1,9 +1,10 @@
-"""Admission: how many calls and request bytes may be inside the server at once."""
+"""Admission: how many calls, request bytes and half-received streams may be inside the server at once."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shardloss.errors import Overloaded
@@ -40,3 +41,41 @@ class Admission:
             with self._lock:
                 self.num_calls -= 1
                 self.num_bytes -= num_bytes
+
+
+class Receiving:
+    """Streams whose request is still on its way: a bounded number, each dropped when it falls silent. Thread-safe."""
+
+    def __init__(self, max_streams: int, idle_s: float) -> None:
+        self._max_streams, self._idle_s = max_streams, idle_s
+        self._lock = threading.Lock()
+        self._last_heard: dict[Callable[[], object], float] = {}
+
+    @contextmanager
+    def stream(self, drop: Callable[[], object]) -> Iterator[Callable[[], None]]:
+        """Hold one stream's place and yield what to call for each piece; `drop` ends the stream from another thread.
+
+        Raises:
+            Overloaded: no place is free.
+        """
+        with self._lock:
+            if len(self._last_heard) >= self._max_streams:
+                raise Overloaded(f"{self._max_streams} streams are being received", retry_after_s=RETRY_AFTER_S)
+            self._last_heard[drop] = time.monotonic()
+
+        def heard() -> None:
+            self._last_heard[drop] = time.monotonic()
+
+        try:
+            yield heard
+        finally:
+            with self._lock:
+                self._last_heard.pop(drop, None)
+
+    def drop_silent(self, now: float) -> int:
+        """End every stream that has said nothing for idle_s; the number ended."""
+        with self._lock:
+            silent = [drop for drop, heard in self._last_heard.items() if now - heard > self._idle_s]
+        for drop in silent:
+            drop()
+        return len(silent)

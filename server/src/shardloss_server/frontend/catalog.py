@@ -7,6 +7,7 @@ import re
 import secrets
 import threading
 
+import torch
 from shardloss.errors import InvalidArgument, LimitExceeded, ShardlossError, TableExists, TableNotFound
 
 from shardloss_server.cluster.group import ShardGroup
@@ -17,6 +18,7 @@ from shardloss_server.frontend.session import TicketBudget
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.shard.record import TableSpec
 
+MAX_DEVIATIONS = 8.0  # a normal from 32 bits is at most 6.8 standard deviations out
 log = logging.getLogger(__name__)
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
@@ -65,9 +67,9 @@ class Catalog:
             refuse_too_large(spec, [owner.spec for owner in self.owners()], self.limits)
             owner = TableOwner(spec, self.group, self.limits, self.budget, secrets.token_hex(8))
             try:
-                owner.ask(lambda: self.group.create(spec, self.limits.max_sessions), deadline)
+                owner.create(deadline)
             except ShardlossError:
-                self.group.drop(spec.name)
+                owner.retire()
                 raise
             self._owners[spec.name] = owner
             return owner, True
@@ -81,8 +83,7 @@ class Catalog:
         with deadline.holding(self._making, "a table in the making"):
             owner = self.owner(table)
             del self._owners[table]
-            owner.sessions.clear()
-            self.group.drop(table)
+            owner.retire()
 
     def expire_tickets(self, now: float) -> int:
         """Expire tickets of all tables; the number expired."""
@@ -109,6 +110,12 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
             raise InvalidArgument(f"{field} = {value} must be at least 1", field=f"spec.{field}")
         if value > most:
             raise LimitExceeded(f"{field} = {value} exceeds {most}", field=f"spec.{field}")
+    most_scale = torch.finfo(getattr(torch, spec.dtype)).max / MAX_DEVIATIONS
+    if spec.initializer.scale > most_scale:
+        name = "normal.stddev" if spec.initializer.kind == "normal" else "uniform.limit"
+        raise InvalidArgument(
+            f"initializer.{name} = {spec.initializer.scale} overflows {spec.dtype}", field=f"spec.initializer.{name}"
+        )
 
 
 def refuse_too_large(spec: TableSpec, existing: list[TableSpec], limits: Limits) -> None:
@@ -141,10 +148,18 @@ def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
     return STATES_PER_ELEMENT[optimizer.kind] * dim
 
 
+def facts(spec: TableSpec) -> dict[str, object]:
+    """What must agree for two specs to be one table, by the contract's field names."""
+    fields = ("num_classes", "dim", "dtype", "bias", "initializer", "optimizer")
+    cut = {"placement": spec.placement.strategy, "num_shards": spec.placement.num_shards}
+    return {field: getattr(spec, field) for field in fields} | cut
+
+
 def refuse_other(existing: TableSpec, asked: TableSpec) -> None:
     """Refuse a spec that differs from the existing table's, naming the first difference."""
-    for field in ("num_classes", "dim", "dtype", "bias", "placement", "initializer", "optimizer"):
-        have, want = getattr(existing, field), getattr(asked, field)
+    have_all, want_all = facts(existing), facts(asked)
+    for field, have in have_all.items():
+        want = want_all[field]
         if have != want:
             raise TableExists(
                 f"table {existing.name!r} exists with {field} = {have}, not {want}; delete it or use another name",

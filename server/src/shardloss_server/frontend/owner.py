@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -17,12 +18,14 @@ from shardloss.errors import (
     Stale,
     StepReused,
     StepTooOld,
+    TableNotFound,
     TableUnavailable,
 )
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
+from shardloss_server.frontend import validate
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.request import CommitReply, CommitRequest, LossReply
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
@@ -56,6 +59,14 @@ class LastReplies:
                 self._replies.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A change that was started and whose outcome is not known yet, with the tickets it closes."""
+
+    change: Order | RowWrite
+    tickets: list[Ticket]
+
+
 class TableOwner:
     """One table's versions, ledger and sessions, in front of the group that holds its shards.
 
@@ -67,6 +78,7 @@ class TableOwner:
 
     def __init__(self, spec: TableSpec, group: ShardGroup, limits: Limits, budget: TicketBudget, table_id: str) -> None:
         self.spec, self.limits = spec, limits
+        self.key = f"{spec.name}#{table_id}"  # the shards' name of it: a table made anew is another one
         self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s)
         self.ledger = Ledger(limits.max_sessions)
         self.version = 0
@@ -76,14 +88,26 @@ class TableOwner:
         self._order = threading.Lock()
         self._commits = threading.Lock()
         self._applied = threading.Condition()
-        self._doubtful: Order | RowWrite | None = None
+        self._doubtful: Doubt | None = None
         self._lost: str | None = None
+        self._retired = False
+
+    def create(self, deadline: Deadline) -> None:
+        """Allocate and fill the shards."""
+        spec = replace(self.spec, name=self.key)
+        self.ask(lambda: self._group.create(spec, self.limits.max_sessions), deadline)
+
+    def retire(self) -> None:
+        """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
+        self._retired = True
+        self.sessions.clear()
+        self._group.drop(self.key)
 
     # Reading
 
     def score(self, staged: Staged, with_gradient: bool, deadline: Deadline) -> list[Score]:
         """Score a staged part on every shard at one version."""
-        scores = self.ask(lambda: self._group.score(self.spec.name, staged, with_gradient), deadline)
+        scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient), deadline)
         self.same_version([score.version for score in scores])
         return scores
 
@@ -96,11 +120,11 @@ class TableOwner:
         with deadline.holding(self._commits, "a commit of this table"):
             if self.version != version:
                 raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
-            return self.ask(lambda: self._group.gradient(self.spec.name, staged, upstream), deadline, settled=True)
+            return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
 
     def read(self, class_ids: Tensor, deadline: Deadline) -> Rows:
         """Rows [M, D] and biases [M] of class_ids [M] at one version."""
-        pieces = self.ask(lambda: self._group.read(self.spec.name, class_ids), deadline)
+        pieces = self.ask(lambda: self._group.read(self.key, class_ids), deadline)
         version = self.same_version([piece.version for piece in pieces])
         owner = self.spec.placement.shard_of(class_ids)
         place = torch.cat([torch.nonzero(owner == k)[:, 0] for k in range(len(pieces))])
@@ -153,13 +177,13 @@ class TableOwner:
             key = StepKey(request.session, request.step, request.digest)
             order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
             staged = [ticket.staged for ticket in tickets]
-            self._change(order, lambda: self._group.apply(self.spec.name, order, staged), deadline)
-            self.sessions.commit(tickets)
+            self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
             return CommitReply(self.version, staleness, False)
 
     def abort(self, session: str, step: int, deadline: Deadline) -> int:
         """Give up a session's open tickets up to a step; not while one of them is being committed."""
         with deadline.holding(self._commits, "a commit of this table"):
+            self._settle(deadline)
             return self.sessions.abort(session, step, time.monotonic())
 
     def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
@@ -167,7 +191,7 @@ class TableOwner:
         with deadline.holding(self._commits, "another commit of this table"):
             self._settle(deadline)
             write = RowWrite(self.version + 1, class_ids, rows, biases)
-            self._change(write, lambda: self._group.write(self.spec.name, write), deadline)
+            self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
             return self.version
 
     def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
@@ -185,7 +209,10 @@ class TableOwner:
         """(lse, g) of every part at the present version, and the largest staleness."""
         staleness = max(self.version - ticket.version for ticket in tickets)
         if request.max_staleness is not None and staleness > request.max_staleness:
-            raise Stale(f"a part was scored {staleness} commits ago; max_staleness is {request.max_staleness}")
+            raise Stale(
+                f"a part was scored {staleness} commits ago; max_staleness is {request.max_staleness}",
+                field="max_staleness",
+            )
         upstreams = []
         for place, (part, ticket) in enumerate(zip(request.parts, tickets, strict=True)):
             lse = self._present_lse(ticket, deadline)
@@ -196,8 +223,9 @@ class TableOwner:
                     field=f"parts[{place}].g",
                     index=place,
                 )
-            dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
-            upstreams.append(Upstream(lse, (g.double() * request.grad_scale).to(dtype)))
+            scaled = g.double() * request.grad_scale
+            validate.finite(scaled, f"parts[{place}].g", self.spec)
+            upstreams.append(Upstream(lse, scaled.to(getattr(torch, self.spec.compute_dtype))))
         return tuple(upstreams), staleness
 
     def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:
@@ -207,23 +235,24 @@ class TableOwner:
             raise TableUnavailable("the ticket was closed meanwhile; repeat the call")
         if ticket.version == self.version:
             return lse
-        scores = self.ask(lambda: self._group.score(self.spec.name, staged, False), deadline, settled=True)
+        scores = self.ask(lambda: self._group.score(self.key, staged, False), deadline, settled=True)
         self.same_version([score.version for score in scores])
         return merge_all([score.partial for score in scores]).lse
 
-    def _change(self, change: Order | RowWrite, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
+    def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
         if deadline.left() == 0:
             raise DeadlineExceeded("the deadline passed before the change began; nothing was changed")
         with deadline.holding(self._order, "the table's order of work"):
             self._refuse_lost()
-            self._doubtful = change
+            self._doubtful = doubt
             pending = start()
         self._wait(pending, deadline, changing=True)
-        self._note(change)
+        self._note(doubt)
 
-    def _note(self, change: Order | RowWrite) -> None:
-        """All shards hold the change: it happened."""
+    def _note(self, doubt: Doubt) -> None:
+        """All shards hold the change: it happened, and its tickets are committed."""
+        change = doubt.change
         with self._applied:
             self._doubtful = None
             self.version = change.version
@@ -231,6 +260,8 @@ class TableOwner:
                 self.num_commits += 1
                 self.ledger.note(change.key, Outcome(change.key.digest, change.version, change.staleness))
             self._applied.notify_all()
+        if doubt.tickets:
+            self.sessions.commit(doubt.tickets)
 
     # Doubt
 
@@ -242,12 +273,12 @@ class TableOwner:
 
     def _settle(self, deadline: Deadline) -> None:
         self._refuse_lost()
-        change = self._doubtful
-        if change is None:
+        doubt = self._doubtful
+        if doubt is None:
             return
-        version = self._guarded(lambda: self._group.repair(self.spec.name, deadline.left()), changing=False)
-        if version >= change.version:
-            self._note(change)
+        version = self._guarded(lambda: self._group.repair(self.key, deadline.left()), changing=False)
+        if version >= doubt.change.version:
+            self._note(doubt)
         self._doubtful = None
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
@@ -263,6 +294,7 @@ class TableOwner:
             log.warning("table %s: %s", self.spec.name, error)
             raise TableUnavailable("a worker did not answer; repeat with the same key") from error
         except ShardMissing as error:
+            self._refuse_retired()
             self._lost = "a worker died and its rows are gone"
             log.error("table %s: %s", self.spec.name, error)
             self._refuse_lost()
@@ -273,6 +305,11 @@ class TableOwner:
                 log.exception("table %s: %s", self.spec.name, self._lost)
             raise
 
+    def _refuse_retired(self) -> None:
+        if self._retired:
+            raise TableNotFound(f"table {self.spec.name!r} was deleted", field="table")
+
     def _refuse_lost(self) -> None:
+        self._refuse_retired()
         if self._lost is not None:
             raise RowsLost(f"table {self.spec.name!r}: {self._lost}; delete it, make it anew and fill it")

@@ -51,7 +51,7 @@ class Pipeline:
     def commit(self, request: CommitRequest, deadline: Deadline) -> CommitReply:
         """One optimizer step over all parts, exactly once."""
         owner = self.catalog.owner(request.table)
-        validate.commit_request(request, self.limits)
+        validate.commit_request(request, owner.spec, self.limits)
         return owner.commit(request, deadline)
 
     def abort(self, table: str, session: str, step: int, deadline: Deadline) -> int:
@@ -114,9 +114,11 @@ class Pipeline:
 
     def _one_call(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
-        session, step = request.session, request.step
-        if step != 1 and not (owner.sessions.knows(session) or owner.ledger.knows(session)):
-            raise SessionExpired(f"session {session!r} is unknown or forgotten; a new one begins with step 1")
+        assert request.commit_now is not None
+        session, step, now = request.session, request.step, request.commit_now
+        is_known = owner.sessions.knows(session) or owner.ledger.knows(session)
+        if not is_known and (step != 1 or now.opened_at_version < owner.ledger.horizon):
+            raise SessionExpired(f"session {session!r} is unknown or forgotten; start a new one", field="session")
         try:
             reply = self._with_ticket(owner, request, deadline)
         except StepTooOld:

@@ -38,10 +38,11 @@ class SampledSoftmax:
 
 @dataclass(frozen=True, slots=True)
 class CommitNow:
-    """The one-call form: commit the part at once."""
+    """The one-call form: commit the part at once. opened_at_version tells a new session from a forgotten one."""
 
     learning_rate: float
     grad_scale: float
+    opened_at_version: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,11 +137,15 @@ class Sessions:
             ticket = known.tickets.get((step, part))
             if ticket is not None:
                 if ticket.digest != digest:
-                    raise StepReused(f"session {session!r}, step {step}, part {part} was sent with another payload")
+                    raise StepReused(
+                        f"session {session!r}, step {step}, part {part} was sent with another payload", field="step"
+                    )
                 self._touch(session, now)
                 return ticket, False
             if step <= max(committed, known.given_up):
-                raise StepTooOld(f"step {step} is not above {max(committed, known.given_up)}, which is done")
+                raise StepTooOld(
+                    f"step {step} is not above {max(committed, known.given_up)}, which is done", field="step"
+                )
             self._budget.take(num_bytes)
             try:
                 known = self._touch(session, now)

@@ -22,7 +22,7 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     Raises:
         InvalidArgument, LimitExceeded: naming the field and, for values, the first offending index.
     """
-    key(request)
+    key(request, limits)
     hidden(request.hidden, spec, limits)
     num_rows = len(request.hidden)
     labels(request.labels, num_rows, spec.num_classes, request.ignore_index, limits)
@@ -34,12 +34,12 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     if request.sampled is not None:
         candidates(request, spec, limits)
     if request.commit_now is not None:
-        rate(request.commit_now.learning_rate, "commit_now.learning_rate")
+        rate(request.commit_now.learning_rate, "commit_now.learning_rate", spec)
         finite_number(request.commit_now.grad_scale, "commit_now.grad_scale")
     reply_size(request, spec, limits)
 
 
-def commit_request(request: CommitRequest, limits: Limits) -> None:
+def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> None:
     """Check what a Commit says by itself; its tickets are looked up later."""
     session(request.session)
     at_least(request.step, 1, "step")
@@ -53,14 +53,14 @@ def commit_request(request: CommitRequest, limits: Limits) -> None:
             raise InvalidArgument(f"parts[{place}].ticket names a ticket twice", field="parts", index=place)
         seen.add(part.ticket)
         if part.g is not None:
-            vector(f"parts[{place}].g", part.g, None)
-    rate(request.learning_rate, "learning_rate")
+            vector(f"parts[{place}].g", part.g, None, spec)
+    rate(request.learning_rate, "learning_rate", spec)
     finite_number(request.grad_scale, "grad_scale")
     if request.max_staleness is not None:
         at_least(request.max_staleness, 0, "max_staleness")
 
 
-def key(request: LossRequest) -> None:
+def key(request: LossRequest, limits: Limits) -> None:
     """Session, step and part fit together."""
     if not request.session:
         if request.commit_now is not None:
@@ -72,6 +72,8 @@ def key(request: LossRequest) -> None:
     session(request.session)
     at_least(request.step, 1, "step")
     at_least(request.part, 0, "part")
+    if request.part >= limits.max_parts:
+        raise LimitExceeded(f"part = {request.part} is not below max_parts = {limits.max_parts}", field="part")
     if request.after_step is not None:
         at_least(request.after_step, 0, "after_step")
         if request.after_step >= request.step:
@@ -108,6 +110,13 @@ def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | 
     class_ids(
         tensor, num_classes, "labels", ignore_index, "; ids are zero-based; is an end-of-text token in the batch?"
     )
+
+
+def label_list(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None) -> None:
+    """[N] class ids in [0, V) or equal to ignore_index."""
+    if tensor.dim() != 1 or len(tensor) != num_rows:
+        raise InvalidArgument(f"labels has shape {list(tensor.shape)}; [{num_rows}] is needed", field="labels")
+    class_ids(tensor, num_classes, "labels", ignore_index)
 
 
 def class_ids(tensor: Tensor, num_classes: int, field: str, ignore: int | None = None, hint: str = "") -> None:
@@ -205,11 +214,12 @@ def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
 def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     """sampled [S] in range; both expected counts of the right shape, finite and positive where they count."""
     prefix = "sampled_values."
-    if draw.sampled.dim() != 1 or len(draw.sampled) > limits.max_num_sampled:
-        raise InvalidArgument(
-            f"{prefix}sampled has shape {list(draw.sampled.shape)}; [S] with S <= {limits.max_num_sampled} is needed",
-            field=prefix + "sampled",
-        )
+    if draw.sampled.dim() != 1:
+        found = list(draw.sampled.shape)
+        raise InvalidArgument(f"{prefix}sampled has shape {found}; [S] is needed", field=prefix + "sampled")
+    if len(draw.sampled) > limits.max_num_sampled:
+        message = f"{len(draw.sampled)} samples exceed {limits.max_num_sampled}"
+        raise LimitExceeded(message, field=prefix + "sampled")
     class_ids(draw.sampled, spec.num_classes, prefix + "sampled")
     for name, count, shape in (
         ("true_expected_count", draw.true_expected_count, request.labels.shape),
@@ -277,9 +287,9 @@ def refuse_where(wrong: Tensor, tensor: Tensor, field: str, complaint: str) -> N
         raise InvalidArgument(f"{field}[{show(index)}] = {value} {complaint}", field=field, index=show(index))
 
 
-def rate(value: float, field: str) -> None:
-    """A learning rate is finite and not negative."""
-    if not (math.isfinite(value) and value >= 0):
+def rate(value: float, field: str, spec: TableSpec) -> None:
+    """A learning rate is not negative, and finite in the table's compute dtype."""
+    if not 0 <= value <= torch.finfo(getattr(torch, spec.compute_dtype)).max:
         raise InvalidArgument(f"{field} = {value} must be finite and >= 0", field=field)
 
 

@@ -1,4 +1,4 @@
-"""A running server: the data port, the small admin port, and the clock that expires tickets."""
+"""A running server: the data port, the small admin port, and the watch over tickets and silent streams."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardloss.v1 import (
 
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import ServerConfig
-from shardloss_server.frontend.admission import Admission
+from shardloss_server.frontend.admission import Admission, Receiving
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -34,7 +34,7 @@ from shardloss_server.rpc.servicer import (
 )
 
 log = logging.getLogger(__name__)
-EXPIRY_INTERVAL_S = 1.0
+WATCH_INTERVAL_S = 1.0
 ADMIN_THREADS = 2
 FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
 SERVICES = tuple(
@@ -60,7 +60,8 @@ class Server:
         self.catalog = Catalog(group, config.limits)
         limits = config.limits
         admission = Admission(limits.max_calls_in_flight, 2 * limits.max_request_bytes)
-        self.handlers = Handlers(self.catalog, limits, admission)
+        receiving = Receiving(config.max_streams_receiving, config.stream_idle_s)
+        self.handlers = Handlers(self.catalog, limits, admission, receiving)
         self._health = health.HealthServicer()
         self._data = self._make_server(config.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)
@@ -69,7 +70,7 @@ class Server:
         self.admin_address = self._bind(self._admin, config.admin_port)
         self._stopping = threading.Event()
         self._stopped = threading.Lock()
-        self._expiry = threading.Thread(target=self._expire_tickets, name="ticket-expiry", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
     def _make_server(self, num_threads: int) -> grpc.Server:
         limit = self.config.limits.max_message_bytes + FRAMING_BYTES
@@ -105,7 +106,7 @@ class Server:
         """Serve until `stop`."""
         self._data.start()
         self._admin.start()
-        self._expiry.start()
+        self._watcher.start()
         for service in ("", *SERVICES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving on %s, admin on %s", self.address, self.admin_address)
@@ -121,6 +122,7 @@ class Server:
             self._data.stop(grace).wait(grace + 5.0)
             self._admin.stop(0).wait(5.0)
 
-    def _expire_tickets(self) -> None:
-        while not self._stopping.wait(EXPIRY_INTERVAL_S):
+    def _watch(self) -> None:
+        while not self._stopping.wait(WATCH_INTERVAL_S):
             self.catalog.expire_tickets(time.monotonic())
+            self.handlers.receiving.drop_silent(time.monotonic())

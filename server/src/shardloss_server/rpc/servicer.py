@@ -6,7 +6,7 @@ import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from shardloss_server import __version__
 from shardloss_server.config import Limits
 from shardloss_server.evaluation.passes import Evaluator
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.admission import Admission
+from shardloss_server.frontend.admission import Admission, Receiving
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
@@ -46,8 +46,8 @@ FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission) -> None:
-        self.catalog, self.limits, self.admission = catalog, limits, admission
+    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission, receiving: Receiving) -> None:
+        self.catalog, self.limits, self.admission, self.receiving = catalog, limits, admission, receiving
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
@@ -68,7 +68,10 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
     def handler(self: Any, request: Any, context: Context) -> M:
         admitted = nullcontext() if frees else self.handlers.admission.admit(request.ByteSize())
         with failing_as_status(context), admitted, torch.inference_mode():
-            return method(self, request, context)
+            response = method(self, request, context)
+            if response.ByteSize() > self.handlers.limits.max_message_bytes:  # type: ignore[attr-defined]
+                raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
+            return response
         raise AssertionError("a failed call has ended")
 
     return handler
@@ -88,7 +91,7 @@ class failing_as_status:  # noqa: N801  (reads as a phrase)
             fail(self._context, error)
         if isinstance(error, MemoryError):
             fail(self._context, LimitExceeded("the server has not enough memory for this call"))
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and self._context.is_active():  # else the caller went away
             request_id = secrets.token_hex(8)
             log.exception("request %s failed", request_id, exc_info=error)
             fail(self._context, Internal(f"internal error; the server's log has request {request_id}"))
@@ -102,29 +105,38 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
 
     @answers
     def ComputeLoss(self, request: loss_pb2.ComputeLossRequest, context: Context) -> loss_pb2.ComputeLossResponse:
-        response = self._loss(request, None, context)
-        if response.ByteSize() > self.handlers.limits.max_message_bytes:
-            raise LimitExceeded(f"the reply takes {response.ByteSize()} bytes; repeat the call through StreamLoss")
-        return response
+        return self._loss(request, None, context)
 
     def StreamLoss(
         self, request_iterator: Iterator[loss_pb2.StreamLossRequest], context: Context
     ) -> Iterator[loss_pb2.StreamLossResponse]:
         with failing_as_status(context):
             limits = self.handlers.limits
-            header = first_header(request_iterator)
-            assembler = chunks.Assembler(header, limits.max_request_bytes)
-            num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            with self.handlers.admission.admit(num_bytes), torch.inference_mode():
-                for piece in request_iterator:
-                    if piece.WhichOneof("piece") != "chunk":
-                        raise InvalidArgument("only chunks may follow the header", field="piece")
-                    assembler.add(piece.chunk)
-                response = self._loss(header, assembler.contents(), context)
+            with ExitStack() as held:
+                header, contents = self._receive(request_iterator, context, held)
+                with torch.inference_mode():
+                    response = self._loss(header, contents, context)
             reply, pieces = chunks.detach(response, limits.max_chunk_bytes)
             yield loss_pb2.StreamLossResponse(header=reply)
             for chunk in pieces:
                 yield loss_pb2.StreamLossResponse(chunk=chunk)
+
+    def _receive(
+        self, pieces: Iterator[loss_pb2.StreamLossRequest], context: Context, held: ExitStack
+    ) -> tuple[loss_pb2.ComputeLossRequest, dict[int, bytes]]:
+        """The header and all chunks of a stream; `held` keeps the admission of its bytes."""
+        limits = self.handlers.limits
+        with self.handlers.receiving.stream(context.cancel) as heard:
+            header = first_header(pieces)
+            assembler = chunks.Assembler(header, limits.max_request_bytes, limits.max_chunk_bytes)
+            num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
+            held.enter_context(self.handlers.admission.admit(num_bytes))
+            for piece in pieces:
+                heard()
+                if piece.WhichOneof("piece") != "chunk":
+                    raise InvalidArgument("only chunks may follow the header", field="piece")
+                assembler.add(piece.chunk)
+            return header, assembler.contents()
 
     def _loss(
         self, request: loss_pb2.ComputeLossRequest, contents: dict[int, bytes] | None, context: Context
@@ -154,7 +166,8 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         labels = torch.zeros(0, 1, dtype=torch.int64)
         if request.HasField("labels"):
             labels = wire.column(wire.to_ids(request.labels, "labels"))
-            validate.labels(labels, len(labels), spec.num_classes, None, self.handlers.limits)
+            num_rows = labels.shape[0] if labels.dim() else 0
+            validate.labels(labels, num_rows, spec.num_classes, None, self.handlers.limits)
         values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels)
         return loss_pb2.SampleCandidatesResponse(
             sampled=wire.from_tensor(values.sampled),

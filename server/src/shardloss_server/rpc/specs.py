@@ -87,7 +87,7 @@ def sgd(message: table_pb2.Optimizer.Sgd) -> OptimizerSpec:
     """Decode SGD."""
     momentum = number(message.momentum, "optimizer.sgd.momentum", least=0.0, below=1.0)
     if message.nesterov and momentum == 0:
-        raise InvalidArgument("nesterov needs momentum > 0", field="optimizer.sgd.nesterov")
+        raise InvalidArgument("nesterov needs momentum > 0", field="spec.optimizer.sgd.nesterov")
     decay = number(message.weight_decay, "optimizer.sgd.weight_decay", least=0.0)
     return OptimizerSpec("sgd", momentum=momentum, nesterov=message.nesterov, weight_decay=decay)
 

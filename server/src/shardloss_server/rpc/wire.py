@@ -133,7 +133,8 @@ def commit_now(message: loss_pb2.ComputeLossRequest) -> CommitNow | None:
     if not message.HasField("commit_now"):
         return None
     now = message.commit_now
-    return CommitNow(now.learning_rate, now.grad_scale if now.HasField("grad_scale") else 1.0)
+    grad_scale = now.grad_scale if now.HasField("grad_scale") else 1.0
+    return CommitNow(now.learning_rate, grad_scale, now.opened_at_version)
 
 
 def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> SampledSoftmax | None:

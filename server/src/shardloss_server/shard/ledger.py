@@ -36,6 +36,7 @@ class Ledger:
     def __init__(self, max_sessions: int) -> None:
         self._max_sessions = max_sessions
         self._sessions: OrderedDict[str, SessionSteps] = OrderedDict()
+        self.horizon = 0  # no forgotten session committed after this version
 
     def highest(self, session: str) -> int:
         """The highest applied step of a session; 0 where none is remembered."""
@@ -66,4 +67,5 @@ class Ledger:
             steps.outcomes.popitem(last=False)
         self._sessions.move_to_end(key.session)
         while len(self._sessions) > self._max_sessions:
-            self._sessions.popitem(last=False)
+            _, forgotten = self._sessions.popitem(last=False)
+            self.horizon = max(self.horizon, *(kept.version for kept in forgotten.outcomes.values()))
