@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shardloss import errors
-from shardloss.errors import BadReply, ClientClosed, DeadlineExceeded, ShardlossError, TransientError
+from shardloss.errors import BadReply, ClientClosed, DeadlineExceeded, LimitExceeded, ShardlossError, TransientError
 
 DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
@@ -68,6 +68,7 @@ class Channel:
             ],
         )
         self._closed = False
+        self.max_message_bytes = MESSAGE_BYTES  # what the server takes, once it has said so
 
     def stub(self, make: Callable[[grpc.Channel], R]) -> R:
         """A service's stub on this channel."""
@@ -78,8 +79,16 @@ class Channel:
         self._closed = True
         self._grpc.close()
 
-    def unary(self, method: Callable[..., R], request: object, timeout_s: float | None, *, whole: bool = False) -> R:
-        """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time."""
+    def unary(self, method: Callable[..., R], request: Message, timeout_s: float | None, *, whole: bool = False) -> R:
+        """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time.
+
+        Raises:
+            LimitExceeded: the request is larger than a message may be; it is not sent.
+        """
+        num_bytes = request.ByteSize()
+        if num_bytes > self.max_message_bytes:
+            message = f"the request takes {num_bytes} bytes, above max_message_bytes = {self.max_message_bytes}"
+            raise LimitExceeded(message)
         return self._repeat(lambda left: method(request, timeout=left), timeout_s, whole)
 
     def stream(

@@ -42,6 +42,7 @@ class LossClient:
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)
         try:
             self.info = self.server_info()
+            self.channel.max_message_bytes = int(self.info.limits["max_message_bytes"])
         except BaseException:
             self.close()
             raise

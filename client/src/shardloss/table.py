@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 
 from shardloss import chunks, messages, types
 from shardloss.channel import single
@@ -239,7 +240,7 @@ class Table:
 
         return [ask(page) for page in self._pages(len(class_ids))][-1]
 
-    def _ask(self, method: Callable[..., T], request: object) -> T:
+    def _ask(self, method: Callable[..., T], request: Message) -> T:
         return self.client.channel.unary(method, request, None, whole=True)
 
     def _pages(self, num_rows: int, width: int = 0) -> Iterator[slice]:
