@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.errors import DoubleBackward, InvalidArgument
+from shardloss.errors import BadReply, DoubleBackward, InvalidArgument
 from shardloss.optimizer import Pending, RemoteOptimizer
 from shardloss.table import Table
 from shardloss.v1 import tensor_pb2
@@ -43,37 +44,71 @@ def to_torch(array: wire.Array) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-class RemoteLoss(torch.autograd.Function):
-    """Per-example losses [N] of hidden [N, D], already computed by the server in `result`.
+def num_true_of(hidden: Tensor, labels: Tensor) -> int:
+    """T of labels [...] (1) or [..., T] beside hidden [..., D].
 
-    backward scales the rows of hidden_grad by the upstream g [N] and leaves g with the head for the next commit. The
-    probe carries no loss: its gradient is 1 for each step, so that a GradScaler scales and checks it.
+    Raises:
+        InvalidArgument: they do not fit.
+    """
+    batch_shape = hidden.shape[:-1]
+    if labels.shape == batch_shape:
+        return 1
+    if labels.shape[:-1] != batch_shape or labels.dim() != hidden.dim() or labels.shape[-1] == 0:
+        raise InvalidArgument(
+            f"labels {list(labels.shape)} do not fit hidden {list(hidden.shape)}; [...] or [..., T] is needed",
+            field="labels",
+        )
+    return labels.shape[-1]
+
+
+class Mark(torch.autograd.Function):
+    """The table's side of a loss: nothing is added to it, and its upstream g [N] is left for the next commit.
+
+    Between the probe and the loss, so that it runs where a local table would get its gradient, and only there:
+    torch.autograd.grad(loss, hidden) trains no table. The probe carries no loss: its gradient is 1 for each step, so
+    that a GradScaler scales and checks it.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, probe: Tensor, result: types.LossResult, pending: Pending | None) -> Tensor:
+    def forward(ctx: Any, probe: Tensor, pending: Pending, ticket: str, loss: Tensor) -> Tensor:
+        """Zeros like loss [N]: autograd casts g to their dtype."""
+        ctx.pending, ctx.ticket = pending, ticket
+        return torch.zeros_like(loss)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        """The probe's gradient."""
+        return torch.tensor(ctx.pending.record(ctx.ticket, g)), None, None, None
+
+
+class RemoteLoss(torch.autograd.Function):
+    """Per-example losses [N] of hidden [N, D], already computed by the server with their gradient hidden_grad [N, D].
+
+    backward scales the rows of hidden_grad by the upstream g [N], and hands g itself to the mark [N], or to None where
+    the table is not trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, mark: Tensor | None, loss: Tensor, hidden_grad: wire.Array | None) -> Tensor:
         """The loss [N] on hidden's device."""
-        ctx.result, ctx.pending = result, pending
+        ctx.hidden_grad = hidden_grad
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
-        loss = cast(wire.Array, result.loss)
-        return to_torch(loss).to(hidden.device)
+        return loss.to(hidden.device, copy=True)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """(g * hidden_grad, the probe's mark).
+        """(g * hidden_grad, g).
 
         Raises:
             DoubleBackward: create_graph=True; the server has no second derivative.
         """
         if torch.is_grad_enabled():
             raise DoubleBackward("a remote loss has no second derivative; call backward without create_graph=True")
-        grad = mark = None
+        grad = None
         if ctx.needs_input_grad[0]:
-            row_grad = to_torch(ctx.result.hidden_grad).to(ctx.device)
+            row_grad = to_torch(ctx.hidden_grad).to(ctx.device)
             grad = (g.to(row_grad.dtype)[:, None] * row_grad).to(ctx.dtype)
-        if ctx.needs_input_grad[1] and ctx.pending is not None:
-            mark = torch.tensor(ctx.pending.record(ctx.result.ticket, g.detach().to("cpu")))
-        return grad, mark, None, None
+        return grad, g.detach().to("cpu") if ctx.needs_input_grad[1] else None, None, None
 
 
 class Head(torch.nn.Module):
@@ -81,7 +116,9 @@ class Head(torch.nn.Module):
 
     hidden [..., D] on any device and in any float dtype; labels [...] one class a row, or [..., T] for T true classes.
     Each call in training mode with gradients enabled is a part of the present step; `optimizer(lr)` gives the torch
-    optimizer whose step() commits them. In eval mode or under no_grad a call leaves the table alone.
+    optimizer whose step() commits them. In eval mode or under no_grad a call leaves the table alone. zero_grad() of the
+    optimizer gives up a step all of whose losses were differentiated: backward of one of them again (retain_graph=True)
+    cannot be committed any more. copy.deepcopy gives a head of the same table with steps of its own.
     """
 
     def __init__(self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None) -> None:
@@ -90,6 +127,11 @@ class Head(torch.nn.Module):
             raise InvalidArgument(f"reduction = {reduction!r} must be one of {', '.join(REDUCTIONS)}")
         self.table, self.reduction, self.ignore_index = table, reduction, ignore_index
         self.pending = Pending(table.session(), learning_rate)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Head:
+        twin = copy.copy(self)
+        twin.pending = Pending(self.table.session(), self.pending.learning_rate)
+        return twin
 
     def optimizer(self, lr: float) -> RemoteOptimizer:
         """The optimizer of the remote table: step() commits, zero_grad() drops what was not committed."""
@@ -104,23 +146,25 @@ class Head(torch.nn.Module):
         self, hidden: Tensor, labels: Tensor, loss: types.Loss, label_weights: Tensor | None = None
     ) -> Tensor:
         """Flatten, compute, reduce."""
-        per_row = labels.dim() == hidden.dim()
-        batch_shape, num_true = hidden.shape[:-1], labels.shape[-1] if per_row else 1
-        if labels.shape[: len(batch_shape)] != batch_shape or labels.dim() not in (hidden.dim() - 1, hidden.dim()):
+        if hidden.dim() == 0:
+            raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
+        batch_shape, num_true = hidden.shape[:-1], num_true_of(hidden, labels)
+        num_rows = batch_shape.numel()
+        if label_weights is not None and label_weights.shape != labels.shape:
             raise InvalidArgument(
-                f"labels {list(labels.shape)} do not fit hidden {list(hidden.shape)}; [...] or [..., T] is needed",
-                field="labels",
+                f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
+                field="label_weights",
             )
-        flat_labels = labels.reshape(-1, num_true)
-        flat_weights = None if label_weights is None else label_weights.reshape(-1, num_true)
-        losses = self._losses(hidden.reshape(-1, hidden.shape[-1]), flat_labels, loss, flat_weights)
+        flat_labels = labels.reshape(num_rows, num_true)
+        flat_weights = None if label_weights is None else label_weights.reshape(num_rows, num_true)
+        losses = self._losses(hidden.reshape(num_rows, hidden.shape[-1]), flat_labels, loss, flat_weights)
         if self.reduction == "none":
             return losses.view(batch_shape)
         if self.reduction == "sum":
             return losses.sum()
         return losses.sum() / self._num_counted(flat_labels, flat_weights)
 
-    def _losses(self, hidden: Tensor, labels: Tensor, loss: types.Loss, weights: Tensor | None) -> Tensor:
+    def _losses(self, hidden: Tensor, labels: Tensor, kind: types.Loss, weights: Tensor | None) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
         session = self.pending.session
@@ -128,14 +172,17 @@ class Head(torch.nn.Module):
         result = compute(
             to_wire(hidden),
             to_numpy(labels),
-            loss,
+            kind,
             label_weights=None if weights is None else to_wire(weights),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
         )
-        pending = self.pending if training else None
-        losses: Tensor = RemoteLoss.apply(hidden, self.pending.probe, result, pending)  # type: ignore[no-untyped-call]
-        return losses
+        if result.loss is None or (differentiable and hidden.requires_grad and result.hidden_grad is None):
+            raise BadReply("the reply lacks the loss or the gradient that was asked for")
+        loss, mark = to_torch(result.loss), None
+        if training:
+            mark = Mark.apply(self.pending.probe, self.pending, result.ticket, loss)  # type: ignore[no-untyped-call]
+        return cast(Tensor, RemoteLoss.apply(hidden, mark, loss, result.hidden_grad))  # type: ignore[no-untyped-call]
 
     def _num_counted(self, labels: Tensor, weights: Tensor | None) -> Tensor | int:
         if weights is not None or self.ignore_index is None:
@@ -174,11 +221,15 @@ class SampledSoftmaxHead(Head):
     ) -> Tensor:
         """loss = head(hidden [..., D], labels [...] or [..., T]).
 
-        sampled_values = (sampled [S], true_expected_count [N, T], sampled_expected_count [S]) replaces the draw.
+        sampled_values = (sampled [S], true_expected_count of the labels' shape, sampled_expected_count [S]) replaces
+        the draw.
         """
         if sampled_values is None:
             return self.apply_loss(hidden, labels, self.loss)
-        values = types.SampledValues(*map(to_numpy, sampled_values))
+        sampled, true_expected_count, sampled_expected_count = map(to_numpy, sampled_values)
+        if true_expected_count.shape == tuple(labels.shape):
+            true_expected_count = true_expected_count.reshape(-1, num_true_of(hidden, labels))
+        values = types.SampledValues(sampled, true_expected_count, sampled_expected_count)
         loss = types.SampledSoftmax(
             sampled_values=values,
             remove_accidental_hits=self.loss.remove_accidental_hits,

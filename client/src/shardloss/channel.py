@@ -50,7 +50,8 @@ def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
 class Channel:
     """One gRPC channel with an overall deadline a call and retries of transient errors under the same request.
 
-    timeout_s bounds a call with all its tries; attempt_timeout_s one try, so that a lost reply is asked for again.
+    timeout_s bounds a call with all its tries; attempt_timeout_s the first try, so that a lost reply is asked for
+    again, and each later one may take twice as long as the one before, so that slow work comes to its end.
     """
 
     def __init__(self, address: str, timeout_s: float, attempt_timeout_s: float) -> None:
@@ -99,6 +100,7 @@ class Channel:
 
     def _repeat(self, attempt: Callable[[float], R], timeout_s: float | None, whole: bool) -> R:
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        attempt_s = float("inf") if whole else self.attempt_timeout_s
         backoff_s, last = FIRST_BACKOFF_S, None
         while True:
             if self._closed:
@@ -107,7 +109,7 @@ class Channel:
             if left <= 0:
                 raise last or DeadlineExceeded("the deadline passed before the call was sent")
             try:
-                return attempt(left if whole else min(left, self.attempt_timeout_s))
+                return attempt(min(left, attempt_s))
             except grpc.RpcError as failure:
                 last = error_of(failure)
             if not isinstance(last, TransientError):
@@ -116,7 +118,7 @@ class Channel:
             if time.monotonic() + wait_s >= deadline:
                 raise last
             time.sleep(wait_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            backoff_s, attempt_s = min(2 * backoff_s, MAX_BACKOFF_S), 2 * attempt_s
 
 
 def single(messages: list[Any], kind: str) -> Any:

@@ -53,7 +53,8 @@ class Assembler:
     """Collects the chunks that a header announced, and nothing else.
 
     Raises:
-        InvalidArgument: a reference and its tensor do not fit, or a chunk comes that was not announced or is too long.
+        InvalidArgument: a reference and its tensor do not fit, or a chunk comes that was not announced, is empty or is
+            too long.
         LimitExceeded: the header announces more than max_bytes in all, or a chunk is above max_chunk_bytes.
     """
 
@@ -83,6 +84,8 @@ class Assembler:
         if len(chunk.content) > self._max_chunk_bytes:
             message = f"a chunk of {len(chunk.content)} bytes exceeds max_chunk_bytes = {self._max_chunk_bytes}"
             raise LimitExceeded(message, field="chunk")
+        if not chunk.content:
+            raise InvalidArgument(f"chunk {chunk.id} is empty", field="chunk")
         if len(chunk.content) > self._missing.get(chunk.id, -1):
             raise InvalidArgument(f"chunk {chunk.id} was not announced or is longer than announced", field="chunk")
         self._missing[chunk.id] -= len(chunk.content)

@@ -22,7 +22,8 @@ FILL_S = 600.0  # deadline of a call that fills a whole table
 def connect(address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0) -> LossClient:
     """Connect to a server ("host:port") and read its limits.
 
-    timeout_s bounds every call with all its retries; attempt_timeout_s one try of it.
+    timeout_s bounds every call with all its retries; attempt_timeout_s the first try, and each later one may take twice
+    as long.
 
     Raises:
         ServerUnavailable, DeadlineExceeded: no server answers there.
@@ -40,6 +41,7 @@ class LossClient:
         self.tables = self.channel.stub(table_pb2_grpc.TableServiceStub)
         self.questions = self.channel.stub(evaluation_pb2_grpc.EvaluationServiceStub)
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)
+        self.attachments: dict[tuple[str, str], object] = {}  # what shardloss.compat keeps by (module, table name)
         try:
             self.info = self.server_info()
             self.channel.max_message_bytes = int(self.info.limits["max_message_bytes"])

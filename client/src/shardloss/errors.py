@@ -16,7 +16,6 @@
     │   ├── Stale                   STALE               scored too many commits ago
     │   ├── Unauthenticated         UNAUTHENTICATED
     │   ├── PermissionDenied        PERMISSION_DENIED
-    │   ├── Cancelled               CANCELLED           by the caller itself
     │   ├── DoubleBackward          DOUBLE_BACKWARD     client only: the loss has no second derivative
     │   └── ClientClosed            CLIENT_CLOSED       client only
     ├── TransientError              the same call may be repeated
@@ -58,7 +57,7 @@ class ShardlossError(Exception):
 
     @property
     def index(self) -> str | None:
-        """The first offending index within the field, "17" or "17,0"."""
+        """The first offending index within the field, "17" or "17, 0"."""
         return self.details.get("index")
 
 
@@ -152,12 +151,6 @@ class PermissionDenied(RequestError):
     reason, status = "PERMISSION_DENIED", "PERMISSION_DENIED"
 
 
-class Cancelled(RequestError):
-    """The call was cancelled by its caller."""
-
-    reason, status = "CANCELLED", "CANCELLED"
-
-
 class DoubleBackward(RequestError, RuntimeError):
     """The remote loss was differentiated with create_graph=True."""
 
@@ -239,7 +232,7 @@ BY_REASON: Mapping[str, type[ShardlossError]] = {leaf.reason: leaf for leaf in l
 
 # For statuses without our ErrorInfo: made by gRPC itself or by a proxy on the way.
 BY_STATUS: Mapping[str, type[ShardlossError]] = {
-    "CANCELLED": Cancelled,
+    "CANCELLED": ServerUnavailable,  # the client cancels nothing: the server dropped a call that stood still
     "UNKNOWN": Internal,
     "INVALID_ARGUMENT": InvalidArgument,
     "DEADLINE_EXCEEDED": DeadlineExceeded,

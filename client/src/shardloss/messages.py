@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from shardloss import types, wire
-from shardloss.errors import InvalidArgument
+from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported
 from shardloss.v1 import evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
 from shardloss.wire import Array
 
@@ -34,6 +35,19 @@ def numbers(array: Numbers) -> tensor_pb2.Tensor:
     if isinstance(array, tensor_pb2.Tensor):
         return array
     return wire.encode(np.asarray(array))
+
+
+@contextmanager
+def reading_reply() -> Iterator[None]:
+    """What is wrong in a reply is the server's fault, not the caller's.
+
+    Raises:
+        BadReply: the reply does not fit the contract.
+    """
+    try:
+        yield
+    except (InvalidArgument, LimitExceeded, NotSupported, KeyError) as error:
+        raise BadReply(f"the reply does not fit the contract: {error}") from error
 
 
 def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
@@ -89,6 +103,7 @@ def table_spec(
     return spec
 
 
+@reading_reply()
 def table_info(message: table_pb2.Table) -> types.TableInfo:
     """A table as it stands."""
     spec = message.spec
@@ -160,6 +175,7 @@ def loss_request(
     return message
 
 
+@reading_reply()
 def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, bytes] | None = None) -> types.LossResult:
     """A batch's answer."""
     gradient = None
@@ -183,17 +199,20 @@ def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, byte
     )
 
 
+@reading_reply()
 def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
     """A step's outcome."""
     return types.CommitResult(message.version, message.staleness, message.replayed)
 
 
+@reading_reply()
 def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
     """Exact losses and ranks."""
     rank = wire.decode(message.rank, "rank") if message.HasField("rank") else None
     return types.Evaluation(wire.decode(message.loss, "loss"), rank, message.version, message.last_version)
 
 
+@reading_reply()
 def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
     """Best classes."""
     return types.TopK(
@@ -205,6 +224,7 @@ def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
     )
 
 
+@reading_reply()
 def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
     """Logits of asked classes."""
     return types.Scores(
@@ -215,12 +235,14 @@ def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
     )
 
 
+@reading_reply()
 def rows(message: table_pb2.ReadRowsResponse) -> types.Rows:
     """Rows read."""
     biases = optional(message.biases, message.HasField("biases"), "biases", None)
     return types.Rows(wire.decode_numbers(message.rows, "rows"), biases, message.version)
 
 
+@reading_reply()
 def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
     """A draw."""
     return types.Candidates(
@@ -231,6 +253,7 @@ def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
     )
 
 
+@reading_reply()
 def server_info(message: server_pb2.ServerInfo) -> types.ServerInfo:
     """What a server is and allows."""
     limits = {field.name: getattr(message.limits, field.name) for field in message.limits.DESCRIPTOR.fields}

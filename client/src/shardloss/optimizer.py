@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.errors import RequestError
+from shardloss.errors import InvalidArgument, RequestError, ShardlossError
 from shardloss.session import Session
 
 
@@ -23,18 +24,29 @@ class Pending:
     def __init__(self, session: Session, learning_rate: float | None = None) -> None:
         self.session, self.learning_rate = session, learning_rate
         self.probe = torch.zeros((), requires_grad=True)
+        self.probe.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
         self._upstreams: dict[str, Tensor] = {}
+        self._has_accumulated = False
 
     def record(self, ticket: str, g: Tensor) -> float:
         """Add g [N] to a ticket and return the gradient of the probe: 1 for the first part of a step, then 0.
 
         Not finite g gives a not finite gradient, so that a GradScaler skips the step. With a learning rate of its own
-        the head commits here.
+        the head commits here. What was recorded before is forgotten where somebody has cleared the probe's gradient,
+        as a local parameter's would be.
+
+        Raises:
+            InvalidArgument: g is not finite, and the head commits by itself: the step is given up.
         """
+        if self._has_accumulated and self.probe.grad is None:
+            self._clear()
         is_first = not self._upstreams
         known = self._upstreams.get(ticket)
         self._upstreams[ticket] = g.clone() if known is None else known + g
         if not torch.isfinite(g).all():
+            if self.learning_rate is not None:
+                self.drop()
+                raise InvalidArgument("the loss has a gradient that is not finite; the table's step was given up")
             return float("nan")
         if self.learning_rate is not None:
             self.commit(self.learning_rate, 1.0)
@@ -43,7 +55,8 @@ class Pending:
     def commit(self, learning_rate: float, grad_scale: float) -> None:
         """Commit what was recorded as one step; nothing recorded is no step.
 
-        After a TransientError the recorded parts stay, so a second call repeats the same commit.
+        After a TransientError the recorded parts stay, so a second call repeats the same commit. A commit that is
+        refused gives the whole step up.
         """
         if not self._upstreams:
             return
@@ -51,7 +64,9 @@ class Pending:
         try:
             self.session.commit(parts, learning_rate=learning_rate, grad_scale=grad_scale)
         except RequestError:
-            self.drop()
+            self._clear()
+            with suppress(ShardlossError):
+                self.session.abort()
             raise
         self._clear()
 
@@ -62,8 +77,12 @@ class Pending:
         if num_recorded and num_recorded == num_parts:
             self.session.abort()
 
+    def _on_accumulated(self, _probe: Tensor) -> None:
+        self._has_accumulated = True
+
     def _clear(self) -> None:
         self._upstreams = {}
+        self._has_accumulated = False
         self.probe.grad = None
 
 
@@ -92,8 +111,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad = self._pending.probe.grad
-        scale = 1.0 if grad is None else float(grad)
-        self._pending.commit(float(self.param_groups[0]["lr"]), scale)
+        if grad is None:  # as any optimizer passes over a parameter without a gradient
+            self._pending.drop()
+        else:
+            self._pending.commit(float(self.param_groups[0]["lr"]), float(grad))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shardloss import messages, types
+from shardloss.errors import ShardlossError, StepReused, StepTooOld
 from shardloss.messages import Numbers, numbers
 from shardloss.v1 import loss_pb2
 from shardloss.wire import Array
@@ -46,7 +48,8 @@ class Session:
         )
         self._key(request)
         self.num_parts += 1
-        return self.table.send_loss(request)
+        with self._passing(StepTooOld):
+            return self.table.send_loss(request)
 
     def commit(
         self,
@@ -74,7 +77,8 @@ class Session:
             if g is not None:
                 message.g.CopyFrom(numbers(g))
         channel = self.table.client.channel
-        result = messages.commit_result(channel.unary(self.table.client.losses.Commit, request, None))
+        with self._passing(StepTooOld, StepReused):
+            result = messages.commit_result(channel.unary(self.table.client.losses.Commit, request, None))
         self._next_step()
         return result
 
@@ -104,7 +108,8 @@ class Session:
         self._key(request)
         request.commit_now.learning_rate = learning_rate
         request.commit_now.opened_at_version = self.opened_at_version
-        result = self.table.send_loss(request)
+        with self._passing(StepTooOld, StepReused):
+            result = self.table.send_loss(request)
         self._next_step()
         return result
 
@@ -113,9 +118,25 @@ class Session:
         if self.num_parts == 0:
             return 0
         request = loss_pb2.AbortRequest(table=self.table.name, session=self.name, step=self.step)
-        reply: loss_pb2.AbortResponse = self.table.client.channel.unary(self.table.client.losses.Abort, request, None)
-        self._next_step()
+        try:
+            reply: loss_pb2.AbortResponse = self.table.client.channel.unary(
+                self.table.client.losses.Abort, request, None
+            )
+        finally:
+            self._next_step()  # whatever became of it: the next commit gives up what is below its step
         return reply.num_aborted
+
+    @contextmanager
+    def _passing(self, *errors: type[ShardlossError]) -> Iterator[None]:
+        """The errors say that the server has done this step: they are raised, and the next call is a new step.
+
+        So it is after a commit whose replies were all lost, if the caller goes on instead of repeating it.
+        """
+        try:
+            yield
+        except errors:
+            self._next_step()
+            raise
 
     def _key(self, request: loss_pb2.ComputeLossRequest) -> None:
         request.session, request.step, request.part = self.name, self.step, self.num_parts

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from shardloss import chunks, messages, types
 from shardloss.channel import single
+from shardloss.errors import InvalidArgument
 from shardloss.messages import Numbers, numbers
 from shardloss.session import Session
 from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
@@ -32,7 +33,6 @@ class Table:
     def __init__(self, client: LossClient, info: types.TableInfo) -> None:
         self.client, self.spec = client, info
         self.name = info.name
-        self.attachments: dict[str, object] = {}  # what shardloss.compat keeps with a table
 
     def info(self) -> types.TableInfo:
         """The table as it stands now."""
@@ -126,14 +126,15 @@ class Table:
                 yield loss_pb2.StreamLossRequest(chunk=chunk)
 
         replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
-        header = single(replies, "header")
-        assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), int(limits["max_chunk_bytes"]))
-        for piece in replies[1:]:
-            assembler.add(piece.chunk)
-        return messages.loss_result(header, assembler.contents())
+        with messages.reading_reply():
+            header = single(replies, "header")
+            assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), int(limits["max_chunk_bytes"]))
+            for piece in replies[1:]:
+                assembler.add(piece.chunk)
+            return messages.loss_result(header, assembler.contents())
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
-        num_rows, dim = request.hidden.shape[0], self.spec.dim
+        num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
         elements = 2 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
         if request.want_table_grad:
             num_touched = self.spec.num_classes
@@ -227,11 +228,20 @@ class Table:
         return types.Rows(np.concatenate([page.rows for page in pages]), biases, pages[-1].version)
 
     def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
-        """Overwrite rows [M, D] (and biases [M]) of class_ids [M]; one version a page; returns the last."""
+        """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M]; one version a page; returns the last.
+
+        A page whose reply is lost is written again: what another trainer committed to these rows between is lost.
+
+        Raises:
+            InvalidArgument: before anything is written.
+        """
+        class_ids, rows = np.asarray(class_ids), np.asarray(rows)
+        biases = None if biases is None else np.asarray(biases)
+        check_rows(class_ids, rows, biases, self.spec)
 
         def ask(page: slice) -> int:
             request = table_pb2.WriteRowsRequest(
-                table=self.name, class_ids=numbers(np.asarray(class_ids)[page]), rows=numbers(rows[page])
+                table=self.name, class_ids=numbers(class_ids[page]), rows=numbers(rows[page])
             )
             if biases is not None:
                 request.biases.CopyFrom(numbers(biases[page]))
@@ -248,6 +258,31 @@ class Table:
         size = max(1, PAGE_BYTES // (8 * (self.spec.dim + 1 + width)))
         for start in range(0, max(num_rows, 1), size):
             yield slice(start, start + size)
+
+
+def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.TableInfo) -> None:
+    """Refuse rows that do not fit their ids, or ids that are not distinct classes: pages alone would not show it."""
+    if class_ids.ndim != 1 or rows.shape != (len(class_ids), spec.dim):
+        raise InvalidArgument(
+            f"rows {rows.shape} do not fit class_ids {class_ids.shape}; [M, {spec.dim}]", field="rows"
+        )
+    if biases is not None and biases.shape != class_ids.shape:
+        raise InvalidArgument(f"biases {biases.shape} do not fit class_ids {class_ids.shape}", field="biases")
+    refuse_where((class_ids < 0) | (class_ids >= spec.num_classes), "class_ids", f"is outside [0, {spec.num_classes})")
+    order = np.argsort(class_ids, kind="stable")
+    repeated = np.zeros(len(class_ids), dtype=bool)
+    repeated[order[1:]] = class_ids[order][1:] == class_ids[order][:-1]
+    refuse_where(repeated, "class_ids", "is there twice")
+    refuse_where(np.asarray(~np.isfinite(rows).all(axis=1)), "rows", "is not finite")
+    if biases is not None:
+        refuse_where(~np.isfinite(biases), "biases", "is not finite")
+
+
+def refuse_where(wrong: Array, field: str, complaint: str) -> None:
+    """Refuse where any entry [M] is wrong, naming the first."""
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise InvalidArgument(f"{field}[{index}] {complaint}", field=field, index=index)
 
 
 def joined(pages: Sequence[Array | None]) -> Array | None:

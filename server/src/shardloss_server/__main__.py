@@ -49,9 +49,10 @@ def serve(
     keep_freed_memory()
     config = ServerConfig(host=host, port=port, admin_port=admin_port, drain_s=drain_s)
     stop = threading.Event()
+    install_signals(stop)
     group = make_group(workers, ray_address, local)
+    install_signals(stop)  # again: Ray's start puts a handler of its own in place of ours
     try:
-        install_signals(stop)
         run(group, config, ready_file, stop)
     except PortTaken as error:
         typer.echo(str(error), err=True)

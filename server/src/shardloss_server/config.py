@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 MIB = 2**20
+FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
 
 
 def physical_memory_bytes() -> int:
@@ -48,6 +49,6 @@ class ServerConfig:
     admin_port: int = 0
     num_threads: int = 80  # above max_calls_in_flight: a refusal and a commit need a thread, too
     drain_s: float = 10.0
-    max_streams_receiving: int = 16  # streams whose request has not come whole; each holds a thread
-    stream_idle_s: float = 10.0  # such a stream is dropped when nothing came for so long
+    max_streams: int = 16  # StreamLoss calls at once: each holds a thread while its client sends and reads
+    stream_idle_s: float = 10.0  # a stream is dropped when its client neither sent nor read for so long
     limits: Limits = field(default_factory=Limits)

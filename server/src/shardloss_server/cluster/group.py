@@ -26,6 +26,10 @@ class ShardMissing(Exception):
     """A worker answered that it holds no such shard: it was restarted, and its rows are gone."""
 
 
+class OutOfMemory(Exception):
+    """A worker could not allocate what was asked for; nothing changed."""
+
+
 class Pending(Protocol[T_co]):
     """Work under way."""
 
@@ -34,7 +38,7 @@ class Pending(Protocol[T_co]):
 
         Raises:
             TimeoutError: not done within timeout_s; the work goes on and its result is dropped.
-            WorkerLost, ShardMissing: see there.
+            WorkerLost, ShardMissing, OutOfMemory: see there.
         """
 
 

@@ -15,7 +15,7 @@ import torch
 
 from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.fanout import FanoutGroup
-from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.group import OutOfMemory, Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import Part
 
@@ -84,8 +84,8 @@ class RayPending:
         except GetTimeoutError as error:
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
         except RayTaskError as error:
-            if isinstance(error.cause, ShardMissing):
-                raise ShardMissing(str(error.cause)) from None
+            if isinstance(error.cause, (ShardMissing, OutOfMemory)):
+                raise type(error.cause)(str(error.cause)) from None
             raise
         except RayError as error:
             raise WorkerLost(str(error)) from error
@@ -102,10 +102,10 @@ class RayGroup(FanoutGroup):
         self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
         self._actors: list[Any] = []
         self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            self._start_ray(address)
-        register_tensors()
         try:
+            if self._owns_ray:
+                self._start_ray(address)
+            register_tensors()
             self._start_actors()
         except BaseException:
             self.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.cluster.group import Order, OutOfMemory, ShardMissing
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
     Part,
@@ -31,8 +33,11 @@ class Worker:
 
     Each verb returns {shard: answer}.
 
+    Everything that comes is moved to the worker's device, and every answer to the CPU.
+
     Raises:
         ShardMissing: the table is not here; a worker that was restarted has lost what it held.
+        OutOfMemory: a new table does not fit.
     """
 
     def __init__(self, index: int, num_workers: int, device: str = "cpu") -> None:
@@ -42,8 +47,13 @@ class Worker:
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
         """Allocate and fill this worker's shards."""
         shards = range(self.index, spec.placement.num_shards, self.num_workers)
-        with torch.inference_mode():
-            self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions, self.device) for k in shards}
+        try:
+            with self._computing():
+                self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions) for k in shards}
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise OutOfMemory(f"worker {self.index} has no room for its shards of {spec.name!r}") from None
         return dict.fromkeys(shards, 0)
 
     def drop(self, table: str) -> dict[int, int]:
@@ -52,26 +62,25 @@ class Worker:
         return {}
 
     def score(self, table: str, with_gradient: bool, part: Part) -> dict[int, Score]:
-        return self._each(table, lambda shard: shard.score(part, with_gradient))
+        return self._each(table, lambda shard, part: shard.score(part, with_gradient), part)
 
     def gradient(self, table: str, upstream: Upstream, part: Part) -> dict[int, RowGradient]:
-        return self._each(table, lambda shard: shard.gradient(part, upstream))
+        return self._each(table, ShardTable.gradient, part, upstream)
 
     def apply(self, table: str, order: Order, *parts: Part) -> dict[int, int]:
-        record = order.record(parts)
-        return self._each(table, lambda shard: shard.apply_(record))
+        return self._each(table, ShardTable.apply_, order.record(parts))
 
     def write(self, table: str, write: RowWrite) -> dict[int, int]:
-        return self._each(table, lambda shard: shard.write_(write))
+        return self._each(table, ShardTable.write_, write)
 
     def read(self, table: str, class_ids: Tensor) -> dict[int, Rows]:
-        return self._each(table, lambda shard: shard.read(class_ids))
+        return self._each(table, ShardTable.read, class_ids)
 
     def scan(self, table: str, question: scan.Question, piece: int, num_pieces: int) -> dict[int, scan.ScanAnswer]:
-        return self._each(table, lambda shard: scan.answer(shard, question, piece, num_pieces))
+        return self._each(table, lambda shard, asked: scan.answer(shard, asked, piece, num_pieces), question)
 
     def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> dict[int, AskedLogits]:
-        return self._each(table, lambda shard: scan.asked_logits(shard, hidden, class_ids))
+        return self._each(table, scan.asked_logits, hidden, class_ids)
 
     def applied_version(self, table: str) -> dict[int, int]:
         return self._each(table, lambda shard: shard.version)
@@ -81,13 +90,32 @@ class Worker:
 
     def catch_up(self, table: str, records: Sequence[Record | RowWrite]) -> dict[int, int]:
         """Apply records of a peer, in order; those that a shard has already are no-ops."""
-        return self._each(table, lambda shard: catch_up(shard, records))
+        return self._each(table, catch_up, tuple(records))
 
-    def _each(self, table: str, ask: Callable[[ShardTable], T]) -> dict[int, T]:
+    def _each(self, table: str, ask: Callable[..., T], *values: object) -> dict[int, T]:
+        """ask(shard, *values) of every shard."""
         if table not in self._tables:
             raise ShardMissing(f"worker {self.index} holds no shard of table {table!r}")
-        with torch.inference_mode():
-            return {k: ask(shard) for k, shard in self._tables[table].items()}
+        with self._computing():
+            here = [moved(value, self.device) for value in values]
+            return {k: moved(ask(shard, *here), "cpu") for k, shard in self._tables[table].items()}
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Without autograd; new tensors are made on the worker's device."""
+        with torch.inference_mode(), nullcontext() if self.device == "cpu" else torch.device(self.device):
+            yield
+
+
+def moved(value: Any, device: str) -> Any:
+    """A value with every tensor in it on a device; a tensor that is there already is the same one."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 def catch_up(shard: ShardTable, records: Sequence[Record | RowWrite]) -> int:

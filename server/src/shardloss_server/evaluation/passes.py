@@ -17,7 +17,8 @@ from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.shard.record import TableSpec
 from shardloss_server.shard.scan import AskedLogits, Best, Question, ScanAnswer, ordered
 
-SLICE_MACS = 1 << 28  # multiply-adds of one slice on one shard: about 30 ms of float64 on one core
+SLICE_MACS = 1 << 28  # multiply-adds of one slice on one worker: about 30 ms of float64 on one core
+LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons
 SLICE_ROWS = 512  # rows of hidden a slice takes
 
 
@@ -130,7 +131,8 @@ class Scan:
         """Answers of every shard over every slice, in slice and shard order."""
         spec = self._owner.spec
         rows_a_shard = spec.placement.num_rows(0)
-        macs = max(1, len(question.hidden)) * spec.dim * rows_a_shard
+        shards_a_worker = -(-spec.placement.num_shards // max(1, self._group.num_workers))
+        macs = max(1, len(question.hidden)) * (spec.dim + LOGIT_MACS) * rows_a_shard * shards_a_worker
         num_pieces = max(1, min(-(-macs // SLICE_MACS), rows_a_shard))
         for piece in range(num_pieces):
             answers = self._owner.ask(
@@ -144,7 +146,9 @@ class Scan:
         """Logits and keys of class_ids [N, S]; 0 for padding."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
-        return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]))
+        version = self._owner.same_version([a.version for a in answers])
+        self._seen.append(version)
+        return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]), version)
 
     def versions(self) -> tuple[int, int]:
         """The first and last version seen."""

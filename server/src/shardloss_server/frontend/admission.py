@@ -1,4 +1,4 @@
-"""Admission: how many calls, request bytes and half-received streams may be inside the server at once."""
+"""Admission: how many calls, request bytes and streams may be inside the server at once."""
 
 from __future__ import annotations
 
@@ -43,39 +43,53 @@ class Admission:
                 self.num_bytes -= num_bytes
 
 
-class Receiving:
-    """Streams whose request is still on its way: a bounded number, each dropped when it falls silent. Thread-safe."""
+class LiveStreams:
+    """Streaming calls from their first byte to their last: a bounded number, none of which may stand still.
+
+    A stream that waits for its client, to send or to read, for longer than idle_s is dropped. Thread-safe.
+    """
 
     def __init__(self, max_streams: int, idle_s: float) -> None:
         self._max_streams, self._idle_s = max_streams, idle_s
         self._lock = threading.Lock()
-        self._last_heard: dict[Callable[[], object], float] = {}
+        self._waiting_since: dict[Callable[[], object], float] = {}
 
     @contextmanager
-    def stream(self, drop: Callable[[], object]) -> Iterator[Callable[[], None]]:
-        """Hold one stream's place and yield what to call for each piece; `drop` ends the stream from another thread.
+    def stream(self, drop: Callable[[], object]) -> Iterator[LiveStream]:
+        """Hold one stream's place; `drop` ends the stream from another thread.
 
         Raises:
             Overloaded: no place is free.
         """
         with self._lock:
-            if len(self._last_heard) >= self._max_streams:
-                raise Overloaded(f"{self._max_streams} streams are being received", retry_after_s=RETRY_AFTER_S)
-            self._last_heard[drop] = time.monotonic()
-
-        def heard() -> None:
-            self._last_heard[drop] = time.monotonic()
-
+            if len(self._waiting_since) >= self._max_streams:
+                raise Overloaded(f"{self._max_streams} streams are under way", retry_after_s=RETRY_AFTER_S)
+            self._waiting_since[drop] = time.monotonic()
         try:
-            yield heard
+            yield LiveStream(self._waiting_since, drop)
         finally:
             with self._lock:
-                self._last_heard.pop(drop, None)
+                self._waiting_since.pop(drop, None)
 
     def drop_silent(self, now: float) -> int:
-        """End every stream that has said nothing for idle_s; the number ended."""
+        """End every stream that has not moved for idle_s; the number ended."""
         with self._lock:
-            silent = [drop for drop, heard in self._last_heard.items() if now - heard > self._idle_s]
+            silent = [drop for drop, since in self._waiting_since.items() if now - since > self._idle_s]
         for drop in silent:
             drop()
         return len(silent)
+
+
+class LiveStream:
+    """One streaming call, as `LiveStreams` watches it."""
+
+    def __init__(self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object]) -> None:
+        self._waiting_since, self._drop = waiting_since, drop
+
+    def moved(self) -> None:
+        """The client has sent or read a piece; from now on its next one is waited for."""
+        self._waiting_since[self._drop] = time.monotonic()
+
+    def working(self) -> None:
+        """The server is at work: nothing is waited for from the client."""
+        self._waiting_since[self._drop] = float("inf")

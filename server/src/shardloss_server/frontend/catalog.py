@@ -8,7 +8,7 @@ import secrets
 import threading
 
 import torch
-from shardloss.errors import InvalidArgument, LimitExceeded, ShardlossError, TableExists, TableNotFound
+from shardloss.errors import InvalidArgument, LimitExceeded, TableExists, TableNotFound
 
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import Limits
@@ -68,7 +68,7 @@ class Catalog:
             owner = TableOwner(spec, self.group, self.limits, self.budget, secrets.token_hex(8))
             try:
                 owner.create(deadline)
-            except ShardlossError:
+            except BaseException:
                 owner.retire()
                 raise
             self._owners[spec.name] = owner
@@ -84,6 +84,11 @@ class Catalog:
             owner = self.owner(table)
             del self._owners[table]
             owner.retire()
+
+    def close(self) -> None:
+        """The server is stopping: let go of whoever waits."""
+        for owner in self.owners():
+            owner.close()
 
     def expire_tickets(self, now: float) -> int:
         """Expire tickets of all tables; the number expired."""

@@ -26,6 +26,15 @@ class Deadline:
         """Seconds left, never negative."""
         return max(0.0, self.at - time.monotonic())
 
+    def check(self, what: str) -> None:
+        """Go on only while there is time.
+
+        Raises:
+            DeadlineExceeded: there is none.
+        """
+        if self.left() == 0:
+            raise DeadlineExceeded(f"the deadline passed before {what}")
+
     @contextmanager
     def holding(self, lock: threading.Lock, what: str) -> Iterator[None]:
         """Hold a lock, waiting for it no longer than this deadline.

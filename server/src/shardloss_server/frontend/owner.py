@@ -14,7 +14,9 @@ import torch
 from shardloss.errors import (
     DeadlineExceeded,
     InvalidArgument,
+    LimitExceeded,
     RowsLost,
+    ServerUnavailable,
     Stale,
     StepReused,
     StepTooOld,
@@ -23,7 +25,7 @@ from shardloss.errors import (
 )
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.group import Order, OutOfMemory, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.deadline import Deadline
@@ -34,6 +36,7 @@ from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import RowGradient, Rows, RowWrite, Score, StepKey, TableSpec, Upstream
 
 KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
+KEPT_REPLY_BYTES = 64 * 2**20  # and the bytes that they may take together
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -42,9 +45,11 @@ log = logging.getLogger(__name__)
 class LastReplies:
     """The last replies of the one-call form, by (session, step), for a caller who lost his. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = KEPT_REPLY_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._replies: OrderedDict[tuple[str, int], LossReply] = OrderedDict()
+        self.num_bytes = 0
 
     def get(self, key: tuple[str, int], default: LossReply) -> LossReply:
         """The kept reply, or the default."""
@@ -52,11 +57,15 @@ class LastReplies:
             return self._replies.get(key, default)
 
     def keep(self, key: tuple[str, int], reply: LossReply) -> None:
-        """Keep a reply that has tensors, and forget the oldest."""
+        """Keep a reply that has tensors, unless it is larger than all that may be kept, and forget the oldest."""
         with self._lock:
-            self._replies.setdefault(key, reply)
-            while len(self._replies) > KEPT_REPLIES:
-                self._replies.popitem(last=False)
+            if key in self._replies or not 0 < reply.num_bytes <= self._max_bytes:
+                return
+            self._replies[key] = reply
+            self.num_bytes += reply.num_bytes
+            while len(self._replies) > KEPT_REPLIES or self.num_bytes > self._max_bytes:
+                _, forgotten = self._replies.popitem(last=False)
+                self.num_bytes -= forgotten.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class TableOwner:
         self._doubtful: Doubt | None = None
         self._lost: str | None = None
         self._retired = False
+        self._closing = False
 
     def create(self, deadline: Deadline) -> None:
         """Allocate and fill the shards."""
@@ -101,7 +111,13 @@ class TableOwner:
         """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
         self._retired = True
         self.sessions.clear()
+        self._wake_waiting()
         self._group.drop(self.key)
+
+    def close(self) -> None:
+        """The server is stopping: let go of whoever waits for a step."""
+        self._closing = True
+        self._wake_waiting()
 
     # Reading
 
@@ -118,6 +134,7 @@ class TableOwner:
             TableUnavailable: a commit fell between; score again.
         """
         with deadline.holding(self._commits, "a commit of this table"):
+            self._settle(deadline)
             if self.version != version:
                 raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
             return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
@@ -153,14 +170,31 @@ class TableOwner:
         return versions[0]
 
     def wait_for_step(self, session: str, step: int, deadline: Deadline) -> None:
-        """Wait until a step of a session is applied.
+        """Wait until a step of a session, or a later one, is applied.
 
         Raises:
             DeadlineExceeded: it was not, in time.
+            StepTooOld: it was given up.
+            TableNotFound, RowsLost, ServerUnavailable: it will not be applied any more.
         """
+
+        def is_over() -> bool:
+            self._refuse_lost()
+            if self._closing:
+                raise ServerUnavailable("the server is shutting down")
+            if self.ledger.highest(session) >= step:
+                return True
+            if self.sessions.given_up(session) >= step:
+                raise StepTooOld(f"after_step = {step} was given up", field="after_step")
+            return False
+
         with self._applied:
-            if not self._applied.wait_for(lambda: self.ledger.highest(session) >= step, deadline.left()):
+            if not self._applied.wait_for(is_over, deadline.left()):
                 raise DeadlineExceeded(f"step {step} of session {session!r} was not applied in time")
+
+    def _wake_waiting(self) -> None:
+        with self._applied:
+            self._applied.notify_all()
 
     # Changing
 
@@ -173,18 +207,19 @@ class TableOwner:
                 return CommitReply(kept.version, kept.staleness, True)
             names = [part.ticket for part in request.parts]
             tickets = self.sessions.find(request.session, request.step, names, time.monotonic())
-            upstreams, staleness = self._upstreams(request, tickets, deadline)
-            key = StepKey(request.session, request.step, request.digest)
-            order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
-            staged = [ticket.staged for ticket in tickets]
-            self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
-            return CommitReply(self.version, staleness, False)
+            try:
+                return self._apply(request, tickets, deadline)
+            finally:
+                if self._doubtful is None:  # what is in doubt stays held until it is settled
+                    self.sessions.release(tickets)
 
     def abort(self, session: str, step: int, deadline: Deadline) -> int:
         """Give up a session's open tickets up to a step; not while one of them is being committed."""
         with deadline.holding(self._commits, "a commit of this table"):
             self._settle(deadline)
-            return self.sessions.abort(session, step, time.monotonic())
+            num_aborted = self.sessions.abort(session, step, time.monotonic())
+            self._wake_waiting()
+            return num_aborted
 
     def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
         """Overwrite rows as one version and return it."""
@@ -193,6 +228,14 @@ class TableOwner:
             write = RowWrite(self.version + 1, class_ids, rows, biases)
             self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
             return self.version
+
+    def _apply(self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline) -> CommitReply:
+        upstreams, staleness = self._upstreams(request, tickets, deadline)
+        key = StepKey(request.session, request.step, request.digest)
+        order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
+        staged = [ticket.staged for ticket in tickets]
+        self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
+        return CommitReply(self.version, staleness, False)
 
     def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
         outcome = self.ledger.outcome(request.session, request.step)
@@ -237,7 +280,9 @@ class TableOwner:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False), deadline, settled=True)
         self.same_version([score.version for score in scores])
-        return merge_all([score.partial for score in scores]).lse
+        present = merge_all([score.partial for score in scores]).lse
+        validate.finite_logits(present, lse, "parts")
+        return present
 
     def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
@@ -276,10 +321,12 @@ class TableOwner:
         doubt = self._doubtful
         if doubt is None:
             return
-        version = self._guarded(lambda: self._group.repair(self.key, deadline.left()), changing=False)
+        version = self._guarded(lambda: self._group.repair(self.key, deadline.left()), changing=True)
         if version >= doubt.change.version:
             self._note(doubt)
-        self._doubtful = None
+        else:
+            self._doubtful = None
+            self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
         return self._guarded(lambda: pending.result(deadline.left()), changing)
@@ -295,15 +342,23 @@ class TableOwner:
             raise TableUnavailable("a worker did not answer; repeat with the same key") from error
         except ShardMissing as error:
             self._refuse_retired()
-            self._lost = "a worker died and its rows are gone"
             log.error("table %s: %s", self.spec.name, error)
+            self._lose("a worker died and its rows are gone")
             self._refuse_lost()
             raise
+        except OutOfMemory as error:
+            raise LimitExceeded(f"the workers have not enough memory: {error}") from error
         except Exception:
             if changing:
-                self._lost = "a shard failed while it changed its rows"
-                log.exception("table %s: %s", self.spec.name, self._lost)
+                log.exception("table %s", self.spec.name)
+                self._lose("a shard failed while it changed its rows")
             raise
+
+    def _lose(self, reason: str) -> None:
+        """Rows are gone: nothing can be committed any more, so the tickets are given back."""
+        self._lost = reason
+        self.sessions.clear()
+        self._wake_waiting()
 
     def _refuse_retired(self) -> None:
         if self._retired:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from shardloss.errors import DeadlineExceeded, SessionExpired, StepTooOld, TicketAborted
+from torch import Tensor
 
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
@@ -29,7 +30,7 @@ from shardloss_server.frontend.request import (
 from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
 from shardloss_server.numerics.partial import Partial, Target, add_all, merge_all
-from shardloss_server.shard.record import Part, RowGradient, Upstream
+from shardloss_server.shard.record import Part, RowGradient, TableSpec, Upstream
 
 
 class Pipeline:
@@ -67,7 +68,7 @@ class Pipeline:
                 request.step,
                 request.part,
                 request.digest,
-                kept_bytes(request),
+                kept_bytes(request, owner.spec),
                 committed,
                 time.monotonic(),
             )
@@ -99,6 +100,7 @@ class Pipeline:
         scored = time.monotonic()
         partial = merge_all([score.partial for score in scores])
         target = add_all([score.target for score in scores])
+        validate.finite_logits(*counted_logits(partial, target, part.batch.mass), "hidden")
         table_grad = None
         if request.want.table_grad:
             upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
@@ -141,9 +143,16 @@ def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
     return CommitRequest(request.table, request.session, request.step, parts, rate, scale, None, request.digest)
 
 
-def kept_bytes(request: LossRequest) -> int:
-    """What an open ticket keeps: the staged hidden and labels and the reply, at the widest dtypes."""
-    return 8 * (2 * request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden))
+def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
+    """What an open ticket keeps: the staged batch and candidates at the widest dtypes, and the reply."""
+    elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
+    return 8 * (elements + 3 * validate.num_drawn(request)) + validate.reply_bytes(request, spec)
+
+
+def counted_logits(partial: Partial, target: Target, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """lse + label logits [N], not finite where any of them is not; and -inf [N] in the rows that do not count."""
+    total = partial.lse + target.target_logit
+    return total, torch.where(mass == 0, -torch.inf, 0.0)
 
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
@@ -164,7 +173,7 @@ def with_commit(reply: LossReply, committed: CommitReply) -> LossReply:
     return replace(reply, ticket="", replayed=reply.replayed or committed.replayed, committed=committed)
 
 
-def upstream_of(request: LossRequest, like: torch.Tensor) -> torch.Tensor:
+def upstream_of(request: LossRequest, like: Tensor) -> Tensor:
     """g [N] in compute dtype: the request's, or ones."""
     if request.upstream is None:
         return torch.ones_like(like)

@@ -65,7 +65,7 @@ def draw_with_tries(spec: SamplerSpec, num_classes: int, step: int, labels: Tens
     except sampler.TriesExhausted:
         raise InvalidArgument(
             f"sampler.num_sampled = {spec.num_sampled} distinct ids of {num_classes} take more than "
-            f"{sampler.MAX_TRIES} draws; sample with repeats, or use the full softmax",
+            f"{sampler.max_tries(spec.num_sampled)} draws; sample with repeats, or use the full softmax",
             field="sampler.num_sampled",
         ) from None
 

@@ -60,7 +60,8 @@ class Want:
 class LossRequest:
     """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is the full softmax.
 
-    digest tells one payload under a key from another; it is empty where there is no session.
+    digest tells one payload under a key from another; it is empty where there is no session. max_reply_bytes is what
+    the tensors of the reply may take.
     """
 
     table: str
@@ -77,6 +78,7 @@ class LossRequest:
     commit_now: CommitNow | None
     want: Want
     digest: bytes
+    max_reply_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +134,11 @@ class LossReply:
     replayed: bool
     cost: Cost
     committed: CommitReply | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors take."""
+        tensors = [self.loss, self.lse, self.hidden_grad]
+        if self.table_grad is not None:
+            tensors += [self.table_grad.class_ids, self.table_grad.rows, self.table_grad.biases]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)

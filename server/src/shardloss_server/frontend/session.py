@@ -53,6 +53,7 @@ class Ticket:
     ready: threading.Event = field(default_factory=threading.Event)
     staged: Staged | None = None
     lse: Tensor | None = None
+    is_held: bool = False  # a commit is at work on it: it does not expire
     num_rows: int = 0
     version: int = 0
     reply: LossReply | None = None
@@ -157,11 +158,11 @@ class Sessions:
             ticket = known.tickets[step, part] = Ticket(name, session, step, part, digest, num_bytes)
             return ticket, True
 
-    def touch(self, session: str, now: float) -> None:
-        """Renew a session that is known."""
+    def given_up(self, session: str) -> int:
+        """The highest step that a session gave up; 0 where it gave up none."""
         with self._lock:
-            if session in self._sessions:
-                self._touch(session, now)
+            known = self._sessions.get(session)
+            return known.given_up if known else 0
 
     def _touch(self, session: str, now: float) -> Session:
         known = self._sessions.get(session)
@@ -186,7 +187,7 @@ class Sessions:
             self._close(ticket, TicketState.ABORTED, remember=False)
 
     def find(self, session: str, step: int, names: list[str], now: float) -> list[Ticket]:
-        """The open, ready tickets of one step by name.
+        """The open, ready tickets of one step by name, held for a commit until `commit` or `release`.
 
         Raises:
             SessionExpired: the session is unknown.
@@ -199,7 +200,10 @@ class Sessions:
                 raise SessionExpired(f"session {session!r} is unknown or forgotten; start a new one", field="session")
             self._touch(session, now)
             by_name = {ticket.name: ticket for ticket in known.tickets.values()}
-            return [self._one(by_name, step, name, place) for place, name in enumerate(names)]
+            tickets = [self._one(by_name, step, name, place) for place, name in enumerate(names)]
+            for ticket in tickets:
+                ticket.is_held = True
+            return tickets
 
     def _one(self, by_name: dict[str, Ticket], step: int, name: str, place: int) -> Ticket:
         where = {"field": "parts", "index": place}
@@ -214,6 +218,12 @@ class Sessions:
         if state is TicketState.EXPIRED:
             raise TicketExpired(f"parts[{place}]: the ticket was open for more than {self._ttl_s} s", **where)
         raise TicketUnknown(f"parts[{place}]: no such ticket is open in this session", **where)
+
+    def release(self, tickets: list[Ticket]) -> None:
+        """The commit came to nothing: the tickets are as open as before."""
+        with self._lock:
+            for ticket in tickets:
+                ticket.is_held = False
 
     def commit(self, tickets: list[Ticket]) -> None:
         """Close committed tickets, and give up what else their session holds up to that step."""
@@ -246,7 +256,7 @@ class Sessions:
         """Close the open tickets of every session not heard of for ttl_s; the number closed."""
         with self._lock:
             stale = [s for s in self._sessions.values() if now - s.last_seen > self._ttl_s]
-            doomed = [ticket for session in stale for ticket in session.tickets.values() if ticket.ready.is_set()]
+            doomed = [ticket for session in stale for ticket in session.tickets.values() if is_idle(ticket)]
             for ticket in doomed:
                 self._close(ticket, TicketState.EXPIRED)
             return len(doomed)
@@ -272,3 +282,8 @@ class Sessions:
             self._closed[ticket.name] = state
             while len(self._closed) > KEPT_CLOSED:
                 self._closed.popitem(last=False)
+
+
+def is_idle(ticket: Ticket) -> bool:
+    """Whether nobody is at work on a ticket."""
+    return ticket.ready.is_set() and not ticket.is_held

@@ -36,7 +36,8 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     if request.commit_now is not None:
         rate(request.commit_now.learning_rate, "commit_now.learning_rate", spec)
         finite_number(request.commit_now.grad_scale, "commit_now.grad_scale")
-    reply_size(request, spec, limits)
+    reply_size(request, spec)
+    fan_out(request, spec, limits)
 
 
 def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> None:
@@ -151,6 +152,7 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
         place, class_id = show(index), int(ids[index[0]])
         raise InvalidArgument(f"class_ids[{place}] = {class_id} is there twice", field="class_ids", index=place)
     hidden(rows, spec, limits, field="rows")
+    refuse_where(~torch.isfinite(rows.to(getattr(torch, spec.dtype))), rows, "rows", f"overflows {spec.dtype}")
     if len(rows) != len(ids):
         raise InvalidArgument(f"rows has {len(rows)} rows for {len(ids)} class_ids", field="rows")
     if biases is None:
@@ -162,7 +164,7 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
 
 def label_rows(tensor: Tensor, spec: TableSpec, limits: Limits) -> None:
     """The rows of all labels, gathered, stay within max_request_bytes."""
-    num_bytes = tensor.numel() * spec.dim * 8
+    num_bytes = tensor.numel() * spec.dim * width_of(spec)
     if num_bytes > limits.max_request_bytes:
         raise LimitExceeded(
             f"labels {list(tensor.shape)} gather {num_bytes} bytes of rows, above {limits.max_request_bytes}; "
@@ -187,6 +189,35 @@ def label_weights(request: LossRequest, spec: TableSpec) -> None:
     refuse_where(weights < 0, weights, "label_weights", "is negative")
 
 
+def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """What all shards answer together stays within four times max_reply_bytes."""
+    if not request.want.hidden_grad:
+        return
+    num_bytes = 2 * spec.placement.num_shards * request.hidden.numel() * width_of(spec)
+    if num_bytes > 4 * limits.max_reply_bytes:
+        raise LimitExceeded(
+            f"hidden {list(request.hidden.shape)} makes {spec.placement.num_shards} shards answer {num_bytes} bytes, "
+            f"above {4 * limits.max_reply_bytes}; split the batch",
+            field="hidden",
+        )
+
+
+def finite_logits(lse: Tensor, like: Tensor, field: str) -> None:
+    """No row's logits overflow: lse [N] is finite wherever `like` [N] is, which is -inf in a row without columns.
+
+    Raises:
+        InvalidArgument: the product of hidden and a row of the table is not finite.
+    """
+    wrong = ~torch.isfinite(lse) & ~torch.isneginf(like)
+    if wrong.any():
+        index = first_index(wrong)
+        raise InvalidArgument(
+            f"{field}[{show(index)}] has logits that are not finite: it, or a row of the table, is too large",
+            field=field,
+            index=show(index),
+        )
+
+
 def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     """The sampler or the caller's draw."""
     assert request.sampled is not None
@@ -204,10 +235,20 @@ def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
         raise LimitExceeded(
             f"sampler.num_sampled = {draw.num_sampled} exceeds {limits.max_num_sampled}", field="sampler.num_sampled"
         )
+    sampled_rows(draw.num_sampled, "sampler.num_sampled", spec, limits)
     if draw.unique and draw.num_sampled > spec.num_classes:
         raise InvalidArgument(
             f"sampler.num_sampled = {draw.num_sampled} distinct ids cannot come from {spec.num_classes} classes",
             field="sampler.num_sampled",
+        )
+
+
+def sampled_rows(num_sampled: int, field: str, spec: TableSpec, limits: Limits) -> None:
+    """The rows of all candidates, gathered, stay within max_request_bytes."""
+    num_bytes = num_sampled * spec.dim * width_of(spec)
+    if num_bytes > limits.max_request_bytes:
+        raise LimitExceeded(
+            f"{num_sampled} candidates gather {num_bytes} bytes of rows, above {limits.max_request_bytes}", field=field
         )
 
 
@@ -220,6 +261,7 @@ def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, l
     if len(draw.sampled) > limits.max_num_sampled:
         message = f"{len(draw.sampled)} samples exceed {limits.max_num_sampled}"
         raise LimitExceeded(message, field=prefix + "sampled")
+    sampled_rows(len(draw.sampled), prefix + "sampled", spec, limits)
     class_ids(draw.sampled, spec.num_classes, prefix + "sampled")
     for name, count, shape in (
         ("true_expected_count", draw.true_expected_count, request.labels.shape),
@@ -243,23 +285,49 @@ def positive(count: Tensor, where: Tensor, field: str) -> None:
     refuse_where(where & ~(torch.isfinite(count) & (count > 0)), count, field, "is not a positive finite count")
 
 
-def reply_size(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """The reply fits max_reply_bytes; a table gradient of the full softmax has V rows."""
-    num_rows, width = len(request.hidden), 8
-    num_bytes = num_rows * spec.dim * width if request.want.hidden_grad else 0
-    if request.want.table_grad:
-        num_touched = spec.num_classes
-        if request.sampled is not None:
-            draw = request.sampled.candidates
-            num_sampled = draw.num_sampled if isinstance(draw, SamplerSpec) else len(draw.sampled)
-            num_touched = min(spec.num_classes, num_sampled + request.labels.numel())
-        num_bytes += num_touched * (spec.dim + 2) * width
-    if num_bytes > limits.max_reply_bytes:
+def reply_size(request: LossRequest, spec: TableSpec) -> None:
+    """The reply fits what the call may carry back; a table gradient of the full softmax has V rows."""
+    num_bytes = reply_bytes(request, spec)
+    if num_bytes > request.max_reply_bytes:
         raise LimitExceeded(
-            f"the reply would take up to {num_bytes} bytes, above max_reply_bytes = {limits.max_reply_bytes}; "
-            "ask for less, or split the batch",
+            f"the reply would take up to {num_bytes} bytes, above {request.max_reply_bytes}; ask for less, split the "
+            "batch, or call through StreamLoss",
             field="want_table_grad" if request.want.table_grad else "want_hidden_grad",
         )
+
+
+def reply_bytes(request: LossRequest, spec: TableSpec) -> int:
+    """At most so many bytes of tensors answer a request."""
+    width = width_of(spec)
+    num_rows = len(request.hidden)
+    num_bytes = num_rows * width * (request.want.loss + request.want.lse)
+    if request.want.hidden_grad:
+        grad_width = getattr(torch, request.want.grad_dtype).itemsize if request.want.grad_dtype else width
+        num_bytes += num_rows * spec.dim * grad_width
+    if request.want.table_grad:
+        num_bytes += num_touched(request, spec) * (8 + (spec.dim + 1) * width)
+    return num_bytes
+
+
+def num_touched(request: LossRequest, spec: TableSpec) -> int:
+    """At most so many rows have a gradient."""
+    if request.sampled is None:
+        return spec.num_classes
+    return min(spec.num_classes, num_drawn(request) + request.labels.numel())
+
+
+def num_drawn(request: LossRequest) -> int:
+    """S; 0 in the full softmax."""
+    if request.sampled is None:
+        return 0
+    draw = request.sampled.candidates
+    return draw.num_sampled if isinstance(draw, SamplerSpec) else len(draw.sampled)
+
+
+def width_of(spec: TableSpec) -> int:
+    """Bytes of one element in compute dtype."""
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+    return dtype.itemsize
 
 
 def vector(field: str, tensor: Tensor, num_rows: int | None, spec: TableSpec | None = None) -> None:

@@ -49,7 +49,7 @@ def to_int64(value: int) -> int:
 def random_bits(seed: int, stream: int, class_ids: Tensor, num_columns: int) -> Tensor:
     """64 random bits for each (class id, column) [M, num_columns] int64, by (seed, stream)."""
     row_key = mix_(class_ids * GOLDEN_GAMMA + to_int64(seed * 0xD1342543DE82EF95 + stream + 1))
-    column = torch.arange(1, num_columns + 1, device=class_ids.device) * GOLDEN_GAMMA
+    column = torch.arange(1, num_columns + 1) * GOLDEN_GAMMA
     return mix_(row_key[:, None] + column[None, :])
 
 

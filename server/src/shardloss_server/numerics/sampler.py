@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_TRIES = 1 << 27  # draws before a distinct sample is given up: some seconds of work
+MAX_TRIES = 1 << 27  # draws before a distinct sample is given up, whatever its size: some seconds of work
 
 
 class TriesExhausted(Exception):
-    """A distinct sample would need more than MAX_TRIES draws."""
+    """A distinct sample would need more than `max_tries` draws."""
+
+
+def max_tries(num_sampled: int) -> int:
+    """Draws before a distinct sample of S ids is given up; half of all classes log-uniformly take about 6 S."""
+    return min(MAX_TRIES, 32 * num_sampled + (1 << 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
     if not unique:
         return Draw(distribution.from_uniform(bits.random(num_sampled)), num_sampled)
     stream = np.zeros(0, dtype=np.int64)
-    while len(stream) < MAX_TRIES:
+    while len(stream) < max_tries(num_sampled):
         block = distribution.from_uniform(bits.random(max(2 * num_sampled, len(stream))))
         stream = np.concatenate([stream, block])
         _, first = np.unique(stream, return_index=True)

@@ -22,8 +22,8 @@ from shardloss.v1 import (
 )
 
 from shardloss_server.cluster.group import ShardGroup
-from shardloss_server.config import ServerConfig
-from shardloss_server.frontend.admission import Admission, Receiving
+from shardloss_server.config import FRAMING_BYTES, ServerConfig
+from shardloss_server.frontend.admission import Admission, LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -36,7 +36,7 @@ from shardloss_server.rpc.servicer import (
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
 ADMIN_THREADS = 2
-FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
+STOP_S = 5.0  # for calls that were cut off to see it
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -60,8 +60,8 @@ class Server:
         self.catalog = Catalog(group, config.limits)
         limits = config.limits
         admission = Admission(limits.max_calls_in_flight, 2 * limits.max_request_bytes)
-        receiving = Receiving(config.max_streams_receiving, config.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, admission, receiving)
+        streams = LiveStreams(min(config.max_streams, max(1, config.num_threads // 4)), config.stream_idle_s)
+        self.handlers = Handlers(self.catalog, limits, admission, streams)
         self._health = health.HealthServicer()
         self._data = self._make_server(config.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)
@@ -119,10 +119,13 @@ class Server:
             self._stopping.set()
             self._health.enter_graceful_shutdown()
             grace = self.config.drain_s if grace_s is None else grace_s
-            self._data.stop(grace).wait(grace + 5.0)
-            self._admin.stop(0).wait(5.0)
+            stopped = self._data.stop(grace)
+            stopped.wait(grace)
+            self.catalog.close()
+            stopped.wait(STOP_S)
+            self._admin.stop(0).wait(STOP_S)
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
             self.catalog.expire_tickets(time.monotonic())
-            self.handlers.receiving.drop_silent(time.monotonic())
+            self.handlers.streams.drop_silent(time.monotonic())

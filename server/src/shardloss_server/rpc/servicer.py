@@ -6,7 +6,7 @@ import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -26,10 +26,10 @@ from shardloss.v1 import (
 )
 
 from shardloss_server import __version__
-from shardloss_server.config import Limits
+from shardloss_server.config import FRAMING_BYTES, Limits
 from shardloss_server.evaluation.passes import Evaluator
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.admission import Admission, Receiving
+from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
@@ -46,8 +46,8 @@ FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission, receiving: Receiving) -> None:
-        self.catalog, self.limits, self.admission, self.receiving = catalog, limits, admission, receiving
+    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission, streams: LiveStreams) -> None:
+        self.catalog, self.limits, self.admission, self.streams = catalog, limits, admission, streams
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
@@ -60,16 +60,16 @@ class Handlers:
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
     """Admit a unary call, run it without autograd, and turn every error into its status.
 
-    Commits and aborts are always admitted: they free what other calls wait for.
+    Commits and aborts are always admitted, since they free what other calls wait for; so is what costs nothing.
     """
-    frees = method.__name__ in ("Commit", "Abort")
+    frees = method.__name__ in ("Commit", "Abort", "GetServerInfo")
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
         admitted = nullcontext() if frees else self.handlers.admission.admit(request.ByteSize())
         with failing_as_status(context), admitted, torch.inference_mode():
             response = method(self, request, context)
-            if response.ByteSize() > self.handlers.limits.max_message_bytes:  # type: ignore[attr-defined]
+            if response.ByteSize() > self.handlers.limits.max_message_bytes + FRAMING_BYTES:  # type: ignore[attr-defined]
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
             return response
         raise AssertionError("a failed call has ended")
@@ -110,38 +110,54 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
     def StreamLoss(
         self, request_iterator: Iterator[loss_pb2.StreamLossRequest], context: Context
     ) -> Iterator[loss_pb2.StreamLossResponse]:
-        with failing_as_status(context):
-            limits = self.handlers.limits
-            with ExitStack() as held:
-                header, contents = self._receive(request_iterator, context, held)
+        with failing_as_status(context), self.handlers.streams.stream(context.cancel) as stream:
+            header, assembler = self._begin(request_iterator)
+            num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
+            with self.handlers.admission.admit(num_bytes):
+                self._receive(request_iterator, assembler, stream, self.handlers.deadline(context))
+                stream.working()
                 with torch.inference_mode():
-                    response = self._loss(header, contents, context)
-            reply, pieces = chunks.detach(response, limits.max_chunk_bytes)
-            yield loss_pb2.StreamLossResponse(header=reply)
-            for chunk in pieces:
-                yield loss_pb2.StreamLossResponse(chunk=chunk)
+                    response = self._loss(header, assembler.contents(), context)
+                reply, pieces = chunks.detach(response, self.handlers.limits.max_chunk_bytes)
+                stream.moved()
+                yield loss_pb2.StreamLossResponse(header=reply)
+                for chunk in pieces:
+                    stream.moved()
+                    yield loss_pb2.StreamLossResponse(chunk=chunk)
+
+    def _begin(
+        self, pieces: Iterator[loss_pb2.StreamLossRequest]
+    ) -> tuple[loss_pb2.ComputeLossRequest, chunks.Assembler]:
+        """The header that a stream begins with, and what collects the chunks it announces."""
+        first = next(pieces, None)
+        if first is None or first.WhichOneof("piece") != "header":
+            raise InvalidArgument("a StreamLoss begins with a header", field="piece")
+        limits = self.handlers.limits
+        return first.header, chunks.Assembler(first.header, limits.max_request_bytes, limits.max_chunk_bytes)
 
     def _receive(
-        self, pieces: Iterator[loss_pb2.StreamLossRequest], context: Context, held: ExitStack
-    ) -> tuple[loss_pb2.ComputeLossRequest, dict[int, bytes]]:
-        """The header and all chunks of a stream; `held` keeps the admission of its bytes."""
-        limits = self.handlers.limits
-        with self.handlers.receiving.stream(context.cancel) as heard:
-            header = first_header(pieces)
-            assembler = chunks.Assembler(header, limits.max_request_bytes, limits.max_chunk_bytes)
-            num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            held.enter_context(self.handlers.admission.admit(num_bytes))
-            for piece in pieces:
-                heard()
-                if piece.WhichOneof("piece") != "chunk":
-                    raise InvalidArgument("only chunks may follow the header", field="piece")
-                assembler.add(piece.chunk)
-            return header, assembler.contents()
+        self,
+        pieces: Iterator[loss_pb2.StreamLossRequest],
+        assembler: chunks.Assembler,
+        stream: LiveStream,
+        deadline: Deadline,
+    ) -> None:
+        """All chunks of a stream."""
+        for piece in pieces:
+            stream.moved()
+            deadline.check("the request came whole")
+            if piece.WhichOneof("piece") != "chunk":
+                raise InvalidArgument("only chunks may follow the header", field="piece")
+            assembler.add(piece.chunk)
 
     def _loss(
         self, request: loss_pb2.ComputeLossRequest, contents: dict[int, bytes] | None, context: Context
     ) -> loss_pb2.ComputeLossResponse:
-        reply = self.handlers.pipeline.loss(wire.loss_request(request, contents), self.handlers.deadline(context))
+        limits = self.handlers.limits
+        is_stream = contents is not None
+        most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
+        decoded = wire.loss_request(request, most, contents)
+        reply = self.handlers.pipeline.loss(decoded, self.handlers.deadline(context))
         return wire.loss_response(reply, self.handlers.catalog.owner(request.table).spec.bias)
 
     @answers
@@ -175,14 +191,6 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             sampled_expected_count=wire.from_tensor(values.sampled_expected_count),
             num_tries=num_tries,
         )
-
-
-def first_header(pieces: Iterator[loss_pb2.StreamLossRequest]) -> loss_pb2.ComputeLossRequest:
-    """The header that a stream begins with."""
-    first = next(pieces, None)
-    if first is None or first.WhichOneof("piece") != "header":
-        raise InvalidArgument("a StreamLoss begins with a header", field="piece")
-    return first.header
 
 
 class TableServicer(table_pb2_grpc.TableServiceServicer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from shardloss import wire
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.v1 import table_pb2, tensor_pb2
@@ -38,7 +39,7 @@ def table_spec(message: table_pb2.TableSpec, default_num_shards: int) -> TableSp
     if message.placement not in PLACEMENTS:
         raise InvalidArgument(f"placement = {message.placement} is unknown", field="spec.placement")
     num_shards = message.num_shards if message.num_shards != 0 else default_num_shards
-    return TableSpec(
+    spec = TableSpec(
         name=message.name,
         num_classes=message.num_classes,
         dim=message.dim,
@@ -48,6 +49,21 @@ def table_spec(message: table_pb2.TableSpec, default_num_shards: int) -> TableSp
         initializer=initializer(message.initializer, message.dim),
         optimizer=optimizer(message.optimizer),
     )
+    refuse_unrepresentable(spec)
+    return spec
+
+
+def refuse_unrepresentable(spec: TableSpec) -> None:
+    """Refuse optimizer numbers that are 0 or infinite in the table's compute dtype: rows would become NaN."""
+    range_of = torch.finfo(getattr(torch, spec.compute_dtype))
+    one = spec.optimizer
+    for name, least in (("eps", range_of.tiny), ("weight_decay", 0.0), ("initial_accumulator_value", 0.0)):
+        value = getattr(one, name)
+        if value and not least <= value <= range_of.max:
+            raise InvalidArgument(
+                f"optimizer.{one.kind}.{name} = {value} does not fit {spec.compute_dtype}",
+                field=f"spec.optimizer.{one.kind}.{name}",
+            )
 
 
 def initializer(message: table_pb2.Initializer, dim: int) -> Initializer:

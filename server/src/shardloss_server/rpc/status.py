@@ -8,19 +8,27 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from shardloss.errors import DOMAIN, ShardlossError, TransientError
 
 DETAILS_KEY = "grpc-status-details-bin"
-MAX_MESSAGE_CHARS = 1024  # gRPC turns details above about 8 kB into another error
+MAX_MESSAGE_BYTES = 512  # it travels three times, once percent-encoded; gRPC drops a status above about 8 kB
+MAX_VALUE_BYTES = 128
+
+
+def cut(text: str, num_bytes: int) -> str:
+    """The beginning of a text that takes at most so many bytes."""
+    return text.encode("utf-8", "replace")[:num_bytes].decode("utf-8", "ignore")
 
 
 def status_of(error: ShardlossError) -> status_pb2.Status:
     """The rich status of an error; below 4 kB."""
-    message = error.message[:MAX_MESSAGE_CHARS]
+    message = cut(error.message, MAX_MESSAGE_BYTES)
     status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
-    metadata = {name: value[:256] for name, value in error.details.items()}
+    metadata = {name: cut(value, MAX_VALUE_BYTES) for name, value in error.details.items()}
     details: list[error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     ]
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field[:256], description=message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=cut(error.field, MAX_VALUE_BYTES), description=message
+        )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, TransientError) and error.retry_after_s:
         retry = error_details_pb2.RetryInfo()

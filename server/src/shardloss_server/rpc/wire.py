@@ -76,7 +76,9 @@ def column(tensor: T) -> T:
     return tensor[:, None] if tensor is not None and tensor.dim() == 1 else tensor
 
 
-def loss_request(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None = None) -> LossRequest:
+def loss_request(
+    message: loss_pb2.ComputeLossRequest, max_reply_bytes: int, chunks: Chunks | None = None
+) -> LossRequest:
     """Decode a ComputeLoss; what the front end can check, it checks later.
 
     Raises:
@@ -99,6 +101,7 @@ def loss_request(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None = N
         commit_now=commit_now(message),
         want=want(message),
         digest=digest(message, chunks) if message.session else b"",
+        max_reply_bytes=max_reply_bytes,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardloss_server.shard.table import ShardTable
 
+ASKED_ELEMENTS = 1 << 20  # elements of asked rows held at once
 KEY_BITS = {torch.float32: 24, torch.float64: 33}
 
 
@@ -58,6 +59,7 @@ class AskedLogits:
 
     logits: Tensor
     keys: Tensor
+    version: int
 
 
 def power_above(squares: Tensor) -> Tensor:
@@ -80,12 +82,16 @@ def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> AskedL
     """Logits and keys of class_ids [N, S] that this shard owns."""
     logits, keys = (torch.zeros(class_ids.shape, dtype=torch.float64) for _ in range(2))
     batch_row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
-    index = table.spec.placement.rows(table.shard, class_ids[batch_row, column])
-    rows, biases, hidden = table.weights[index].double(), table.biases[index].double(), hidden.double()
-    values = (rows * hidden[batch_row]).sum(1) + biases
-    logits[batch_row, column] = values
-    keys[batch_row, column] = keys_of(values, norms(hidden, 1.0)[batch_row] * norms(rows, biases), table.compute_dtype)
-    return AskedLogits(logits, keys)
+    hidden = hidden.double()
+    scale = norms(hidden, 1.0)
+    size = max(1, ASKED_ELEMENTS // table.spec.dim)
+    for n, s in zip(torch.split(batch_row, size), torch.split(column, size), strict=True):
+        index = table.spec.placement.rows(table.shard, class_ids[n, s])
+        rows, biases = table.weights[index].double(), table.biases[index].double()
+        values = (rows * hidden[n]).sum(1) + biases
+        logits[n, s] = values
+        keys[n, s] = keys_of(values, scale[n] * norms(rows, biases), table.compute_dtype)
+    return AskedLogits(logits, keys, table.version)
 
 
 def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -> ScanAnswer:

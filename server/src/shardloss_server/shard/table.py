@@ -43,28 +43,24 @@ class ShardTable:
     change anything, and only from version v to v + 1; a repeat of the present version is a no-op.
     """
 
-    def __init__(self, spec: TableSpec, shard: int, max_sessions: int, device: str = "cpu") -> None:
+    def __init__(self, spec: TableSpec, shard: int, max_sessions: int) -> None:
         self.spec, self.shard = spec, shard
-        self.device = torch.device(device)
         self.version = 0
         self.num_commits = 0
         self.ledger = Ledger(max_sessions)
         self._records: deque[Record | RowWrite] = deque(maxlen=KEPT_RECORDS)
         self.num_rows = spec.placement.num_rows(shard)
         self.compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self.weights = torch.empty(self.num_rows, spec.dim, dtype=getattr(torch, spec.dtype), device=self.device)
-        self.biases = torch.zeros(self.num_rows, dtype=self.compute_dtype, device=self.device)
+        self.weights = torch.empty(self.num_rows, spec.dim, dtype=getattr(torch, spec.dtype))
+        self.biases = torch.zeros(self.num_rows, dtype=self.compute_dtype)
         self._fill_initial_()
         self.weight_state = initial_state(spec.optimizer, self.num_rows, spec.dim, self.compute_dtype)
         self.bias_state = initial_state(spec.optimizer, self.num_rows if spec.bias else 0, 1, self.compute_dtype)
-        if self.device.type != "cpu":
-            self.weight_state = {name: value.to(self.device) for name, value in self.weight_state.items()}
-            self.bias_state = {name: value.to(self.device) for name, value in self.bias_state.items()}
 
     def _fill_initial_(self) -> None:
         for start in range(0, self.num_rows, UPDATE_ROWS):
             end = min(start + UPDATE_ROWS, self.num_rows)
-            class_ids = self.spec.placement.class_ids(self.shard, start, end).to(self.device)
+            class_ids = self.spec.placement.class_ids(self.shard, start, end)
             fill_rows_(self.spec.initializer, class_ids, self.weights[start:end])
 
     # Reading

@@ -17,10 +17,17 @@ SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_e
 
 def head_of(table: Table) -> SampledSoftmaxHead:
     """The one head through which these functions train a table: the losses of a step share its session."""
-    head = table.attachments.get(__name__)
-    if not isinstance(head, SampledSoftmaxHead):
-        head = table.attachments[__name__] = table.sampled_softmax(1, reduction="none", ignore_index=None)
+    attachments, key = table.client.attachments, (__name__, table.name)
+    head = attachments.get(key)
+    if not isinstance(head, SampledSoftmaxHead) or shape_of(head.table) != shape_of(table):
+        head = attachments[key] = table.sampled_softmax(1, reduction="none", ignore_index=None)
     return head
+
+
+def shape_of(table: Table) -> tuple[int, int, str, bool]:
+    """What tells a table from another one made anew under its name."""
+    spec = table.spec
+    return spec.num_classes, spec.dim, spec.dtype, spec.bias
 
 
 def optimizer(table: Table, lr: float) -> RemoteOptimizer:
