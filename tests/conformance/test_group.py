@@ -1,0 +1,563 @@
+"""What every group of shards does, in process and on Ray: the conformance suite of the port `ShardGroup`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.partial import add_all, merge_all
+from shardloss_server.placement import Placement
+from shardloss_server.rpc.serve import Server
+from shardloss_server.shard.record import Batch, Candidates, Part, RowWrite, StepKey, TableSpec, Upstream
+from shardloss_server.shard.scan import Question
+from shardloss_server.shard.table import VersionGap
+
+from . import oracle
+
+NUM_CLASSES, DIM = 11, 5  # no divisor in common with any count of shards or workers below
+NUM_SHARDS = 4  # over 1, 2 and 3 workers: even, and with one worker that holds more
+TIMEOUT_S = 60.0
+LEARNING_RATE = 0.3
+EXACT = 1e-12
+
+GROUPS = [
+    pytest.param(1, id="local1"),
+    pytest.param(2, id="local2"),
+    pytest.param(3, id="local3"),
+    pytest.param(0, id="ray2", marks=pytest.mark.ray),
+]
+
+
+@pytest.fixture(params=GROUPS, scope="module")
+def group(request: pytest.FixtureRequest) -> Iterator[FanoutGroup]:
+    """Every implementation of the port; the Ray one belongs to the session's server."""
+    if request.param == 0:
+        server: Server = request.getfixturevalue("ray_server")
+        yield server.catalog.group
+        return
+    local = LocalGroup(request.param)
+    yield local
+    local.close()
+
+
+class Shards:
+    """One table of a group, with its state as the oracle sees it."""
+
+    def __init__(self, group: FanoutGroup, spec: TableSpec) -> None:
+        self.group, self.spec, self.name = group, spec, spec.name
+        self.version = 0
+
+    def read(self) -> oracle.Replica:
+        """All rows and biases, by class id."""
+        pieces = self.group.read(self.name, torch.arange(self.spec.num_classes)).result(TIMEOUT_S)
+        order = torch.argsort(torch.cat([piece.class_ids for piece in pieces]))
+        rows, biases = torch.cat([p.rows for p in pieces]), torch.cat([p.biases for p in pieces])
+        return oracle.Replica(rows[order].double().numpy(), biases[order].double().numpy())
+
+    def versions(self) -> list[int]:
+        return self.group.applied_versions(self.name).result(TIMEOUT_S)
+
+    def loss(self, part: Part) -> torch.Tensor:
+        """Per-example losses of a part."""
+        scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
+        merged = merge_all([score.partial for score in scores]), add_all([score.target for score in scores])
+        return per_example_loss(*merged, part.batch.mass)
+
+    def order(self, part: Part, g: np.ndarray, step: int, version: int | None = None) -> Order:
+        """The next step, with the lse of the present version."""
+        scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
+        lse = merge_all([score.partial for score in scores]).lse
+        version = scores[0].version + 1 if version is None else version
+        key = StepKey("trainer", step, b"payload")
+        return Order(version, key, LEARNING_RATE, 0, (Upstream(lse, torch.tensor(g)),))
+
+
+@pytest.fixture
+def make_shards(group: FanoutGroup, fresh_name: Callable[[], str]) -> Iterator[Callable[..., Shards]]:
+    """Makes tables that are dropped after the test."""
+    made: list[str] = []
+
+    def make(num_shards: int = NUM_SHARDS, placement: str = "div", name: str | None = None) -> Shards:
+        spec = spec_of(name or fresh_name(), num_shards, placement)
+        made.append(spec.name)
+        group.create(spec, 8).result(TIMEOUT_S)
+        return Shards(group, spec)
+
+    yield make
+    for name in made:
+        group.drop(name).result(TIMEOUT_S)
+
+
+@pytest.fixture
+def shards(make_shards: Callable[..., Shards]) -> Shards:
+    return make_shards()
+
+
+def spec_of(name: str, num_shards: int = NUM_SHARDS, placement: str = "div") -> TableSpec:
+    cut = Placement(placement, NUM_CLASSES, num_shards)
+    start = Initializer("normal", 0.7, 3)
+    return TableSpec(name, NUM_CLASSES, DIM, "float64", True, cut, start, OptimizerSpec("sgd"))
+
+
+def part_of(batch: oracle.Batch) -> Part:
+    """A batch as a group takes it; its draw has no repeats."""
+    labels = torch.tensor(batch.labels)
+    weights = torch.full(labels.shape, 1.0 / labels.shape[1], dtype=torch.float64)
+    planned = Batch(torch.tensor(batch.hidden), labels, weights, weights.sum(1))
+    if batch.draw is None:
+        return Part(planned, None)
+    class_ids = torch.tensor(batch.draw.sampled)
+    log_weight = -torch.tensor(batch.draw.sampled_expected_count).log()
+    label_log_weight = -torch.tensor(batch.draw.true_expected_count).log()
+    return Part(planned, Candidates(class_ids, log_weight, torch.full_like(log_weight, -torch.inf), label_log_weight))
+
+
+def batch_of(kind: str, rng: np.random.Generator) -> oracle.Batch:
+    """A batch of the full softmax, or of six distinct candidates, some of which are labels."""
+    batch = oracle.random_batch(rng, NUM_CLASSES, DIM, num_sampled=0 if kind == "full" else 6)
+    if batch.draw is not None:
+        distinct = np.sort(rng.permutation(NUM_CLASSES)[:6])
+        batch = oracle.Batch(
+            batch.hidden,
+            batch.labels,
+            type(batch.draw)(distinct, batch.draw.true_expected_count, batch.draw.sampled_expected_count),
+            batch.g,
+        )
+    return batch
+
+
+KINDS = pytest.mark.parametrize("kind", ["full", "sampled"])
+CUTS = pytest.mark.parametrize("num_shards, placement", [(1, "div"), (4, "mod"), (5, "div"), (13, "mod"), (13, "div")])
+
+
+# Making tables
+
+
+@CUTS
+def test_rows_begin_the_same_on_every_group_and_cut(
+    make_shards: Callable[..., Shards], num_shards: int, placement: str
+) -> None:
+    """A row's first value is a function of seed and class id; more shards than classes is legal."""
+    shards = make_shards(num_shards, placement)
+    whole = LocalGroup(1)
+    try:
+        whole.create(spec_of("whole", 1), 8).result(TIMEOUT_S)
+        expected = Shards(whole, spec_of("whole", 1)).read()
+    finally:
+        whole.close()
+    found = shards.read()
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    assert expected.rows.std() > 0.1
+    assert not found.biases.any()
+    assert shards.versions() == [0] * num_shards
+
+
+def test_a_group_says_where_it_computes(group: FanoutGroup) -> None:
+    """One device a worker; num_workers counts processes, so it is 0 where all live in this one."""
+    assert group.num_workers == (0 if isinstance(group, LocalGroup) else len(group.devices))
+    assert len(group.devices) >= 1
+    assert all(device == "cpu" or device.startswith("cuda") for device in group.devices)
+
+
+@pytest.mark.ray
+def test_ray_workers_are_processes_of_their_own(ray_server: Server) -> None:
+    """No worker shares a process with another or with the front end."""
+    pids = ray_server.catalog.group.pids
+    assert len({*pids, os.getpid()}) == ray_server.catalog.group.num_workers + 1
+
+
+def test_tables_of_one_group_are_apart(make_shards: Callable[..., Shards], rng: np.random.Generator) -> None:
+    """A step on one table leaves another alone."""
+    one, other = make_shards(), make_shards(3, "mod")
+    before = other.read()
+    step(one, batch_of("full", rng), 1)
+    np.testing.assert_array_equal(other.read().rows, before.rows)
+    assert (one.versions(), other.versions()) == ([1] * NUM_SHARDS, [0] * 3)
+
+
+def test_a_dropped_table_is_gone_and_may_be_made_anew(
+    group: FanoutGroup, shards: Shards, rng: np.random.Generator
+) -> None:
+    """drop frees rows and version; unknown tables are ignored; a new table of the name begins at version 0."""
+    first = shards.read()
+    step(shards, batch_of("full", rng), 1)
+    group.drop(shards.name).result(TIMEOUT_S)
+    group.drop(shards.name).result(TIMEOUT_S)
+    with pytest.raises(ShardMissing):
+        shards.versions()
+    group.create(shards.spec, 8).result(TIMEOUT_S)
+    assert shards.versions() == [0] * NUM_SHARDS
+    np.testing.assert_array_equal(shards.read().rows, first.rows)
+
+
+# Scoring
+
+
+@KINDS
+@CUTS
+def test_merged_scores_are_the_loss(
+    make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
+) -> None:
+    """Partials and targets in shard order give the reference's loss and hidden gradient, whatever the cut."""
+    shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
+    part, replica = part_of(batch), shards.read()
+    scores = shards.group.score(shards.name, shards.group.stage(part), True).result(TIMEOUT_S)
+    assert len(scores) == num_shards
+    assert {score.version for score in scores} == {0}
+    partial, target = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
+    loss = per_example_loss(partial, target, part.batch.mass)
+    np.testing.assert_allclose(loss.numpy(), replica.loss(batch), rtol=EXACT, atol=EXACT)
+    gradient = hidden_gradient(partial, target, part.batch.mass)
+    np.testing.assert_allclose(gradient.numpy(), replica.gradients([batch])[2][0], rtol=EXACT, atol=EXACT)
+
+
+@KINDS
+@CUTS
+def test_row_gradients_are_autograds(
+    make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
+) -> None:
+    """Every shard gives the gradient of its touched rows, ids ascending; the rest of the table has none."""
+    shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
+    order = shards.order(part_of(batch), batch.g, 1)
+    staged = shards.group.stage(part_of(batch))
+    pieces = shards.group.gradient(shards.name, staged, order.upstreams[0]).result(TIMEOUT_S)
+    assert all((np.diff(piece.class_ids.numpy()) > 0).all() for piece in pieces)
+    found = oracle.Replica(np.zeros((NUM_CLASSES, DIM)), np.zeros(NUM_CLASSES))
+    for piece in pieces:
+        class_ids = piece.class_ids.numpy()
+        found.rows[class_ids], found.biases[class_ids] = piece.rows.numpy(), piece.biases.numpy()
+    rows, biases, _ = shards.read().gradients([batch])
+    oracle.Replica(rows, biases).assert_close(found.rows, found.biases, EXACT)
+    touched = range(NUM_CLASSES) if batch.draw is None else {*batch.labels.ravel(), *batch.draw.sampled}
+    assert sorted(int(i) for piece in pieces for i in piece.class_ids) == sorted(touched)
+
+
+@KINDS
+def test_the_same_question_gets_the_same_bits(shards: Shards, rng: np.random.Generator, kind: str) -> None:
+    """Two scores of one part on one cut agree in every bit: sums go in shard order, not in order of arrival."""
+    part = part_of(batch_of(kind, rng))
+    assert torch.equal(shards.loss(part), shards.loss(part))
+
+
+@KINDS
+def test_an_empty_batch_is_legal(shards: Shards, rng: np.random.Generator, kind: str) -> None:
+    """N = 0 gives [0] losses and a step that leaves every row."""
+    batch, before = batch_of(kind, rng).rows(slice(0, 0)), shards.read()
+    assert shards.loss(part_of(batch)).shape == (0,)
+    step(shards, batch, 1)
+    np.testing.assert_array_equal(shards.read().rows, before.rows)
+    assert shards.versions() == [1] * NUM_SHARDS
+
+
+def test_no_candidates_leave_the_labels_alone_in_the_softmax(shards: Shards, rng: np.random.Generator) -> None:
+    """With S = 0 each row's softmax is over its own true columns."""
+    full = batch_of("sampled", rng)
+    assert full.draw is not None
+    nothing = type(full.draw)(np.zeros(0, dtype=np.int64), full.draw.true_expected_count, np.zeros(0))
+    batch = oracle.Batch(full.hidden, full.labels, nothing, full.g)
+    expected = shards.read().loss(batch)
+    np.testing.assert_allclose(shards.loss(part_of(batch)).numpy(), expected, rtol=EXACT, atol=EXACT)
+
+
+# Changing
+
+
+def step(shards: Shards, batch: oracle.Batch, number: int) -> list[int]:
+    """Apply one step over one batch on all shards."""
+    part = part_of(batch)
+    order = shards.order(part, batch.g, number)
+    return shards.group.apply(shards.name, order, [shards.group.stage(part)]).result(TIMEOUT_S)
+
+
+@KINDS
+@CUTS
+def test_a_step_is_applied_on_every_shard(
+    make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
+) -> None:
+    """apply moves every shard by one version and every row by -lr times its gradient."""
+    shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
+    expected = shards.read().step([batch], LEARNING_RATE)
+    assert step(shards, batch, 1) == [1] * num_shards
+    found = shards.read()
+    expected.assert_close(found.rows, found.biases, EXACT)
+    assert shards.versions() == [1] * num_shards
+
+
+def test_parts_of_one_step_add_up(shards: Shards, rng: np.random.Generator) -> None:
+    """A step over parts of different kinds and sizes is one SGD step over the sum of their objectives."""
+    batches = [batch_of("full", rng).rows(slice(0, 2)), batch_of("sampled", rng), batch_of("full", rng)]
+    expected = shards.read().step(batches, LEARNING_RATE)
+    parts = [part_of(batch) for batch in batches]
+    orders = [shards.order(part, batch.g, 1) for part, batch in zip(parts, batches, strict=True)]
+    upstreams = tuple(order.upstreams[0] for order in orders)
+    whole = Order(1, orders[0].key, LEARNING_RATE, 0, upstreams)
+    shards.group.apply(shards.name, whole, [shards.group.stage(part) for part in parts]).result(TIMEOUT_S)
+    found = shards.read()
+    expected.assert_close(found.rows, found.biases, EXACT)
+
+
+@KINDS
+def test_a_repeated_step_of_the_present_version_is_not_applied_again(
+    shards: Shards, rng: np.random.Generator, kind: str
+) -> None:
+    """A shard that has a version already answers it and keeps its bits."""
+    batch = batch_of(kind, rng)
+    part = part_of(batch)
+    order, staged = shards.order(part, batch.g, 1), shards.group.stage(part)
+    shards.group.apply(shards.name, order, [staged]).result(TIMEOUT_S)
+    once = shards.read()
+    assert shards.group.apply(shards.name, order, [staged]).result(TIMEOUT_S) == [1] * NUM_SHARDS
+    np.testing.assert_array_equal(shards.read().rows, once.rows)
+    np.testing.assert_array_equal(shards.read().biases, once.biases)
+
+
+@pytest.mark.parametrize("version", [2, 3, 0, -1])
+def test_only_the_next_version_is_applied(shards: Shards, rng: np.random.Generator, version: int) -> None:
+    """A step that leaves a version out, or one of the past, is refused and changes nothing."""
+    batch, present = batch_of("full", rng), 0
+    if version <= 0:
+        step(shards, batch, 1)
+        step(shards, batch, 2)
+        present = 2
+    before, part = shards.read(), part_of(batch)
+    order = shards.order(part, batch.g, 9, version=version)
+    with pytest.raises(VersionGap):
+        shards.group.apply(shards.name, order, [shards.group.stage(part)]).result(TIMEOUT_S)
+    np.testing.assert_array_equal(shards.read().rows, before.rows)
+    assert shards.versions() == [present] * NUM_SHARDS
+
+
+def test_written_rows_are_read_back(shards: Shards, rng: np.random.Generator) -> None:
+    """write overwrites the named rows and biases as one version on every shard; the others stay."""
+    before, class_ids = shards.read(), torch.tensor([9, 0, 4])
+    rows, biases = torch.tensor(rng.normal(size=(3, DIM))), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    written = shards.group.write(shards.name, RowWrite(1, class_ids, rows, biases)).result(TIMEOUT_S)
+    assert written == [1] * NUM_SHARDS
+    before.rows[class_ids.numpy()], before.biases[class_ids.numpy()] = rows.numpy(), biases.numpy()
+    found = shards.read()
+    np.testing.assert_array_equal(found.rows, before.rows)
+    np.testing.assert_array_equal(found.biases, before.biases)
+
+
+def test_a_write_without_biases_leaves_them(shards: Shards) -> None:
+    """Absent biases stay as they are."""
+    ids = torch.tensor([3])
+    full = torch.full((1, DIM), 2.0, dtype=torch.float64)
+    shards.group.write(shards.name, RowWrite(1, ids, full, torch.tensor([5.0]))).result(TIMEOUT_S)
+    shards.group.write(shards.name, RowWrite(2, ids, -full, None)).result(TIMEOUT_S)
+    found = shards.read()
+    assert (found.rows[3] == -2.0).all()
+    assert found.biases[3] == 5.0
+
+
+# Exact questions
+
+
+@CUTS
+def test_scans_over_slices_answer_exactly(
+    make_shards: Callable[..., Shards], rng: np.random.Generator, num_shards: int, placement: str
+) -> None:
+    """The slices of all shards together give log-sum-exp, the classes before a label, and the best classes."""
+    shards = make_shards(num_shards, placement)
+    replica, hidden = shards.read(), rng.normal(size=(7, DIM))
+    logits = hidden @ replica.rows.T + replica.biases
+    labels = torch.tensor(rng.integers(0, NUM_CLASSES, 7))
+    asked = shards.group.asked_logits(shards.name, torch.tensor(hidden), labels[:, None]).result(TIMEOUT_S)
+    label_logits = torch.stack([answer.logits for answer in asked]).sum(0)[:, 0]
+    label_keys = torch.stack([answer.keys for answer in asked]).sum(0)[:, 0]
+    np.testing.assert_allclose(label_logits, logits[np.arange(7), labels], rtol=EXACT, atol=EXACT)
+    question = Question(torch.tensor(hidden), labels, label_keys, 3, True)
+    num_pieces = 2
+    answers = [
+        answer
+        for piece in range(num_pieces)
+        for answer in shards.group.scan(shards.name, question, piece, num_pieces).result(TIMEOUT_S)
+    ]
+    assert len(answers) == num_shards * num_pieces
+    lse = torch.logsumexp(torch.stack([answer.lse for answer in answers]), 0)
+    np.testing.assert_allclose(lse, np.log(np.exp(logits).sum(1)), rtol=EXACT, atol=EXACT)
+    before = torch.stack([answer.num_before for answer in answers]).sum(0)
+    np.testing.assert_array_equal(before, (logits > logits[np.arange(7), labels][:, None]).sum(1))
+    best_logits = torch.cat([answer.best.logits for answer in answers], 1)
+    best_ids = torch.cat([answer.best.class_ids for answer in answers], 1)
+    top = best_ids.gather(1, best_logits.topk(3).indices)
+    np.testing.assert_array_equal(top, np.argsort(-logits, axis=1)[:, :3])
+
+
+# Order of work
+
+
+def test_work_is_done_in_the_order_it_was_started(shards: Shards, rng: np.random.Generator) -> None:
+    """Verbs started one after another, without waiting, see each other's effect: every fan-out reads one version."""
+    batch = batch_of("full", rng)
+    part = part_of(batch)
+    order, staged = shards.order(part, batch.g, 1), shards.group.stage(part)
+    before = shards.read()
+    after = before.step([batch], LEARNING_RATE)
+    ids = torch.tensor([2])
+    pending = [
+        shards.group.score(shards.name, staged, False),
+        shards.group.apply(shards.name, order, [staged]),
+        shards.group.score(shards.name, staged, False),
+        shards.group.write(shards.name, RowWrite(2, ids, torch.zeros(1, DIM), torch.zeros(1))),
+        shards.group.score(shards.name, staged, False),
+    ]
+    scored_0, applied, scored_1, written, scored_2 = (work.result(TIMEOUT_S) for work in pending)
+    assert (applied, written) == ([1] * NUM_SHARDS, [2] * NUM_SHARDS)
+    emptied = oracle.Replica(after.rows.copy(), after.biases.copy())
+    emptied.rows[2], emptied.biases[2] = 0.0, 0.0
+    for version, (scores, replica) in enumerate(((scored_0, before), (scored_1, after), (scored_2, emptied))):
+        assert {score.version for score in scores} == {version}
+        merged = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
+        loss = per_example_loss(*merged, part.batch.mass)
+        np.testing.assert_allclose(loss.numpy(), replica.loss(batch), rtol=EXACT, atol=EXACT)
+
+
+def test_a_staged_part_serves_many_verbs(shards: Shards, rng: np.random.Generator) -> None:
+    """What was staged stays as it was, whatever was computed from it."""
+    batch = batch_of("sampled", rng)
+    staged, part = shards.group.stage(part_of(batch)), part_of(batch)
+    order = shards.order(part, batch.g, 1)
+    first = shards.group.score(shards.name, staged, True).result(TIMEOUT_S)
+    shards.group.gradient(shards.name, staged, order.upstreams[0]).result(TIMEOUT_S)
+    again = shards.group.score(shards.name, staged, True).result(TIMEOUT_S)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.partial.lse, other.partial.lse)
+        assert torch.equal(one.partial.mean_row, other.partial.mean_row)
+
+
+# Deadlines
+
+
+def test_an_answer_that_is_late_is_a_timeout_and_the_work_goes_on(
+    group: FanoutGroup, fresh_name: Callable[[], str]
+) -> None:
+    """result(timeout_s) raises TimeoutError when the time is up, not later; the table is made all the same."""
+    num_classes = 400_000  # with 32 columns: a tenth of a second and more to fill
+    cut = Placement("mod", num_classes, 3)
+    name = fresh_name()
+    spec = TableSpec(name, num_classes, 32, "float32", True, cut, Initializer("normal", 1.0, 0), OptimizerSpec("sgd"))
+    making = group.create(spec, 8)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        making.result(0.0)
+    with pytest.raises(TimeoutError):
+        group.applied_versions(name).result(0.001)
+    assert time.monotonic() - began < 5.0
+    assert group.applied_versions(name).result(TIMEOUT_S) == [0, 0, 0]
+    group.drop(name).result(TIMEOUT_S)
+
+
+# Shards that are missing
+
+
+VERBS = {
+    "score": lambda group, part: group.score("nowhere", group.stage(part), False),
+    "gradient": lambda group, part: group.gradient(
+        "nowhere", group.stage(part), Upstream(torch.zeros(7), torch.zeros(7))
+    ),
+    "apply": lambda group, part: group.apply(
+        "nowhere",
+        Order(1, StepKey("s", 1, b""), 0.1, 0, (Upstream(torch.zeros(7), torch.zeros(7)),)),
+        [group.stage(part)],
+    ),
+    "write": lambda group, part: group.write(
+        "nowhere", RowWrite(1, torch.zeros(1, dtype=torch.int64), torch.zeros(1, DIM), None)
+    ),
+    "read": lambda group, part: group.read("nowhere", torch.arange(2)),
+    "scan": lambda group, part: group.scan("nowhere", Question(part.batch.hidden, None, None, 1, True), 0, 1),
+    "asked_logits": lambda group, part: group.asked_logits("nowhere", part.batch.hidden, part.batch.labels),
+    "applied_versions": lambda group, part: group.applied_versions("nowhere"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_table_without_shards_is_reported_as_missing(group: FanoutGroup, rng: np.random.Generator, verb: str) -> None:
+    """Every verb but create and drop answers ShardMissing for a table that a worker does not hold."""
+    with pytest.raises(ShardMissing, match="nowhere"):
+        VERBS[verb](group, part_of(batch_of("full", rng))).result(TIMEOUT_S)
+
+
+def test_repairing_a_missing_table_is_reported_as_missing(group: FanoutGroup) -> None:
+    """repair cannot bring back what no worker holds."""
+    with pytest.raises(ShardMissing):
+        group.repair("nowhere", TIMEOUT_S)
+
+
+# Repair
+
+
+def test_repair_of_settled_shards_changes_nothing(shards: Shards, rng: np.random.Generator) -> None:
+    """Where all shards are at one version, repair answers it and leaves every bit."""
+    assert shards.group.repair(shards.name, TIMEOUT_S) == 0
+    step(shards, batch_of("sampled", rng), 1)
+    before = shards.read()
+    assert shards.group.repair(shards.name, TIMEOUT_S) == 1
+    np.testing.assert_array_equal(shards.read().rows, before.rows)
+
+
+@KINDS
+@pytest.mark.parametrize("ahead", ["first", "last"])
+def test_a_lagging_worker_is_brought_up_by_its_peers_records(
+    shards: Shards, rng: np.random.Generator, kind: str, ahead: str
+) -> None:
+    """A step that only one worker applied is applied by repair on all others, once."""
+    group, batch = shards.group, batch_of(kind, rng)
+    part = part_of(batch)
+    order, staged = shards.order(part, batch.g, 1), group.stage(part)
+    expected = shards.read().step([batch], LEARNING_RATE)
+    worker = 0 if ahead == "first" else len(group.devices) - 1
+    group.start(worker, "apply", shards.name, order, staged).result(TIMEOUT_S)
+    assert set(shards.versions()) == ({0, 1} if len(group.devices) > 1 else {1})
+    assert group.repair(shards.name, TIMEOUT_S) == 1
+    assert shards.versions() == [1] * NUM_SHARDS
+    found = shards.read()
+    expected.assert_close(found.rows, found.biases, EXACT)
+    assert group.repair(shards.name, TIMEOUT_S) == 1
+    np.testing.assert_array_equal(shards.read().rows, found.rows)
+
+
+def test_repair_catches_up_several_steps_and_writes(shards: Shards, rng: np.random.Generator) -> None:
+    """A worker that lacks a step, a write and a step gets them in order."""
+    group, batch = shards.group, batch_of("full", rng)
+    part = part_of(batch)
+    replica, staged = shards.read(), group.stage(part)
+    rows = torch.tensor(rng.normal(size=(2, DIM)))
+    write = RowWrite(2, torch.tensor([1, 8]), rows, torch.tensor([0.5, -0.5], dtype=torch.float64))
+    stepped = replica.step([batch], LEARNING_RATE)
+    stepped.rows[[1, 8]], stepped.biases[[1, 8]] = rows.numpy(), [0.5, -0.5]
+    expected = stepped.step([batch], LEARNING_RATE)
+    first = shards.order(part, batch.g, 1)
+    lse = torch.logsumexp(part.batch.hidden @ torch.tensor(stepped.rows).T + torch.tensor(stepped.biases), 1)
+    second = Order(3, StepKey("trainer", 2, b""), LEARNING_RATE, 0, (Upstream(lse, torch.tensor(batch.g)),))
+    for verb, change in (("apply", first), ("write", write), ("apply", second)):
+        group.start(0, verb, shards.name, change, *([staged] if verb == "apply" else [])).result(TIMEOUT_S)
+    assert group.repair(shards.name, TIMEOUT_S) == 3
+    assert shards.versions() == [3] * NUM_SHARDS
+    found = shards.read()
+    expected.assert_close(found.rows, found.biases, EXACT)
+
+
+# The end
+
+
+def test_closing_a_local_group_ends_its_threads_and_may_be_repeated() -> None:
+    """close is idempotent and leaves no thread behind."""
+    before = set(threading.enumerate())
+    local = LocalGroup(3)
+    local.create(spec_of("short-lived"), 8).result(TIMEOUT_S)
+    assert set(threading.enumerate()) - before
+    local.close()
+    local.close()
+    assert not set(threading.enumerate()) - before

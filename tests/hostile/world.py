@@ -1,0 +1,229 @@
+"""A small server with low limits, and one table in the middle of training that no refused request may touch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import grpc
+import numpy as np
+import shardloss
+from google.protobuf.message import Message
+from shardloss import wire
+from shardloss.channel import error_of
+from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
+from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.config import Limits, ServerConfig
+from shardloss_server.rpc.serve import Server
+
+V, D, N, T, S = 11, 5, 7, 2, 6
+MAX_BATCH, MAX_TRUE, MAX_SAMPLED, MAX_PARTS, MAX_TOP_K, MAX_REPLY_BYTES = 64, 7, 50, 5, 6, 1200
+LIMITS = dataclasses.replace(
+    Limits(),
+    max_batch=MAX_BATCH,
+    max_num_true=MAX_TRUE,
+    max_num_sampled=MAX_SAMPLED,
+    max_dim=16,
+    max_num_classes=1000,
+    max_num_shards=9,
+    max_table_bytes=30_000,
+    max_tables=5,
+    max_parts=MAX_PARTS,
+    max_top_k=MAX_TOP_K,
+    max_reply_bytes=MAX_REPLY_BYTES,
+    max_deadline_s=20.0,
+)
+TRY_S = 10.0
+
+R = TypeVar("R")
+
+
+@contextmanager
+def serving(limits: Limits, num_workers: int = 2) -> Iterator[Server]:
+    """A server over worker threads, on free ports."""
+    group = LocalGroup(num_workers)
+    server = Server(group, ServerConfig(limits=limits))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(grace_s=1.0)
+        group.close()
+
+
+def once(method: Callable[..., R], request: object, timeout_s: float = TRY_S) -> R:
+    """One try of a call; a failure is the error that a client sees."""
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as failure:
+        raise error_of(failure) from None
+
+
+def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
+    """The same floats in any test: small, distinct and finite."""
+    return (np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape) % 17 - 8) / 7
+
+
+class World:
+    """A float32 table at version 3 whose session "open" has committed step 2 and holds a ticket of step 3.
+
+    Session "done" has given step 1 up.
+    """
+
+    def __init__(self, server: Server, client: shardloss.LossClient, name: str) -> None:
+        self.server, self.client, self.name = server, client, name
+        self.is_proven = False
+        start = shardloss.Normal(0.5, seed=4)
+        self.table = client.create_table(name, num_classes=V, dim=D, num_shards=3, placement="mod", initializer=start)
+        self.table.write_rows(np.arange(2), numbers(2, D), numbers(2))
+        opened, done = (RawSession(self, session) for session in ("open", "done"))
+        for step in (1, 2):
+            once(client.losses.Commit, self.commit("open", step, [opened.loss(step).ticket]))
+        self.ticket = opened.loss(3).ticket
+        done.loss(1)
+        once(client.losses.Abort, loss_pb2.AbortRequest(table=name, session="done", step=1))
+        self.state = self.look()
+        self.answer = self.good_call()
+
+    def close(self) -> None:
+        """Delete the world's tables."""
+        for info in self.client.list_tables():
+            if info.name.startswith(self.name):
+                self.client.delete_table(info.name)
+
+    # Valid requests, for a test to spoil
+
+    def full(self) -> loss_pb2.ComputeLossRequest:
+        """The full softmax of a good batch, without a session."""
+        return loss_pb2.ComputeLossRequest(
+            table=self.name,
+            hidden=wire.encode(numbers(N, D)),
+            labels=wire.encode(np.arange(N * T).reshape(N, T) % V),
+            full_softmax=loss_pb2.FullSoftmax(),
+            want_lse=True,
+        )
+
+    def keyed(self) -> loss_pb2.ComputeLossRequest:
+        """The same under a key of its own."""
+        request = self.full()
+        request.session, request.step = "fresh", 1
+        return request
+
+    def one_call(self) -> loss_pb2.ComputeLossRequest:
+        """The one-call form of a step."""
+        request = self.keyed()
+        request.upstream.CopyFrom(wire.encode(numbers(N)))
+        request.commit_now.learning_rate = 0.1
+        return request
+
+    def drawn(self) -> loss_pb2.ComputeLossRequest:
+        """The sampled softmax over the server's draw."""
+        request = self.full()
+        request.sampled_softmax.sampler.kind = loss_pb2.Sampler.KIND_UNIFORM
+        request.sampled_softmax.sampler.num_sampled = S
+        return request
+
+    def values(self) -> loss_pb2.ComputeLossRequest:
+        """The sampled softmax over the caller's draw."""
+        request = self.full()
+        values = request.sampled_softmax.sampled_values
+        values.sampled.CopyFrom(wire.encode(np.array([1, 4, 4, 9, 0, 10])))
+        values.true_expected_count.CopyFrom(wire.encode(np.full((N, T), 0.3)))
+        values.sampled_expected_count.CopyFrom(wire.encode(np.full(S, 0.7)))
+        return request
+
+    def commit(self, session: str = "open", step: int = 3, tickets: list[str] | None = None) -> loss_pb2.CommitRequest:
+        """A commit; of the open ticket where nothing else is said."""
+        request = loss_pb2.CommitRequest(table=self.name, session=session, step=step, learning_rate=0.1)
+        for ticket in [self.ticket] if tickets is None else tickets:
+            request.parts.add(ticket=ticket, g=wire.encode(numbers(N)))
+        return request
+
+    def abort(self) -> loss_pb2.AbortRequest:
+        return loss_pb2.AbortRequest(table=self.name, session="open", step=3)
+
+    def sample(self) -> loss_pb2.SampleCandidatesRequest:
+        request = loss_pb2.SampleCandidatesRequest(table=self.name, step=1, labels=wire.encode(np.zeros((N, T), int)))
+        request.sampler.kind, request.sampler.num_sampled = loss_pb2.Sampler.KIND_LOG_UNIFORM, S
+        return request
+
+    def create(self) -> table_pb2.CreateTableRequest:
+        """A small table of another name."""
+        spec = table_pb2.TableSpec(name=f"{self.name}-new", num_classes=V, dim=D, num_shards=3)
+        return table_pb2.CreateTableRequest(spec=spec)
+
+    def again(self) -> table_pb2.CreateTableRequest:
+        """The spec of the table that exists."""
+        return table_pb2.CreateTableRequest(
+            spec=once(self.client.tables.GetTable, table_pb2.GetTableRequest(table=self.name)).spec
+        )
+
+    def get(self) -> table_pb2.GetTableRequest:
+        return table_pb2.GetTableRequest(table=self.name)
+
+    def delete(self) -> table_pb2.DeleteTableRequest:
+        return table_pb2.DeleteTableRequest(table=self.name)
+
+    def read(self) -> table_pb2.ReadRowsRequest:
+        return table_pb2.ReadRowsRequest(table=self.name, class_ids=wire.encode(np.array([3, 0, 3])))
+
+    def write(self) -> table_pb2.WriteRowsRequest:
+        return table_pb2.WriteRowsRequest(
+            table=self.name,
+            class_ids=wire.encode(np.array([3, 0, 7])),
+            rows=wire.encode(numbers(3, D)),
+            biases=wire.encode(numbers(3)),
+        )
+
+    def evaluate(self) -> evaluation_pb2.EvaluateRequest:
+        return evaluation_pb2.EvaluateRequest(
+            table=self.name, hidden=wire.encode(numbers(N, D)), labels=wire.encode(np.arange(N)), want_rank=True
+        )
+
+    def top_k(self) -> evaluation_pb2.TopKRequest:
+        return evaluation_pb2.TopKRequest(table=self.name, hidden=wire.encode(numbers(N, D)), k=3, want_log_probs=True)
+
+    def score(self) -> evaluation_pb2.ScoreRequest:
+        return evaluation_pb2.ScoreRequest(
+            table=self.name, hidden=wire.encode(numbers(N, D)), class_ids=wire.encode(np.array([0, 10, 3]))
+        )
+
+    # What must stay
+
+    def method(self, request: Message) -> Callable[..., Message]:
+        """The RPC that takes this request."""
+        name = type(request).__name__.removesuffix("Request")
+        stubs = (self.client.losses, self.client.tables, self.client.questions)
+        return next(getattr(stub, name) for stub in stubs if hasattr(stub, name))
+
+    def look(self) -> tuple[object, ...]:
+        """Every table's info and every row and bias of this one, bit for bit."""
+        rows = self.table.read_rows(np.arange(V))
+        assert rows.biases is not None
+        return tuple(self.client.list_tables()), rows.version, rows.rows.tobytes(), rows.biases.tobytes()
+
+    def good_call(self) -> bytes:
+        """The bits of a good answer."""
+        return once(self.client.losses.ComputeLoss, self.full()).loss.SerializeToString()
+
+    def assert_untouched(self) -> None:
+        """Rows, version and tickets are as they were; the open ticket and a good call are still answered alike."""
+        assert self.look() == self.state
+        assert self.good_call() == self.answer
+        assert RawSession(self, "open").loss(3).replayed
+        assert self.server.handlers.admission.num_calls == 0
+        self.is_proven = True
+
+
+class RawSession:
+    """Losses of one session of a world."""
+
+    def __init__(self, world: World, session: str) -> None:
+        self.world, self.session = world, session
+
+    def loss(self, step: int) -> loss_pb2.ComputeLossResponse:
+        request = self.world.full()
+        request.session, request.step = self.session, step
+        return once(self.world.client.losses.ComputeLoss, request)

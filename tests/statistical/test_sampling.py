@@ -1,0 +1,233 @@
+"""Draws follow their distributions, and sampled losses estimate the exact one as the theory says."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from shardloss_server.frontend.plan import plan
+from shardloss_server.frontend.request import LossRequest, SampledSoftmax, SamplerSpec, Want
+from shardloss_server.numerics import reference, sampler
+from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.loss import hidden_gradient
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.partial import add_all, merge_all
+from shardloss_server.placement import Placement
+from shardloss_server.shard.record import Part, RowWrite, Score, TableSpec
+from shardloss_server.shard.table import ShardTable
+from torch import Tensor
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "data"
+KINDS = ("log_uniform", "uniform")
+P_VALUE = 1e-4  # fixed seeds: a failure is a change of the bits, not bad luck
+
+
+def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
+    """The documented distributions: 1/V, and log((k + 2) / (k + 1)) / log(V + 1)."""
+    if kind == "uniform":
+        return np.full(num_classes, 1 / num_classes)
+    return np.array([math.log((k + 2) / (k + 1)) / math.log(num_classes + 1) for k in range(num_classes)])
+
+
+# Draws
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_classes", [2, 37, 1009])
+@pytest.mark.parametrize("seed", [0, 2**63 + 1])
+def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, seed: int) -> None:
+    """Chi-square over 1,000,000 draws of 100 steps."""
+    distribution = sampler.DISTRIBUTIONS[kind](num_classes)
+    draws = np.concatenate([sampler.draw(distribution, 10_000, False, seed, step).sampled for step in range(100)])
+    observed = np.bincount(draws, minlength=num_classes)
+    expected = probability(kind, num_classes) * len(draws)
+    assert expected.min() > 5  # the chi-square approximation holds
+    assert stats.chisquare(observed, expected).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_one_draw_each_fit_as_well(kind: str) -> None:
+    """The first candidate over 20,000 steps and over 20,000 seeds: neighbouring keys are independent draws."""
+    distribution, expected = sampler.DISTRIBUTIONS[kind](37), probability(kind, 37) * 20_000
+    over_steps = [int(sampler.draw(distribution, 1, False, 3, step).sampled[0]) for step in range(20_000)]
+    over_seeds = [int(sampler.draw(distribution, 1, False, seed, 3).sampled[0]) for seed in range(20_000)]
+    for draws in (over_steps, over_seeds):
+        assert stats.chisquare(np.bincount(draws, minlength=37), expected).pvalue > P_VALUE
+        pairs = np.array(draws[:-1]) * 37 + np.array(draws[1:])  # neighbours: independent, so pairs are products
+        coarse = np.bincount(pairs, minlength=37 * 37).reshape(37, 37)[:6, :6]
+        product = np.outer(expected[:6], expected[:6]) / 20_000
+        assert (((coarse - product) ** 2) / product).sum() < stats.chi2(36).isf(P_VALUE)
+
+
+def inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
+    """How many of our distinct batches hold each class."""
+    distribution = sampler.DISTRIBUTIONS[kind](num_classes)
+    draws = [sampler.draw(distribution, num_sampled, True, 17, step).sampled for step in range(num_batches)]
+    return np.bincount(np.concatenate(draws), minlength=num_classes)
+
+
+def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
+    """The same by the definition: draw one class at a time until there are S different ones."""
+    dice, weights = random.Random(23), probability(kind, num_classes).tolist()
+    found = np.zeros(num_classes, dtype=np.int64)
+    for _ in range(num_batches):
+        batch: set[int] = set()
+        while len(batch) < num_sampled:
+            batch.update(dice.choices(range(num_classes), weights, k=1))
+        found[list(batch)] += 1
+    return found
+
+
+def two_sample_z(a: NDArray[np.float64], num_a: int, b: NDArray[np.float64], num_b: int) -> NDArray[np.float64]:
+    """Standard scores of the differences of two sets of frequencies [V]."""
+    pooled = (a * num_a + b * num_b) / (num_a + num_b)
+    return np.asarray((a - b) / np.sqrt(pooled * (1 - pooled) * (1 / num_a + 1 / num_b)))
+
+
+def assert_same_frequencies(z: NDArray[np.float64]) -> None:
+    """No score is out of reach of V normal ones, nor is their mean square.
+
+    Inclusions of a batch exclude each other, which makes the mean square smaller than a chi-square's, never larger.
+    """
+    assert np.abs(z).max() < stats.norm.isf(P_VALUE / (2 * len(z)))
+    assert (z**2).sum() < stats.chi2(len(z)).isf(P_VALUE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_classes, num_sampled", [(40, 12), (11, 10)])
+def test_distinct_draws_hold_each_class_as_often_as_the_definition(
+    kind: str, num_classes: int, num_sampled: int
+) -> None:
+    """Inclusion frequencies over 5,000 batches agree with drawing until S different ids have come."""
+    ours = inclusions(kind, num_classes, num_sampled, 5000) / 5000
+    simulated = simulated_inclusions(kind, num_classes, num_sampled, 5000) / 5000
+    assert ours.sum() == pytest.approx(num_sampled)
+    assert_same_frequencies(two_sample_z(ours, 5000, simulated, 5000))
+
+
+def golden_frequencies(unique: bool) -> Iterator[tuple[str, NDArray[np.float64], int, int]]:
+    """(kind, frequencies, how many draws or batches, S) that TensorFlow's samplers gave, by the index."""
+    for case in json.loads((GOLDEN / "index.json").read_text()):
+        kind = case.get("op", "").removeprefix("tf.random.").removesuffix("_candidate_sampler")
+        if case["family"] == "tf_candidate_sampler" and kind in KINDS and case["unique"] == unique:
+            if "empirical_n" not in case:
+                continue
+            frequency = np.load(GOLDEN / case["file"], allow_pickle=False)["empirical_frequency"]
+            yield kind, frequency, case["empirical_n"], case["num_sampled"]
+
+
+def test_frequencies_are_tensorflows() -> None:
+    """Draw frequencies with repeats and inclusion frequencies without agree with what TensorFlow's samplers gave."""
+    compared = []
+    for kind, frequency, num_batches, num_sampled in golden_frequencies(unique=True):
+        ours = inclusions(kind, len(frequency), num_sampled, num_batches) / num_batches
+        assert_same_frequencies(two_sample_z(ours, num_batches, frequency, num_batches))
+        compared.append((kind, True))
+    for kind, frequency, num_draws, _ in golden_frequencies(unique=False):
+        draws = sampler.draw(sampler.DISTRIBUTIONS[kind](len(frequency)), num_draws, False, 29, 0).sampled
+        ours = np.bincount(draws, minlength=len(frequency)) / num_draws
+        assert_same_frequencies(two_sample_z(ours, num_draws, frequency, num_draws))
+        compared.append((kind, False))
+    assert sorted(compared) == [(kind, unique) for kind in KINDS for unique in (False, True)]
+
+
+# Estimates
+
+
+V, D, N = 53, 5, 3  # prime V over two shards
+
+
+class Model:
+    """A float64 table over two shards and a batch, scored as a server scores it."""
+
+    def __init__(self) -> None:
+        placement, initializer = Placement("mod", V, 2), Initializer("zeros", 0.0, 0)
+        self.spec = TableSpec("table", V, D, "float64", True, placement, initializer, OptimizerSpec("sgd"))
+        self.weights, self.biases = 0.7 * torch.randn(V, D).double(), 0.5 * torch.randn(V).double()
+        self.hidden, self.labels = torch.randn(N, D).double(), torch.tensor([[1], [7], [50]])
+        self.shards = [ShardTable(self.spec, k, 8) for k in range(2)]
+        for shard in self.shards:
+            shard.write_(RowWrite(1, torch.arange(V), self.weights, self.biases))
+
+    def part(self, kind: str, num_sampled: int, step: int, labels: Tensor) -> Part:
+        """With repeats and hits kept."""
+        candidates = SamplerSpec(kind, num_sampled, False, 41)
+        request = LossRequest(
+            table="table",
+            session="",
+            step=step,
+            part=0,
+            after_step=None,
+            hidden=self.hidden,
+            labels=labels,
+            label_weights=None,
+            ignore_index=-1,
+            sampled=SampledSoftmax(candidates, "none"),
+            upstream=None,
+            commit_now=None,
+            want=Want(),
+            digest=b"",
+            max_reply_bytes=1 << 40,
+        )
+        return plan(request, self.spec)
+
+    def scores(self, part: Part, with_gradient: bool) -> list[Score]:
+        return [shard.score(part, with_gradient) for shard in self.shards]
+
+
+@pytest.fixture
+def model(seed: int) -> Model:
+    return Model()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_corrected_candidates_estimate_the_partition_function(model: Model, kind: str) -> None:
+    """E[sum over draws of exp(z - log(S p))] = sum over classes of exp(z), over 2,000 steps of 19 draws.
+
+    The sum over draws is exp(lse) less the true column, whose logit and -log(S p) are known.
+    """
+    lse = [
+        merge_all([s.partial for s in model.scores(model.part(kind, 19, step, model.labels), False)]).lse
+        for step in range(2000)
+    ]
+    logits = model.hidden @ model.weights.T + model.biases
+    true_count = 19 * torch.from_numpy(probability(kind, V))[model.labels]
+    estimates = torch.stack(lse).exp() - (logits.gather(1, model.labels).exp() / true_count)[:, 0]
+    exact = logits.exp().sum(1)
+    standard_error = estimates.std(0) / math.sqrt(len(estimates))
+    assert (standard_error / exact < 0.05).all()  # the bound below means something
+    assert ((estimates.mean(0) - exact).abs() < 4 * standard_error).all()
+
+
+def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Mean [N, D] over steps of the sampled hidden gradient, and its standard error."""
+    gradients = []
+    for step in range(num_steps):
+        part = model.part(kind, num_sampled, step, model.labels)
+        scores = model.scores(part, True)
+        partial, target = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
+        gradients.append(hidden_gradient(partial, target, part.batch.mass))
+    stacked = torch.stack(gradients)
+    return stacked.mean(0), stacked.std(0) / math.sqrt(num_steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bias_of_the_gradient_falls_like_one_over_s(model: Model, kind: str) -> None:
+    """Four times the candidates leave a quarter of the difference between the mean gradient and the exact one."""
+    hidden = model.hidden.clone().requires_grad_()
+    ones = torch.ones(N, 1, dtype=torch.float64)
+    reference.full_softmax(model.weights, model.biases, hidden, model.labels, ones).sum().backward()
+    assert hidden.grad is not None
+    few, _ = mean_gradient(model, kind, 16, 3000)
+    many, many_error = mean_gradient(model, kind, 64, 3000)
+    bias_of_few, bias_of_many = few - hidden.grad, many - hidden.grad
+    assert many_error.norm() < 0.2 * bias_of_many.norm()  # what is compared is bias, not noise
+    assert 3 < float(bias_of_few.norm() / bias_of_many.norm()) < 5

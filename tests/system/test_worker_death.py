@@ -1,0 +1,51 @@
+"""A worker dies: its tables say so by name, and the service goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shardloss
+from test_serve import children_of, serving
+
+
+def shard_workers(server_pid: int) -> list[int]:
+    """Pids of the Ray actors below a server."""
+    return [pid for pid in children_of(server_pid) if b"ray::WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def repeat_for(seconds: float, call: Callable[[], object]) -> None:
+    """Call again and again until it raises or the time is over."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        call()
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path) -> None:
+    """ROWS_LOST, never a wrong number; a table made afterwards is whole; the lost one can be deleted."""
+    hidden, labels = np.ones((3, 4), np.float32), np.array([0, 5, 10])
+    with (
+        serving(tmp_path, "--workers", "2") as (process, address),
+        shardloss.connect(address, timeout_s=60, attempt_timeout_s=5) as client,
+    ):
+        table = client.create_table("lost", num_classes=11, dim=4)
+        session = table.session()
+        session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
+        victims = shard_workers(process.pid)
+        assert len(victims) == 2
+        os.kill(victims[0], signal.SIGKILL)
+        with pytest.raises(shardloss.errors.RowsLost):
+            repeat_for(60, lambda: table.compute_loss(hidden, labels, shardloss.FullSoftmax()))
+        with pytest.raises(shardloss.errors.RowsLost):
+            session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
+        client.delete_table("lost")
+        again = client.create_table("lost", num_classes=11, dim=4)
+        result = again.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
+        assert result.committed is not None
+        assert result.committed.version == 1

@@ -1,0 +1,263 @@
+"""Candidate draws are pure functions of (sampler, seed, step), with TensorFlow's expected counts; repeats fold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from shardloss.errors import InvalidArgument
+from shardloss_server.frontend.plan import draw_with_tries
+from shardloss_server.frontend.request import SamplerSpec
+from shardloss_server.numerics import sampler
+from shardloss_server.numerics.correction import find_hits, fold_repeats
+from torch import Tensor
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "data"
+OPS = {
+    "tf.random.log_uniform_candidate_sampler": "log_uniform",
+    "tf.random.uniform_candidate_sampler": "uniform",
+}
+KINDS = tuple(OPS.values())
+KEYS = [(0, 0), (0, 1), (1, 0), (7, 123_456), (2**63, 2**40)]
+
+
+def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
+    """The documented distributions, class by class."""
+    if kind == "uniform":
+        return np.full(num_classes, 1 / num_classes)
+    return np.array([math.log((k + 2) / (k + 1)) / math.log(num_classes + 1) for k in range(num_classes)])
+
+
+def draw(kind: str, num_classes: int, num_sampled: int, unique: bool, seed: int = 0, step: int = 0) -> sampler.Draw:
+    return sampler.draw(sampler.DISTRIBUTIONS[kind](num_classes), num_sampled, unique, seed, step)
+
+
+# Expected counts against TensorFlow
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    """Cases of the samplers that we serve, by the op and options that the index names."""
+    index = json.loads((GOLDEN / "index.json").read_text())
+    return [case for case in index if case["family"] == "tf_candidate_sampler" and case["op"] in OPS]
+
+
+def rows_of(case: dict[str, Any]) -> list[tuple[NDArray[np.int64], NDArray[np.float64], int]]:
+    """(sampled, expected count of every class, num_tries) of each recorded call.
+
+    With repeats num_tries is num_sampled. Distinct, TensorFlow does not tell it: it is the integer that explains the
+    rarest class; a call that drew S distinct ids at once shows as Q = p * S.
+    """
+    arrays = np.load(GOLDEN / case["file"], allow_pickle=False)
+    p = probability(OPS[case["op"]], case["range_max"])
+    rows = []
+    for sampled, count in zip(arrays["sampled"], arrays["true_expected_count"].astype(np.float64), strict=True):
+        num_tries = case["num_sampled"]
+        if case["unique"] and not np.allclose(count, p * num_tries, rtol=1e-6):
+            tries = math.log1p(-count[-1]) / math.log1p(-p[-1])
+            num_tries = round(tries)
+            assert tries == pytest.approx(num_tries, rel=1e-4)
+        rows.append((sampled, count, num_tries))
+    return rows
+
+
+golden = pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["case"])
+
+
+def test_the_golden_index_has_both_samplers_with_and_without_repeats() -> None:
+    """The comparison below is not empty."""
+    found = {(OPS[case["op"]], case["unique"]) for case in golden_cases()}
+    assert found == {(kind, unique) for kind in KINDS for unique in (False, True)}
+
+
+@golden
+def test_expected_counts_equal_tensorflows(case: dict[str, Any]) -> None:
+    """Q of every class, wherever a draw met a repeat or repeats are allowed, to TensorFlow's float32."""
+    distribution = sampler.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
+    class_ids = np.arange(case["range_max"])
+    compared = 0
+    for _, count, num_tries in rows_of(case):
+        if case["unique"] and num_tries == case["num_sampled"]:
+            continue  # the next test's
+        ours = sampler.expected_count(distribution, class_ids, case["num_sampled"], case["unique"], num_tries)
+        np.testing.assert_allclose(ours, count, rtol=1e-6)
+        compared += 1
+    assert compared
+
+
+def test_a_distinct_draw_without_a_repeat_counts_as_with_repeats() -> None:
+    """TensorFlow gives Q = p * S, not 1 - (1 - p)^S, where the first S draws are distinct already."""
+    lucky = [
+        (case, count)
+        for case in golden_cases()
+        for _, count, num_tries in rows_of(case)
+        if case["unique"] and num_tries == case["num_sampled"]
+    ]
+    assert lucky
+    for case, count in lucky:
+        distribution = sampler.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
+        num_sampled = case["num_sampled"]
+        ours = sampler.expected_count(distribution, np.arange(case["range_max"]), num_sampled, True, num_sampled)
+        np.testing.assert_allclose(ours, count, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_are_the_documented_ones(kind: str) -> None:
+    """p sums to 1 and is 1/V, or log((k + 2) / (k + 1)) / log(V + 1)."""
+    ids = np.arange(173)
+    p = sampler.DISTRIBUTIONS[kind](173).probability(ids)
+    np.testing.assert_allclose(p, probability(kind, 173), rtol=1e-13)
+    assert p.sum() == pytest.approx(1.0, rel=1e-12)
+
+
+# Draws
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("key", KEYS)
+def test_the_same_key_gives_the_same_candidates(kind: str, unique: bool, key: tuple[int, int]) -> None:
+    """A draw is a function of (seed, step): it repeats, also with other draws and global seeds in between."""
+    first = draw(kind, 173, 31, unique, *key)
+    np.random.default_rng().random()
+    draw(kind, 173, 29, not unique, *key)
+    again = draw(kind, 173, 31, unique, *key)
+    assert first.sampled.tolist() == again.sampled.tolist()
+    assert first.num_tries == again.num_tries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unique", [False, True])
+def test_another_seed_or_step_gives_other_candidates(kind: str, unique: bool) -> None:
+    """Seed and step are not interchangeable either: (0, 1) and (1, 0) differ."""
+    draws = {tuple(draw(kind, 1009, 31, unique, *key).sampled) for key in KEYS}
+    assert len(draws) == len(KEYS)
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 60), st.data(), st.integers(0, 2**63), st.integers(0, 2**40))
+def test_a_distinct_draw_has_no_repeats(kind: str, num_classes: int, data: st.DataObject, seed: int, step: int) -> None:
+    """S ids of [0, V), all different, up to S = V where they are a permutation."""
+    num_sampled = data.draw(st.integers(1, min(num_classes, 40)))
+    drawn = draw(kind, num_classes, num_sampled, True, seed, step)
+    assert len(drawn.sampled) == len(set(drawn.sampled.tolist())) == num_sampled
+    assert drawn.sampled.min() >= 0
+    assert drawn.sampled.max() < num_classes
+    assert drawn.num_tries >= num_sampled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_classes", [1, 2, 40])
+def test_a_full_distinct_draw_is_a_permutation(kind: str, num_classes: int) -> None:
+    """num_sampled = V gives every class once."""
+    assert sorted(draw(kind, num_classes, num_classes, True, 5).sampled) == list(range(num_classes))
+
+
+@given(st.sampled_from(KINDS), st.integers(2, 60), st.integers(1, 30), st.integers(0, 2**40))
+def test_num_tries_is_where_the_last_new_id_came(kind: str, num_classes: int, num_sampled: int, step: int) -> None:
+    """A distinct draw is the first S different ids of the draw with repeats; num_tries counts up to the S-th."""
+    num_sampled = min(num_sampled, num_classes // 2 + 1)
+    drawn = draw(kind, num_classes, num_sampled, True, 11, step)
+    stream = draw(kind, num_classes, drawn.num_tries, False, 11, step).sampled.tolist()
+    assert list(dict.fromkeys(stream)) == drawn.sampled.tolist()
+    assert len(set(stream[:-1])) == num_sampled - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unique", [False, True])
+def test_huge_tables_are_drawn_from_at_no_cost(kind: str, unique: bool) -> None:
+    """V = 2^40: nothing of size V is made, ids stay in range and reach beyond 32 bits."""
+    drawn = draw(kind, 2**40, 4096, unique, 3)
+    assert drawn.sampled.min() >= 0
+    assert 2**32 < drawn.sampled.max() < 2**40
+    assert drawn.sampled.dtype == np.int64
+
+
+def test_the_uniform_bits_reach_both_ends() -> None:
+    """u = 0 is class 0, and the largest u below 1 is class V - 1, never V."""
+    for kind in KINDS:
+        for num_classes in (1, 2, 3, 173, 2**31 + 1, 2**40):
+            ids = sampler.DISTRIBUTIONS[kind](num_classes).from_uniform(np.array([0.0, np.nextafter(1.0, 0.0)]))
+            assert ids.tolist() == [0, num_classes - 1]
+
+
+def test_a_hopeless_distinct_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of 50,000 log-uniform classes would take millions of draws: a request error that names the field."""
+    monkeypatch.setattr(sampler, "MAX_TRIES", 1 << 17)
+    with pytest.raises(InvalidArgument, match="num_sampled = 50000") as refused:
+        draw_with_tries(SamplerSpec("log_uniform", 50_000, True, 0), 50_000, 0, torch.zeros(1, 1, dtype=torch.int64))
+    assert refused.value.field == "sampler.num_sampled"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unique", [False, True])
+def test_true_and_sampled_counts_come_from_one_draw(kind: str, unique: bool) -> None:
+    """An id has the same Q as label and as candidate; padding is counted as nothing that could spoil a log."""
+    labels = torch.arange(-1, 41)[:, None].repeat(1, 2)
+    values, num_tries = draw_with_tries(SamplerSpec(kind, 12, unique, 9), 41, 4, labels)
+    assert torch.equal(values.sampled_expected_count, values.true_expected_count[values.sampled + 1, 0])
+    p = probability(kind, 41)
+    expected = -np.expm1(num_tries * np.log1p(-p)) if unique and num_tries > 12 else p * 12
+    np.testing.assert_allclose(values.true_expected_count[1:, 1].numpy(), expected, rtol=1e-12)
+    assert (values.true_expected_count > 0).all()
+
+
+# Folding repeats, finding hits
+
+
+def naive_log_weight(sampled: list[int], log_q: list[float], class_id: int, removed: set[int]) -> float:
+    """log of the sum of 1/Q over the copies of an id that are not removed."""
+    kept = [
+        -q for place, (c, q) in enumerate(zip(sampled, log_q, strict=True)) if c == class_id and place not in removed
+    ]
+    return float(np.logaddexp.reduce(kept)) if kept else -math.inf
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.floats(-30, 3)), max_size=30),
+    st.sampled_from(["none", "every", "last"]),
+)
+def test_folding_repeats_equals_keeping_all_columns(columns: list[tuple[int, float]], hit_removal: str) -> None:
+    """logsumexp over an id's columns of z - log Q is z + log_weight; removal takes every copy, or the last one."""
+    sampled, log_q = [c for c, _ in columns], [q for _, q in columns]
+    folded = fold_repeats(
+        torch.tensor(sampled, dtype=torch.int64), torch.tensor(log_q, dtype=torch.float64), hit_removal
+    )
+    assert folded.class_ids.tolist() == sorted(set(sampled))
+    expected = [naive_log_weight(sampled, log_q, c, set()) for c in sorted(set(sampled))]
+    np.testing.assert_allclose(folded.log_weight.numpy(), expected, rtol=1e-13, atol=1e-13)
+    if hit_removal == "none":
+        assert folded.log_weight_after_hit is None
+        return
+    last = {c: place for place, c in enumerate(sampled)}
+    removed = set(last.values()) if hit_removal == "last" else set(range(len(sampled)))
+    after = [naive_log_weight(sampled, log_q, c, removed) for c in sorted(set(sampled))]
+    assert folded.log_weight_after_hit is not None
+    np.testing.assert_allclose(folded.log_weight_after_hit.numpy(), after, rtol=1e-12, atol=1e-12)
+
+
+@given(st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(-1, 20), min_size=3, max_size=3), max_size=7))
+def test_hits_are_the_pairs_of_row_and_candidate(candidates: set[int], labels: list[list[int]]) -> None:
+    """(n, c) for each label of row n that equals candidate c: twice for a label given twice, never for padding."""
+    class_ids = sorted(candidates)
+    rows, places = find_hits(
+        torch.tensor(class_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64).reshape(-1, 3)
+    )
+    expected = [(n, class_ids.index(y)) for n, row in enumerate(labels) for y in row if y in candidates]
+    assert sorted(zip(rows.tolist(), places.tolist(), strict=True)) == sorted(expected)
+
+
+def test_hits_equal_tensorflows() -> None:
+    """On the golden case of tf.nn.compute_accidental_hits: the same pairs of row and sampled id."""
+    arrays = np.load(GOLDEN / "tf_compute_accidental_hits.npz", allow_pickle=False)
+    sampled = torch.from_numpy(arrays["sampled"])
+    class_ids: Tensor = torch.unique(sampled)
+    rows, places = find_hits(class_ids, torch.from_numpy(arrays["labels"]))
+    ours = {(n, int(class_ids[c])) for n, c in zip(rows.tolist(), places.tolist(), strict=True)}
+    assert ours == {(int(n), int(sampled[c])) for n, c in zip(arrays["row"], arrays["column"], strict=True)}
