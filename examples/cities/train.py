@@ -1,0 +1,109 @@
+"""The training loop: the encoder here, the class table in the service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import shardloss
+import torch
+from numpy.typing import NDArray
+
+from examples.cities.dataset import Dataset
+from examples.cities.encoder import Encoder, RowAdagrad
+from examples.cities.settings import Settings
+
+TABLE = "cities"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Mean loss of each step and the seconds from the first step to its end, [steps] each; rows a step."""
+
+    losses: list[float]
+    seconds: list[float]
+    batch: int
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training."""
+        return self.seconds[-1]
+
+    @property
+    def rows_per_s(self) -> float:
+        """Training examples a second, over the whole run."""
+        return self.batch * len(self.losses) / self.train_s
+
+
+def make_encoder(settings: Settings) -> Encoder:
+    """The encoder at its first, random weights."""
+    torch.manual_seed(settings.seed)
+    return Encoder(settings.num_buckets, settings.dim, settings.encoder_stddev)
+
+
+def make_table(client: shardloss.LossClient, num_classes: int, settings: Settings) -> shardloss.Table:
+    """The class table, all zeros: what a city's row becomes is the sum of what its names were encoded to."""
+    return client.create_table(
+        TABLE,
+        num_classes=num_classes,
+        dim=settings.dim,
+        num_shards=settings.num_workers,
+        optimizer=shardloss.RowAdagrad(initial_accumulator_value=settings.initial_accumulator),
+        initializer=shardloss.Zeros(),
+        placement="mod",  # both workers get as much of the populous cities
+    )
+
+
+def batches(training: NDArray[np.int64], settings: Settings) -> Iterator[NDArray[np.int64]]:
+    """num_steps batches, uniform over the training names: each once before any comes again."""
+    rng = np.random.default_rng(settings.seed)
+    order, start = rng.permutation(training), 0
+    for _ in range(settings.num_steps):
+        if start + settings.batch > len(order):
+            order, start = rng.permutation(training), 0
+        yield order[start : start + settings.batch]
+        start += settings.batch
+
+
+def train(
+    dataset: Dataset, encoder: Encoder, table: shardloss.Table, settings: Settings, on_step: Callable[[Curve], None]
+) -> Curve:
+    """Run the steps of settings, or as many as max_train_s allows; on_step sees the curve after each.
+
+    The table's step runs beside the encoder's: neither needs the other's result.
+    """
+    head = table.sampled_softmax(
+        settings.num_sampled, sampler=settings.sampler, seed=settings.seed, reduction="sum", ignore_index=None
+    )
+    table_optimizer = head.optimizer(lr=settings.table_lr)
+    optimizer = RowAdagrad(encoder.weight, settings.encoder_lr, settings.initial_accumulator)
+    curve = Curve([], [], settings.batch)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1, "commit") as commits:
+        for index in batches(dataset.training, settings):
+            encoded = encoder(dataset.bags.take(index))
+            hidden = encoded.detach().requires_grad_()
+            loss = head(hidden, torch.from_numpy(dataset.class_ids[index]))
+            loss.backward()
+            committed = commits.submit(table_optimizer.step)
+            encoded.backward(hidden.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            committed.result()
+            curve.losses.append(float(loss.detach()) / len(index))
+            curve.seconds.append(time.monotonic() - began)
+            on_step(curve)
+            if curve.train_s >= settings.max_train_s:
+                break
+    return curve
+
+
+@torch.no_grad()
+def encoded(dataset: Dataset, encoder: Encoder, index: NDArray[np.int64], block: int = 4096) -> NDArray[np.float32]:
+    """hidden [N, D] of the names of index [N]."""
+    pieces = [encoder(dataset.bags.take(index[start : start + block])) for start in range(0, len(index), block)]
+    hidden: NDArray[np.float32] = torch.cat(pieces).numpy()
+    return hidden
