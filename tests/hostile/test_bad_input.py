@@ -255,6 +255,7 @@ LOSSES = [
         ("integer upstream", put("upstream", np.ones(N, int)), "upstream"),
         ("integer grad_dtype", let("grad_dtype", tensor_pb2.DTYPE_INT64), "grad_dtype"),
         ("unknown grad_dtype", let("grad_dtype", 99), "grad_dtype"),
+        ("logits beyond float32", cell("hidden", (4,), 3e38), "hidden", (4,)),
         ("step below 0", let("step", -1), "step"),
         ("after_step without a session", let("after_step", 1), "session"),
         ("commit_now without a session", let("commit_now.learning_rate", 0.1), "session"),
@@ -495,9 +496,9 @@ SPECS = [
             "optimizer.sgd.momentum": (-0.1, 1.0, NAN),
             "optimizer.sgd.weight_decay": (-0.1, NAN, INF),
             "optimizer.adagrad.initial_accumulator_value": (-0.1, NAN),
-            "optimizer.adagrad.eps": (0.0, -1e-9, NAN),
+            "optimizer.adagrad.eps": (0.0, -1e-9, NAN, 1e-40),
             "optimizer.row_adagrad.initial_accumulator_value": (-0.1, INF),
-            "optimizer.row_adagrad.eps": (0.0, INF),
+            "optimizer.row_adagrad.eps": (0.0, INF, 1e39),
             "optimizer.adam.beta1": (-0.1, 1.0, NAN),
             "optimizer.adam.beta2": (-0.1, 1.0, INF),
             "optimizer.adam.eps": (0.0, NAN),
@@ -616,6 +617,7 @@ QUESTIONS = [
         for row in (
             *tensors(request, "hidden", "hidden", (N, D), "int64"),
             *not_finite(request, "hidden", "hidden", (6, 4)),
+            *bad(request, InvalidArgument, ("logits beyond float32", cell("hidden", (4,), 3e38), "hidden", (4,))),
             *bad(request, TableNotFound, ("an unknown table", let("table", "nowhere"), "table")),
         )
     ],

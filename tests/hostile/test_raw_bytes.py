@@ -338,6 +338,7 @@ MISUSES = [
         "chunk",
         a_chunk_that_was_not_announced=lambda w: [header(chunked(w)), chunk(1, b"x")],
         an_empty_chunk_that_was_not_announced=lambda w: [header(chunked(w)), chunk(7, b"")],
+        an_empty_chunk=lambda w: [header(chunked(w)), chunk(0, b""), *hidden_chunks()],
         a_chunk_for_an_inline_tensor=lambda w: [header(w.full()), chunk(0, b"x")],
         a_byte_too_many=lambda w: [header(chunked(w)), *hidden_chunks(), chunk(0, b"x")],
         a_chunk_twice=lambda w: [header(chunked(w)), *hidden_chunks(), *hidden_chunks()],

@@ -124,8 +124,14 @@ class Scan:
         return rows.to(self._dtype).clone()
 
     def result(self, values: Tensor) -> Tensor:
-        """float64 results in compute dtype."""
-        return values.to(self._dtype)
+        """float64 results [N, ...] in compute dtype.
+
+        Raises:
+            InvalidArgument: a row of hidden has logits that are not finite.
+        """
+        values = values.to(self._dtype)
+        validate.finite_logits(torch.isfinite(values), "hidden")
+        return values
 
     def answers(self, question: Question) -> Iterator[ScanAnswer]:
         """Answers of every shard over every slice, in slice and shard order."""

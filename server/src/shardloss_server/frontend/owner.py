@@ -259,6 +259,7 @@ class TableOwner:
         upstreams = []
         for place, (part, ticket) in enumerate(zip(request.parts, tickets, strict=True)):
             lse = self._present_lse(ticket, deadline)
+            validate.finite_logits(torch.isfinite(lse) | torch.isneginf(lse), "parts", place)
             g = torch.ones(ticket.num_rows) if part.g is None else part.g
             if len(g) != ticket.num_rows:
                 raise InvalidArgument(
@@ -280,9 +281,7 @@ class TableOwner:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False), deadline, settled=True)
         self.same_version([score.version for score in scores])
-        present = merge_all([score.partial for score in scores]).lse
-        validate.finite_logits(present, lse, "parts")
-        return present
+        return merge_all([score.partial for score in scores]).lse
 
     def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""

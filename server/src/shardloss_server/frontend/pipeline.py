@@ -100,7 +100,7 @@ class Pipeline:
         scored = time.monotonic()
         partial = merge_all([score.partial for score in scores])
         target = add_all([score.target for score in scores])
-        validate.finite_logits(*counted_logits(partial, target, part.batch.mass), "hidden")
+        validate.finite_logits((part.batch.mass == 0) | torch.isfinite(partial.lse + target.target_logit), "hidden")
         table_grad = None
         if request.want.table_grad:
             upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
@@ -147,12 +147,6 @@ def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
     """What an open ticket keeps: the staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
     return 8 * (elements + 3 * validate.num_drawn(request)) + validate.reply_bytes(request, spec)
-
-
-def counted_logits(partial: Partial, target: Target, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """lse + label logits [N], not finite where any of them is not; and -inf [N] in the rows that do not count."""
-    total = partial.lse + target.target_logit
-    return total, torch.where(mass == 0, -torch.inf, 0.0)
 
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:

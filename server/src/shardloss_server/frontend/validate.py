@@ -202,19 +202,18 @@ def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
         )
 
 
-def finite_logits(lse: Tensor, like: Tensor, field: str) -> None:
-    """No row's logits overflow: lse [N] is finite wherever `like` [N] is, which is -inf in a row without columns.
+def finite_logits(is_finite: Tensor, field: str, place: int | None = None) -> None:
+    """No row's logits overflow: is_finite [N, ...] holds throughout. place stands for the row where that is elsewhere.
 
     Raises:
         InvalidArgument: the product of hidden and a row of the table is not finite.
     """
-    wrong = ~torch.isfinite(lse) & ~torch.isneginf(like)
-    if wrong.any():
-        index = first_index(wrong)
+    if not is_finite.all():
+        row = first_index(~is_finite)[0] if place is None else place
         raise InvalidArgument(
-            f"{field}[{show(index)}] has logits that are not finite: it, or a row of the table, is too large",
+            f"{field}[{row}] has logits that are not finite: it, or a row of the table, is too large",
             field=field,
-            index=show(index),
+            index=row,
         )
 
 

@@ -1,0 +1,231 @@
+"""What a trainer may do beside a plain loop: autograd.grad, cleared gradients, deepcopy, odd shapes, failures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import shardloss
+import torch
+from local_trainer import BATCH, DIM, NUM_CLASSES, table_of
+from shardloss.compat import tensorflow
+from shardloss.errors import InvalidArgument, StepTooOld, TableNotFound
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardloss.Table:
+    return client.create_table(fresh_name(), num_classes=NUM_CLASSES, dim=DIM, num_shards=3, dtype="float64")
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """hidden [N, D] that wants a gradient, and labels [N]."""
+    hidden = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
+    return hidden, torch.randint(0, NUM_CLASSES, (BATCH,))
+
+
+def test_a_gradient_of_hidden_alone_trains_no_table(table: shardloss.Table, batch: Batch) -> None:
+    """torch.autograd.grad and backward(inputs=...) give hidden its gradient, and the next step commits nothing."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.5)
+    hidden, labels = batch
+    (gradient,) = torch.autograd.grad(head(hidden, labels), hidden)
+    head(hidden, labels).backward(inputs=[hidden])
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, gradient, rtol=0, atol=0)
+    optimizer.step()
+    assert table.info().num_commits == 0
+
+
+def test_a_gradient_that_somebody_cleared_is_not_committed(table: shardloss.Table, batch: Batch) -> None:
+    """Setting every parameter's grad to None between two backwards leaves only the second, as with a local table."""
+    weights, biases = (value.clone().requires_grad_() for value in table_of(table))
+    head = table.softmax(reduction="sum")
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    (3 * head(hidden, labels)).backward()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    head(hidden, labels).backward()
+    optimizer.step()
+    torch.nn.functional.cross_entropy(hidden @ weights.T + biases, labels, reduction="sum").backward()
+    assert weights.grad is not None
+    torch.testing.assert_close(table_of(table)[0], (weights - 0.1 * weights.grad).detach(), rtol=0, atol=1e-12)
+
+
+def test_two_losses_of_one_step_are_one_commit(table: shardloss.Table, batch: Batch) -> None:
+    """The sum of two losses trains the table with both, whatever their factors."""
+    weights, biases = (value.clone().requires_grad_() for value in table_of(table))
+    head = table.softmax()
+    optimizer = head.optimizer(0.5)
+    hidden, labels = batch
+    (2.0 * head(hidden, labels) - 0.5 * head(-hidden, labels)).backward()
+    optimizer.step()
+    loss = torch.nn.functional.cross_entropy
+    (2.0 * loss(hidden @ weights.T + biases, labels) - 0.5 * loss(-hidden @ weights.T + biases, labels)).backward()
+    assert weights.grad is not None
+    torch.testing.assert_close(table_of(table)[0], (weights - 0.5 * weights.grad).detach(), rtol=0, atol=1e-12)
+    assert table.info().num_commits == 1
+
+
+def test_a_copied_head_takes_steps_of_its_own(table: shardloss.Table, batch: Batch) -> None:
+    """copy.deepcopy of a model that holds a head, as for an average of weights, shares the table and nothing else."""
+    model = torch.nn.ModuleDict({"head": table.softmax()})
+    twin = copy.deepcopy(model)
+    hidden, labels = batch
+    for one in (model, twin):
+        optimizer = one["head"].optimizer(0.1)
+        one["head"](hidden, labels).backward()
+        optimizer.step()
+    assert table.info().num_commits == 2
+    assert table.info().num_open_tickets == 0
+
+
+def test_a_shortcut_head_refuses_a_gradient_that_is_not_finite(table: shardloss.Table, batch: Batch) -> None:
+    """It raises, the rows stay, and the next step is taken."""
+    head = table.softmax(learning_rate=0.1)
+    hidden, labels = batch
+    before = table_of(table)[0]
+    with pytest.raises(InvalidArgument, match="not finite"):
+        (head(hidden, labels) * float("nan")).backward()
+    torch.testing.assert_close(table_of(table)[0], before, rtol=0, atol=0)
+    head(hidden, labels).backward()
+    assert table.info().num_commits == 1
+
+
+def test_a_refused_commit_does_not_stop_the_trainer(table: shardloss.Table, batch: Batch) -> None:
+    """After a refusal the whole step is given up, with the losses that wait for their backward; the next one counts."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    head(hidden, labels)
+    head(hidden, labels).backward()
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(InvalidArgument) as refused:
+        optimizer.step()
+    assert refused.value.field == "learning_rate"
+    optimizer.param_groups[0]["lr"] = 0.1
+    head(hidden, labels).backward()
+    optimizer.step()
+    assert table.info().num_commits == 1
+    assert table.info().num_open_tickets == 0
+
+
+def test_a_session_passes_a_step_that_was_committed_behind_its_back(table: shardloss.Table, batch: Batch) -> None:
+    """As when every reply of a commit was lost: one StepTooOld says so, and the next loss belongs to a new step."""
+    hidden, labels = batch[0].detach().numpy(), batch[1].numpy()
+    session = table.session()
+    result = session.compute_loss(hidden, labels, shardloss.FullSoftmax())
+    session.commit([(result, None)], learning_rate=0.1)
+    session.step, session.num_parts = 1, 1
+    with pytest.raises(StepTooOld):
+        session.compute_loss(hidden, labels, shardloss.FullSoftmax())
+    result = session.compute_loss(hidden, labels, shardloss.FullSoftmax())
+    assert session.commit([(result, None)], learning_rate=0.1).version == 2
+
+
+def test_an_abort_that_fails_still_ends_the_step(
+    client: shardloss.LossClient, table: shardloss.Table, batch: Batch
+) -> None:
+    """Whatever became of it, the session goes on with a step of its own."""
+    session = table.session()
+    session.compute_loss(batch[0].detach().numpy(), batch[1].numpy(), shardloss.FullSoftmax())
+    client.delete_table(table.name)
+    with pytest.raises(TableNotFound):
+        session.abort()
+    assert (session.step, session.num_parts) == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("num_true", [None, 2], ids=["one label", "two labels"])
+def test_hidden_of_any_rank_is_flattened(table: shardloss.Table, shape: tuple[int, ...], num_true: int | None) -> None:
+    """hidden [..., D] with labels [...] or [..., T] gives losses [...], equal to those of single rows."""
+    hidden = torch.randn(*shape, DIM, dtype=torch.float64)
+    labels = torch.randint(0, NUM_CLASSES, shape if num_true is None else (*shape, num_true))
+    values = (torch.arange(6), torch.rand(labels.shape).double() + 0.1, torch.rand(6).double() + 0.1)
+    for head, more in ((table.softmax(reduction="none"), ()), (table.sampled_softmax(reduction="none"), (values,))):
+        losses = head(hidden, labels, *more)
+        assert losses.shape == torch.Size(shape)
+        flat = head(
+            hidden.reshape(-1, DIM),
+            labels.reshape(-1, num_true or 1),
+            *[(ids, true.reshape(-1, num_true or 1), counts) for ids, true, counts in more],
+        )
+        torch.testing.assert_close(losses.reshape(-1), flat, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "labels", "field"),
+    [
+        (torch.zeros(()), torch.zeros((), dtype=torch.int64), "hidden"),
+        (torch.zeros(3, DIM), torch.zeros(3, 0, dtype=torch.int64), "labels"),
+        (torch.zeros(3, DIM), torch.zeros(2, dtype=torch.int64), "labels"),
+        (torch.zeros(3, DIM), torch.zeros(3, 1, 1, dtype=torch.int64), "labels"),
+        (torch.zeros(3, DIM + 1), torch.zeros(3, dtype=torch.int64), "hidden"),
+        (torch.zeros(3, DIM), torch.zeros(3), "labels"),
+    ],
+    ids=["scalar hidden", "no label", "too few labels", "rank", "width", "float labels"],
+)
+def test_shapes_that_do_not_fit_are_refused_by_name(
+    table: shardloss.Table, hidden: torch.Tensor, labels: torch.Tensor, field: str
+) -> None:
+    """The error names the argument."""
+    for head in (table.softmax(), table.sampled_softmax(4)):
+        with pytest.raises(InvalidArgument) as refused:
+            head(hidden, labels)
+        assert refused.value.field == field
+
+
+def test_numpy_shapes_that_do_not_fit_are_refused_by_name(table: shardloss.Table) -> None:
+    """The same without torch."""
+    for hidden in (np.zeros(()), np.zeros(DIM)):
+        with pytest.raises(InvalidArgument) as refused:
+            table.compute_loss(hidden, np.zeros(1, int), shardloss.FullSoftmax())
+        assert refused.value.field == "hidden"
+
+
+@pytest.mark.parametrize(
+    ("class_ids", "rows", "biases", "field"),
+    [
+        ([0, 1], np.zeros((3, DIM)), None, "rows"),
+        ([0, 1], np.zeros((2, DIM)), np.zeros(3), "biases"),
+        ([0, NUM_CLASSES], np.zeros((2, DIM)), None, "class_ids"),
+        ([4, 4], np.zeros((2, DIM)), None, "class_ids"),
+        ([0, 1], np.array([[0.0] * DIM, [np.nan] * DIM]), None, "rows"),
+        ([0, 1], np.zeros((2, DIM)), np.array([0.0, np.inf]), "biases"),
+    ],
+    ids=["fewer ids", "more biases", "out of range", "twice", "nan", "inf"],
+)
+def test_rows_are_checked_before_the_first_page_is_written(
+    table: shardloss.Table, class_ids: list[int], rows: np.ndarray, biases: np.ndarray | None, field: str
+) -> None:
+    """A write of many pages is refused whole."""
+    before = table.info().version
+    with pytest.raises(InvalidArgument) as refused:
+        table.write_rows(np.array(class_ids), rows, biases)
+    assert refused.value.field == field
+    assert table.info().version == before
+
+
+def test_tensorflow_losses_find_their_table_by_name(
+    client: shardloss.LossClient, table: shardloss.Table, batch: Batch
+) -> None:
+    """Two handles of one table share their steps; a table made anew with another shape does not get the old ones."""
+    hidden, labels = batch
+    optimizer = tensorflow.optimizer(client.table(table.name), 0.1)
+    again = client.table(table.name)
+    tensorflow.sampled_softmax_loss(again, again, labels[:, None], hidden, 5, NUM_CLASSES).sum().backward()
+    optimizer.step()
+    assert table.info().num_commits == 1
+    client.delete_table(table.name)
+    wider = client.create_table(table.name, num_classes=NUM_CLASSES, dim=DIM + 1, dtype="float64")
+    optimizer = tensorflow.optimizer(wider, 0.1)
+    hidden = torch.randn(BATCH, DIM + 1, dtype=torch.float64)
+    tensorflow.sampled_softmax_loss(wider, wider, labels[:, None], hidden, 5, NUM_CLASSES).sum().backward()
+    optimizer.step()
+    assert wider.info().num_commits == 1
