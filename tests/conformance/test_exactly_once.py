@@ -19,6 +19,7 @@ from shardloss.errors import (
     Internal,
     InvalidArgument,
     RowsLost,
+    ServerUnavailable,
     SessionExpired,
     ShardlossError,
     Stale,
@@ -779,6 +780,7 @@ def test_a_table_that_may_be_damaged_is_lost_and_can_be_made_anew(
     for call in (lambda: trainer.send(request), lambda: table.read_rows(ALL), lambda: trainer.loss(2, batch)):
         with pytest.raises(RowsLost):
             call()
+    assert table.client.table(name).spec.num_open_tickets == 0
     connection.delete_table(name)
     table = make_table(connection, name)
     assert_same_bits(table, first)
@@ -1023,6 +1025,54 @@ def test_after_step_gives_up_at_the_deadline(table: shardloss.Table, trainer: Ra
     eventually(lambda: table.info().num_open_tickets == 1, "the end of the late call")
     trainer.send(commit)
     assert once(trainer.losses.ComputeLoss, request).version == 1
+
+
+@pytest.mark.parametrize("end", ["abort", "delete"])
+def test_after_step_does_not_wait_for_what_will_not_come(
+    server: Server, connection: shardloss.LossClient, fresh_name: Callable[[], str], batch: Batch, end: str
+) -> None:
+    """A loss that waits for a step is refused as soon as the step is given up, or its table deleted."""
+    table = make_table(connection, fresh_name())
+    trainer = new_trainer(table)
+    trainer.loss(1, batch)
+    request = trainer.one_call(2, batch, RATE)
+    request.ClearField("commit_now")
+    request.after_step = 1
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(once, trainer.losses.ComputeLoss, request)
+        eventually(lambda: table.info().num_open_tickets == 2, "the waiting loss")
+        if end == "abort":
+            once(trainer.losses.Abort, loss_pb2.AbortRequest(table=table.name, session=trainer.session, step=1))
+        else:
+            connection.delete_table(table.name)
+        with pytest.raises(StepTooOld if end == "abort" else TableNotFound):
+            waiting.result(PATIENCE_S)
+    if end == "abort":
+        assert table.info().num_open_tickets == 0
+        connection.delete_table(table.name)
+    assert server.catalog.budget.num_tickets == 0
+
+
+def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callable[[], str], batch: Batch) -> None:
+    """A waiting loss with a long deadline does not hold the server up."""
+    group = LocalGroup(1)
+    server = Server(group, ServerConfig(num_threads=4))
+    server.start()
+    with shardloss.connect(server.address) as client:
+        table = make_table(client, fresh_name())
+        trainer = new_trainer(table)
+        trainer.loss(1, batch)
+        request = trainer.one_call(2, batch, RATE)
+        request.ClearField("commit_now")
+        request.after_step = 1
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(once, trainer.losses.ComputeLoss, request)
+            eventually(lambda: table.info().num_open_tickets == 2, "the waiting loss")
+            server.stop(grace_s=0.0)
+            with pytest.raises(ServerUnavailable):
+                waiting.result(PATIENCE_S)
+    eventually(lambda: server.handlers.admission.num_calls == 0, "the end of the waiting call")
+    group.close()
 
 
 # Sessions that were forgotten, tables that were made anew

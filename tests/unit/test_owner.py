@@ -1,0 +1,79 @@
+"""What an owner and its workers keep and give back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shardloss_server.cluster import worker as worker_module
+from shardloss_server.cluster.group import OutOfMemory
+from shardloss_server.cluster.worker import Worker
+from shardloss_server.frontend.owner import KEPT_REPLIES, LastReplies
+from shardloss_server.frontend.pipeline import NO_REPLY
+from shardloss_server.frontend.request import Cost, LossReply
+from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.placement import Placement
+from shardloss_server.shard.record import TableSpec
+
+SPEC = TableSpec("t", 4, 2, "float32", True, Placement("div", 4, 1), Initializer("zeros", 0.0, 0), OptimizerSpec("sgd"))
+
+
+def reply_of(num_floats: int) -> LossReply:
+    """A reply that takes 4 bytes a float."""
+    return LossReply(torch.zeros(num_floats), None, None, None, "", 1, False, Cost(0, 0, 0))
+
+
+def test_last_replies_keep_a_bounded_number() -> None:
+    """The oldest goes first."""
+    replies = LastReplies()
+    for step in range(KEPT_REPLIES + 3):
+        replies.keep(("a", step), reply_of(1))
+    kept = [step for step in range(KEPT_REPLIES + 3) if replies.get(("a", step), NO_REPLY) is not NO_REPLY]
+    assert kept == list(range(3, KEPT_REPLIES + 3))
+    assert replies.num_bytes == 4 * KEPT_REPLIES
+
+
+def test_last_replies_keep_a_bounded_number_of_bytes() -> None:
+    """A large reply pushes older ones out; one above the whole bound is not kept, nor one without tensors."""
+    replies = LastReplies(max_bytes=100)
+    for step, num_floats in enumerate((10, 10, 20, 26)):
+        replies.keep(("a", step), reply_of(num_floats))
+    replies.keep(("a", 4), NO_REPLY)
+    kept = [step for step in range(5) if replies.get(("a", step), NO_REPLY) is not NO_REPLY]
+    assert kept == [2]
+    assert replies.num_bytes == 80
+
+
+def test_a_first_reply_is_not_replaced() -> None:
+    """A repeat under the same key keeps what was answered first."""
+    replies = LastReplies()
+    first = reply_of(1)
+    replies.keep(("a", 1), first)
+    replies.keep(("a", 1), reply_of(2))
+    assert replies.get(("a", 1), NO_REPLY) is first
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+        (RuntimeError("another bug"), RuntimeError),
+    ],
+)
+def test_a_table_without_room_is_told_from_a_bug(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, named: type[Exception]
+) -> None:
+    """Only a failed allocation is OutOfMemory, and the worker holds no such table afterwards."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    worker = Worker(0, 1)
+    monkeypatch.setattr(worker_module, "ShardTable", fail)
+    with pytest.raises(named):
+        worker.create(SPEC, 4)
+    assert worker.drop("t") == {}
+    monkeypatch.undo()
+    assert worker.create(SPEC, 4) == {0: 0}
