@@ -470,13 +470,18 @@ def test_a_cancelled_stream_is_no_bug_of_the_server(
 
 
 @contextlib.contextmanager
-def small_server(**settings: Any) -> Iterator[tuple[Server, shardloss.LossClient]]:
+def small_server(stream_idle_s: float = 10.0) -> Iterator[tuple[Server, shardloss.LossClient]]:
     """A server with 8 threads for 4 calls, and a client of it."""
     limits = dataclasses.replace(
-        LIMITS, max_calls_in_flight=4, max_num_classes=50_000, max_reply_bytes=1 << 24, max_table_bytes=1 << 24
+        LIMITS,
+        max_calls_in_flight=4,
+        max_num_classes=50_000,
+        max_reply_bytes=1 << 24,
+        max_table_bytes=1 << 24,
+        stream_idle_s=stream_idle_s,
     )
     group = LocalGroup(1)
-    server = Server(group, ServerConfig(num_threads=NUM_THREADS, limits=limits, **settings))
+    server = Server(group, ServerConfig(num_threads=NUM_THREADS, limits=limits))
     server.start()
     try:
         with shardloss.connect(server.address) as client:

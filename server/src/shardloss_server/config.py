@@ -38,6 +38,8 @@ class Limits:
     max_top_k: int = 1 << 14
     ticket_ttl_s: float = 600.0
     max_deadline_s: float = 600.0
+    max_streams: int = 16
+    stream_idle_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,4 @@ class ServerConfig:
     admin_port: int = 0
     num_threads: int = 80  # above max_calls_in_flight: a refusal and a commit need a thread, too
     drain_s: float = 10.0
-    max_streams: int = 16  # StreamLoss calls at once: each holds a thread while its client sends and reads
-    stream_idle_s: float = 10.0  # a stream is dropped when its client neither sent nor read for so long
     limits: Limits = field(default_factory=Limits)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from concurrent import futures
+from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -57,10 +58,11 @@ class Server:
 
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
-        self.catalog = Catalog(group, config.limits)
-        limits = config.limits
+        max_streams = min(config.limits.max_streams, max(1, config.num_threads // 4))  # each holds a thread
+        limits = replace(config.limits, max_streams=max_streams)
+        self.catalog = Catalog(group, limits)
         admission = Admission(limits.max_calls_in_flight, 2 * limits.max_request_bytes)
-        streams = LiveStreams(min(config.max_streams, max(1, config.num_threads // 4)), config.stream_idle_s)
+        streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
         self.handlers = Handlers(self.catalog, limits, admission, streams)
         self._health = health.HealthServicer()
         self._data = self._make_server(config.num_threads)
