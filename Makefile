@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A GPU user changes this one line, to the torch build of his CUDA version.
-TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROTOS := $(wildcard proto/shardloss/v1/*.proto)
 STUBS := client/src
@@ -20,7 +18,7 @@ setup: $(VENV)/.ready  ## Make .venv with both packages and every tool, at pinne
 $(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml server/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
+	$(PIP) torch
 	$(PIP) --requirement requirements-dev.txt
 	$(PIP) --no-build-isolation --editable client --editable server
 	touch $@

@@ -11,12 +11,13 @@ import shardloss
 import torch
 from hypothesis import settings
 from shardloss_server.cluster.local import LocalGroup
-from shardloss_server.config import ServerConfig
+from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.rpc.serve import Server
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
 SEED = 20_240_607
+MANY_TABLES = Limits(max_tables=4096)  # a fresh one a test
 _names = itertools.count()
 
 
@@ -42,7 +43,7 @@ def fresh_name() -> Callable[[], str]:
 def local_server() -> Iterator[Server]:
     """A server over two worker threads, without Ray."""
     group = LocalGroup(2)
-    server = Server(group, ServerConfig())
+    server = Server(group, ServerConfig(limits=MANY_TABLES))
     server.start()
     yield server
     server.stop(grace_s=1.0)
@@ -54,7 +55,7 @@ def ray_server() -> Iterator[Server]:
     """A server over two Ray worker processes; the only Ray of the session."""
     ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
     group = ray_group.RayGroup(2)
-    server = Server(group, ServerConfig())
+    server = Server(group, ServerConfig(limits=MANY_TABLES))
     server.start()
     yield server
     server.stop(grace_s=1.0)

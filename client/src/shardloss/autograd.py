@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any, cast
 
@@ -12,24 +11,42 @@ from torch import Tensor
 
 from shardloss import types, wire
 from shardloss.errors import BadReply, DoubleBackward, InvalidArgument
-from shardloss.optimizer import Pending, RemoteOptimizer
+from shardloss.optimizer import Part, Pending, RemoteOptimizer
 from shardloss.table import Table
 from shardloss.v1 import tensor_pb2
 
 REDUCTIONS = ("mean", "sum", "none")
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def fresh_seed() -> int:
     """A sampler seed from torch's global generator, so that torch.manual_seed decides it."""
-    return int(torch.randint(0, 2**62, ()).item())
+    return int(torch.randint(0, 2**62, (), device="cpu").item())
 
 
-def to_wire(tensor: Tensor) -> tensor_pb2.Tensor:
-    """The message of a tensor on any device, in its own dtype."""
+def to_wire(tensor: Tensor, field: str) -> tensor_pb2.Tensor:
+    """The message of a float tensor on any device, in its own dtype.
+
+    Raises:
+        InvalidArgument: the contract has no such dtype.
+    """
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise InvalidArgument(f"{field} is {tensor.dtype}; one of {FLOAT_DTYPES} is needed", field=field)
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.dtype == torch.bfloat16:
         return wire.encode(tensor.view(torch.int16).numpy().view(np.uint16), bfloat16=True)
     return wire.encode(tensor.numpy())
+
+
+def to_ids(labels: Tensor) -> wire.Array:
+    """Class ids on any device as NumPy.
+
+    Raises:
+        InvalidArgument: they are not int64 or int32.
+    """
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InvalidArgument(f"labels is {labels.dtype}; int64 or int32 class ids are needed", field="labels")
+    return to_numpy(labels)
 
 
 def to_numpy(tensor: Tensor) -> wire.Array:
@@ -70,15 +87,15 @@ class Mark(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, probe: Tensor, pending: Pending, ticket: str, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, probe: Tensor, pending: Pending, part: Part, loss: Tensor) -> Tensor:
         """Zeros like loss [N]: autograd casts g to their dtype."""
-        ctx.pending, ctx.ticket = pending, ticket
+        ctx.pending, ctx.part = pending, part
         return torch.zeros_like(loss)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         """The probe's gradient."""
-        return torch.tensor(ctx.pending.record(ctx.ticket, g)), None, None, None
+        return torch.tensor(ctx.pending.record(ctx.part, g), device="cpu"), None, None, None
 
 
 class RemoteLoss(torch.autograd.Function):
@@ -114,11 +131,21 @@ class RemoteLoss(torch.autograd.Function):
 class Head(torch.nn.Module):
     """A loss over a remote table: head(hidden, labels) -> loss.
 
-    hidden [..., D] on any device and in any float dtype; labels [...] one class a row, or [..., T] for T true classes.
+    hidden [..., D] on any device in float32, float64, float16 or bfloat16; labels [...] one class a row, or [..., T]
+    for T true classes, int64 or int32. The loss is of float32 (float64 for a float64 table), [...] with reduction
+    "none". As in torch, "mean" divides by the number of rows with a label other than ignore_index, and is nan where
+    there is none.
+
     Each call in training mode with gradients enabled is a part of the present step; `optimizer(lr)` gives the torch
-    optimizer whose step() commits them. In eval mode or under no_grad a call leaves the table alone. zero_grad() of the
-    optimizer gives up a step all of whose losses were differentiated: backward of one of them again (retain_graph=True)
-    cannot be committed any more. copy.deepcopy gives a head of the same table with steps of its own.
+    optimizer whose step() commits those whose backward has run, and gives the others up. In eval mode or under no_grad
+    a call leaves the table alone. zero_grad() of the optimizer gives up a step none of whose losses waits for its
+    backward: backward of one of them again (retain_graph=True) cannot be committed any more. With a learning_rate of
+    its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
+    table with steps of its own. Not thread-safe.
+
+    Raises:
+        InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
+        ShardlossError: whatever the service answers, see docs/errors.md.
     """
 
     def __init__(self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None) -> None:
@@ -129,7 +156,8 @@ class Head(torch.nn.Module):
         self.pending = Pending(table.session(), learning_rate)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Head:
-        twin = copy.copy(self)
+        twin: Head = type(self).__new__(type(self))
+        twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
         twin.pending = Pending(self.table.session(), self.pending.learning_rate)
         return twin
 
@@ -162,18 +190,18 @@ class Head(torch.nn.Module):
             return losses.view(batch_shape)
         if self.reduction == "sum":
             return losses.sum()
-        return losses.sum() / self._num_counted(flat_labels, flat_weights)
+        return mean_of(losses, self._num_counted(flat_labels))
 
     def _losses(self, hidden: Tensor, labels: Tensor, kind: types.Loss, weights: Tensor | None) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
-        session = self.pending.session
-        compute = session.compute_loss if training else partial(self.table.compute_loss, step=session.step)
+        step = self.pending.session.step
+        compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
         result = compute(
-            to_wire(hidden),
-            to_numpy(labels),
+            to_wire(hidden, "hidden"),
+            to_ids(labels),
             kind,
-            label_weights=None if weights is None else to_wire(weights),
+            label_weights=None if weights is None else to_wire(weights, "label_weights"),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
         )
@@ -181,13 +209,20 @@ class Head(torch.nn.Module):
             raise BadReply("the reply lacks the loss or the gradient that was asked for")
         loss, mark = to_torch(result.loss), None
         if training:
-            mark = Mark.apply(self.pending.probe, self.pending, result.ticket, loss)  # type: ignore[no-untyped-call]
+            part = self.pending.part(result.ticket)
+            mark = Mark.apply(self.pending.probe, self.pending, part, loss)  # type: ignore[no-untyped-call]
         return cast(Tensor, RemoteLoss.apply(hidden, mark, loss, result.hidden_grad))  # type: ignore[no-untyped-call]
 
-    def _num_counted(self, labels: Tensor, weights: Tensor | None) -> Tensor | int:
-        if weights is not None or self.ignore_index is None:
+    def _num_counted(self, labels: Tensor) -> int:
+        if self.ignore_index is None:
             return len(labels)
-        return (labels != self.ignore_index).any(1).sum()
+        return int((labels != self.ignore_index).any(1).sum())
+
+
+def mean_of(losses: Tensor, num_counted: int) -> Tensor:
+    """sum(losses [N]) / num_counted; nan for none, whose gradient is 0 as torch's."""
+    mean = losses.sum() / max(1, num_counted)
+    return mean if num_counted else torch.where(torch.ones_like(mean, dtype=torch.bool), float("nan"), mean)
 
 
 class SoftmaxHead(Head):

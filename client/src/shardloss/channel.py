@@ -112,6 +112,10 @@ class Channel:
                 return attempt(min(left, attempt_s))
             except grpc.RpcError as failure:
                 last = error_of(failure)
+            except ValueError:  # grpc's own, on a channel that another thread closed meanwhile
+                if not self._closed:
+                    raise
+                continue
             if not isinstance(last, TransientError):
                 raise last
             wait_s = max(last.retry_after_s, backoff_s * random.uniform(0.5, 1.0))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar, cast
 
 from shardloss import messages, types
 from shardloss.channel import Channel
+from shardloss.errors import TableNotFound
 from shardloss.table import Table
 from shardloss.v1 import (
     evaluation_pb2_grpc,
@@ -16,14 +20,16 @@ from shardloss.v1 import (
     table_pb2_grpc,
 )
 
+T = TypeVar("T")
 FILL_S = 600.0  # deadline of a call that fills a whole table
 
 
 def connect(address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0) -> LossClient:
     """Connect to a server ("host:port") and read its limits.
 
-    timeout_s bounds every call with all its retries; attempt_timeout_s the first try, and each later one may take twice
-    as long.
+    timeout_s bounds each request with all its retries: a paged call, as `Table.evaluate`, makes several, and
+    `create_table` has a longer one of its own. attempt_timeout_s bounds the first try of a short request, so that a
+    lost reply is asked for again; each later try may take twice as long.
 
     Raises:
         ServerUnavailable, DeadlineExceeded: no server answers there.
@@ -41,7 +47,8 @@ class LossClient:
         self.tables = self.channel.stub(table_pb2_grpc.TableServiceStub)
         self.questions = self.channel.stub(evaluation_pb2_grpc.EvaluationServiceStub)
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)
-        self.attachments: dict[tuple[str, str], object] = {}  # what shardloss.compat keeps by (module, table name)
+        self._attached: dict[tuple[str, str], object] = {}
+        self._attaching = threading.Lock()
         try:
             self.info = self.server_info()
             self.channel.max_message_bytes = int(self.info.limits["max_message_bytes"])
@@ -61,8 +68,20 @@ class LossClient:
         """Close the connection. Open tickets stay with the server until they expire. Idempotent."""
         self.channel.close()
 
+    def attached(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
+        """What shardloss.compat keeps with a table: the one that was made before, while it fits."""
+        with self._attaching:
+            known = self._attached.get((module, table))
+            if known is None or not fits(cast(T, known)):
+                known = self._attached[module, table] = make()
+            return cast(T, known)
+
     def server_info(self) -> types.ServerInfo:
-        """Version, features and limits of the server."""
+        """Version, features and limits of the server.
+
+        Raises:
+            ServerUnavailable, DeadlineExceeded: it does not answer.
+        """
         request = server_pb2.GetServerInfoRequest()
         return messages.server_info(self.channel.unary(self._server.GetServerInfo, request, None))
 
@@ -82,7 +101,9 @@ class LossClient:
     ) -> Table:
         """Make a table of num_classes V rows of dim D, or take the one that exists with an equal spec.
 
-        num_shards 0 is one a worker; initializer None is uniform on +-1/sqrt(D); optimizer None is plain SGD.
+        dtype is how rows are stored: "float32", "float64" or "bfloat16". placement "div" cuts the classes in ranges,
+        "mod" deals them out in turn; num_shards 0 is one shard a worker. initializer None is uniform on +-1/sqrt(D);
+        optimizer None is plain SGD. timeout_s is for the whole filling.
 
         Raises:
             TableExists: the name is taken by another spec.
@@ -103,7 +124,7 @@ class LossClient:
         return Table(self, messages.table_info(self.channel.unary(self.tables.GetTable, request, None)))
 
     def list_tables(self) -> list[types.TableInfo]:
-        """All tables by name."""
+        """All tables by name, each as it stands now."""
         reply = self.channel.unary(self.tables.ListTables, table_pb2.ListTablesRequest(), None)
         return [messages.table_info(table) for table in reply.tables]
 
@@ -113,4 +134,16 @@ class LossClient:
         Raises:
             TableNotFound: there is none of that name.
         """
-        self.channel.unary(self.tables.DeleteTable, table_pb2.DeleteTableRequest(table=name), None)
+        tries = 0
+
+        def delete(request: table_pb2.DeleteTableRequest, timeout: float) -> table_pb2.DeleteTableResponse:
+            nonlocal tries
+            tries += 1
+            reply: table_pb2.DeleteTableResponse = self.tables.DeleteTable(request, timeout=timeout)
+            return reply
+
+        try:
+            self.channel.unary(delete, table_pb2.DeleteTableRequest(table=name), None)
+        except TableNotFound:
+            if tries == 1:
+                raise  # else an earlier try has deleted it, and its reply was lost

@@ -45,7 +45,7 @@ class ShardlossError(Exception):
     reason = "UNKNOWN"
     status = "UNKNOWN"
 
-    def __init__(self, message: str, **details: object) -> None:
+    def __init__(self, message: str, /, **details: object) -> None:
         super().__init__(message)
         self.message = message
         self.details: dict[str, str] = {name: str(value) for name, value in details.items() if value is not None}

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shardloss import types, wire
-from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported
+from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported, ShardlossError
 from shardloss.v1 import evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
 from shardloss.wire import Array
 
@@ -30,11 +30,26 @@ PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 Numbers: TypeAlias = Array | tensor_pb2.Tensor  # a message passes as it is: so bfloat16 comes
 
 
-def numbers(array: Numbers) -> tensor_pb2.Tensor:
+def numbers(array: Numbers, field: str) -> tensor_pb2.Tensor:
     """The message of an array; a message passes (bfloat16 comes so)."""
     if isinstance(array, tensor_pb2.Tensor):
         return array
-    return wire.encode(np.asarray(array))
+    return wire.encode(np.asarray(array), field)
+
+
+@contextmanager
+def writing_request() -> Iterator[None]:
+    """What no field of the contract can hold is the caller's fault.
+
+    Raises:
+        InvalidArgument: a value of the wrong type or beyond a field's range.
+    """
+    try:
+        yield
+    except ShardlossError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgument(f"the request cannot be written: {error}") from error
 
 
 @contextmanager
@@ -66,6 +81,7 @@ def optional(message: tensor_pb2.Tensor, present: bool, field: str, chunks: Mapp
     return wire.decode_numbers(message, field, chunks) if present else None
 
 
+@writing_request()
 def table_spec(
     name: str,
     num_classes: int,
@@ -88,6 +104,8 @@ def table_spec(
         placement=choose(PLACEMENTS, placement, "placement"),
     )
     if optimizer is not None:
+        if type(optimizer) not in OPTIMIZER_FIELDS:
+            raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; give shardloss.Sgd(), ...")
         one = getattr(spec.optimizer, OPTIMIZER_FIELDS[type(optimizer)])
         one.SetInParent()
         for field, value in asdict(optimizer).items():
@@ -98,9 +116,30 @@ def table_spec(
             spec.initializer.normal.stddev = initializer.stddev
         elif isinstance(initializer, types.Uniform):
             spec.initializer.uniform.limit = initializer.limit
-        else:
+        elif isinstance(initializer, types.Zeros):
             spec.initializer.zeros.SetInParent()
+        else:
+            raise InvalidArgument(f"initializer is a {type(initializer).__name__}; give Normal, Uniform or Zeros")
     return spec
+
+
+def optimizer_of(message: table_pb2.Optimizer) -> types.Optimizer:
+    """A table's optimizer, every default filled in."""
+    kinds = {field: kind for kind, field in OPTIMIZER_FIELDS.items()}
+    kind = kinds[message.WhichOneof("kind") or "sgd"]
+    one = getattr(message, OPTIMIZER_FIELDS[kind])
+    made: types.Optimizer = kind(**{field.name: getattr(one, field.name) for field in one.DESCRIPTOR.fields})
+    return made
+
+
+def initializer_of(message: table_pb2.Initializer) -> types.Initializer:
+    """A table's first values."""
+    kind = message.WhichOneof("kind")
+    if kind == "normal":
+        return types.Normal(message.normal.stddev, message.seed)
+    if kind == "uniform":
+        return types.Uniform(message.uniform.limit, message.seed)
+    return types.Zeros(message.seed)
 
 
 @reading_reply()
@@ -115,18 +154,22 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
         bias=spec.bias,
         num_shards=spec.num_shards,
         placement="mod" if spec.placement == table_pb2.PLACEMENT_MOD else "div",
+        initializer=initializer_of(spec.initializer),
+        optimizer=optimizer_of(spec.optimizer),
         version=message.version,
         num_commits=message.num_commits,
         num_open_tickets=message.num_open_tickets,
     )
 
 
+@writing_request()
 def sampler(loss: types.SampledSoftmax) -> loss_pb2.Sampler:
     """The sampler of a loss."""
     kind = choose(SAMPLER_KINDS, loss.sampler, "sampler")
     return loss_pb2.Sampler(kind=kind, num_sampled=loss.num_sampled, unique=loss.unique, seed=loss.seed)
 
 
+@writing_request()
 def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     """Write a loss into a request."""
     if isinstance(loss, types.FullSoftmax):
@@ -139,11 +182,12 @@ def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
         sampled.sampler.CopyFrom(sampler(loss))
         return
     values = loss.sampled_values
-    sampled.sampled_values.sampled.CopyFrom(wire.encode(np.asarray(values.sampled)))
-    sampled.sampled_values.true_expected_count.CopyFrom(wire.encode(np.asarray(values.true_expected_count)))
-    sampled.sampled_values.sampled_expected_count.CopyFrom(wire.encode(np.asarray(values.sampled_expected_count)))
+    for field in ("sampled", "true_expected_count", "sampled_expected_count"):
+        tensor = numbers(getattr(values, field), f"sampled_values.{field}")
+        getattr(sampled.sampled_values, field).CopyFrom(tensor)
 
 
+@writing_request()
 def loss_request(
     table: str,
     hidden: Numbers,
@@ -160,8 +204,8 @@ def loss_request(
     """A ComputeLoss without its key."""
     message = loss_pb2.ComputeLossRequest(
         table=table,
-        hidden=numbers(hidden),
-        labels=numbers(labels),
+        hidden=numbers(hidden, "hidden"),
+        labels=numbers(labels, "labels"),
         ignore_index=ignore_index,
         want_lse=want_lse,
         want_hidden_grad=want_hidden_grad,
@@ -169,9 +213,9 @@ def loss_request(
     )
     set_loss(message, loss)
     if label_weights is not None:
-        message.label_weights.CopyFrom(numbers(label_weights))
+        message.label_weights.CopyFrom(numbers(label_weights, "label_weights"))
     if upstream is not None:
-        message.upstream.CopyFrom(numbers(upstream))
+        message.upstream.CopyFrom(numbers(upstream, "upstream"))
     return message
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.errors import InvalidArgument, RequestError, ShardlossError
+from shardloss import types
+from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld
 from shardloss.session import Session
+
+
+class Part:
+    """One loss of a step. It lives as long as the graph of that loss, whose backward may still record it."""
+
+    __slots__ = ("__weakref__", "ticket")
+
+    def __init__(self, ticket: str) -> None:
+        self.ticket = ticket
 
 
 class Pending:
@@ -23,67 +34,102 @@ class Pending:
 
     def __init__(self, session: Session, learning_rate: float | None = None) -> None:
         self.session, self.learning_rate = session, learning_rate
-        self.probe = torch.zeros((), requires_grad=True)
+        self.probe = torch.zeros((), device="cpu", requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
+        self._waiting: WeakSet[Part] = WeakSet()
         self._upstreams: dict[str, Tensor] = {}
         self._has_accumulated = False
 
-    def record(self, ticket: str, g: Tensor) -> float:
-        """Add g [N] to a ticket and return the gradient of the probe: 1 for the first part of a step, then 0.
+    def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
+        """`Session.compute_loss` of the next part of the present step.
+
+        A step whose losses were all let go without a backward is given up first. Where the server has done the step,
+        as after a commit whose replies were lost, what it held is forgotten and the loss belongs to the next one.
+        """
+        if not self._upstreams:
+            self._leave_if_nobody_waits()
+        try:
+            return self.session.compute_loss(*args, **options)
+        except StepTooOld:
+            self._clear()
+            return self.session.compute_loss(*args, **options)
+
+    def part(self, ticket: str) -> Part:
+        """The part of a ticket, for the graph of its loss to hold."""
+        part = Part(ticket)
+        self._waiting.add(part)
+        return part
+
+    def record(self, part: Part, g: Tensor) -> float:
+        """Add g [N] to a part and return the gradient of the probe: 1 for the first part of a step, then 0.
 
         Not finite g gives a not finite gradient, so that a GradScaler skips the step. With a learning rate of its own
         the head commits here. What was recorded before is forgotten where somebody has cleared the probe's gradient,
         as a local parameter's would be.
 
         Raises:
-            InvalidArgument: g is not finite, and the head commits by itself: the step is given up.
+            InvalidArgument: the head commits by itself, and g is not finite or a second loss is in its step, which is
+                given up.
         """
         if self._has_accumulated and self.probe.grad is None:
-            self._clear()
+            self._forget_recorded()
         is_first = not self._upstreams
-        known = self._upstreams.get(ticket)
-        self._upstreams[ticket] = g.clone() if known is None else known + g
-        if not torch.isfinite(g).all():
-            if self.learning_rate is not None:
-                self.drop()
-                raise InvalidArgument("the loss has a gradient that is not finite; the table's step was given up")
-            return float("nan")
-        if self.learning_rate is not None:
-            self.commit(self.learning_rate, 1.0)
+        known = self._upstreams.get(part.ticket)
+        self._upstreams[part.ticket] = g.clone() if known is None else known + g
+        self._waiting.discard(part)
+        is_finite = bool(torch.isfinite(g).all())
+        if self.learning_rate is None:
+            return float(is_first) if is_finite else float("nan")
+        if not is_finite or self.session.num_parts > 1:
+            what = "two losses in one step" if is_finite else "a gradient that is not finite"
+            self._give_up()
+            raise InvalidArgument(f"a head with a learning rate of its own met {what}; the table's step was given up")
+        self.commit(self.learning_rate, 1.0)
         return float(is_first)
 
     def commit(self, learning_rate: float, grad_scale: float) -> None:
         """Commit what was recorded as one step; nothing recorded is no step.
 
-        After a TransientError the recorded parts stay, so a second call repeats the same commit. A commit that is
-        refused gives the whole step up.
+        Losses of the step whose backward has not run are given up with it. After a TransientError the recorded parts
+        stay, so a second call repeats the same commit; only a head with a learning rate of its own cannot repeat, and
+        gives the step up. So does a commit that is refused.
         """
         if not self._upstreams:
             return
         parts = [(ticket, wire_array(g)) for ticket, g in self._upstreams.items()]
         try:
             self.session.commit(parts, learning_rate=learning_rate, grad_scale=grad_scale)
-        except RequestError:
-            self._clear()
-            with suppress(ShardlossError):
-                self.session.abort()
+        except ShardlossError as error:
+            if isinstance(error, RequestError) or self.learning_rate is not None:
+                self._give_up()
             raise
         self._clear()
 
     def drop(self) -> None:
         """Forget what was recorded, and give the step up unless a loss still waits for its backward."""
-        num_recorded, num_parts = len(self._upstreams), self.session.num_parts
+        self._forget_recorded()
+        self._leave_if_nobody_waits()
+
+    def _leave_if_nobody_waits(self) -> None:
+        if self.session.num_parts and not self._waiting:
+            self._give_up()
+
+    def _give_up(self) -> None:
         self._clear()
-        if num_recorded and num_recorded == num_parts:
+        with suppress(ShardlossError):  # a lost abort costs nothing: the next commit gives up what is below its step
             self.session.abort()
 
-    def _on_accumulated(self, _probe: Tensor) -> None:
-        self._has_accumulated = True
-
     def _clear(self) -> None:
+        self._waiting.clear()
+        self._forget_recorded()
+
+    def _forget_recorded(self) -> None:
         self._upstreams = {}
         self._has_accumulated = False
         self.probe.grad = None
+
+    def _on_accumulated(self, _probe: Tensor) -> None:
+        self._has_accumulated = True
 
 
 def wire_array(g: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
@@ -95,7 +141,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     """step() commits the parts whose backward has run, with the learning rate of its one param group.
 
     Its one parameter is the head's probe, so schedulers and torch.amp.GradScaler treat it as any optimizer. What a
-    step does to the rows is the table's own optimizer; its state lives with the table.
+    step does to the rows is the table's own optimizer; its state lives with the table, and state_dict holds lr alone.
+    Leave the probe out of gradient clipping: its gradient is the scale of the step, not a norm. Neither copies nor
+    pickles: a second optimizer would commit the same step.
     """
 
     def __init__(self, pending: Pending, lr: float) -> None:
@@ -103,6 +151,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr = {lr} must be >= 0")
         self._pending = pending
         super().__init__([pending.probe], {"lr": lr})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotSupported("a remote optimizer is not copied; make one with head.optimizer(lr)")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: a remote table has one group.
+
+        Raises:
+            NotSupported: always, once the optimizer is made.
+        """
+        if self.param_groups:
+            raise NotSupported("a remote optimizer steps its own table only; give other parameters their own optimizer")
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Commit. With a closure, evaluate it first and return its loss."""

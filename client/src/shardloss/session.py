@@ -35,7 +35,12 @@ class Session:
         want_lse: bool = False,
         want_hidden_grad: bool = True,
     ) -> types.LossResult:
-        """Score the next part of the present step and leave its ticket open for `commit`."""
+        """Score the next part of the present step, as `Table.compute_loss`, and leave its ticket open for `commit`.
+
+        Raises:
+            StepTooOld: the server has done this step already; the next call is a new step.
+            RequestError, TransientError: as `Table.compute_loss`; the part is lost, the step goes on.
+        """
         request = messages.loss_request(
             self.table.name,
             hidden,
@@ -61,7 +66,13 @@ class Session:
     ) -> types.CommitResult:
         """One optimizer step over (result or ticket, g [N] or None for ones) of the present step, exactly once.
 
-        After a TransientError the same commit may be repeated; it is applied once.
+        All parts together fit one message (about a million rows of float32 in 4 MiB). learning_rate >= 0; grad_scale
+        multiplies every g.
+
+        Raises:
+            TransientError: the same commit may be repeated; it is applied once.
+            StepTooOld, StepReused: the server has done this step already; the next call is a new step.
+            TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
         request = loss_pb2.CommitRequest(
             table=self.table.name,
@@ -75,7 +86,7 @@ class Session:
             ticket = part if isinstance(part, str) else part.ticket
             message = request.parts.add(ticket=ticket)
             if g is not None:
-                message.g.CopyFrom(numbers(g))
+                message.g.CopyFrom(numbers(g, f"parts[{len(request.parts) - 1}].g"))
         channel = self.table.client.channel
         with self._passing(StepTooOld, StepReused):
             result = messages.commit_result(channel.unary(self.table.client.losses.Commit, request, None))
@@ -94,7 +105,15 @@ class Session:
         ignore_index: int | None = None,
         want_hidden_grad: bool = True,
     ) -> types.LossResult:
-        """Score and commit in one call: the table's objective is sum(upstream * loss), upstream None is ones."""
+        """Score hidden [N, D] and commit in one call: the table's objective is sum(upstream [N] * loss), None is ones.
+
+        The reply's tensors are None where an earlier try had committed and the server keeps its reply no more.
+
+        Raises:
+            TransientError: the same call may be repeated; it is applied once.
+            SessionExpired: the server has forgotten the session; start a new one.
+            RequestError: as `Table.compute_loss` and `commit`; nothing was changed.
+        """
         request = messages.loss_request(
             self.table.name,
             hidden,

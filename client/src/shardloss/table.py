@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
 REPLY_BYTES = 8  # an element of a reply takes this much at most
+LARGEST = {  # finite numbers of the storage dtypes
+    "float32": float(np.finfo(np.float32).max),
+    "float64": float(np.finfo(np.float64).max),
+    "bfloat16": 255 * 2.0**120,
+}
 
 T = TypeVar("T")
 
@@ -41,7 +46,14 @@ class Table:
     def softmax(
         self, *, reduction: str = "mean", ignore_index: int | None = -100, learning_rate: float | None = None
     ) -> SoftmaxHead:
-        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.autograd.SoftmaxHead`."""
+        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.autograd.Head`.
+
+        reduction is "mean", "sum" or "none"; rows whose labels are all ignore_index do not count, None counts all. With
+        a learning_rate the head commits in backward; without one, by `head.optimizer(lr)`.
+
+        Raises:
+            InvalidArgument: an unknown reduction.
+        """
         from shardloss.autograd import SoftmaxHead
 
         return SoftmaxHead(self, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
@@ -59,7 +71,16 @@ class Table:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SampledSoftmaxHead:
-        """A torch.nn.Module of the sampled softmax loss; see `shardloss.autograd.SampledSoftmaxHead`."""
+        """A torch.nn.Module of the sampled softmax loss; see `shardloss.autograd.Head`.
+
+        Each step draws num_sampled candidates by sampler, "log_uniform" (ids sorted by falling frequency) or "uniform",
+        distinct where unique, from (seed, step); seed None comes from torch's generator. remove_accidental_hits takes
+        candidates that are labels of a row out of it: "every" copy, or "last" alone as TensorFlow. num_sampled 0 is for
+        a head that is always given sampled_values. The rest is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown sampler, hit_removal or reduction.
+        """
         from shardloss.autograd import SampledSoftmaxHead, fresh_seed
 
         loss = types.SampledSoftmax(
@@ -70,12 +91,19 @@ class Table:
             remove_accidental_hits=remove_accidental_hits,
             hit_removal=hit_removal,
         )
+        messages.set_loss(
+            loss_pb2.ComputeLossRequest(), loss
+        )  # refuses unknown names now rather than at the first step
         return SampledSoftmaxHead(
             self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
         )
 
     def session(self) -> Session:
-        """A new session: the steps of one trainer."""
+        """A new session: the steps of one trainer.
+
+        Raises:
+            TableNotFound: the table was deleted.
+        """
         return Session(self, secrets.token_hex(16), self.info().version)
 
     def compute_loss(
@@ -94,8 +122,15 @@ class Table:
     ) -> types.LossResult:
         """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
 
-        step keys the sampler. want_table_grad asks for the gradient of sum(upstream * loss) in the rows, for callers
-        who own the optimizer.
+        label_weights [N, T] belong to the full softmax, None is 1/T; labels equal to ignore_index do not count. step
+        keys the sampler. want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who
+        own the optimizer. Losses are in nats.
+
+        Raises:
+            InvalidArgument: naming the field and the first offending index.
+            LimitExceeded: larger than the server takes; split the batch.
+            TransientError: nobody answered in time, or the server is full; repeat.
+            RowsLost: a worker died with rows of this table.
         """
         request = messages.loss_request(
             self.name,
@@ -113,7 +148,11 @@ class Table:
         return self.send_loss(request)
 
     def send_loss(self, request: loss_pb2.ComputeLossRequest) -> types.LossResult:
-        """Send a request as one message, or in chunks where it or its reply is too large for one."""
+        """Send a request as one message, or in chunks where it or its reply is too large for one.
+
+        Raises:
+            ShardlossError: as `compute_loss`.
+        """
         channel, limits = self.client.channel, self.client.info.limits
         limit = int(limits["max_message_bytes"])
         if max(request.ByteSize(), self._reply_bytes(request)) <= limit:
@@ -155,43 +194,60 @@ class Table:
         step: int = 0,
         labels: Array | None = None,
     ) -> types.Candidates:
-        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]."""
+        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]; changes nothing.
+
+        Raises:
+            InvalidArgument: naming the field, as num_sampled above the number of classes where unique.
+        """
         loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
         request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
         if labels is not None:
-            request.labels.CopyFrom(numbers(labels))
+            request.labels.CopyFrom(numbers(labels, "labels"))
         return messages.candidates(self.client.channel.unary(self.client.losses.SampleCandidates, request, None))
 
     def evaluate(
         self, hidden: Array, labels: Array, *, want_rank: bool = True, ignore_index: int | None = -100
     ) -> types.Evaluation:
-        """Exact negative log likelihood and rank over all classes of hidden [N, D] with labels [N], in pages."""
+        """Exact negative log likelihood [N] in nats, and rank, over all classes of hidden [N, D] with labels [N].
+
+        In pages, each with the whole of the client's timeout_s. Rows with ignore_index have loss 0 and rank 0.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`; index counts over all pages.
+        """
+        hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
+        check_length(labels, hidden, "labels")
 
         def ask(page: slice) -> types.Evaluation:
             request = evaluation_pb2.EvaluateRequest(
                 table=self.name,
-                hidden=numbers(hidden[page]),
-                labels=numbers(np.asarray(labels)[page]),
+                hidden=numbers(hidden[page], "hidden"),
+                labels=numbers(labels[page], "labels"),
                 want_rank=want_rank,
                 ignore_index=ignore_index,
             )
             return messages.evaluation(self._ask(self.client.questions.Evaluate, request))
 
-        pages = [ask(page) for page in self._pages(len(hidden))]
+        pages = [asked(ask, page) for page in self._pages(len(hidden))]
         rank = np.concatenate([page.rank for page in pages if page.rank is not None]) if want_rank else None
         loss = np.concatenate([page.loss for page in pages])
         return types.Evaluation(loss, rank, pages[0].version, pages[-1].last_version)
 
     def top_k(self, hidden: Array, k: int, *, want_log_probs: bool = True) -> types.TopK:
-        """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages."""
+        """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+        """
+        hidden = of_rank(hidden, 2, "hidden")
 
         def ask(page: slice) -> types.TopK:
             request = evaluation_pb2.TopKRequest(
-                table=self.name, hidden=numbers(hidden[page]), k=k, want_log_probs=want_log_probs
+                table=self.name, hidden=numbers(hidden[page], "hidden"), k=k, want_log_probs=want_log_probs
             )
             return messages.top_k(self._ask(self.client.questions.TopK, request))
 
-        pages = [ask(page) for page in self._pages(len(hidden), 3 * k)]
+        pages = [asked(ask, page) for page in self._pages(len(hidden), 3 * k)]
         return types.TopK(
             np.concatenate([page.class_ids for page in pages]),
             np.concatenate([page.logits for page in pages]),
@@ -201,29 +257,43 @@ class Table:
         )
 
     def score(self, hidden: Array, class_ids: Array, *, want_log_probs: bool = False) -> types.Scores:
-        """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages."""
-        class_ids = np.asarray(class_ids)
+        """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+        """
+        hidden, class_ids = of_rank(hidden, 2, "hidden"), np.asarray(class_ids)
+        if class_ids.ndim != 1:
+            check_length(of_rank(class_ids, 2, "class_ids"), hidden, "class_ids")
 
         def ask(page: slice) -> types.Scores:
-            asked = class_ids[page] if class_ids.ndim == 2 else class_ids
+            asked_ids = class_ids[page] if class_ids.ndim == 2 else class_ids
             request = evaluation_pb2.ScoreRequest(
-                table=self.name, hidden=numbers(hidden[page]), class_ids=numbers(asked), want_log_probs=want_log_probs
+                table=self.name,
+                hidden=numbers(hidden[page], "hidden"),
+                class_ids=numbers(asked_ids, "class_ids"),
+                want_log_probs=want_log_probs,
             )
             return messages.scores(self._ask(self.client.questions.Score, request))
 
-        pages = [ask(page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
+        pages = [asked(ask, page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
         logits = np.concatenate([page.logits for page in pages])
         log_probs = joined([page.log_probs for page in pages])
         return types.Scores(logits, log_probs, pages[0].version, pages[-1].last_version)
 
     def read_rows(self, class_ids: Array) -> types.Rows:
-        """Rows [M, D] and biases [M] of class_ids [M], in pages; `version` is the last page's."""
+        """Rows [M, D] and biases [M] of class_ids [M], in pages; `version` is the last page's.
+
+        Raises:
+            InvalidArgument, TransientError, RowsLost: as `evaluate`.
+        """
+        class_ids = of_rank(class_ids, 1, "class_ids")
 
         def ask(page: slice) -> types.Rows:
-            request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(np.asarray(class_ids)[page]))
+            request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids[page], "class_ids"))
             return messages.rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
 
-        pages = [ask(page) for page in self._pages(len(class_ids))]
+        pages = [asked(ask, page) for page in self._pages(len(class_ids))]
         biases = joined([page.biases for page in pages])
         return types.Rows(np.concatenate([page.rows for page in pages]), biases, pages[-1].version)
 
@@ -241,14 +311,14 @@ class Table:
 
         def ask(page: slice) -> int:
             request = table_pb2.WriteRowsRequest(
-                table=self.name, class_ids=numbers(class_ids[page]), rows=numbers(rows[page])
+                table=self.name, class_ids=numbers(class_ids[page], "class_ids"), rows=numbers(rows[page], "rows")
             )
             if biases is not None:
-                request.biases.CopyFrom(numbers(biases[page]))
+                request.biases.CopyFrom(numbers(biases[page], "biases"))
             reply: table_pb2.WriteRowsResponse = self.client.channel.unary(self.client.tables.WriteRows, request, None)
             return reply.version
 
-        return [ask(page) for page in self._pages(len(class_ids))][-1]
+        return [asked(ask, page) for page in self._pages(len(class_ids))][-1]
 
     def _ask(self, method: Callable[..., T], request: Message) -> T:
         return self.client.channel.unary(method, request, None, whole=True)
@@ -273,9 +343,43 @@ def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.
     repeated = np.zeros(len(class_ids), dtype=bool)
     repeated[order[1:]] = class_ids[order][1:] == class_ids[order][:-1]
     refuse_where(repeated, "class_ids", "is there twice")
-    refuse_where(np.asarray(~np.isfinite(rows).all(axis=1)), "rows", "is not finite")
+    refuse_where(np.asarray(~is_storable(rows, spec.dtype).all(axis=1)), "rows", f"is not finite in {spec.dtype}")
     if biases is not None:
-        refuse_where(~np.isfinite(biases), "biases", "is not finite")
+        wide = "float64" if spec.dtype == "float64" else "float32"
+        refuse_where(~is_storable(biases, wide), "biases", f"is not finite in {wide}")
+
+
+def is_storable(values: Array, dtype: str) -> Array:
+    """Whether values are finite in a table's dtype."""
+    most = LARGEST[dtype]
+    return np.asarray(np.isfinite(values) & (np.abs(values) <= most))
+
+
+def of_rank(array: Array, rank: int, field: str) -> Array:
+    """An array whose rank was checked, so that it can be cut in pages."""
+    array = np.asarray(array)
+    if array.ndim != rank:
+        raise InvalidArgument(f"{field} has shape {list(array.shape)}; rank {rank} is needed", field=field)
+    return array
+
+
+def check_length(array: Array, hidden: Array, field: str) -> None:
+    """Refuse what is not as long as hidden: pages alone would not show it."""
+    if len(array) != len(hidden):
+        raise InvalidArgument(f"{field} has {len(array)} rows for {len(hidden)} of hidden", field=field)
+
+
+def asked(ask: Callable[[slice], T], page: slice) -> T:
+    """The answer to a page; an error's index counts from the first page."""
+    try:
+        return ask(page)
+    except InvalidArgument as error:
+        first, *rest = (error.index or "").split(", ")
+        if not page.start or not first.isdigit():
+            raise
+        index = ", ".join([str(int(first) + page.start), *rest])
+        message = error.message.replace(f"[{error.index}]", f"[{index}]", 1)
+        raise InvalidArgument(message, field=error.field, index=index) from None
 
 
 def refuse_where(wrong: Array, field: str, complaint: str) -> None:

@@ -146,6 +146,8 @@ class TableInfo:
     bias: bool
     num_shards: int
     placement: str
+    initializer: Initializer
+    optimizer: Optimizer
     version: int
     num_commits: int
     num_open_tickets: int
@@ -221,7 +223,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """rows [M, D] (bfloat16 widened to float32) and biases [M] or None, all of one version."""
+    """rows [M, D] (bfloat16 widened to float32) and biases [M] or None; version is that of the last page read."""
 
     rows: Array
     biases: Array | None

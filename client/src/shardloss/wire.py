@@ -35,15 +35,18 @@ NAMES: Mapping[int, str] = {number: name for name, number in WIRE_DTYPES.items()
 MAX_RANK = 8
 
 
-def encode(array: Array, bfloat16: bool = False) -> tensor_pb2.Tensor:
+def encode(array: Array, field: str | None = None, *, bfloat16: bool = False) -> tensor_pb2.Tensor:
     """An inline tensor of an array; with bfloat16, a uint16 array holds the upper halves of float32 values.
+
+    field is what an error names.
 
     Raises:
         InvalidArgument: the contract has no such dtype.
     """
     name = "bfloat16" if bfloat16 else array.dtype.name
     if name not in WIRE_DTYPES or (bfloat16 and array.dtype != np.uint16):
-        raise InvalidArgument(f"arrays of dtype {array.dtype} cannot be sent; use one of {', '.join(WIRE_DTYPES)}")
+        what = f"{field or 'an array'} is {array.dtype}"
+        raise InvalidArgument(f"{what}, which cannot be sent; use one of {', '.join(WIRE_DTYPES)}", field=field)
     dtype = WIRE_DTYPES[name]
     content = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype]).tobytes()
     return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, inline=content)

@@ -222,9 +222,11 @@ class TableOwner:
             return num_aborted
 
     def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
-        """Overwrite rows as one version and return it."""
+        """Overwrite rows as one version and return it; no rows are no version."""
         with deadline.holding(self._commits, "another commit of this table"):
             self._settle(deadline)
+            if len(class_ids) == 0:
+                return self.version
             write = RowWrite(self.version + 1, class_ids, rows, biases)
             self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
             return self.version

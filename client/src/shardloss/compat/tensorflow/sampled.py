@@ -17,11 +17,11 @@ SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_e
 
 def head_of(table: Table) -> SampledSoftmaxHead:
     """The one head through which these functions train a table: the losses of a step share its session."""
-    attachments, key = table.client.attachments, (__name__, table.name)
-    head = attachments.get(key)
-    if not isinstance(head, SampledSoftmaxHead) or shape_of(head.table) != shape_of(table):
-        head = attachments[key] = table.sampled_softmax(1, reduction="none", ignore_index=None)
-    return head
+
+    def make() -> SampledSoftmaxHead:
+        return table.sampled_softmax(1, reduction="none", ignore_index=None)
+
+    return table.client.attached(__name__, table.name, make, lambda head: shape_of(head.table) == shape_of(table))
 
 
 def shape_of(table: Table) -> tuple[int, int, str, bool]:
@@ -52,8 +52,9 @@ def sampled_softmax_loss(
 
     weights is the remote table; biases is the same table, or None where it has none. labels [N, num_true].
     sampled_values None draws num_sampled distinct candidates log-uniformly, anew for each step of the optimizer; losses
-    of one step share them. Only the last of repeated accidental hits is removed, as TensorFlow does. seed None follows
-    torch.manual_seed. name is without effect.
+    of one step share them. Only the last of repeated accidental hits is removed, as TensorFlow does. seed None is
+    drawn once a client and table from torch's generator. name is without effect. Under torch.no_grad the table is left
+    alone.
 
     Raises:
         InvalidArgument: biases, num_classes, num_true or num_sampled do not fit the table or the tensors.
