@@ -528,8 +528,8 @@ def test_a_lagging_worker_is_brought_up_by_its_peers_records(
     np.testing.assert_array_equal(shards.read().rows, found.rows)
 
 
-def test_repair_catches_up_several_steps_and_writes(shards: Shards, rng: np.random.Generator) -> None:
-    """A worker that lacks a step, a write and a step gets them in order."""
+def test_repair_catches_up_steps_and_writes(shards: Shards, rng: np.random.Generator) -> None:
+    """A worker that lacks a step, then a write, then a step gets each from its peer."""
     group, batch = shards.group, batch_of("full", rng)
     part = part_of(batch)
     replica, staged = shards.read(), group.stage(part)
@@ -543,8 +543,8 @@ def test_repair_catches_up_several_steps_and_writes(shards: Shards, rng: np.rand
     second = Order(3, StepKey("trainer", 2, b""), LEARNING_RATE, 0, (Upstream(lse, torch.tensor(batch.g)),))
     for verb, change in (("apply", first), ("write", write), ("apply", second)):
         group.start(0, verb, shards.name, change, *([staged] if verb == "apply" else [])).result(TIMEOUT_S)
-    assert group.repair(shards.name, TIMEOUT_S) == 3
-    assert shards.versions() == [3] * NUM_SHARDS
+        assert group.repair(shards.name, TIMEOUT_S) == change.version
+        assert shards.versions() == [change.version] * NUM_SHARDS
     found = shards.read()
     expected.assert_close(found.rows, found.biases, EXACT)
 

@@ -426,7 +426,7 @@ class Stalled:
 @pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
 def test_a_stream_that_ends_midway_gives_its_place_back(world: World, server: Server, how: str) -> None:
     """Cancelled by its client, cut off, or too late: the gauges of admission return to 0 and no ticket stays."""
-    admission = server.handlers.admission
+    admission = server.handlers.stream_bytes
     request = chunked(world)
     request.session, request.step = "fresh", 1
     stalled = [Stalled([header(request), hidden_chunks()[0]]) for _ in range(5)]
@@ -460,9 +460,9 @@ def test_a_cancelled_stream_is_no_bug_of_the_server(
     stalled = Stalled([header(chunked(world)), hidden_chunks()[0]])
     call = world.client.losses.StreamLoss(iter(stalled))
     try:
-        eventually(lambda: server.handlers.admission.num_calls == 1, "the stream")
+        eventually(lambda: server.handlers.stream_bytes.num_calls == 1, "the stream")
         call.cancel()
-        eventually(lambda: server.handlers.admission.num_calls == 0, "the end of the stream")
+        eventually(lambda: server.handlers.stream_bytes.num_calls == 0, "the end of the stream")
     finally:
         stalled.let_go()
     world.assert_untouched()

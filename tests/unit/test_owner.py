@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from shardloss_server.cluster import worker as worker_module
-from shardloss_server.cluster.group import OutOfMemory
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.frontend.owner import KEPT_REPLIES, LastReplies
 from shardloss_server.frontend.pipeline import NO_REPLY
@@ -13,7 +12,7 @@ from shardloss_server.frontend.request import Cost, LossReply
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement
-from shardloss_server.shard.record import TableSpec
+from shardloss_server.shard.record import OutOfMemory, TableSpec
 
 SPEC = TableSpec("t", 4, 2, "float32", True, Placement("div", 4, 1), Initializer("zeros", 0.0, 0), OptimizerSpec("sgd"))
 

@@ -38,7 +38,7 @@ class Limits:
     max_top_k: int = 1 << 14
     ticket_ttl_s: float = 600.0
     max_deadline_s: float = 600.0
-    max_streams: int = 16
+    max_streams: int = 8
     stream_idle_s: float = 10.0
 
 
@@ -49,6 +49,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 0
     admin_port: int = 0
-    num_threads: int = 80  # above max_calls_in_flight: a refusal and a commit need a thread, too
+    num_threads: int = (
+        102  # above max_calls_in_flight: a sixth is for streams, a sixth for commits, and refusals need some
+    )
     drain_s: float = 10.0
     limits: Limits = field(default_factory=Limits)

@@ -22,6 +22,11 @@ class Gathered(Generic[T]):
     def __init__(self, pending: Sequence[Pending[dict[int, T]]]) -> None:
         self._pending = pending
 
+    def abandon(self) -> None:
+        """Take back what no worker has begun."""
+        for answer in self._pending:
+            answer.abandon()
+
     def result(self, timeout_s: float) -> list[T]:
         deadline = time.monotonic() + timeout_s
         by_shard: dict[int, T] = {}
@@ -35,6 +40,7 @@ class FanoutGroup(ABC):
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
+        self._num_hosts: dict[str, int] = {}  # workers that hold a shard, by table; all of them for an unknown table
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
@@ -44,15 +50,21 @@ class FanoutGroup(ABC):
     def stage(self, part: Part) -> Staged:
         """Place a part for later verbs."""
 
-    def on_all(self, method: str, *args: Any) -> Gathered[Any]:
-        """Start a method on every worker."""
-        return Gathered([self.start(worker, method, *args) for worker in range(self._num_workers)])
+    def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
+        """Start a method on every worker that holds a shard of a table."""
+        return Gathered([self.start(worker, method, table, *args) for worker in self._hosts(table)])
+
+    def _hosts(self, table: str) -> range:
+        return range(self._num_hosts.get(table, self._num_workers))
 
     def create(self, spec: TableSpec, max_sessions: int) -> Gathered[int]:
-        return self.on_all("create", spec, max_sessions)
+        self._num_hosts[spec.name] = min(spec.placement.num_shards, self._num_workers)
+        return Gathered([self.start(worker, "create", spec, max_sessions) for worker in self._hosts(spec.name)])
 
     def drop(self, table: str) -> Gathered[int]:
-        return self.on_all("drop", table)
+        pending = self.on_all("drop", table)
+        self._num_hosts.pop(table, None)
+        return pending
 
     def score(self, table: str, staged: Staged, with_gradient: bool) -> Gathered[Score]:
         return self.on_all("score", table, with_gradient, staged)
@@ -81,7 +93,7 @@ class FanoutGroup(ABC):
     def repair(self, table: str, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         left = remaining_until(deadline)
-        per_worker = [self.start(w, "applied_version", table).result(left()) for w in range(self._num_workers)]
+        per_worker = [self.start(w, "applied_version", table).result(left()) for w in self._hosts(table)]
         versions = {shard: version for answer in per_worker for shard, version in answer.items()}
         if not versions:
             return 0

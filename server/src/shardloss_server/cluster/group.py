@@ -26,10 +26,6 @@ class ShardMissing(Exception):
     """A worker answered that it holds no such shard: it was restarted, and its rows are gone."""
 
 
-class OutOfMemory(Exception):
-    """A worker could not allocate what was asked for; nothing changed."""
-
-
 class Pending(Protocol[T_co]):
     """Work under way."""
 
@@ -40,6 +36,9 @@ class Pending(Protocol[T_co]):
             TimeoutError: not done within timeout_s; the work goes on and its result is dropped.
             WorkerLost, ShardMissing, OutOfMemory: see there.
         """
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more: it need not begin, but may have. Only for work that changes nothing."""
 
 
 class Staged(Protocol):

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Pending, Staged
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import Part
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPending:
+    """The answer of one worker thread."""
+
+    future: Future[dict[int, Any]]
+
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        return self.future.result(timeout_s)
+
+    def abandon(self) -> None:
+        self.future.cancel()
 
 
 class LocalGroup(FanoutGroup):
@@ -30,8 +44,7 @@ class LocalGroup(FanoutGroup):
         return [worker.device for worker in self._workers]
 
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
-        future: Future[dict[int, Any]] = self._threads[worker].submit(getattr(self._workers[worker], method), *args)
-        return future
+        return LocalPending(self._threads[worker].submit(getattr(self._workers[worker], method), *args))
 
     def stage(self, part: Part) -> Staged:
         return part

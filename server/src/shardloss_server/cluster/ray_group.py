@@ -15,15 +15,15 @@ import torch
 
 from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.fanout import FanoutGroup
-from shardloss_server.cluster.group import OutOfMemory, Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.worker import Worker
-from shardloss_server.shard.record import Part
+from shardloss_server.shard.record import OutOfMemory, Part
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray  # reads the variables above
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 START_TIMEOUT_S = 120.0
@@ -90,6 +90,9 @@ class RayPending:
         except RayError as error:
             raise WorkerLost(str(error)) from error
 
+    def abandon(self) -> None:
+        ray.cancel(self.ref)
+
 
 class RayGroup(FanoutGroup):
     """W actors on an embedded Ray (address None) or on the cluster at `address`.
@@ -150,8 +153,15 @@ class RayGroup(FanoutGroup):
         return RayPending(self._actors[worker].call.remote(method, *args))
 
     def stage(self, part: Part) -> Staged:
-        """The part in the object store: each node fetches it once, and it is freed with the last reference."""
-        return ray.put(part)
+        """The part in the object store: each node fetches it once, and it is freed with the last reference.
+
+        Raises:
+            OutOfMemory: the store is full, and so is the disk it spills to.
+        """
+        try:
+            return ray.put(part)
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise OutOfMemory("the object store is full") from error
 
     def close(self) -> None:
         for actor in self._actors:

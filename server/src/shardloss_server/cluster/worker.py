@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, OutOfMemory, ShardMissing
+from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
     Part,
@@ -21,6 +21,7 @@ from shardloss_server.shard.record import (
     Score,
     TableSpec,
     Upstream,
+    allocating,
 )
 from shardloss_server.shard.scan import AskedLogits
 from shardloss_server.shard.table import ShardTable
@@ -37,7 +38,7 @@ class Worker:
 
     Raises:
         ShardMissing: the table is not here; a worker that was restarted has lost what it held.
-        OutOfMemory: a new table does not fit.
+        OutOfMemory: a new table, or the gradient of a step, does not fit; nothing changed.
     """
 
     def __init__(self, index: int, num_workers: int, device: str = "cpu") -> None:
@@ -47,13 +48,8 @@ class Worker:
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
         """Allocate and fill this worker's shards."""
         shards = range(self.index, spec.placement.num_shards, self.num_workers)
-        try:
-            with self._computing():
-                self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions) for k in shards}
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            raise OutOfMemory(f"worker {self.index} has no room for its shards of {spec.name!r}") from None
+        with allocating(f"the shards of {spec.name!r} on worker {self.index}"), self._computing():
+            self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions) for k in shards}
         return dict.fromkeys(shards, 0)
 
     def drop(self, table: str) -> dict[int, int]:

@@ -18,6 +18,8 @@ from shardloss_server.shard.record import TableSpec
 from shardloss_server.shard.scan import AskedLogits, Best, Question, ScanAnswer, ordered
 
 SLICE_MACS = 1 << 28  # multiply-adds of one slice on one worker: about 30 ms of float64 on one core
+SLICE_GATHERED = 1 << 22  # elements of asked rows of one slice: a gathered one costs as much as 64 multiply-adds
+SLICE_LOGITS = 1 << 22  # asked logits that all shards answer at once: 64 MiB
 LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons
 SLICE_ROWS = 512  # rows of hidden a slice takes
 
@@ -100,15 +102,24 @@ class Evaluator:
         scan = Scan(self.catalog, owner, deadline)
         logits = [torch.zeros(0, class_ids.shape[1], dtype=torch.float64)]
         log_probs = list(logits)
-        for start in range(0, len(hidden), SLICE_ROWS):
-            rows = scan.hidden(hidden[start : start + SLICE_ROWS])
-            asked = scan.asked(rows, class_ids[start : start + SLICE_ROWS].contiguous()).logits
+        size = asked_rows(class_ids.shape[1], owner.spec)
+        for start in range(0, len(hidden), size):
+            rows = scan.hidden(hidden[start : start + size])
+            asked = scan.asked(rows, class_ids[start : start + size].contiguous()).logits
             logits.append(asked)
             if want_log_probs:
                 lse = merged_lse(list(scan.answers(Question(rows, None, None, 0, True))))
                 log_probs.append(asked - lse[:, None])
         shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
         return Ranked(class_ids, scan.result(torch.cat(logits)), shown, *scan.versions())
+
+
+def asked_rows(num_asked: int, spec: TableSpec) -> int:
+    """Rows of hidden whose asked classes are one slice of work, and of answers from all shards."""
+    num_asked = max(1, num_asked)
+    by_work = SLICE_GATHERED // (num_asked * spec.dim)
+    by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
+    return max(1, min(SLICE_ROWS, by_work, by_answer))
 
 
 class Scan:
@@ -220,4 +231,5 @@ def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limi
         )
     if 16 * class_ids.numel() > min(limits.max_message_bytes, limits.max_reply_bytes):
         raise LimitExceeded(f"{class_ids.numel()} logits exceed one message; ask for fewer", field="class_ids")
+    validate.answered_bytes(class_ids.shape[1] * spec.placement.num_shards * 16, "class_ids", limits)
     validate.class_ids(class_ids, spec.num_classes, "class_ids")

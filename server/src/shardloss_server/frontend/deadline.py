@@ -6,25 +6,28 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from shardloss.errors import DeadlineExceeded
 
 
-@dataclass(frozen=True, slots=True)
 class Deadline:
-    """A moment on the monotonic clock, seconds."""
+    """A moment on the monotonic clock, seconds; or the present one, once the caller has gone away."""
 
-    at: float
+    def __init__(self, at: float) -> None:
+        self._at = at
 
     @staticmethod
     def after(seconds: float) -> Deadline:
         """The moment `seconds` from now."""
         return Deadline(time.monotonic() + seconds)
 
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        self._at = 0.0
+
     def left(self) -> float:
         """Seconds left, never negative."""
-        return max(0.0, self.at - time.monotonic())
+        return max(0.0, self._at - time.monotonic())
 
     def check(self, what: str) -> None:
         """Go on only while there is time.

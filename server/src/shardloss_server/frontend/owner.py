@@ -25,7 +25,7 @@ from shardloss.errors import (
 )
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, OutOfMemory, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.deadline import Deadline
@@ -33,10 +33,22 @@ from shardloss_server.frontend.request import CommitReply, CommitRequest, LossRe
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.numerics.partial import merge_all
 from shardloss_server.shard.ledger import Ledger, Outcome
-from shardloss_server.shard.record import RowGradient, Rows, RowWrite, Score, StepKey, TableSpec, Upstream
+from shardloss_server.shard.record import (
+    OutOfMemory,
+    Part,
+    RowGradient,
+    Rows,
+    RowWrite,
+    Score,
+    StepKey,
+    TableSpec,
+    Upstream,
+)
 
 KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
 KEPT_REPLY_BYTES = 64 * 2**20  # and the bytes that they may take together
+
+CALLER_CHECK_S = 0.5  # how soon a wait for another call's step sees that its own caller has gone away
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -121,6 +133,10 @@ class TableOwner:
 
     # Reading
 
+    def stage(self, part: Part) -> Staged:
+        """Place a part where the shards can read it."""
+        return self._guarded(lambda: self._group.stage(part), changing=False)
+
     def score(self, staged: Staged, with_gradient: bool, deadline: Deadline) -> list[Score]:
         """Score a staged part on every shard at one version."""
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient), deadline)
@@ -154,10 +170,15 @@ class TableOwner:
         """Start work on every shard in this table's order, and wait for it outside of the order."""
         if not settled:
             self._ensure_settled(deadline)
+        deadline.check("the shards were asked")
         with deadline.holding(self._order, "the table's order of work"):
             self._refuse_lost()
             pending = start()
-        return self._wait(pending, deadline)
+        try:
+            return self._wait(pending, deadline)
+        except DeadlineExceeded:
+            pending.abandon()
+            raise
 
     def same_version(self, versions: Sequence[int]) -> int:
         """The one version of all shards.
@@ -189,8 +210,8 @@ class TableOwner:
             return False
 
         with self._applied:
-            if not self._applied.wait_for(is_over, deadline.left()):
-                raise DeadlineExceeded(f"step {step} of session {session!r} was not applied in time")
+            while not self._applied.wait_for(is_over, min(deadline.left(), CALLER_CHECK_S)):
+                deadline.check(f"step {step} of session {session!r} was applied")
 
     def _wake_waiting(self) -> None:
         with self._applied:
@@ -267,9 +288,9 @@ class TableOwner:
                 raise InvalidArgument(
                     f"parts[{place}].g has {len(g)} rows; its ticket has {ticket.num_rows}",
                     field=f"parts[{place}].g",
-                    index=place,
                 )
             scaled = g.double() * request.grad_scale
+            validate.finite(scaled * ticket.mass, f"parts[{place}].g", self.spec)
             validate.finite(scaled, f"parts[{place}].g", self.spec)
             upstreams.append(Upstream(lse, scaled.to(getattr(torch, self.spec.compute_dtype))))
         return tuple(upstreams), staleness
@@ -347,8 +368,11 @@ class TableOwner:
             self._lose("a worker died and its rows are gone")
             self._refuse_lost()
             raise
-        except OutOfMemory as error:
-            raise LimitExceeded(f"the workers have not enough memory: {error}") from error
+        except OutOfMemory as error:  # a change stays in doubt: other shards may have done it
+            log.warning("table %s: %s", self.spec.name, error)
+            if changing:
+                raise TableUnavailable(f"the workers are out of memory: {error}; repeat with the same key") from error
+            raise LimitExceeded(f"the workers are out of memory: {error}") from error
         except Exception:
             if changing:
                 log.exception("table %s", self.spec.name)

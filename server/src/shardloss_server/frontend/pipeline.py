@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import torch
-from shardloss.errors import DeadlineExceeded, SessionExpired, StepTooOld, TicketAborted
+from shardloss.errors import DeadlineExceeded, RequestError, SessionExpired, StepTooOld, TicketAborted
 from torch import Tensor
 
 from shardloss_server.config import Limits
@@ -94,13 +94,13 @@ class Pipeline:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
         part = plan(request, owner.spec)
-        staged = self.catalog.group.stage(part)
+        staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, deadline)
         scored = time.monotonic()
         partial = merge_all([score.partial for score in scores])
         target = add_all([score.target for score in scores])
-        validate.finite_logits((part.batch.mass == 0) | torch.isfinite(partial.lse + target.target_logit), "hidden")
+        check_finite(partial, target, part.batch.mass)
         table_grad = None
         if request.want.table_grad:
             upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
@@ -108,9 +108,10 @@ class Pipeline:
         num_candidates = owner.spec.num_classes if part.candidates is None else len(part.candidates.class_ids)
         cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates)
         reply = finish(request, part, partial, target, table_grad, ticket, scores[0].version, cost)
+        reply = replace(reply, has_bias=owner.spec.bias)
         if ticket is not None:
             ticket.staged, ticket.lse, ticket.num_rows = staged, partial.lse, len(request.hidden)
-            ticket.version, ticket.reply = scores[0].version, reply
+            ticket.version, ticket.reply, ticket.mass = scores[0].version, reply, part.batch.mass
             ticket.ready.set()
         return reply
 
@@ -118,8 +119,9 @@ class Pipeline:
         """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
         assert request.commit_now is not None
         session, step, now = request.session, request.step, request.commit_now
+        may_be_forgotten = not owner.ledger.knows(session) and now.opened_at_version < owner.ledger.horizon
         is_known = owner.sessions.knows(session) or owner.ledger.knows(session)
-        if not is_known and (step != 1 or now.opened_at_version < owner.ledger.horizon):
+        if may_be_forgotten or (not is_known and step != 1):
             raise SessionExpired(f"session {session!r} is unknown or forgotten; start a new one", field="session")
         try:
             reply = self._with_ticket(owner, request, deadline)
@@ -127,7 +129,11 @@ class Pipeline:
             if owner.ledger.outcome(session, step) is None:
                 raise
             reply = owner.last_replies.get((session, step), NO_REPLY)
-        committed = owner.commit(commit_of(request, reply.ticket), deadline)
+        try:
+            committed = owner.commit(commit_of(request, reply.ticket), deadline)
+        except RequestError:
+            owner.sessions.discard_key(session, step, request.part)
+            raise
         owner.last_replies.keep((session, step), reply)
         return with_commit(reply, committed)
 
@@ -183,6 +189,18 @@ def join(gradients: list[RowGradient]) -> RowGradient:
     return RowGradient(class_ids[order], rows[order], biases[order])
 
 
+def check_finite(partial: Partial, target: Target, mass: Tensor) -> None:
+    """Every counted row has a finite loss and, where it was asked for, a finite gradient.
+
+    Raises:
+        InvalidArgument: naming the row of hidden.
+    """
+    is_finite = torch.isfinite(partial.lse + target.target_logit) & torch.isfinite(mass * partial.lse)
+    if partial.mean_row is not None and target.target_row is not None:
+        is_finite &= torch.isfinite(partial.mean_row + target.target_row).all(1)
+    validate.finite_logits((mass == 0) | is_finite, "hidden")
+
+
 def finish(
     request: LossRequest,
     part: Part,
@@ -202,7 +220,7 @@ def finish(
             gradient = gradient.to(getattr(torch, want.grad_dtype))
     return LossReply(
         loss=per_example_loss(partial, target, mass).to(mass.dtype) if want.loss else None,
-        lse=partial.lse.to(mass.dtype) if want.lse else None,
+        lse=torch.where(mass == 0, -torch.inf, partial.lse).to(mass.dtype) if want.lse else None,
         hidden_grad=gradient,
         table_grad=table_grad,
         ticket="" if ticket is None else ticket.name,

@@ -134,6 +134,7 @@ class LossReply:
     replayed: bool
     cost: Cost
     committed: CommitReply | None = None
+    has_bias: bool = True
 
     @property
     def num_bytes(self) -> int:

@@ -13,6 +13,7 @@ from enum import Enum
 
 from shardloss.errors import (
     InvalidArgument,
+    LimitExceeded,
     Overloaded,
     SessionExpired,
     StepReused,
@@ -53,6 +54,7 @@ class Ticket:
     ready: threading.Event = field(default_factory=threading.Event)
     staged: Staged | None = None
     lse: Tensor | None = None
+    mass: Tensor | float = 1.0
     is_held: bool = False  # a commit is at work on it: it does not expire
     num_rows: int = 0
     version: int = 0
@@ -81,8 +83,11 @@ class TicketBudget:
         """Account for one more ticket.
 
         Raises:
+            LimitExceeded: one ticket alone is above the limit.
             Overloaded: the server keeps as many tickets or bytes as it may.
         """
+        if num_bytes > self._max_bytes:
+            raise LimitExceeded(f"the ticket would keep {num_bytes} bytes, above max_ticket_bytes = {self._max_bytes}")
         with self._lock:
             if self.num_tickets >= self._max_tickets or self.num_bytes + num_bytes > self._max_bytes:
                 raise Overloaded(
@@ -186,6 +191,14 @@ class Sessions:
         with self._lock:
             self._close(ticket, TicketState.ABORTED, remember=False)
 
+    def discard_key(self, session: str, step: int, part: int) -> None:
+        """Close the open ticket of a key, if there is one, as if its call had never come."""
+        with self._lock:
+            known = self._sessions.get(session)
+            ticket = known.tickets.get((step, part)) if known else None
+            if ticket is not None:
+                self._close(ticket, TicketState.ABORTED, remember=False)
+
     def find(self, session: str, step: int, names: list[str], now: float) -> list[Ticket]:
         """The open, ready tickets of one step by name, held for a commit until `commit` or `release`.
 
@@ -277,6 +290,7 @@ class Sessions:
             known.tickets.pop((ticket.step, ticket.part), None)
         self._budget.give_back(ticket.num_bytes)
         ticket.staged = ticket.lse = ticket.reply = None
+        ticket.mass = 1.0
         ticket.ready.set()
         if remember:
             self._closed[ticket.name] = state

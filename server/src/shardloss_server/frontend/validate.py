@@ -36,6 +36,8 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     if request.commit_now is not None:
         rate(request.commit_now.learning_rate, "commit_now.learning_rate", spec)
         finite_number(request.commit_now.grad_scale, "commit_now.grad_scale")
+        if request.upstream is not None:
+            finite(request.upstream.double() * request.commit_now.grad_scale, "upstream", spec)
     reply_size(request, spec)
     fan_out(request, spec, limits)
 
@@ -187,19 +189,20 @@ def label_weights(request: LossRequest, spec: TableSpec) -> None:
         )
     finite(weights, "label_weights", spec)
     refuse_where(weights < 0, weights, "label_weights", "is negative")
+    finite(weights.to(getattr(torch, spec.compute_dtype)).sum(1), "label_weights", spec)
 
 
 def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """What all shards answer to a batch: two float64 a row, and two rows of D where a gradient is wanted."""
+    per_row = 16 + (2 * spec.dim * width_of(spec) if request.want.hidden_grad else 0)
+    answered_bytes(spec.placement.num_shards * len(request.hidden) * per_row, "hidden", limits)
+
+
+def answered_bytes(num_bytes: int, field: str, limits: Limits) -> None:
     """What all shards answer together stays within four times max_reply_bytes."""
-    if not request.want.hidden_grad:
-        return
-    num_bytes = 2 * spec.placement.num_shards * request.hidden.numel() * width_of(spec)
-    if num_bytes > 4 * limits.max_reply_bytes:
-        raise LimitExceeded(
-            f"hidden {list(request.hidden.shape)} makes {spec.placement.num_shards} shards answer {num_bytes} bytes, "
-            f"above {4 * limits.max_reply_bytes}; split the batch",
-            field="hidden",
-        )
+    most = 4 * limits.max_reply_bytes
+    if num_bytes > most:
+        raise LimitExceeded(f"{field} makes the shards answer {num_bytes} bytes, above {most}; split it", field=field)
 
 
 def finite_logits(is_finite: Tensor, field: str, place: int | None = None) -> None:

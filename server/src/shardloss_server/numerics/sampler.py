@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_BLOCK = 1 << 8  # draws made at once, at least
 MAX_TRIES = 1 << 27  # draws before a distinct sample is given up, whatever its size: some seconds of work
 
 
@@ -77,14 +78,15 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
     bits = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
     if not unique:
         return Draw(distribution.from_uniform(bits.random(num_sampled)), num_sampled)
-    stream = np.zeros(0, dtype=np.int64)
-    while len(stream) < max_tries(num_sampled):
-        block = distribution.from_uniform(bits.random(max(2 * num_sampled, len(stream))))
-        stream = np.concatenate([stream, block])
-        _, first = np.unique(stream, return_index=True)
-        if len(first) >= num_sampled:
-            first = np.sort(first)[:num_sampled]
-            return Draw(stream[first], int(first[-1]) + 1)
+    found = np.zeros(0, dtype=np.int64)
+    block_size = max(2 * num_sampled, MIN_BLOCK)
+    for start in range(0, max_tries(num_sampled), block_size):
+        block = distribution.from_uniform(bits.random(block_size))
+        class_ids, first = np.unique(block, return_index=True)
+        first = np.sort(first[~np.isin(class_ids, found, assume_unique=True)])[: num_sampled - len(found)]
+        found = np.concatenate([found, block[first]])
+        if len(found) == num_sampled:
+            return Draw(found, start + int(first[-1]) + 1)
     raise TriesExhausted
 
 

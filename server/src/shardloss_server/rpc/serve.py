@@ -24,7 +24,7 @@ from shardloss.v1 import (
 
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import FRAMING_BYTES, ServerConfig
-from shardloss_server.frontend.admission import Admission, LiveStreams
+from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -58,12 +58,12 @@ class Server:
 
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
-        max_streams = min(config.limits.max_streams, max(1, config.num_threads // 4))  # each holds a thread
+        reserved = max(1, config.num_threads // 6)  # threads for streams, and as many for commits
+        max_streams = min(config.limits.max_streams, reserved)
         limits = replace(config.limits, max_streams=max_streams)
         self.catalog = Catalog(group, limits)
-        admission = Admission(limits.max_calls_in_flight, 2 * limits.max_request_bytes)
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, admission, streams)
+        self.handlers = Handlers(self.catalog, limits, streams, max_commits=reserved)
         self._health = health.HealthServicer()
         self._data = self._make_server(config.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)

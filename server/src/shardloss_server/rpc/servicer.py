@@ -6,7 +6,7 @@ import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -46,28 +46,41 @@ FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, admission: Admission, streams: LiveStreams) -> None:
-        self.catalog, self.limits, self.admission, self.streams = catalog, limits, admission, streams
+    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, max_commits: int) -> None:
+        self.catalog, self.limits, self.streams = catalog, limits, streams
+        self.admission = Admission(limits.max_calls_in_flight, limits.max_calls_in_flight * limits.max_message_bytes)
+        self.commits = Admission(max_commits, max_commits * limits.max_message_bytes)
+        self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes)
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
+    def admitted(self, method: str, num_bytes: int) -> AbstractContextManager[None]:
+        """The place of a unary call."""
+        if method == "GetServerInfo":
+            return nullcontext()
+        places = self.commits if method in ("Commit", "Abort") else self.admission
+        return places.admit(num_bytes)
+
     def deadline(self, context: Context) -> Deadline:
-        """The caller's deadline, cut to the server's longest."""
+        """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
         left = context.time_remaining()
-        return Deadline.after(self.limits.max_deadline_s if left is None else min(left, self.limits.max_deadline_s))
+        longest = self.limits.max_deadline_s
+        deadline = Deadline.after(longest if left is None else min(left, longest))
+        if not context.add_callback(deadline.cancel):
+            deadline.cancel()
+        return deadline
 
 
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
     """Admit a unary call, run it without autograd, and turn every error into its status.
 
-    Commits and aborts are always admitted, since they free what other calls wait for; so is what costs nothing.
+    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo needs none.
     """
-    frees = method.__name__ in ("Commit", "Abort", "GetServerInfo")
+    name = method.__name__
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        admitted = nullcontext() if frees else self.handlers.admission.admit(request.ByteSize())
-        with failing_as_status(context), admitted, torch.inference_mode():
+        with failing_as_status(context), self.handlers.admitted(name, request.ByteSize()), torch.inference_mode():
             response = method(self, request, context)
             if response.ByteSize() > self.handlers.limits.max_message_bytes + FRAMING_BYTES:  # type: ignore[attr-defined]
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
@@ -113,7 +126,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         with failing_as_status(context), self.handlers.streams.stream(context.cancel) as stream:
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            with self.handlers.admission.admit(num_bytes):
+            with self.handlers.stream_bytes.admit(num_bytes):
                 self._receive(request_iterator, assembler, stream, self.handlers.deadline(context))
                 stream.working()
                 with torch.inference_mode():
@@ -157,8 +170,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         is_stream = contents is not None
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
         decoded = wire.loss_request(request, most, contents)
-        reply = self.handlers.pipeline.loss(decoded, self.handlers.deadline(context))
-        return wire.loss_response(reply, self.handlers.catalog.owner(request.table).spec.bias)
+        return wire.loss_response(self.handlers.pipeline.loss(decoded, self.handlers.deadline(context)))
 
     @answers
     def Commit(self, request: loss_pb2.CommitRequest, context: Context) -> loss_pb2.CommitResponse:
@@ -179,6 +191,8 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         draw = wire.sampler(request.sampler)
         validate.sampler(draw, spec, self.handlers.limits)
         validate.at_least(request.step, 0, "step")
+        if 16 * draw.num_sampled > self.handlers.limits.max_message_bytes:
+            raise LimitExceeded(f"{draw.num_sampled} candidates exceed one message", field="sampler.num_sampled")
         labels = torch.zeros(0, 1, dtype=torch.int64)
         if request.HasField("labels"):
             labels = wire.column(wire.to_ids(request.labels, "labels"))

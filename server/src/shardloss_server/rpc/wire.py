@@ -178,7 +178,7 @@ def sampler(message: loss_pb2.Sampler) -> SamplerSpec:
     return SamplerSpec(SAMPLER_KINDS[message.kind], message.num_sampled, unique, message.seed)
 
 
-def loss_response(reply: LossReply, bias: bool) -> loss_pb2.ComputeLossResponse:
+def loss_response(reply: LossReply) -> loss_pb2.ComputeLossResponse:
     """Encode the answer to a ComputeLoss."""
     message = loss_pb2.ComputeLossResponse(
         ticket=reply.ticket, version=reply.version, replayed=reply.replayed, cost=cost_of(reply)
@@ -191,7 +191,7 @@ def loss_response(reply: LossReply, bias: bool) -> loss_pb2.ComputeLossResponse:
         gradient = message.table_grad
         gradient.class_ids.CopyFrom(from_tensor(reply.table_grad.class_ids))
         gradient.rows.CopyFrom(from_tensor(reply.table_grad.rows))
-        if bias:
+        if reply.has_bias:
             gradient.biases.CopyFrom(from_tensor(reply.table_grad.biases))
     if reply.committed is not None:
         message.committed.CopyFrom(commit_response(reply.committed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +12,25 @@ from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.numerics.partial import Partial, Target
 from shardloss_server.placement import Placement
+
+
+class OutOfMemory(Exception):
+    """There is no memory for what was asked for; nothing changed."""
+
+
+@contextmanager
+def allocating(what: str) -> Iterator[None]:
+    """Around work that has changed nothing yet.
+
+    Raises:
+        OutOfMemory: an allocation failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError, OutOfMemoryError being one
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise OutOfMemory(f"no memory for {what}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, asked logits.
 
 Logits are formed in float64. Their last bits depend on where a row stands in the matrix, so for every comparison they
-are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row|, both norms taken up to the
-next power of two and with the bias counted in. Equal rows have equal keys on any shard and in any slice, and logits
+are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row| or of |bias|, whichever is
+larger, all taken up to the next power of two. Equal rows have equal keys on any shard and in any slice, and logits
 with the same key count as tied. See docs/adr/0002.
 """
 
@@ -62,14 +62,27 @@ class AskedLogits:
     version: int
 
 
-def power_above(squares: Tensor) -> Tensor:
-    """A power of two at least sqrt(squares), less than four times it."""
-    return torch.exp2((torch.frexp(squares).exponent // 2 + 1).double())
+def power_above(values: Tensor) -> Tensor:
+    """The power of two above each value's size, at most twice it; 0 for 0."""
+    return torch.where(values == 0, 0.0, torch.exp2(torch.frexp(values).exponent.double()))
 
 
-def norms(values: Tensor, extra: Tensor | float) -> Tensor:
-    """sqrt(|value|^2 + extra^2) [M] of values [M, D], up to a power of two; the same bits for equal rows."""
-    return power_above((values * values).sum(1) + extra * extra)
+def norms(values: Tensor) -> Tensor:
+    """|value| [M] of values [M, D], up to the next power of two; the same bits for equal rows."""
+    return power_above(torch.linalg.vector_norm(values, dim=1))
+
+
+def scale_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor) -> Tensor:
+    """The size of what a logit is the sum of: |hidden| |row| or |bias|, whichever is larger, up to powers of two."""
+    return torch.maximum(hidden_norms * norms(rows), power_above(biases))
+
+
+def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-sum-exp [N] of float64 logits [N, R], its exponentials in dtype; -inf where R = 0."""
+    if logits.shape[1] == 0:
+        return torch.full((len(logits),), -torch.inf, dtype=torch.float64)
+    top = logits.amax(1)
+    return top + (logits - top[:, None]).to(dtype).exp_().sum(1).double().log()
 
 
 def keys_of(logits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,14 +96,14 @@ def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> AskedL
     logits, keys = (torch.zeros(class_ids.shape, dtype=torch.float64) for _ in range(2))
     batch_row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
     hidden = hidden.double()
-    scale = norms(hidden, 1.0)
+    hidden_norms = norms(hidden)
     size = max(1, ASKED_ELEMENTS // table.spec.dim)
     for n, s in zip(torch.split(batch_row, size), torch.split(column, size), strict=True):
         index = table.spec.placement.rows(table.shard, class_ids[n, s])
         rows, biases = table.weights[index].double(), table.biases[index].double()
         values = (rows * hidden[n]).sum(1) + biases
         logits[n, s] = values
-        keys[n, s] = keys_of(values, scale[n] * norms(rows, biases), table.compute_dtype)
+        keys[n, s] = keys_of(values, scale_of(hidden_norms[n], rows, biases), table.compute_dtype)
     return AskedLogits(logits, keys, table.version)
 
 
@@ -101,11 +114,11 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     class_ids, rows, biases = table.dense_rows(start, end)
     rows, biases, hidden = rows.double(), biases.double(), question.hidden.double()
     logits = torch.addmm(biases, hidden, rows.T)
-    lse = torch.logsumexp(logits.to(table.compute_dtype), 1).double() if question.with_lse else None
+    lse = log_sum_exp(logits, table.compute_dtype) if question.with_lse else None
     num_before = found = None
     if question.k or question.labels is not None:
-        scale = norms(hidden, 1.0)[:, None] * norms(rows, biases)
-        keys = keys_of(logits, scale, table.compute_dtype)
+        keys = keys_of(logits, scale_of(norms(hidden)[:, None], rows, biases), table.compute_dtype)
+        keys[keys.isnan()] = torch.inf  # first of all, so that whoever asked finds the nan and refuses it
         if question.labels is not None and question.label_keys is not None:
             num_before = count_before(class_ids, keys, question.labels, question.label_keys)
         if question.k:

@@ -23,9 +23,10 @@ from shardloss_server.shard.record import (
     Score,
     TableSpec,
     Upstream,
+    allocating,
 )
 
-KEPT_RECORDS = 4  # a peer lags by the one record in flight; more would only hold memory
+KEPT_RECORDS = 1  # a peer lags by the one record in flight: the owner settles it before it starts another
 UPDATE_ROWS = 1 << 14  # rows an optimizer step takes at once, so that its temporaries stay small
 
 
@@ -119,7 +120,8 @@ class ShardTable:
         if not self._is_next(record.version):
             return self.version
         step = self.num_commits + 1
-        touched = self._touched_gradient(record.parts, record.upstreams)
+        with allocating("the gradient of a step"):
+            touched = self._touched_gradient(record.parts, record.upstreams)
         if any(part.candidates is None for part in record.parts):
             blocks = self._dense_gradient(record.parts, record.upstreams, touched)
         else:
@@ -220,11 +222,27 @@ class ShardTable:
     def _touched_gradient(
         self, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient through candidate and label columns: row index [M] ascending and distinct, [M, D] and [M]."""
-        pieces = [
-            piece for part, up in zip(parts, upstreams, strict=True) for piece in self._column_gradients(part, up)
-        ]
-        return sum_by_row(pieces, self.spec.dim, self.compute_dtype)
+        """Gradient through candidate and label columns: row index [M] ascending and distinct, [M, D] and [M].
+
+        Gradients that hit the same row are summed, one piece at a time.
+        """
+        distinct = torch.unique(torch.cat([self._touched_rows(part) for part in parts]))
+        rows = torch.zeros(len(distinct), self.spec.dim, dtype=self.compute_dtype)
+        biases = torch.zeros(len(distinct), dtype=self.compute_dtype)
+        for part, up in zip(parts, upstreams, strict=True):
+            for index, piece_rows, piece_biases in self._column_gradients(part, up):
+                place = torch.searchsorted(distinct, index)
+                rows.index_add_(0, place, piece_rows)
+                biases.index_add_(0, place, piece_biases)
+        return distinct, rows, biases
+
+    def _touched_rows(self, part: Part) -> Tensor:
+        """Rows of this shard among a part's labels and candidates; [L], with repeats."""
+        placement = self.spec.placement
+        class_ids = part.batch.labels.flatten()
+        if part.candidates is not None:
+            class_ids = torch.cat([class_ids, part.candidates.class_ids])
+        return placement.rows(self.shard, class_ids[placement.owned(self.shard, class_ids)])
 
     def _column_gradients(self, part: Part, up: Upstream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batch = part.batch
@@ -267,23 +285,6 @@ def in_blocks(touched: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[Index, T
     for start in range(0, len(index), UPDATE_ROWS):
         block = slice(start, start + UPDATE_ROWS)
         yield index[block], rows[block], biases[block]
-
-
-def sum_by_row(
-    pieces: list[tuple[Tensor, Tensor, Tensor]], dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum gradients that hit the same row: (row index [L], rows [L, D], biases [L]) each, to distinct rows."""
-    index = torch.cat([piece[0] for piece in pieces])
-    distinct, place = torch.unique(index, return_inverse=True)
-    rows = torch.zeros(len(distinct), dim, dtype=dtype)
-    biases = torch.zeros(len(distinct), dtype=dtype)
-    start = 0
-    for piece_index, piece_rows, piece_biases in pieces:
-        end = start + len(piece_index)
-        rows.index_add_(0, place[start:end], piece_rows)
-        biases.index_add_(0, place[start:end], piece_biases)
-        start = end
-    return distinct, rows, biases
 
 
 def _put(state: State, index: Index, new: State) -> None:
