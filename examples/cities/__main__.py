@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,15 +27,27 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train through a service of its own, evaluate, answer misspelt names")
     train.add_argument("--full", action="store_true", help="evaluate on every held-out name")
     train.add_argument("--small", action="store_true", help="2,000 cities, few steps: a smoke test")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, help="steps to train")
+    train.add_argument("--seed", type=at_least(0), default=0)
+    train.add_argument("--steps", type=at_least(1), help="steps to train")
     train.add_argument("--train-seconds", type=float, help="train for at most so long")
-    train.add_argument("--eval-names", type=int, help="held-out names to evaluate")
+    train.add_argument("--eval-names", type=at_least(1), help="held-out names to evaluate")
     ask = commands.add_parser("ask", help="the best places of a name, from the model that train left")
     ask.add_argument("name")
     for command in (train, ask):
         command.add_argument("--out", type=Path, default=OUT, help="where files go and come from")
     return top
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type of option: whole numbers from minimum on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    return number
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -56,7 +68,7 @@ def terminate(_number: int, _frame: FrameType | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 130 after Ctrl-C, with everything it started ended."""
     options = parser().parse_args(arguments)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names stand as they are written, brackets and colons too
     signal.signal(signal.SIGTERM, terminate)
     try:
         return train(options, console) if options.command == "train" else ask(options, console)
@@ -72,7 +84,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
     try:
         demo.run(settings_of(options), options.out, console)
     except (service.ServiceFailed, shardloss.ShardlossError) as error:
-        console.print(f"{error}", style="red", markup=False)
+        console.print(f"{error}", style="red")
         return 1
     return 0
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,13 +64,14 @@ def wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the service in order; if it does not go, end its process group. A second Ctrl-C does not cut this short."""
+    """End the service in order, then all that is left in its process group. A second Ctrl-C does not cut this short."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process.terminate()
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)  # while Ray starts it handles SIGTERM itself, and leaves agents and files
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -60,12 +60,12 @@ def make_table(client: shardloss.LossClient, num_classes: int, settings: Setting
 def batches(training: NDArray[np.int64], settings: Settings) -> Iterator[NDArray[np.int64]]:
     """num_steps batches, uniform over the training names: each once before any comes again."""
     rng = np.random.default_rng(settings.seed)
-    order, start = rng.permutation(training), 0
+    waiting = training[:0]
     for _ in range(settings.num_steps):
-        if start + settings.batch > len(order):
-            order, start = rng.permutation(training), 0
-        yield order[start : start + settings.batch]
-        start += settings.batch
+        while len(waiting) < settings.batch:
+            waiting = np.concatenate([waiting, rng.permutation(training)])
+        yield waiting[: settings.batch]
+        waiting = waiting[settings.batch :]
 
 
 def train(
