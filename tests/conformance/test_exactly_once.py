@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import shardloss
-from shardloss import messages
+from shardloss import messages, wire
 from shardloss.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    Overloaded,
     RowsLost,
     ServerUnavailable,
     SessionExpired,
@@ -1075,6 +1077,118 @@ def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callabl
     group.close()
 
 
+# What a refusal or a departed caller leaves behind
+
+
+@pytest.mark.parametrize("scale", [1e200, 1.0], ids=["upstream", "learning rate"])
+def test_a_refused_one_call_step_leaves_nothing(
+    server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch, scale: float
+) -> None:
+    """It names its own field, opens no ticket, and the corrected request is taken under the same key."""
+    request = trainer.one_call(1, batch, RATE)
+    wrong = loss_pb2.ComputeLossRequest()
+    wrong.CopyFrom(request)
+    if scale > 1:
+        wrong.commit_now.grad_scale = scale
+        wrong.upstream.CopyFrom(wire.encode(np.full(len(batch.hidden), scale)))
+    else:
+        wrong.commit_now.learning_rate = float("inf")
+    with pytest.raises(InvalidArgument) as refused_call:
+        once(trainer.losses.ComputeLoss, wrong)
+    assert refused_call.value.field == ("upstream" if scale > 1 else "commit_now.learning_rate")
+    assert table.info().num_open_tickets == 0
+    assert once(trainer.losses.ComputeLoss, request).committed.version == 1
+
+
+def test_a_refusal_inside_a_one_call_step_closes_its_ticket(
+    faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """Also where it comes from the commit and not from the loss."""
+    request = trainer.one_call(1, batch, RATE)
+    abort = loss_pb2.AbortRequest(table=table.name, session=trainer.session, step=1)
+    faulty.before_score = lambda: once(trainer.losses.Abort, abort)
+    try:
+        with pytest.raises(TicketAborted):
+            once(trainer.losses.ComputeLoss, request)
+    finally:
+        faulty.before_score = lambda: None
+    assert table.info().num_open_tickets == 0
+
+
+def test_weights_or_scales_that_overflow_never_reach_the_rows(
+    connection: shardloss.LossClient, fresh_name: Callable[[], str]
+) -> None:
+    """Finite numbers whose sum or product is not finite in the table's dtype are refused by name."""
+    table = connection.create_table(fresh_name(), num_classes=5, dim=2, dtype="float32")
+    before = table.read_rows(np.arange(5)).rows
+    hidden, labels = np.ones((1, 2), np.float32), np.array([[1, 2]])
+    session = table.session()
+
+    def loss(weight: float) -> shardloss.LossResult:
+        weights = np.full((1, 2), weight, np.float32)
+        return session.compute_loss(hidden, labels, shardloss.FullSoftmax(), label_weights=weights)
+
+    with pytest.raises(InvalidArgument) as refused_call:
+        loss(3e38)
+    assert refused_call.value.field == "label_weights"
+    result = loss(1e20)
+    with pytest.raises(InvalidArgument) as refused_call:
+        session.commit([(result, np.array([1e30]))], learning_rate=0.1)
+    assert refused_call.value.field == "parts[0].g"
+    np.testing.assert_array_equal(table.read_rows(np.arange(5)).rows, before)
+    connection.delete_table(table.name)
+
+
+def test_a_caller_who_went_away_waits_no_more(
+    server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """A cancelled call that waited for a step without a deadline gives its place and its ticket back."""
+    trainer.loss(1, batch)
+    request = trainer.one_call(2, batch, RATE)
+    request.ClearField("commit_now")
+    request.after_step = 1
+    calls = [trainer.losses.ComputeLoss.future(request) for _ in range(3)]
+    eventually(lambda: server.handlers.admission.num_calls == 3, "the waiting losses")
+    for call in calls:
+        call.cancel()
+    eventually(lambda: server.handlers.admission.num_calls == 0, "the end of the waiting losses")
+    assert table.info().num_open_tickets == 1
+
+
+def test_a_worker_without_a_shard_of_a_table_is_not_asked(
+    server: Server,
+    connection: shardloss.LossClient,
+    faulty: FaultyGroup,
+    fresh_name: Callable[[], str],
+    batch: Batch,
+) -> None:
+    """A table of one shard is not lost with a worker that never held it."""
+    name = fresh_name()
+    table = connection.create_table(name, num_classes=NUM_CLASSES, dim=DIM, dtype="float64", num_shards=1)
+    faulty.inner.start(1, "drop", server.catalog.owner(name).key).result(PATIENCE_S)
+    assert table.compute_loss(batch.hidden, batch.labels, shardloss.FullSoftmax()).loss is not None
+    connection.delete_table(name)
+
+
+def test_work_of_a_passed_deadline_is_taken_back(
+    faulty: FaultyGroup, server: Server, connection: shardloss.LossClient, fresh_name: Callable[[], str]
+) -> None:
+    """Reads that nobody waits for any more do not queue up before the next caller's."""
+    table = connection.create_table(fresh_name(), num_classes=60_000, dim=16, num_shards=2)
+    hidden, labels = np.ones((512, 16), np.float32), np.zeros(512, int)
+    request = messages.loss_request(table.name, hidden, labels, shardloss.FullSoftmax(), want_hidden_grad=True)
+    began = time.monotonic()
+    once(table.client.losses.ComputeLoss, request)
+    one_s = time.monotonic() - began
+    for _ in range(100):
+        with contextlib.suppress(DeadlineExceeded, Overloaded):
+            once(table.client.losses.ComputeLoss, request, one_s / 20)
+    began = time.monotonic()
+    table.send_loss(request)
+    assert time.monotonic() - began < 30 * one_s + 1.0
+    connection.delete_table(table.name)
+
+
 # Sessions that were forgotten, tables that were made anew
 
 
@@ -1095,6 +1209,8 @@ def test_a_step_of_a_forgotten_session_is_never_applied_twice(
         for trainer in trainers[2:]:
             trainer.send(trainer.scored(1, batch, RATE))
         refused(table, SessionExpired, lambda: trainers[0].send(commit))
+        refused(table, SessionExpired, lambda: once(table.client.losses.ComputeLoss, one_call))
+        trainers[1].loss(2, batch)  # a ticket of the forgotten session is no proof that it is a new one
         refused(table, SessionExpired, lambda: once(table.client.losses.ComputeLoss, one_call))
     group.close()
 

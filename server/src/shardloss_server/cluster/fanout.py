@@ -50,6 +50,10 @@ class FanoutGroup(ABC):
     def stage(self, part: Part) -> Staged:
         """Place a part for later verbs."""
 
+    @abstractmethod
+    def backlog(self) -> int:
+        """Abandoned work that is not finished yet."""
+
     def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
         """Start a method on every worker that holds a shard of a table."""
         return Gathered([self.start(worker, method, table, *args) for worker in self._hosts(table)])

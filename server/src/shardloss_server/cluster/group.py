@@ -71,6 +71,9 @@ class ShardGroup(Protocol):
     def devices(self) -> Sequence[str]:
         """Where each worker computes."""
 
+    def backlog(self) -> int:
+        """Abandoned work that is not finished yet: it stands before whatever is started now."""
+
     def create(self, spec: TableSpec, max_sessions: int) -> Pending[object]:
         """Allocate and fill the shards of a table."""
 

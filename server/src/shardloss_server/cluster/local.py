@@ -46,6 +46,9 @@ class LocalGroup(FanoutGroup):
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
         return LocalPending(self._threads[worker].submit(getattr(self._workers[worker], method), *args))
 
+    def backlog(self) -> int:
+        return 0  # what is abandoned does not begin
+
     def stage(self, part: Part) -> Staged:
         return part
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,10 @@ def resources() -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class RayPending:
-    """The answer of one actor call."""
+    """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
 
     ref: Any
+    abandoned: list[Any]
 
     def result(self, timeout_s: float) -> Any:
         try:
@@ -91,7 +93,7 @@ class RayPending:
             raise WorkerLost(str(error)) from error
 
     def abandon(self) -> None:
-        ray.cancel(self.ref)
+        self.abandoned.append(self.ref)  # Ray does not take back what stands in an actor's queue
 
 
 class RayGroup(FanoutGroup):
@@ -104,6 +106,8 @@ class RayGroup(FanoutGroup):
         super().__init__(num_workers)
         self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
         self._actors: list[Any] = []
+        self._abandoned: list[Any] = []
+        self._counting = threading.Lock()
         self._owns_ray = not ray.is_initialized()
         try:
             if self._owns_ray:
@@ -150,7 +154,16 @@ class RayGroup(FanoutGroup):
         return self._pids
 
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
-        return RayPending(self._actors[worker].call.remote(method, *args))
+        return RayPending(self._actors[worker].call.remote(method, *args), self._abandoned)
+
+    def backlog(self) -> int:
+        with self._counting:
+            if self._abandoned:
+                refs = self._abandoned.copy()  # others append to it meanwhile
+                done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+                for ref in done:
+                    self._abandoned.remove(ref)
+            return len(self._abandoned)
 
     def stage(self, part: Part) -> Staged:
         """The part in the object store: each node fetches it once, and it is freed with the last reference.

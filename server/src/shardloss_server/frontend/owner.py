@@ -15,6 +15,7 @@ from shardloss.errors import (
     DeadlineExceeded,
     InvalidArgument,
     LimitExceeded,
+    Overloaded,
     RowsLost,
     ServerUnavailable,
     Stale,
@@ -48,6 +49,8 @@ from shardloss_server.shard.record import (
 KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
 KEPT_REPLY_BYTES = 64 * 2**20  # and the bytes that they may take together
 
+MAX_BACKLOG = 16  # reads that nobody waits for, before no more are started
+RETRY_AFTER_S = 0.1
 CALLER_CHECK_S = 0.5  # how soon a wait for another call's step sees that its own caller has gone away
 
 T = TypeVar("T")
@@ -171,6 +174,8 @@ class TableOwner:
         if not settled:
             self._ensure_settled(deadline)
         deadline.check("the shards were asked")
+        if self._group.backlog() > MAX_BACKLOG:
+            raise Overloaded("the workers are busy with calls whose deadline has passed", retry_after_s=RETRY_AFTER_S)
         with deadline.holding(self._order, "the table's order of work"):
             self._refuse_lost()
             pending = start()
