@@ -106,6 +106,27 @@ def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
     assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
 
 
+@pytest.mark.ray
+def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM in the middle of Ray's start: it comes to its end in order, and so do Ray's processes and files."""
+    before = {path.name for path in Path("/tmp").glob("shardloss-*")}
+    command = [sys.executable, "-m", "shardloss_server", "serve", "--port", "0", "--admin-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + START_S
+        while not (children := children_of(process.pid)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "Ray did not start"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        while process.poll() is None:
+            children |= children_of(process.pid)
+            assert time.monotonic() < deadline, "the server did not end"
+            time.sleep(0.01)
+        assert process.returncode == 0
+    assert wait_gone(children, 30.0) == set()
+    assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
+
+
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     """A call in flight holds the drain; the second signal does not wait for it."""
     with serving(tmp_path, "--local", "--drain-s", "60") as (process, address), shardloss.connect(address) as client:

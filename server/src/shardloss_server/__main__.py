@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -50,15 +52,14 @@ def serve(
     config = ServerConfig(host=host, port=port, admin_port=admin_port, drain_s=drain_s)
     stop = threading.Event()
     install_signals(stop)
-    group = make_group(workers, ray_address, local)
-    install_signals(stop)  # again: Ray's start puts a handler of its own in place of ours
-    try:
-        run(group, config, ready_file, stop)
-    except PortTaken as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-    finally:
-        group.close()
+    # In a thread of its own: on the main one Ray would replace the signal handlers, and its processes end with the
+    # thread that started them.
+    with futures.ThreadPoolExecutor(1, "serve") as thread:
+        try:
+            thread.submit(run, lambda: make_group(workers, ray_address, local), config, ready_file, stop).result()
+        except PortTaken as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
 
 
 def make_group(workers: int, ray_address: str | None, local: bool) -> ShardGroup:
@@ -72,18 +73,22 @@ def make_group(workers: int, ray_address: str | None, local: bool) -> ShardGroup
     return RayGroup(workers, ray_address)
 
 
-def run(group: ShardGroup, config: ServerConfig, ready_file: Path | None, stop: threading.Event) -> None:
-    """Serve until told to stop."""
-    server = Server(group, config)
-    server.start()
-    typer.echo(f"shardloss-server {__version__} serves on {server.address} with {', '.join(group.devices)}")
-    if ready_file is not None:
-        unfinished = ready_file.with_suffix(ready_file.suffix + ".part")
-        unfinished.write_text(server.address)
-        unfinished.rename(ready_file)
-    stop.wait()
-    log.info("stopping: no new calls, those in flight have %.0f s", config.drain_s)
-    server.stop()
+def run(make: Callable[[], ShardGroup], config: ServerConfig, ready_file: Path | None, stop: threading.Event) -> None:
+    """Start the workers and serve until told to stop; then both are gone."""
+    group = make()
+    try:
+        server = Server(group, config)
+        server.start()
+        typer.echo(f"shardloss-server {__version__} serves on {server.address} with {', '.join(group.devices)}")
+        if ready_file is not None:
+            unfinished = ready_file.with_suffix(ready_file.suffix + ".part")
+            unfinished.write_text(server.address)
+            unfinished.rename(ready_file)
+        stop.wait()
+        log.info("stopping: no new calls, those in flight have %.0f s", config.drain_s)
+        server.stop()
+    finally:
+        group.close()
 
 
 def install_signals(stop: threading.Event) -> None:
