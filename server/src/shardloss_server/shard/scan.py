@@ -72,9 +72,13 @@ def norms(values: Tensor) -> Tensor:
     return power_above(torch.linalg.vector_norm(values, dim=1))
 
 
-def scale_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor) -> Tensor:
-    """The size of what a logit is the sum of: |hidden| |row| or |bias|, whichever is larger, up to powers of two."""
-    return torch.maximum(hidden_norms * norms(rows), power_above(biases))
+def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dtype) -> Tensor:
+    """What added to a logit, and subtracted again, rounds it to its grid: 1.5 * 2^52 steps of 2^-bits * scale.
+
+    The scale is the size of what the logit is the sum of: |hidden| |row| or |bias|, whichever is larger.
+    """
+    steps = 1.5 * 2.0 ** (52 - KEY_BITS[dtype])
+    return torch.maximum((steps * hidden_norms) * norms(rows), steps * power_above(biases))
 
 
 def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,9 +89,8 @@ def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return top + (logits - top[:, None]).to(dtype).exp_().sum(1).double().log()
 
 
-def keys_of(logits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits rounded to multiples of 2^-bits * scale, by adding and subtracting 1.5 * 2^52 of that."""
-    magic = scale * (1.5 * 2.0 ** (52 - KEY_BITS[dtype]))
+def keys_of(logits: Tensor, magic: Tensor) -> Tensor:
+    """Logits rounded to their grids."""
     return (logits + magic).sub_(magic)
 
 
@@ -103,7 +106,7 @@ def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> AskedL
         rows, biases = table.weights[index].double(), table.biases[index].double()
         values = (rows * hidden[n]).sum(1) + biases
         logits[n, s] = values
-        keys[n, s] = keys_of(values, scale_of(hidden_norms[n], rows, biases), table.compute_dtype)
+        keys[n, s] = keys_of(values, magic_of(hidden_norms[n], rows, biases, table.compute_dtype))
     return AskedLogits(logits, keys, table.version)
 
 
@@ -117,8 +120,9 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     lse = log_sum_exp(logits, table.compute_dtype) if question.with_lse else None
     num_before = found = None
     if question.k or question.labels is not None:
-        keys = keys_of(logits, scale_of(norms(hidden)[:, None], rows, biases), table.compute_dtype)
-        keys[keys.isnan()] = torch.inf  # first of all, so that whoever asked finds the nan and refuses it
+        keys = keys_of(logits, magic_of(norms(hidden)[:, None], rows, biases, table.compute_dtype))
+        if not torch.isfinite(logits.sum()):  # nan comes first of all, so that whoever asked finds it and refuses it
+            keys[keys.isnan()] = torch.inf
         if question.labels is not None and question.label_keys is not None:
             num_before = count_before(class_ids, keys, question.labels, question.label_keys)
         if question.k:

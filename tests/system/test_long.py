@@ -1,0 +1,48 @@
+"""What takes a minute or more: a table of ten million rows, and the demo as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shardloss
+from test_serve import serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("initializer", [shardloss.Normal(0.01), shardloss.Uniform(0.01)], ids=["normal", "uniform"])
+def test_ten_million_rows_are_made_in_a_minute(tmp_path: Path, initializer: shardloss.types.Initializer) -> None:
+    """10M x 128 on two workers, and the first step on them."""
+    with serving(tmp_path, "--workers", "2") as (_, address), shardloss.connect(address) as client:
+        began = time.monotonic()
+        table = client.create_table("large", num_classes=10_000_000, dim=128, initializer=initializer)
+        made_s = time.monotonic() - began
+        print(f"10M x 128, {initializer}: {made_s:.1f} s")
+        assert made_s < 60
+        hidden, labels = np.ones((8, 128), np.float32), np.arange(8) * 1_000_000
+        loss = shardloss.SampledSoftmax(num_sampled=64)
+        assert table.session().train_step(hidden, labels, loss, learning_rate=0.1).committed is not None
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_the_city_finder_reaches_its_goal(tmp_path: Path) -> None:
+    """hit@10 of at least 0.80 on held-out names, after at most five minutes of training."""
+    command = [sys.executable, "-m", "examples.cities", "train", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=1400)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["train_s"] <= 305
+    assert result["eval_names"] == 10_000
+    assert result["after"]["hit_at_10"] >= 0.80
+    assert result["after"]["nll"] < 3.5 < 12 < result["before"]["nll"]
