@@ -45,4 +45,5 @@ def test_the_city_finder_reaches_its_goal(tmp_path: Path) -> None:
     assert result["train_s"] <= 305
     assert result["eval_names"] == 10_000
     assert result["after"]["hit_at_10"] >= 0.80
-    assert result["after"]["nll"] < 3.5 < 12 < result["before"]["nll"]
+    assert result["after"]["nll"] < 3.5
+    assert result["before"]["nll"] > 12

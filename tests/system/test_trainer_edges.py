@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +13,8 @@ import shardloss
 import torch
 from local_trainer import BATCH, DIM, NUM_CLASSES, table_of
 from shardloss.compat import tensorflow
-from shardloss.errors import InvalidArgument, StepTooOld, TableNotFound
+from shardloss.errors import ClientClosed, InvalidArgument, NotSupported, StepTooOld, TableNotFound
+from shardloss_server.rpc.serve import Server
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -229,3 +232,173 @@ def test_tensorflow_losses_find_their_table_by_name(
     tensorflow.sampled_softmax_loss(wider, wider, labels[:, None], hidden, 5, NUM_CLASSES).sum().backward()
     optimizer.step()
     assert wider.info().num_commits == 1
+
+
+def test_losses_that_nobody_differentiates_leave_no_ticket(table: shardloss.Table, batch: Batch) -> None:
+    """A validation loop that forgot no_grad: each forward gives up what the one before it left."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    for _ in range(5):
+        head(hidden, labels)
+        assert table.info().num_open_tickets <= 1
+    head(hidden, labels).backward()
+    optimizer.step()
+    assert (table.info().num_commits, table.info().num_open_tickets) == (1, 0)
+
+
+def test_a_loss_that_still_lives_keeps_its_step(table: shardloss.Table, batch: Batch) -> None:
+    """Two losses are computed before either is differentiated: both belong to one commit."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    losses = [head(hidden, labels) for _ in range(2)]
+    optimizer.zero_grad()
+    for loss in losses:
+        loss.backward()
+    optimizer.step()
+    assert (table.info().num_commits, table.info().num_open_tickets) == (1, 0)
+
+
+def test_a_forward_that_failed_leaves_no_step_open(table: shardloss.Table, batch: Batch) -> None:
+    """zero_grad gives the tickets back also after a refused forward."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    head(hidden, labels).backward()
+    with pytest.raises(InvalidArgument):
+        head(hidden, labels + NUM_CLASSES)
+    optimizer.zero_grad()
+    assert table.info().num_open_tickets == 0
+
+
+@pytest.mark.parametrize("ignored", [0, 3, BATCH], ids=["none", "some", "all"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["labels", "weights"])
+def test_the_mean_is_over_the_rows_that_count(
+    table: shardloss.Table, batch: Batch, ignored: int, weighted: bool
+) -> None:
+    """As torch: nan where every row is ignored, with a gradient of 0 that leaves hidden and the table as they were."""
+    weights, biases = (value.clone().requires_grad_() for value in table_of(table))
+    head = table.softmax()
+    optimizer = head.optimizer(0.5)
+    hidden, labels = batch
+    labels = labels.clone()
+    labels[:ignored] = -100
+    ones = (torch.ones(BATCH, dtype=torch.float64),) if weighted else ()
+    loss = head(hidden, labels, *ones)
+    loss.backward()
+    optimizer.step()
+    local = hidden.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(local @ weights.T + biases, labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12, equal_nan=True)
+    assert hidden.grad is not None
+    assert local.grad is not None
+    assert weights.grad is not None
+    torch.testing.assert_close(hidden.grad, local.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(table_of(table)[0], (weights - 0.5 * weights.grad).detach(), rtol=0, atol=1e-12)
+
+
+def test_a_shortcut_head_refuses_two_losses_in_one_step(table: shardloss.Table, batch: Batch) -> None:
+    """It cannot tell which backward is the last; the step is given up and the next one is taken."""
+    head = table.softmax(learning_rate=0.1)
+    hidden, labels = batch
+    with pytest.raises(InvalidArgument, match="two losses"):
+        (head(hidden, labels) + head(hidden, labels)).backward()
+    assert (table.info().num_commits, table.info().num_open_tickets) == (0, 0)
+    head(hidden, labels).backward()
+    assert table.info().num_commits == 1
+
+
+def test_a_copied_head_has_hooks_of_its_own(table: shardloss.Table, batch: Batch) -> None:
+    """What is registered on the copy does not run on the original."""
+    head = table.softmax()
+    twin = copy.deepcopy(head)
+    calls: list[str] = []
+    twin.register_forward_hook(lambda *_: calls.append("twin"))
+    head(*batch)
+    assert calls == []
+    twin(*batch)
+    assert calls == ["twin"]
+
+
+def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardloss.Table) -> None:
+    """Both are refused by name rather than silently without effect."""
+    optimizer = table.softmax().optimizer(0.1)
+    for misuse in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(NotSupported):
+            misuse(optimizer)
+    with pytest.raises(NotSupported):
+        optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = 0.25
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_names_that_are_none_are_refused_when_the_head_is_made(
+    client: shardloss.LossClient, table: shardloss.Table, fresh_name: Callable[[], str]
+) -> None:
+    """An unknown sampler, removal, reduction, optimizer or initializer, and numbers that no field holds."""
+    for make in (
+        lambda: table.sampled_softmax(4, sampler="zipf"),
+        lambda: table.sampled_softmax(4, hit_removal="first"),
+        lambda: table.sampled_softmax(4, seed=-1),
+        lambda: table.softmax(reduction="median"),
+        lambda: client.create_table(fresh_name(), num_classes=4, dim=2, optimizer=torch.optim.SGD),  # type: ignore[arg-type]
+        lambda: client.create_table(fresh_name(), num_classes=4, dim=2, initializer="zeros"),  # type: ignore[arg-type]
+        lambda: client.create_table(fresh_name(), num_classes=2**70, dim=2),
+    ):
+        with pytest.raises(InvalidArgument):
+            make()
+
+
+def test_a_table_tells_its_optimizer_and_its_first_values(
+    client: shardloss.LossClient, fresh_name: Callable[[], str]
+) -> None:
+    """Every default is filled in."""
+    for optimizer in (
+        shardloss.Sgd(momentum=0.5, nesterov=True),
+        shardloss.Adagrad(eps=1e-6),
+        shardloss.RowAdagrad(initial_accumulator_value=0.5),
+        shardloss.Adam(),
+        shardloss.AdamW(weight_decay=0.5),
+        shardloss.SparseAdam(beta1=0.5),
+    ):
+        for first in (shardloss.Normal(0.5, seed=3), shardloss.Uniform(0.25), shardloss.Zeros(seed=7)):
+            made = client.create_table(fresh_name(), num_classes=4, dim=2, optimizer=optimizer, initializer=first)
+            assert (made.spec.optimizer, made.spec.initializer) == (optimizer, first)
+    plain = client.create_table(fresh_name(), num_classes=4, dim=4).spec
+    assert (plain.optimizer, plain.initializer) == (shardloss.Sgd(), shardloss.Uniform(0.5))
+
+
+def test_a_client_closed_by_another_thread_says_so(local_server: Server) -> None:
+    """Calls under way or later raise ClientClosed, never an error of gRPC."""
+    client = shardloss.connect(local_server.address)
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            while True:
+                client.list_tables()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    client.close()
+    for thread in threads:
+        thread.join(30)
+    assert [type(error) for error in errors] == [ClientClosed] * 4
+
+
+def test_another_default_device_does_not_matter(table: shardloss.Table, batch: Batch) -> None:
+    """The head's own tensors live on the CPU."""
+    hidden, labels = batch
+    with torch.device("meta"):
+        head = table.sampled_softmax(4)
+        optimizer = head.optimizer(0.1)
+        head(hidden, labels).backward()
+        optimizer.step()
+    assert table.info().num_commits == 1

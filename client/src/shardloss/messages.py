@@ -111,7 +111,6 @@ def table_spec(
         for field, value in asdict(optimizer).items():
             setattr(one, field, value)
     if initializer is not None:
-        spec.initializer.seed = initializer.seed
         if isinstance(initializer, types.Normal):
             spec.initializer.normal.stddev = initializer.stddev
         elif isinstance(initializer, types.Uniform):
@@ -120,6 +119,7 @@ def table_spec(
             spec.initializer.zeros.SetInParent()
         else:
             raise InvalidArgument(f"initializer is a {type(initializer).__name__}; give Normal, Uniform or Zeros")
+        spec.initializer.seed = initializer.seed
     return spec
 
 

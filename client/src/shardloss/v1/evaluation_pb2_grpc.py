@@ -27,8 +27,10 @@ if _version_not_supported:
 
 class EvaluationServiceStub(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell.
-    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, TABLE_UNAVAILABLE, ROWS_LOST. All are idempotent.
+    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
+    that any call may end with (proto/README.md). All are idempotent.
     """
 
     def __init__(self, channel):
@@ -56,26 +58,28 @@ class EvaluationServiceStub(object):
 
 class EvaluationServiceServicer(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell.
-    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, TABLE_UNAVAILABLE, ROWS_LOST. All are idempotent.
+    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
+    that any call may end with (proto/README.md). All are idempotent.
     """
 
     def Evaluate(self, request, context):
-        """Exact loss over all classes, and the rank of the true class, of each row.
+        """Exact loss over all classes, and the rank of the true class, of each row; changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TopK(self, request, context):
-        """The k best classes of each row: score descending, then id ascending.
+        """The k best classes of each row: logit descending, then id ascending; changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """The logits of asked classes.
+        """The logits of asked classes; changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,8 +113,10 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class EvaluationService(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell.
-    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, TABLE_UNAVAILABLE, ROWS_LOST. All are idempotent.
+    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
+    that any call may end with (proto/README.md). All are idempotent.
     """
 
     @staticmethod

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class LossServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
+    (proto/README.md).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,13 +64,18 @@ class LossServiceStub(object):
 
 
 class LossServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
+    (proto/README.md).
+    """
 
     def ComputeLoss(self, request, context):
-        """Scores one batch. With a session it opens a ticket; without one it changes nothing. Idempotent by key: a
-        repeat while the ticket is open gets the kept reply (replayed = true).
-        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, STEP_REUSED (another request under the key), STEP_TOO_OLD,
-        LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, NOT_SUPPORTED.
+        """Scores one batch. With a session it opens a ticket; without one it changes nothing; with commit_now it commits the
+        part as well. Idempotent by key: a repeat while the ticket is open gets the kept reply, a repeat of an applied
+        commit_now its outcome (replayed = true).
+        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, STEP_REUSED (another request under the
+        key), STEP_TOO_OLD (the step is applied or given up, or after_step is given up), TICKET_ABORTED (given up while it
+        was scored), OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST; with commit_now also SESSION_EXPIRED, TICKET_UNKNOWN and
+        TICKET_EXPIRED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,30 +83,36 @@ class LossServiceServicer(object):
 
     def StreamLoss(self, request_iterator, context):
         """ComputeLoss for calls or replies above ServerLimits.max_message_bytes: the header first, then the chunks that
-        its tensors refer to; the reply has the same form. Same effect, idempotency and errors.
+        its tensors refer to; the reply has the same form. Same effect. Idempotent by the same key, for the same header: a
+        repeat through the other method is STEP_REUSED. Errors: as ComputeLoss; a stream that stands still for
+        ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Applies ONE optimizer step over all parts. Exactly once by (table, session, step): a repeat is answered from
-        the ledger (replayed = true). Errors: TICKET_UNKNOWN, TICKET_EXPIRED, TICKET_ABORTED, STEP_REUSED,
-        STEP_TOO_OLD, SESSION_EXPIRED, STALE, INVALID_ARGUMENT, TABLE_UNAVAILABLE (repeat with the same key), ROWS_LOST.
+        """Applies ONE optimizer step over all parts, and gives up what else the session holds up to this step. Exactly once
+        by (table, session, step): a repeat of one of the session's last 16 steps is answered from the ledger
+        (replayed = true). Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, SESSION_EXPIRED,
+        STEP_REUSED (another payload), STEP_TOO_OLD, TICKET_UNKNOWN, TICKET_EXPIRED, TICKET_ABORTED, STALE, OVERLOADED,
+        TABLE_UNAVAILABLE (repeat with the same key), ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Gives up the open tickets of a session up to a step. Idempotent. Errors: SESSION_EXPIRED, TABLE_NOT_FOUND.
+        """Gives up the open tickets of a session up to a step; changes no row. Idempotent: a repeat finds none. Errors:
+        INVALID_ARGUMENT, TABLE_NOT_FOUND, SESSION_EXPIRED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SampleCandidates(self, request, context):
-        """Draws the candidates that a ComputeLoss with the same sampler and step would use; changes nothing.
+        """Draws the candidates that a ComputeLoss with the same sampler and step would use; changes nothing. Idempotent: the
+        reply depends on the request and V alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +155,9 @@ def add_LossServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LossService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
+    (proto/README.md).
+    """
 
     @staticmethod
     def ComputeLoss(request,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The server itself, whatever tables it holds.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,10 +43,12 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The server itself, whatever tables it holds.
+    """
 
     def GetServerInfo(self, request, context):
-        """Version, limits and features; changes nothing; needs no table.
+        """Version, limits and features; changes nothing, so it is idempotent; needs no table, and no place among
+        max_calls_in_flight. Errors: only those that any call may end with (proto/README.md).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,7 +71,8 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """Missing associated documentation comment in .proto file."""
+    """The server itself, whatever tables it holds.
+    """
 
     @staticmethod
     def GetServerInfo(request,

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class TableServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
+    call may end with (proto/README.md).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -67,47 +69,54 @@ class TableServiceStub(object):
 
 
 class TableServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
+    call may end with (proto/README.md).
+    """
 
     def CreateTable(self, request, context):
-        """Makes a table and fills it by its initializer. Idempotent: an existing table with an equal spec is answered
-        with created = false and left as it is. Errors: TABLE_EXISTS (another spec), INVALID_ARGUMENT, LIMIT_EXCEEDED.
+        """Makes a table and fills it by its initializer, or makes none. Idempotent: an existing table with an equal spec is
+        answered with created = false and left as it is. Errors: INVALID_ARGUMENT, TABLE_EXISTS (another spec),
+        LIMIT_EXCEEDED, NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTable(self, request, context):
-        """Reads a table's spec and version; changes nothing. Errors: TABLE_NOT_FOUND.
+        """Reads a table's spec and version, also where its rows are lost; changes nothing, so it is idempotent.
+        Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTables(self, request, context):
-        """Lists all tables by name, ascending; changes nothing.
+        """Lists all tables by name, ascending; changes nothing, so it is idempotent. Errors: OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTable(self, request, context):
-        """Frees a table with all its tickets and sessions. Repeating it is TABLE_NOT_FOUND, which a retry may ignore.
+        """Frees a table with all its tickets and sessions, also where its rows are lost. Idempotent in effect: a repeat is
+        TABLE_NOT_FOUND, which a retry may ignore. Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadRows(self, request, context):
-        """Reads rows at one version; changes nothing. Errors: TABLE_NOT_FOUND, INVALID_ARGUMENT, LIMIT_EXCEEDED.
+        """Reads rows at one version; changes nothing, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
+        LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteRows(self, request, context):
-        """Overwrites rows in one version step, all or none. The values are absolute, so a repeat leaves the same rows,
-        but counts as one more version. Optimizer state stays. Errors: as ReadRows.
+        """Overwrites rows in one version step, all or none; no rows are no version. The values are absolute, so a repeat
+        leaves the same rows, but counts as one more version. Optimizer state stays. Errors: INVALID_ARGUMENT,
+        TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE (it may yet be applied; repeat it), ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +164,9 @@ def add_TableServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
+    call may end with (proto/README.md).
+    """
 
     @staticmethod
     def CreateTable(request,
