@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import grpc
 import pytest
 import shardloss
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 from shardloss import errors
 from shardloss.v1 import evaluation_pb2, loss_pb2, options_pb2, server_pb2, table_pb2, tensor_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMED = ("message_type", "nested_type", "field", "oneof_decl", "extension", "enum_type", "value", "service", "method")
+ONEOF_DECL = descriptor_pb2.DescriptorProto.ONEOF_DECL_FIELD_NUMBER
+Place = tuple[int, ...]
 MODULES = (evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2)
 METHODS = [
     method
@@ -43,13 +53,113 @@ def test_the_promised_services_and_methods_are_there() -> None:
     }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "proto").rglob("*.proto")), ids=lambda path: path.name)
-def test_every_rpc_is_commented(path: Path) -> None:
-    """An rpc line is preceded by a comment that states its effect."""
-    lines = path.read_text().splitlines()
-    for place, line in enumerate(lines):
-        if re.match(r"\s*rpc ", line):
-            assert lines[place - 1].strip().startswith("//"), f"{path.name}:{place + 1} has no comment"
+def named(node: Message, path: Place = (), prefix: str = "") -> Iterator[tuple[str, Place, Message]]:
+    """Everything with a name inside a descriptor: its dotted name, its place in the source info and its descriptor."""
+    for field, children in node.ListFields():
+        if field.name in NAMED:
+            for index, child in enumerate(children):
+                place = (*path, field.number, index)
+                yield prefix + child.name, place, child
+                yield from named(child, place, f"{prefix}{child.name}.")
+
+
+def own_comments(file: descriptor_pb2.FileDescriptorProto, lines: list[str]) -> dict[Place, str]:
+    """The comment of each place of a file: beside its first line, or above it in its own column."""
+    found = {}
+    for location in file.source_code_info.location:
+        line, column = location.span[:2]
+        above = location.leading_comments if lines[line - 1].find("//") == column else ""
+        beside = location.trailing_comments if "//" in lines[line] else ""
+        found[tuple(location.path)] = (above + beside).strip()
+    return found
+
+
+def comments_in(folder: Path, out: Path) -> dict[str, str]:
+    """The comment of everything with a name in a folder of contracts; a member of a oneof may share the oneof's."""
+    paths = sorted(str(path) for path in folder.rglob("*.proto"))
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{folder}", "--include_source_info"]
+    subprocess.run([*protoc, f"--descriptor_set_out={out}", *paths], check=True)
+    found = {}
+    for file in descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file:
+        comments = own_comments(file, (folder / file.name).read_text().splitlines())
+        for name, place, node in named(file):
+            if place in comments:  # the oneof that protoc makes for an optional field stands nowhere
+                found[name] = comments[place]
+                if isinstance(node, descriptor_pb2.FieldDescriptorProto) and node.HasField("oneof_index"):
+                    found[name] = found[name] or comments.get((*place[:-2], ONEOF_DECL, node.oneof_index), "")
+    return found
+
+
+@pytest.fixture(scope="module")
+def comments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The comments of the contract by dotted name."""
+    return comments_in(ROOT / "proto", tmp_path_factory.mktemp("contract") / "contract.pb")
+
+
+def test_everything_in_the_contract_has_a_comment_of_its_own(comments: dict[str, str]) -> None:
+    """Every message, field, oneof, enum, value, service and RPC."""
+    fields = {f"{message}.{field}" for module in MODULES for message, field in fields_of(module)}
+    assert fields <= set(comments)
+    assert [name for name, comment in comments.items() if not comment] == []
+
+
+def fields_of(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """(message, field) of the outermost messages of a stub."""
+    for message in module.DESCRIPTOR.message_types_by_name.values():
+        for field in message.fields:
+            yield message.name, field.name
+
+
+def test_a_bare_field_is_found(tmp_path: Path) -> None:
+    """Neither a neighbour's comment, nor one that runs over from the line before, nor one apart is its own."""
+    (tmp_path / "a.proto").write_text(BARE)
+    found = comments_in(tmp_path, tmp_path / "a.pb")
+    bare = {"B", "B.over", "B.run", "B.apart", "B.one_of", "B.member", "E", "E.E_BARE", "B.C.nested"}
+    assert {name for name, comment in found.items() if not comment} == bare
+
+
+BARE = """syntax = "proto3";
+// A message.
+message A {
+  // Above.
+  int64 above = 1;
+  optional int64 beside = 2;  // Beside.
+  oneof commented {           // For all.
+    int64 shared = 3;
+    int64 own = 4;  // Own.
+  }
+}
+message B {
+  int64 long = 1;  // A comment that
+                   // runs over.
+  int64 over = 2;
+  // For the next line alone.
+  int64 led = 3;
+  int64 run = 4;
+  // Apart.
+
+  optional int64 apart = 5;
+  oneof one_of {
+    int64 member = 6;
+  }
+  // Inside.
+  message C {
+    int64 nested = 1;
+  }
+}
+enum E {
+  E_BARE = 0;
+  E_TOLD = 1;  // Told.
+}
+"""
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
+def test_every_rpc_states_its_errors(method: MethodDescriptor, comments: dict[str, str]) -> None:
+    """In its own comment, or its service's comment states those of all."""
+    service = method.containing_service.name
+    stated = re.search(r"\bErrors\b", comments[f"{service}.{method.name}"])
+    assert stated or "Errors of all" in comments[service]
 
 
 def test_public_names_are_exactly_all() -> None:

@@ -74,9 +74,9 @@ class TableServiceServicer(object):
     """
 
     def CreateTable(self, request, context):
-        """Makes a table and fills it by its initializer, or makes none. Idempotent: an existing table with an equal spec is
-        answered with created = false and left as it is. Errors: INVALID_ARGUMENT, TABLE_EXISTS (another spec),
-        LIMIT_EXCEEDED, NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer).
+        """Makes a table and fills it by its initializer. Idempotent: an existing table with an equal spec is answered
+        with created = false and left as it is. Errors: INVALID_ARGUMENT, TABLE_EXISTS (another spec), LIMIT_EXCEEDED,
+        NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer; no table was made).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
