@@ -39,6 +39,7 @@ class Limits:
     ticket_ttl_s: float = 600.0
     max_deadline_s: float = 600.0
     max_streams: int = 8
+    max_commits_in_flight: int = 16
     stream_idle_s: float = 10.0
 
 

@@ -58,6 +58,7 @@ class Pipeline:
     def abort(self, table: str, session: str, step: int, deadline: Deadline) -> int:
         """Give up the open tickets of a session up to a step; the number given up."""
         validate.session(session)
+        validate.at_least(step, 1, "step")
         return self.catalog.owner(table).abort(session, step, deadline)
 
     def _with_ticket(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:

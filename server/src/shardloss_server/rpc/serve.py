@@ -59,11 +59,14 @@ class Server:
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
         reserved = max(1, config.num_threads // 6)  # threads for streams, and as many for commits
-        max_streams = min(config.limits.max_streams, reserved)
-        limits = replace(config.limits, max_streams=max_streams)
+        limits = replace(
+            config.limits,
+            max_streams=min(config.limits.max_streams, reserved),
+            max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
+        )
         self.catalog = Catalog(group, limits)
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, streams, max_commits=reserved)
+        self.handlers = Handlers(self.catalog, limits, streams)
         self._health = health.HealthServicer()
         self._data = self._make_server(config.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)

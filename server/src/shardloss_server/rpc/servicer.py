@@ -46,10 +46,10 @@ FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, max_commits: int) -> None:
+    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams) -> None:
         self.catalog, self.limits, self.streams = catalog, limits, streams
         self.admission = Admission(limits.max_calls_in_flight, limits.max_calls_in_flight * limits.max_message_bytes)
-        self.commits = Admission(max_commits, max_commits * limits.max_message_bytes)
+        self.commits = Admission(limits.max_commits_in_flight, limits.max_commits_in_flight * limits.max_message_bytes)
         self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes)
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
