@@ -12,7 +12,15 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shardloss import errors
-from shardloss.errors import BadReply, ClientClosed, DeadlineExceeded, LimitExceeded, ShardlossError, TransientError
+from shardloss.errors import (
+    BadReply,
+    ClientClosed,
+    DeadlineExceeded,
+    LimitExceeded,
+    Overloaded,
+    ShardlossError,
+    TransientError,
+)
 
 DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
@@ -80,8 +88,18 @@ class Channel:
         self._closed = True
         self._grpc.close()
 
-    def unary(self, method: Callable[..., R], request: Message, timeout_s: float | None, *, whole: bool = False) -> R:
+    def unary(
+        self,
+        method: Callable[..., R],
+        request: Message,
+        timeout_s: float | None,
+        *,
+        whole: bool = False,
+        repeatable: bool = True,
+    ) -> R:
         """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time.
+
+        A call that is not repeatable is repeated only where the server refused it at once as OVERLOADED.
 
         Raises:
             LimitExceeded: the request is larger than a message may be; it is not sent.
@@ -90,15 +108,15 @@ class Channel:
         if num_bytes > self.max_message_bytes:
             message = f"the request takes {num_bytes} bytes, above max_message_bytes = {self.max_message_bytes}"
             raise LimitExceeded(message)
-        return self._repeat(lambda left: method(request, timeout=left), timeout_s, whole)
+        return self._repeat(lambda left: method(request, timeout=left), timeout_s, whole, repeatable)
 
     def stream(
         self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
     ) -> list[R]:
         """As `unary` for a stream both ways; requests are made anew for each try."""
-        return self._repeat(lambda left: list(method(requests(), timeout=left)), timeout_s, True)
+        return self._repeat(lambda left: list(method(requests(), timeout=left)), timeout_s, True, True)
 
-    def _repeat(self, attempt: Callable[[float], R], timeout_s: float | None, whole: bool) -> R:
+    def _repeat(self, attempt: Callable[[float], R], timeout_s: float | None, whole: bool, repeatable: bool) -> R:
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         attempt_s = float("inf") if whole else self.attempt_timeout_s
         backoff_s, last = FIRST_BACKOFF_S, None
@@ -116,7 +134,7 @@ class Channel:
                 if not self._closed:
                     raise
                 continue
-            if not isinstance(last, TransientError):
+            if not isinstance(last, TransientError if repeatable else Overloaded):
                 raise last
             wait_s = max(last.retry_after_s, backoff_s * random.uniform(0.5, 1.0))
             if time.monotonic() + wait_s >= deadline:

@@ -9,7 +9,6 @@ from typing import TypeVar, cast
 
 from shardloss import messages, types
 from shardloss.channel import Channel
-from shardloss.errors import TableNotFound
 from shardloss.table import Table
 from shardloss.v1 import (
     evaluation_pb2_grpc,
@@ -133,17 +132,7 @@ class LossClient:
 
         Raises:
             TableNotFound: there is none of that name.
+            TransientError: it may have been deleted; not repeated here, since by then the name may be another table's.
         """
-        tries = 0
-
-        def delete(request: table_pb2.DeleteTableRequest, timeout: float) -> table_pb2.DeleteTableResponse:
-            nonlocal tries
-            tries += 1
-            reply: table_pb2.DeleteTableResponse = self.tables.DeleteTable(request, timeout=timeout)
-            return reply
-
-        try:
-            self.channel.unary(delete, table_pb2.DeleteTableRequest(table=name), None)
-        except TableNotFound:
-            if tries == 1:
-                raise  # else an earlier try has deleted it, and its reply was lost
+        request = table_pb2.DeleteTableRequest(table=name)
+        self.channel.unary(self.tables.DeleteTable, request, None, whole=True, repeatable=False)

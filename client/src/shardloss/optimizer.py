@@ -15,6 +15,8 @@ from shardloss import types
 from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld
 from shardloss.session import Session
 
+MAX_DEAD_PARTS = 16  # losses of one step that were let go before the others are taken for forgotten, too
+
 
 class Part:
     """One loss of a step. It lives as long as the graph of that loss, whose backward may still record it."""
@@ -43,11 +45,14 @@ class Pending:
     def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
         """`Session.compute_loss` of the next part of the present step.
 
-        A step whose losses were all let go without a backward is given up first. Where the server has done the step,
+        A step whose losses were let go without a backward, all of them or more than MAX_DEAD_PARTS, is given up first:
+        so is a validation loop that forgot no_grad. Where the server has done the step,
         as after a commit whose replies were lost, what it held is forgotten and the loss belongs to the next one.
         """
         if not self._upstreams:
             self._leave_if_nobody_waits()
+            if self.session.num_parts - len(self._waiting) > MAX_DEAD_PARTS:
+                self._give_up()
         try:
             return self.session.compute_loss(*args, **options)
         except StepTooOld:
@@ -68,8 +73,8 @@ class Pending:
         as a local parameter's would be.
 
         Raises:
-            InvalidArgument: the head commits by itself, and g is not finite or a second loss is in its step, which is
-                given up.
+            InvalidArgument: the head commits by itself, and g is not finite or another loss waits for its backward in
+                this step, which is given up.
         """
         if self._has_accumulated and self.probe.grad is None:
             self._forget_recorded()
@@ -80,7 +85,7 @@ class Pending:
         is_finite = bool(torch.isfinite(g).all())
         if self.learning_rate is None:
             return float(is_first) if is_finite else float("nan")
-        if not is_finite or self.session.num_parts > 1:
+        if not is_finite or self._waiting:
             what = "two losses in one step" if is_finite else "a gradient that is not finite"
             self._give_up()
             raise InvalidArgument(f"a head with a learning rate of its own met {what}; the table's step was given up")

@@ -74,14 +74,15 @@ class Session:
             StepTooOld, StepReused: the server has done this step already; the next call is a new step.
             TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
-        request = loss_pb2.CommitRequest(
-            table=self.table.name,
-            session=self.name,
-            step=self.step,
-            learning_rate=learning_rate,
-            grad_scale=grad_scale,
-            max_staleness=max_staleness,
-        )
+        with messages.writing_request():
+            request = loss_pb2.CommitRequest(
+                table=self.table.name,
+                session=self.name,
+                step=self.step,
+                learning_rate=learning_rate,
+                grad_scale=grad_scale,
+                max_staleness=max_staleness,
+            )
         for part, g in parts:
             ticket = part if isinstance(part, str) else part.ticket
             message = request.parts.add(ticket=ticket)

@@ -93,7 +93,8 @@ class Worker:
         if table not in self._tables:
             raise ShardMissing(f"worker {self.index} holds no shard of table {table!r}")
         with self._computing():
-            here = [moved(value, self.device) for value in values]
+            with allocating("what a call brings"):
+                here = [moved(value, self.device) for value in values]
             return {k: moved(ask(shard, *here), "cpu") for k, shard in self._tables[table].items()}
 
     @contextmanager

@@ -90,6 +90,11 @@ class Catalog:
         for owner in self.owners():
             owner.close()
 
+    def settle(self, deadline: Deadline) -> None:
+        """Settle tables whose last change was left in doubt and nobody has come back for."""
+        for owner in self.owners():
+            owner.settle_if_idle(deadline)
+
     def expire_tickets(self, now: float) -> int:
         """Expire tickets of all tables; the number expired."""
         return sum(owner.sessions.expire(now) for owner in self.owners())

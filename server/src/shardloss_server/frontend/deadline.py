@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shardloss.errors import DeadlineExceeded
+
+CALLER_CHECK_S = 0.5  # how soon a wait sees that its caller has gone away
 
 
 class Deadline:
@@ -38,6 +40,15 @@ class Deadline:
         if self.left() == 0:
             raise DeadlineExceeded(f"the deadline passed before {what}")
 
+    def wait(self, ready: Callable[[float], bool], what: str) -> None:
+        """Wait until ready(seconds) says so, looking up now and then whether the caller is still there.
+
+        Raises:
+            DeadlineExceeded: it did not, in time.
+        """
+        while not ready(min(self.left(), CALLER_CHECK_S)):
+            self.check(what)
+
     @contextmanager
     def holding(self, lock: threading.Lock, what: str) -> Iterator[None]:
         """Hold a lock, waiting for it no longer than this deadline.
@@ -45,8 +56,7 @@ class Deadline:
         Raises:
             DeadlineExceeded: it was not free in time.
         """
-        if not lock.acquire(timeout=self.left()):
-            raise DeadlineExceeded(f"the deadline passed while waiting for {what}; repeat with the same key")
+        self.wait(lambda seconds: lock.acquire(timeout=seconds), f"{what} was over; repeat with the same key")
         try:
             yield
         finally:

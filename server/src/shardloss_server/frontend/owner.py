@@ -16,8 +16,10 @@ from shardloss.errors import (
     InvalidArgument,
     LimitExceeded,
     Overloaded,
+    RequestError,
     RowsLost,
     ServerUnavailable,
+    ShardlossError,
     Stale,
     StepReused,
     StepTooOld,
@@ -29,7 +31,7 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
 from shardloss_server.frontend.request import CommitReply, CommitRequest, LossReply
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.numerics.partial import merge_all
@@ -49,9 +51,8 @@ from shardloss_server.shard.record import (
 KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
 KEPT_REPLY_BYTES = 64 * 2**20  # and the bytes that they may take together
 
-MAX_BACKLOG = 16  # reads that nobody waits for, before no more are started
+MAX_BACKLOG = 8  # reads that nobody waits for in front of a worker, before no more are started
 RETRY_AFTER_S = 0.1
-CALLER_CHECK_S = 0.5  # how soon a wait for another call's step sees that its own caller has gone away
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ class LastReplies:
         self._lock = threading.Lock()
         self._replies: OrderedDict[tuple[str, int], LossReply] = OrderedDict()
         self.num_bytes = 0
+
+    def forget(self, key: tuple[str, int]) -> None:
+        """The step was refused."""
+        with self._lock:
+            forgotten = self._replies.pop(key, None)
+            self.num_bytes -= forgotten.num_bytes if forgotten else 0
 
     def get(self, key: tuple[str, int], default: LossReply) -> LossReply:
         """The kept reply, or the default."""
@@ -120,7 +127,7 @@ class TableOwner:
     def create(self, deadline: Deadline) -> None:
         """Allocate and fill the shards."""
         spec = replace(self.spec, name=self.key)
-        self.ask(lambda: self._group.create(spec, self.limits.max_sessions), deadline)
+        self._wait(self._group.create(spec, self.limits.max_sessions), deadline)
 
     def retire(self) -> None:
         """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
@@ -174,7 +181,7 @@ class TableOwner:
         if not settled:
             self._ensure_settled(deadline)
         deadline.check("the shards were asked")
-        if self._group.backlog() > MAX_BACKLOG:
+        if self._group.backlog() > MAX_BACKLOG * len(self._group.devices):
             raise Overloaded("the workers are busy with calls whose deadline has passed", retry_after_s=RETRY_AFTER_S)
         with deadline.holding(self._order, "the table's order of work"):
             self._refuse_lost()
@@ -215,8 +222,10 @@ class TableOwner:
             return False
 
         with self._applied:
-            while not self._applied.wait_for(is_over, min(deadline.left(), CALLER_CHECK_S)):
-                deadline.check(f"step {step} of session {session!r} was applied")
+            deadline.wait(
+                lambda seconds: self._applied.wait_for(is_over, seconds),
+                f"step {step} of session {session!r} was applied",
+            )
 
     def _wake_waiting(self) -> None:
         with self._applied:
@@ -235,6 +244,11 @@ class TableOwner:
             tickets = self.sessions.find(request.session, request.step, names, time.monotonic())
             try:
                 return self._apply(request, tickets, deadline)
+            except RequestError:
+                if request.is_one_call:  # its caller knows of no ticket
+                    for ticket in tickets:
+                        self.sessions.discard(ticket)
+                raise
             finally:
                 if self._doubtful is None:  # what is in doubt stays held until it is settled
                     self.sessions.release(tickets)
@@ -261,7 +275,9 @@ class TableOwner:
         upstreams, staleness = self._upstreams(request, tickets, deadline)
         key = StepKey(request.session, request.step, request.digest)
         order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
-        staged = [ticket.staged for ticket in tickets]
+        staged = [ticket.staged for ticket in tickets if ticket.staged is not None]
+        if len(staged) < len(tickets):
+            raise TableUnavailable("a ticket was closed meanwhile; repeat the call")
         self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
         return CommitReply(self.version, staleness, False)
 
@@ -337,6 +353,16 @@ class TableOwner:
 
     # Doubt
 
+    def settle_if_idle(self, deadline: Deadline) -> None:
+        """Settle what was left in doubt and nobody has come back for."""
+        if self._doubtful is not None and self._commits.acquire(blocking=False):
+            try:
+                self._settle(deadline)
+            except ShardlossError as error:
+                log.warning("table %s is still in doubt: %s", self.spec.name, error)
+            finally:
+                self._commits.release()
+
     def _ensure_settled(self, deadline: Deadline) -> None:
         """Settle what an earlier call left in doubt; a change that is merely under way is waited for."""
         if self._doubtful is not None and not self._commits.locked():
@@ -356,7 +382,15 @@ class TableOwner:
             self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
-        return self._guarded(lambda: pending.result(deadline.left()), changing)
+        def result() -> T:
+            while True:
+                try:
+                    return pending.result(deadline.left() if changing else min(deadline.left(), CALLER_CHECK_S))
+                except TimeoutError:
+                    if changing or deadline.left() == 0:
+                        raise
+
+        return self._guarded(result, changing)
 
     def _guarded(self, wait: Callable[[], T], changing: bool) -> T:
         """Turn what can go wrong in a group into our errors."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import torch
-from shardloss.errors import DeadlineExceeded, RequestError, SessionExpired, StepTooOld, TicketAborted
+from shardloss.errors import RequestError, SessionExpired, StepTooOld, TicketAborted
 from torch import Tensor
 
 from shardloss_server.config import Limits
@@ -87,7 +87,7 @@ class Pipeline:
         except BaseException:
             owner.sessions.discard(ticket)
             raise
-        if ticket.state is not TicketState.OPEN:
+        if ticket.state in (TicketState.ABORTED, TicketState.EXPIRED):  # a repeat may have committed it already
             raise TicketAborted("the step was given up while it was being scored")
         return reply
 
@@ -101,7 +101,6 @@ class Pipeline:
         scored = time.monotonic()
         partial = merge_all([score.partial for score in scores])
         target = add_all([score.target for score in scores])
-        check_finite(partial, target, part.batch.mass)
         table_grad = None
         if request.want.table_grad:
             upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
@@ -130,12 +129,14 @@ class Pipeline:
             if owner.ledger.outcome(session, step) is None:
                 raise
             reply = owner.last_replies.get((session, step), NO_REPLY)
+        owner.last_replies.keep(
+            (session, step), reply
+        )  # before the commit, whose outcome may be settled by another call
         try:
             committed = owner.commit(commit_of(request, reply.ticket), deadline)
         except RequestError:
-            owner.sessions.discard_key(session, step, request.part)
+            owner.last_replies.forget((session, step))
             raise
-        owner.last_replies.keep((session, step), reply)
         return with_commit(reply, committed)
 
 
@@ -147,7 +148,7 @@ def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
     assert request.commit_now is not None
     rate, scale = request.commit_now.learning_rate, request.commit_now.grad_scale
     parts = (CommitPart(ticket, request.upstream),)
-    return CommitRequest(request.table, request.session, request.step, parts, rate, scale, None, request.digest)
+    return CommitRequest(request.table, request.session, request.step, parts, rate, scale, None, request.digest, True)
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
@@ -158,8 +159,7 @@ def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
     """The reply of a ticket that another call is making or has made; None where that call failed."""
-    if not ticket.ready.wait(deadline.left()):
-        raise DeadlineExceeded("the first call with this key is still at work; repeat with the same key")
+    deadline.wait(ticket.ready.wait, "the first call with this key was done; repeat with the same key")
     reply = ticket.reply
     return None if reply is None else replayed(reply)
 
@@ -190,18 +190,6 @@ def join(gradients: list[RowGradient]) -> RowGradient:
     return RowGradient(class_ids[order], rows[order], biases[order])
 
 
-def check_finite(partial: Partial, target: Target, mass: Tensor) -> None:
-    """Every counted row has a finite loss and, where it was asked for, a finite gradient.
-
-    Raises:
-        InvalidArgument: naming the row of hidden.
-    """
-    is_finite = torch.isfinite(partial.lse + target.target_logit) & torch.isfinite(mass * partial.lse)
-    if partial.mean_row is not None and target.target_row is not None:
-        is_finite &= torch.isfinite(partial.mean_row + target.target_row).all(1)
-    validate.finite_logits((mass == 0) | is_finite, "hidden")
-
-
 def finish(
     request: LossRequest,
     part: Part,
@@ -212,15 +200,22 @@ def finish(
     version: int,
     cost: Cost,
 ) -> LossReply:
-    """From merged statistics to what was wanted."""
+    """From merged statistics to what was wanted.
+
+    Raises:
+        InvalidArgument: a counted row has a loss or a gradient that is not finite.
+    """
     want, mass = request.want, part.batch.mass
-    gradient = None
-    if want.hidden_grad:
-        gradient = hidden_gradient(partial, target, mass)
-        if want.grad_dtype is not None:
-            gradient = gradient.to(getattr(torch, want.grad_dtype))
+    loss = per_example_loss(partial, target, mass).to(mass.dtype)
+    gradient = hidden_gradient(partial, target, mass) if want.hidden_grad else None
+    is_finite = torch.isfinite(loss)
+    if gradient is not None:
+        is_finite &= torch.isfinite(gradient).all(1)
+    validate.finite_logits((mass == 0) | is_finite, "hidden")
+    if gradient is not None and want.grad_dtype is not None:
+        gradient = gradient.to(getattr(torch, want.grad_dtype))
     return LossReply(
-        loss=per_example_loss(partial, target, mass).to(mass.dtype) if want.loss else None,
+        loss=loss if want.loss else None,
         lse=torch.where(mass == 0, -torch.inf, partial.lse).to(mass.dtype) if want.lse else None,
         hidden_grad=gradient,
         table_grad=table_grad,

@@ -101,6 +101,7 @@ class CommitRequest:
     grad_scale: float
     max_staleness: int | None
     digest: bytes
+    is_one_call: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,14 +191,6 @@ class Sessions:
         with self._lock:
             self._close(ticket, TicketState.ABORTED, remember=False)
 
-    def discard_key(self, session: str, step: int, part: int) -> None:
-        """Close the open ticket of a key, if there is one, as if its call had never come."""
-        with self._lock:
-            known = self._sessions.get(session)
-            ticket = known.tickets.get((step, part)) if known else None
-            if ticket is not None:
-                self._close(ticket, TicketState.ABORTED, remember=False)
-
     def find(self, session: str, step: int, names: list[str], now: float) -> list[Ticket]:
         """The open, ready tickets of one step by name, held for a commit until `commit` or `release`.
 

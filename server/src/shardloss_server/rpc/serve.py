@@ -26,6 +26,7 @@ from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import FRAMING_BYTES, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
     Handlers,
@@ -61,6 +62,7 @@ class Server:
         reserved = max(1, config.num_threads // 6)  # threads for streams, and as many for commits
         limits = replace(
             config.limits,
+            max_calls_in_flight=min(config.limits.max_calls_in_flight, max(1, config.num_threads - 2 * reserved)),
             max_streams=min(config.limits.max_streams, reserved),
             max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
         )
@@ -132,5 +134,6 @@ class Server:
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
+            self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
             self.catalog.expire_tickets(time.monotonic())
             self.handlers.streams.drop_silent(time.monotonic())

@@ -13,6 +13,8 @@ from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.numerics.partial import Partial, Target
 from shardloss_server.placement import Placement
 
+SIGNS_OF_NO_MEMORY = ("allocate memory", "out of memory")  # torch's CPU and CUDA allocators say so
+
 
 class OutOfMemory(Exception):
     """There is no memory for what was asked for; nothing changed."""
@@ -28,7 +30,7 @@ def allocating(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError, OutOfMemoryError being one
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS_OF_NO_MEMORY):
             raise
         raise OutOfMemory(f"no memory for {what}") from None
 

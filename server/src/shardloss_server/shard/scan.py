@@ -68,8 +68,13 @@ def power_above(values: Tensor) -> Tensor:
 
 
 def norms(values: Tensor) -> Tensor:
-    """|value| [M] of values [M, D], up to the next power of two; the same bits for equal rows."""
-    return power_above(torch.linalg.vector_norm(values, dim=1))
+    """|value| [M] of values [M, D], up to the next power of two; the same bits for equal rows.
+
+    Scaled by each row's largest entry, so that its squares neither overflow nor vanish.
+    """
+    largest = power_above(values.abs().amax(1)) / 2
+    scaled = values / torch.where(largest == 0, 1.0, largest)[:, None]
+    return power_above(torch.linalg.vector_norm(scaled, dim=1)) * largest
 
 
 def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dtype) -> Tensor:

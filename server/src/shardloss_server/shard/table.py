@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -120,13 +121,14 @@ class ShardTable:
         if not self._is_next(record.version):
             return self.version
         step = self.num_commits + 1
-        with allocating("the gradient of a step"):
+        with allocating("the gradient of a step"):  # nothing has changed until its first block is there
             touched = self._touched_gradient(record.parts, record.upstreams)
-        if any(part.candidates is None for part in record.parts):
-            blocks = self._dense_gradient(record.parts, record.upstreams, touched)
-        else:
-            blocks = in_blocks(touched)
-        for index, rows, biases in blocks:
+            if any(part.candidates is None for part in record.parts):
+                blocks = self._dense_gradient(record.parts, record.upstreams, touched)
+            else:
+                blocks = in_blocks(touched)
+            first = list(islice(blocks, 1))
+        for index, rows, biases in chain(first, blocks):
             self._update_rows_(index, rows, biases, record, step)
         self.num_commits = step
         self.ledger.note(record.key, Outcome(record.key.digest, record.version, record.staleness))
