@@ -44,6 +44,26 @@ def test_ranks_and_best_classes_are_exact_for_hidden_of_any_size(
     assert best.class_ids.tolist() == np.argsort(-logits, axis=1)[:, :5].tolist()
 
 
+@pytest.mark.parametrize(("hidden_size", "row_size"), [(1.0, 1e-165), (1e155, 1.0), (1e200, 1e-100), (1e-150, 1e-150)])
+def test_equal_rows_tie_at_any_size(
+    client: shardloss.LossClient,
+    fresh_name: Callable[[], str],
+    rng: np.random.Generator,
+    hidden_size: float,
+    row_size: float,
+) -> None:
+    """In a float64 table, where squares would overflow or vanish: rank and top-k agree, ties by the lower id."""
+    table = client.create_table(fresh_name(), num_classes=40, dim=D, dtype="float64", num_shards=3)
+    rows = row_size * np.repeat(rng.standard_normal((8, D)), 5, axis=0)
+    table.write_rows(np.arange(40), rows)
+    hidden = hidden_size * rng.standard_normal((N, D))
+    best = table.top_k(hidden, 40).class_ids
+    for label in range(40):
+        ranks = table.evaluate(hidden, np.full(N, label)).rank
+        assert ranks.tolist() == [int(np.flatnonzero(row == label)[0]) + 1 for row in best]
+    assert (np.diff(best.reshape(N, 8, 5), axis=2) > 0).all()
+
+
 def test_a_dominant_class_has_no_negative_loss(
     client: shardloss.LossClient, fresh_name: Callable[[], str], rng: np.random.Generator
 ) -> None:
@@ -89,6 +109,15 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_refused(
     with pytest.raises(InvalidArgument) as refused:
         table.compute_loss(hidden + np.float32(1), labels, shardloss.FullSoftmax(), want_hidden_grad=True)
     assert refused.value.field == "hidden"
+
+
+def test_a_loss_that_overflows_is_refused(table: shardloss.Table) -> None:
+    """Weights whose sum is finite, times an lse, are not in float32."""
+    hidden, labels = np.ones((2, D), np.float32), np.zeros((2, 1), int)
+    weights = np.array([[1.0], [3e38]], np.float32)
+    with pytest.raises(InvalidArgument) as refused:
+        table.compute_loss(hidden, labels, shardloss.FullSoftmax(), label_weights=weights)
+    assert (refused.value.field, refused.value.index) == ("hidden", "1")
 
 
 def test_questions_of_many_pages_name_the_row_among_all(table: shardloss.Table, rng: np.random.Generator) -> None:

@@ -37,6 +37,7 @@ from shardloss.v1 import loss_pb2, table_pb2
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
+from shardloss_server.numerics import kernel
 from shardloss_server.rpc.serve import Server
 
 from .faulty import FaultyGroup
@@ -1187,6 +1188,76 @@ def test_work_of_a_passed_deadline_is_taken_back(
     table.send_loss(request)
     assert time.monotonic() - began < 30 * one_s + 1.0
     connection.delete_table(table.name)
+
+
+def test_a_one_call_reply_outlives_a_settlement_by_somebody_else(
+    faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """The step is applied, its reply is lost, another caller settles the table: the repeat still gets its tensors."""
+    request = trainer.one_call(1, batch, RATE)
+    faulty.lose("all", WorkerLost("lost"))
+    with pytest.raises(TableUnavailable):
+        once(trainer.losses.ComputeLoss, request)
+    table.read_rows(ALL)
+    again = once(trainer.losses.ComputeLoss, request)
+    assert again.replayed
+    assert again.committed.version == 1
+    assert again.hidden_grad.inline
+
+
+def test_a_doubt_that_nobody_comes_back_for_is_settled(
+    faulty: FaultyGroup, server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """The server itself finds out what became of a step, and gives the tickets back."""
+    request = trainer.scored(1, batch, RATE)
+    faulty.lose("first", WorkerLost("lost"))
+    with pytest.raises(TableUnavailable):
+        trainer.send(request)
+    owner = server.catalog.owner(table.name)
+    eventually(lambda: owner.version == 1 and owner.sessions.num_open == 0, "the settlement")
+    assert trainer.send(request).replayed
+
+
+def test_repeats_whose_callers_went_away_give_their_places_back(
+    server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """Also while the first call with their key still waits."""
+    trainer.loss(1, batch)
+    request = trainer.one_call(2, batch, RATE)
+    request.ClearField("commit_now")
+    request.after_step = 1
+    calls = [trainer.losses.ComputeLoss.future(request) for _ in range(6)]
+    eventually(lambda: server.handlers.admission.num_calls == 6, "the waiting losses")
+    for call in calls[1:]:
+        call.cancel()
+    eventually(lambda: server.handlers.admission.num_calls <= 1, "the end of the repeats")
+    calls[0].cancel()
+    eventually(lambda: server.handlers.admission.num_calls == 0, "the end of the first")
+
+
+@KINDS
+def test_a_step_without_memory_changes_nothing(
+    fresh_name: Callable[[], str], rng: np.random.Generator, num_sampled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation that fails before the first row is written leaves the table as it was, and the step is repeated."""
+    group = LocalGroup(2)
+    with serving(FaultyGroup(group), Limits()) as server, shardloss.connect(server.address) as client:
+        table = make_table(client, fresh_name())
+        trainer = new_trainer(table)
+        batch = random_batch(rng, NUM_CLASSES, DIM, num_sampled=num_sampled)
+        request = trainer.scored(1, batch, RATE)
+        before = replica_of(table)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "logit_gradient", fail)
+            with pytest.raises(TableUnavailable):
+                trainer.send(request)
+            assert_same_bits(table, before)
+        assert trainer.send(request).version == 1
+    group.close()
 
 
 # Sessions that were forgotten, tables that were made anew

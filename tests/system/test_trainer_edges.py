@@ -247,6 +247,32 @@ def test_losses_that_nobody_differentiates_leave_no_ticket(table: shardloss.Tabl
     assert (table.info().num_commits, table.info().num_open_tickets) == (1, 0)
 
 
+def test_a_forgotten_no_grad_never_fills_the_server(table: shardloss.Table, batch: Batch) -> None:
+    """Where the last loss is still named while the next is computed, some tickets stay, and no more than some."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+    hidden, labels = batch
+    for _ in range(60):
+        loss = head(hidden, labels)
+        assert loss.isfinite()
+    assert table.info().num_open_tickets <= 20
+    loss = head(hidden, labels)
+    loss.backward()
+    optimizer.step()
+    assert (table.info().num_commits, table.info().num_open_tickets) == (1, 0)
+
+
+def test_a_shortcut_head_takes_the_batch_after_a_skipped_one(table: shardloss.Table, batch: Batch) -> None:
+    """A loss that was computed and not differentiated is given up with the next step."""
+    head = table.softmax(learning_rate=0.1)
+    hidden, labels = batch
+    for is_bad in (True, False, True, True, False):
+        loss = head(hidden, labels)
+        if not is_bad:
+            loss.backward()
+    assert table.info().num_commits == 2
+
+
 def test_a_loss_that_still_lives_keeps_its_step(table: shardloss.Table, batch: Batch) -> None:
     """Two losses are computed before either is differentiated: both belong to one commit."""
     head = table.softmax()
