@@ -67,7 +67,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End the service in order, then all that is left in its process group. A second Ctrl-C does not cut this short."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process.send_signal(signal.SIGINT)  # while Ray starts it handles SIGTERM itself, and leaves agents and files
+        process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         with suppress(ProcessLookupError):
