@@ -27,13 +27,14 @@ class FaultyGroup:
     """A `ShardGroup` over another one. `lose` makes the next changes (steps and row writes) lose their reply.
 
     extent says how much of a change is done all the same: by "all" workers, by the "first" or the "last" one, or by
-    "none". `before_score` and `before_apply` are called before a score or a step goes to the workers.
+    "none". `before_score`, `before_apply` and `before_repair` are called before that work goes to the workers.
     """
 
     def __init__(self, inner: FanoutGroup) -> None:
         self.inner = inner
         self.before_score: Callable[[], object] = lambda: None
         self.before_apply: Callable[[], object] = lambda: None
+        self.before_repair: Callable[[], object] = lambda: None
         self._lost: list[tuple[str, Exception]] = []
         self._lock = threading.Lock()
 
@@ -57,6 +58,11 @@ class FaultyGroup:
     def write(self, table: str, write: RowWrite) -> Pending[list[int]]:
         """Overwrite rows, or lose the reply."""
         return self._change("write", table, write)
+
+    def repair(self, table: str, timeout_s: float) -> int:
+        """Bring all shards to one version."""
+        self.before_repair()
+        return self.inner.repair(table, timeout_s)
 
     def _change(self, verb: str, table: str, *args: Any) -> Pending[list[int]]:
         with self._lock:

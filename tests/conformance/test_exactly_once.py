@@ -37,6 +37,7 @@ from shardloss.v1 import loss_pb2, table_pb2
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
+from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.numerics import kernel
 from shardloss_server.rpc.serve import Server
 
@@ -688,6 +689,41 @@ def test_whoever_comes_next_settles_the_table(
     again = trainer.send(request)
     assert again.replayed == applied
     assert again.version == (1 if applied else version + 1)
+
+
+@EXTENTS
+def test_a_score_waits_while_another_settles_the_table(
+    faulty: FaultyGroup,
+    server: Server,
+    table: shardloss.Table,
+    trainer: RawTrainer,
+    batch: Batch,
+    extent: str,
+) -> None:
+    """Who comes while the shards are being brought to one version is not told to come again; he waits."""
+    request = trainer.scored(1, batch, RATE)
+    repairing, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        repairing.set()
+        assert go_on.wait(PATIENCE_S)
+
+    faulty.before_repair = hold
+    faulty.lose(extent, WorkerLost("lost"))
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            with pytest.raises(TableUnavailable):
+                trainer.send(request)
+            settling = pool.submit(server.catalog.settle, Deadline.after(PATIENCE_S))  # or the server's own watch
+            assert repairing.wait(PATIENCE_S)
+            scoring = pool.submit(new_trainer(table).loss, 1, batch)
+            with pytest.raises(TimeoutError):
+                scoring.result(0.2)
+        finally:
+            faulty.before_repair = lambda: None
+            go_on.set()
+        assert scoring.result(PATIENCE_S).version == int(extent != "none")
+        settling.result(PATIENCE_S)
 
 
 @EXTENTS

@@ -120,6 +120,7 @@ class TableOwner:
         self._commits = threading.Lock()
         self._applied = threading.Condition()
         self._doubtful: Doubt | None = None
+        self._under_way = False  # a change was started and its answers are still waited for
         self._lost: str | None = None
         self._retired = False
         self._closing = False
@@ -331,12 +332,15 @@ class TableOwner:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
         if deadline.left() == 0:
             raise DeadlineExceeded("the deadline passed before the change began; nothing was changed")
-        with deadline.holding(self._order, "the table's order of work"):
-            self._refuse_lost()
-            self._doubtful = doubt
-            pending = start()
-        self._wait(pending, deadline, changing=True)
-        self._note(doubt)
+        try:
+            with deadline.holding(self._order, "the table's order of work"):
+                self._refuse_lost()
+                self._doubtful, self._under_way = doubt, True
+                pending = start()
+            self._wait(pending, deadline, changing=True)
+            self._note(doubt)
+        finally:
+            self._under_way = False
 
     def _note(self, doubt: Doubt) -> None:
         """All shards hold the change: it happened, and its tickets are committed."""
@@ -364,8 +368,11 @@ class TableOwner:
                 self._commits.release()
 
     def _ensure_settled(self, deadline: Deadline) -> None:
-        """Settle what an earlier call left in doubt; a change that is merely under way is waited for."""
-        if self._doubtful is not None and not self._commits.locked():
+        """Settle what an earlier change left in doubt, or wait for whoever is at it.
+
+        Behind a change that is under way no one waits: it has its place in the order of work, before what comes now.
+        """
+        if self._doubtful is not None and not self._under_way:
             with deadline.holding(self._commits, "a commit of this table"):
                 self._settle(deadline)
 
