@@ -1,0 +1,47 @@
+"""The logit transform: scale, soft cap, and normalised hidden and rows, with their derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_NORM = 1e-12  # as torch.nn.functional.normalize: a row of zeros has cosine 0 with everything
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """z = cap(scale * (hidden . row + bias)); normalize makes hidden and rows unit vectors first; soft_cap None: z."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+    normalize: bool = False
+
+
+def norms_of(vectors: Tensor) -> Tensor:
+    """|v| [M] of vectors [M, D], at least LEAST_NORM.
+
+    Scaled by the largest entry, so that squares neither overflow nor vanish.
+    """
+    if vectors.numel() == 0:
+        return torch.full((len(vectors),), LEAST_NORM, dtype=vectors.dtype)
+    largest = vectors.abs().amax(1)
+    scaled = vectors / torch.where(largest == 0, 1.0, largest)[:, None]
+    return (torch.linalg.vector_norm(scaled, dim=1) * largest).clamp_(min=LEAST_NORM)
+
+
+def project(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """Gradient in v [M, D] from the gradient in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors."""
+    return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / norms[:, None]
+
+
+def cap_(logits: Tensor, soft_cap: float) -> Tensor:
+    """soft_cap * tanh(z / soft_cap), in place."""
+    return logits.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def cap_slope(capped: Tensor, soft_cap: float) -> Tensor:
+    """Derivative of the cap where it gave `capped`: 1 - tanh(z / soft_cap)^2."""
+    ratio = capped / soft_cap
+    return 1.0 - ratio * ratio
