@@ -47,7 +47,15 @@ def test_the_promised_services_and_methods_are_there() -> None:
         *(f"EvaluationService.{name}" for name in ("Evaluate", "TopK", "Score")),
         *(
             f"TableService.{name}"
-            for name in ("CreateTable", "GetTable", "ListTables", "DeleteTable", "ReadRows", "WriteRows")
+            for name in (
+                "CreateTable",
+                "GetTable",
+                "ListTables",
+                "DeleteTable",
+                "ReadRows",
+                "WriteRows",
+                "WriteClassCounts",
+            )
         ),
         "ServerService.GetServerInfo",
     }

@@ -79,6 +79,13 @@ def test_the_client_never_imports_the_server_or_ray(path: Path) -> None:
         assert module.split(".")[0] not in ("ray", "shardloss_server"), f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((CLIENT / "sampling").glob("*.py")), ids=lambda path: path.name)
+def test_sampling_knows_numpy_and_the_errors_alone(path: Path) -> None:
+    """The samplers run in any process, without a connection, torch or the rest of the client."""
+    own = tuple(module for module in imports_of(path) if module.split(".")[0] not in sys.stdlib_module_names)
+    assert all(module.startswith(("numpy", "shardloss.errors", "shardloss.sampling")) for module in own)
+
+
 def test_every_room_is_in_the_order() -> None:
     """A new room is placed before it is used."""
     rooms = {room_of(path) for path in SERVER_FILES} - {"__init__"}
@@ -92,7 +99,7 @@ class Block:
         if name.split(".")[0] in {"ray", "torch", "shardloss_server"}:
             raise ImportError(name + " is not here")
 sys.meta_path.insert(0, Block())
-import shardloss
+import shardloss, shardloss.sampling
 assert "torch" not in sys.modules
 print(len(shardloss.__all__))
 """

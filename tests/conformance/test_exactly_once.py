@@ -1288,7 +1288,7 @@ def test_a_step_without_memory_changes_nothing(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "logit_gradient", fail)
+            patch.setattr(kernel, "block_gradient", fail)
             with pytest.raises(TableUnavailable):
                 trainer.send(request)
             assert_same_bits(table, before)

@@ -13,10 +13,10 @@ import torch
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.frontend.pipeline import merge
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
 from shardloss_server.numerics.optimizer import OptimizerSpec
-from shardloss_server.numerics.partial import add_all, merge_all
 from shardloss_server.placement import Placement
 from shardloss_server.rpc.serve import Server
 from shardloss_server.shard.record import Batch, Candidates, Part, RowWrite, StepKey, TableSpec, Upstream
@@ -71,13 +71,12 @@ class Shards:
     def loss(self, part: Part) -> torch.Tensor:
         """Per-example losses of a part."""
         scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
-        merged = merge_all([score.partial for score in scores]), add_all([score.target for score in scores])
-        return per_example_loss(*merged, part.batch.mass)
+        return per_example_loss(merge(scores), part.batch.mass)
 
     def order(self, part: Part, g: np.ndarray, step: int, version: int | None = None) -> Order:
         """The next step, with the lse of the present version."""
         scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
-        lse = merge_all([score.partial for score in scores]).lse
+        lse = merge(scores).statistics.lse
         version = scores[0].version + 1 if version is None else version
         key = StepKey("trainer", step, b"payload")
         return Order(version, key, LEARNING_RATE, 0, (Upstream(lse, torch.tensor(g)),))
@@ -215,10 +214,9 @@ def test_merged_scores_are_the_loss(
     scores = shards.group.score(shards.name, shards.group.stage(part), True).result(TIMEOUT_S)
     assert len(scores) == num_shards
     assert {score.version for score in scores} == {0}
-    partial, target = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
-    loss = per_example_loss(partial, target, part.batch.mass)
+    loss = per_example_loss(merge(scores), part.batch.mass)
     np.testing.assert_allclose(loss.numpy(), replica.loss(batch), rtol=EXACT, atol=EXACT)
-    gradient = hidden_gradient(partial, target, part.batch.mass)
+    gradient = hidden_gradient(merge(scores), part.batch.mass)
     np.testing.assert_allclose(gradient.numpy(), replica.gradients([batch])[2][0], rtol=EXACT, atol=EXACT)
 
 
@@ -419,8 +417,7 @@ def test_work_is_done_in_the_order_it_was_started(shards: Shards, rng: np.random
     emptied.rows[2], emptied.biases[2] = 0.0, 0.0
     for version, (scores, replica) in enumerate(((scored_0, before), (scored_1, after), (scored_2, emptied))):
         assert {score.version for score in scores} == {version}
-        merged = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
-        loss = per_example_loss(*merged, part.batch.mass)
+        loss = per_example_loss(merge(scores), part.batch.mass)
         np.testing.assert_allclose(loss.numpy(), replica.loss(batch), rtol=EXACT, atol=EXACT)
 
 
@@ -433,8 +430,8 @@ def test_a_staged_part_serves_many_verbs(shards: Shards, rng: np.random.Generato
     shards.group.gradient(shards.name, staged, order.upstreams[0]).result(TIMEOUT_S)
     again = shards.group.score(shards.name, staged, True).result(TIMEOUT_S)
     for one, other in zip(first, again, strict=True):
-        assert torch.equal(one.partial.lse, other.partial.lse)
-        assert torch.equal(one.partial.mean_row, other.partial.mean_row)
+        assert torch.equal(one.statistics.lse, other.statistics.lse)
+        assert torch.equal(one.statistics.mean_row, other.statistics.mean_row)
 
 
 # Deadlines

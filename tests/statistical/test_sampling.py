@@ -13,13 +13,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from shardloss import sampling
+from shardloss_server.frontend.counts import ClassCounts
+from shardloss_server.frontend.pipeline import merge
 from shardloss_server.frontend.plan import plan
 from shardloss_server.frontend.request import LossRequest, SampledSoftmax, SamplerSpec, Want
-from shardloss_server.numerics import reference, sampler
+from shardloss_server.numerics import reference
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient
 from shardloss_server.numerics.optimizer import OptimizerSpec
-from shardloss_server.numerics.partial import add_all, merge_all
 from shardloss_server.placement import Placement
 from shardloss_server.shard.record import Part, RowWrite, Score, TableSpec
 from shardloss_server.shard.table import ShardTable
@@ -45,8 +47,8 @@ def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
 @pytest.mark.parametrize("seed", [0, 2**63 + 1])
 def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, seed: int) -> None:
     """Chi-square over 1,000,000 draws of 100 steps."""
-    distribution = sampler.DISTRIBUTIONS[kind](num_classes)
-    draws = np.concatenate([sampler.draw(distribution, 10_000, False, seed, step).sampled for step in range(100)])
+    distribution = sampling.DISTRIBUTIONS[kind](num_classes)
+    draws = np.concatenate([sampling.draw(distribution, 10_000, False, seed, step).sampled for step in range(100)])
     observed = np.bincount(draws, minlength=num_classes)
     expected = probability(kind, num_classes) * len(draws)
     assert expected.min() > 5  # the chi-square approximation holds
@@ -56,9 +58,9 @@ def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_one_draw_each_fit_as_well(kind: str) -> None:
     """The first candidate over 20,000 steps and over 20,000 seeds: neighbouring keys are independent draws."""
-    distribution, expected = sampler.DISTRIBUTIONS[kind](37), probability(kind, 37) * 20_000
-    over_steps = [int(sampler.draw(distribution, 1, False, 3, step).sampled[0]) for step in range(20_000)]
-    over_seeds = [int(sampler.draw(distribution, 1, False, seed, 3).sampled[0]) for seed in range(20_000)]
+    distribution, expected = sampling.DISTRIBUTIONS[kind](37), probability(kind, 37) * 20_000
+    over_steps = [int(sampling.draw(distribution, 1, False, 3, step).sampled[0]) for step in range(20_000)]
+    over_seeds = [int(sampling.draw(distribution, 1, False, seed, 3).sampled[0]) for seed in range(20_000)]
     for draws in (over_steps, over_seeds):
         assert stats.chisquare(np.bincount(draws, minlength=37), expected).pvalue > P_VALUE
         pairs = np.array(draws[:-1]) * 37 + np.array(draws[1:])  # neighbours: independent, so pairs are products
@@ -69,8 +71,8 @@ def test_steps_of_one_draw_each_fit_as_well(kind: str) -> None:
 
 def inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
     """How many of our distinct batches hold each class."""
-    distribution = sampler.DISTRIBUTIONS[kind](num_classes)
-    draws = [sampler.draw(distribution, num_sampled, True, 17, step).sampled for step in range(num_batches)]
+    distribution = sampling.DISTRIBUTIONS[kind](num_classes)
+    draws = [sampling.draw(distribution, num_sampled, True, 17, step).sampled for step in range(num_batches)]
     return np.bincount(np.concatenate(draws), minlength=num_classes)
 
 
@@ -132,7 +134,7 @@ def test_frequencies_are_tensorflows() -> None:
         assert_same_frequencies(two_sample_z(ours, num_batches, frequency, num_batches))
         compared.append((kind, True))
     for kind, frequency, num_draws, _ in golden_frequencies(unique=False):
-        draws = sampler.draw(sampler.DISTRIBUTIONS[kind](len(frequency)), num_draws, False, 29, 0).sampled
+        draws = sampling.draw(sampling.DISTRIBUTIONS[kind](len(frequency)), num_draws, False, 29, 0).sampled
         ours = np.bincount(draws, minlength=len(frequency)) / num_draws
         assert_same_frequencies(two_sample_z(ours, num_draws, frequency, num_draws))
         compared.append((kind, False))
@@ -177,7 +179,7 @@ class Model:
             digest=b"",
             max_reply_bytes=1 << 40,
         )
-        return plan(request, self.spec)
+        return plan(request, self.spec, ClassCounts(self.spec.num_classes, False))
 
     def scores(self, part: Part, with_gradient: bool) -> list[Score]:
         return [shard.score(part, with_gradient) for shard in self.shards]
@@ -194,10 +196,7 @@ def test_corrected_candidates_estimate_the_partition_function(model: Model, kind
 
     The sum over draws is exp(lse) less the true column, whose logit and -log(S p) are known.
     """
-    lse = [
-        merge_all([s.partial for s in model.scores(model.part(kind, 19, step, model.labels), False)]).lse
-        for step in range(2000)
-    ]
+    lse = [merge(model.scores(model.part(kind, 19, step, model.labels), False)).statistics.lse for step in range(2000)]
     logits = model.hidden @ model.weights.T + model.biases
     true_count = 19 * torch.from_numpy(probability(kind, V))[model.labels]
     estimates = torch.stack(lse).exp() - (logits.gather(1, model.labels).exp() / true_count)[:, 0]
@@ -213,8 +212,7 @@ def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> 
     for step in range(num_steps):
         part = model.part(kind, num_sampled, step, model.labels)
         scores = model.scores(part, True)
-        partial, target = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
-        gradients.append(hidden_gradient(partial, target, part.batch.mass))
+        gradients.append(hidden_gradient(merge(scores), part.batch.mass))
     stacked = torch.stack(gradients)
     return stacked.mean(0), stacked.std(0) / math.sqrt(num_steps)
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from shardloss_server.cluster.group import Order
 from shardloss_server.cluster.worker import Worker
+from shardloss_server.frontend.counts import ClassCounts
+from shardloss_server.frontend.pipeline import merge
 from shardloss_server.frontend.plan import plan
 from shardloss_server.frontend.request import LossRequest, SampledSoftmax, Want
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
 from shardloss_server.numerics.optimizer import OptimizerSpec
-from shardloss_server.numerics.partial import add_all, merge_all
 from shardloss_server.placement import Placement
 from shardloss_server.shard.record import Part, RowWrite, StepKey, TableSpec, Upstream
 from torch import Tensor
@@ -95,14 +96,13 @@ class Cut:
             digest=b"",
             max_reply_bytes=1 << 40,
         )
-        return plan(request, self.spec)
+        return plan(request, self.spec, ClassCounts(self.spec.num_classes, self.spec.count_labels))
 
     def score(self, part: Part) -> Answer:
         """Loss [N], gradient of hidden [N, D] and lse [N]."""
         scores = self.ask("score", True, part)
-        partial, target = merge_all([s.partial for s in scores]), add_all([s.target for s in scores])
-        mass = part.batch.mass
-        return Answer(per_example_loss(partial, target, mass), hidden_gradient(partial, target, mass), partial.lse)
+        merged, mass = merge(scores), part.batch.mass
+        return Answer(per_example_loss(merged, mass), hidden_gradient(merged, mass), merged.statistics.lse)
 
     def gradient(self, part: Part, g: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of sum(g * loss) in all weights [V, D] and biases [V]."""

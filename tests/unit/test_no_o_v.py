@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shardloss_server.frontend.counts import ClassCounts
 from shardloss_server.frontend.plan import plan
 from shardloss_server.frontend.request import LossRequest, SampledSoftmax, SampledValues, Want
 from shardloss_server.numerics.initializer import Initializer
@@ -100,10 +101,10 @@ def watched_step(table: ShardTable, hit_removal: str) -> Iterator[tuple[str, Wat
 
     with torch.no_grad():
         with watch() as planning:
-            part = plan(request, table.spec)
+            part = plan(request, table.spec, ClassCounts(table.spec.num_classes, False))
         with watch() as scoring:
             score = table.score(part, True)
-        upstream = Upstream(score.partial.lse, torch.ones(N))
+        upstream = Upstream(score.statistics.lse, torch.ones(N))
         with watch() as grading:
             table.gradient(part, upstream)
         record = Record(table.version + 1, StepKey("a", table.version + 1, b""), 0.1, 0, (part,), (upstream,))

@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from shardloss import sampling
 from shardloss.errors import InvalidArgument
+from shardloss.sampling import draws
+from shardloss_server.frontend.counts import ClassCounts
 from shardloss_server.frontend.plan import draw_with_tries
 from shardloss_server.frontend.request import SamplerSpec
-from shardloss_server.numerics import sampler
 from shardloss_server.numerics.correction import find_hits, fold_repeats
 from torch import Tensor
 
@@ -36,8 +38,8 @@ def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
     return np.array([math.log((k + 2) / (k + 1)) / math.log(num_classes + 1) for k in range(num_classes)])
 
 
-def draw(kind: str, num_classes: int, num_sampled: int, unique: bool, seed: int = 0, step: int = 0) -> sampler.Draw:
-    return sampler.draw(sampler.DISTRIBUTIONS[kind](num_classes), num_sampled, unique, seed, step)
+def draw(kind: str, num_classes: int, num_sampled: int, unique: bool, seed: int = 0, step: int = 0) -> sampling.Draw:
+    return sampling.draw(sampling.DISTRIBUTIONS[kind](num_classes), num_sampled, unique, seed, step)
 
 
 # Expected counts against TensorFlow
@@ -80,13 +82,13 @@ def test_the_golden_index_has_both_samplers_with_and_without_repeats() -> None:
 @golden
 def test_expected_counts_equal_tensorflows(case: dict[str, Any]) -> None:
     """Q of every class, wherever a draw met a repeat or repeats are allowed, to TensorFlow's float32."""
-    distribution = sampler.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
+    distribution = sampling.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
     class_ids = np.arange(case["range_max"])
     compared = 0
     for _, count, num_tries in rows_of(case):
         if case["unique"] and num_tries == case["num_sampled"]:
             continue  # the next test's
-        ours = sampler.expected_count(distribution, class_ids, case["num_sampled"], case["unique"], num_tries)
+        ours = sampling.expected_count(distribution, class_ids, case["num_sampled"], case["unique"], num_tries)
         np.testing.assert_allclose(ours, count, rtol=1e-6)
         compared += 1
     assert compared
@@ -102,9 +104,9 @@ def test_a_distinct_draw_without_a_repeat_counts_as_with_repeats() -> None:
     ]
     assert lucky
     for case, count in lucky:
-        distribution = sampler.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
+        distribution = sampling.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
         num_sampled = case["num_sampled"]
-        ours = sampler.expected_count(distribution, np.arange(case["range_max"]), num_sampled, True, num_sampled)
+        ours = sampling.expected_count(distribution, np.arange(case["range_max"]), num_sampled, True, num_sampled)
         np.testing.assert_allclose(ours, count, rtol=1e-6)
 
 
@@ -112,7 +114,7 @@ def test_a_distinct_draw_without_a_repeat_counts_as_with_repeats() -> None:
 def test_probabilities_are_the_documented_ones(kind: str) -> None:
     """p sums to 1 and is 1/V, or log((k + 2) / (k + 1)) / log(V + 1)."""
     ids = np.arange(173)
-    p = sampler.DISTRIBUTIONS[kind](173).probability(ids)
+    p = sampling.DISTRIBUTIONS[kind](173).probability(ids)
     np.testing.assert_allclose(p, probability(kind, 173), rtol=1e-13)
     assert p.sum() == pytest.approx(1.0, rel=1e-12)
 
@@ -179,19 +181,48 @@ def test_huge_tables_are_drawn_from_at_no_cost(kind: str, unique: bool) -> None:
     assert drawn.sampled.dtype == np.int64
 
 
+class Ends(np.random.Generator):
+    """The smallest and the largest number that a generator gives."""
+
+    def random(self, *args: Any, **kwargs: Any) -> Any:
+        return np.array([0.0, np.nextafter(1.0, 0.0)])
+
+
 def test_the_uniform_bits_reach_both_ends() -> None:
     """u = 0 is class 0, and the largest u below 1 is class V - 1, never V."""
     for kind in KINDS:
         for num_classes in (1, 2, 3, 173, 2**31 + 1, 2**40):
-            ids = sampler.DISTRIBUTIONS[kind](num_classes).from_uniform(np.array([0.0, np.nextafter(1.0, 0.0)]))
+            ids = sampling.DISTRIBUTIONS[kind](num_classes).draw(Ends(np.random.Philox()), 2)
             assert ids.tolist() == [0, num_classes - 1]
+
+
+@pytest.mark.parametrize(
+    "kind, num_classes, unique, key, sampled, num_tries",
+    [
+        ("log_uniform", 173, False, (0, 0), [0, 2, 0, 17, 12, 3, 131, 160, 2, 1, 38], 11),
+        ("log_uniform", 173, True, (7, 123_456), [1, 8, 41, 90, 3, 11, 6, 33, 4, 13, 66], 14),
+        ("log_uniform", 1_000_003, True, (2**63, 2**40), [277, 210, 2412, 1, 13, 4, 3387], 7),
+        ("log_uniform", 13, True, (5, 3), [6, 1, 5, 12, 0, 3, 2, 7, 10, 8, 11], 30),
+        ("uniform", 173, False, (0, 0), [1, 41, 19, 97, 86, 48, 163, 170, 43, 33, 123], 11),
+        ("uniform", 173, True, (7, 123_456), [28, 77, 125, 151, 34, 49, 84, 66, 118, 48, 54], 11),
+        ("uniform", 1_000_003, True, (2**63, 2**40), [407421, 387484, 563777, 62187, 191483, 119117, 588345], 7),
+        ("uniform", 13, True, (5, 3), [9, 5, 12, 8, 0, 4, 2, 7, 3, 6, 10], 15),
+    ],
+)
+def test_draws_are_those_of_the_first_release(
+    kind: str, num_classes: int, unique: bool, key: tuple[int, int], sampled: list[int], num_tries: int
+) -> None:
+    """A run that goes on after an upgrade draws what it would have drawn: the bits of a (seed, step) are for good."""
+    drawn = draw(kind, num_classes, len(sampled), unique, *key)
+    assert (drawn.sampled.tolist(), drawn.num_tries) == (sampled, num_tries)
 
 
 def test_a_hopeless_distinct_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of 50,000 log-uniform classes would take millions of draws: a request error that names the field."""
-    monkeypatch.setattr(sampler, "MAX_TRIES", 1 << 17)
+    monkeypatch.setattr(draws, "MAX_TRIES", 1 << 17)
+    labels = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(InvalidArgument, match="num_sampled = 50000") as refused:
-        draw_with_tries(SamplerSpec("log_uniform", 50_000, True, 0), 50_000, 0, torch.zeros(1, 1, dtype=torch.int64))
+        draw_with_tries(SamplerSpec("log_uniform", 50_000, True, 0), 50_000, 0, labels, ClassCounts(50_000, False))
     assert refused.value.field == "sampler.num_sampled"
 
 
@@ -200,7 +231,7 @@ def test_a_hopeless_distinct_draw_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_true_and_sampled_counts_come_from_one_draw(kind: str, unique: bool) -> None:
     """An id has the same Q as label and as candidate; padding is counted as nothing that could spoil a log."""
     labels = torch.arange(-1, 41)[:, None].repeat(1, 2)
-    values, num_tries = draw_with_tries(SamplerSpec(kind, 12, unique, 9), 41, 4, labels)
+    values, num_tries = draw_with_tries(SamplerSpec(kind, 12, unique, 9), 41, 4, labels, ClassCounts(41, False))
     assert torch.equal(values.sampled_expected_count, values.true_expected_count[values.sampled + 1, 0])
     p = probability(kind, 41)
     expected = -np.expm1(num_tries * np.log1p(-p)) if unique and num_tries > 12 else p * 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -99,33 +100,45 @@ class Mark(torch.autograd.Function):
 
 
 class RemoteLoss(torch.autograd.Function):
-    """Per-example losses [N] of hidden [N, D], already computed by the server with their gradient hidden_grad [N, D].
+    """Per-example losses [N] of hidden [N, D] and a scale [], already computed by the server with their gradients.
 
-    backward scales the rows of hidden_grad by the upstream g [N], and hands g itself to the mark [N], or to None where
-    the table is not trained.
+    backward scales the rows of hidden_grad [N, D], and sums scale_grad [N], by the upstream g [N]; it hands g itself to
+    the mark [N], or to None where the table is not trained.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, mark: Tensor | None, loss: Tensor, hidden_grad: wire.Array | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        mark: Tensor | None,
+        scale: Tensor | None,
+        loss: Tensor,
+        hidden_grad: wire.Array | None,
+        scale_grad: wire.Array | None,
+    ) -> Tensor:
         """The loss [N] on hidden's device."""
-        ctx.hidden_grad = hidden_grad
+        ctx.hidden_grad, ctx.scale_grad, ctx.scale = hidden_grad, scale_grad, scale
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
         return loss.to(hidden.device, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """(g * hidden_grad, g).
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """(g * hidden_grad, g, sum(g * scale_grad)).
 
         Raises:
             DoubleBackward: create_graph=True; the server has no second derivative.
         """
         if torch.is_grad_enabled():
             raise DoubleBackward("a remote loss has no second derivative; call backward without create_graph=True")
-        grad = None
+        grad = of_scale = None
         if ctx.needs_input_grad[0]:
             row_grad = to_torch(ctx.hidden_grad).to(ctx.device)
             grad = (g.to(row_grad.dtype)[:, None] * row_grad).to(ctx.dtype)
-        return grad, g.detach().to("cpu") if ctx.needs_input_grad[1] else None, None, None
+        if ctx.needs_input_grad[2]:
+            each = to_torch(ctx.scale_grad)
+            of_scale = (g.to("cpu", each.dtype) @ each).to(ctx.scale).reshape(ctx.scale.shape)
+        mark = g.detach().to("cpu") if ctx.needs_input_grad[1] else None
+        return grad, mark, of_scale, None, None, None
 
 
 class Head(torch.nn.Module):
@@ -171,9 +184,14 @@ class Head(torch.nn.Module):
         return f"table={spec.name!r}, num_classes={spec.num_classes}, dim={spec.dim}, reduction={self.reduction!r}"
 
     def apply_loss(
-        self, hidden: Tensor, labels: Tensor, loss: types.Loss, label_weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        loss: types.Loss,
+        label_weights: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """Flatten, compute, reduce."""
+        """Flatten, compute, reduce. A scale of one element multiplies the loss's own and gets its gradient."""
         if hidden.dim() == 0:
             raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
         batch_shape, num_true = hidden.shape[:-1], num_true_of(hidden, labels)
@@ -185,64 +203,132 @@ class Head(torch.nn.Module):
             )
         flat_labels = labels.reshape(num_rows, num_true)
         flat_weights = None if label_weights is None else label_weights.reshape(num_rows, num_true)
-        losses = self._losses(hidden.reshape(num_rows, hidden.shape[-1]), flat_labels, loss, flat_weights)
+        losses = self._losses(hidden.reshape(num_rows, hidden.shape[-1]), flat_labels, loss, flat_weights, scale)
         if self.reduction == "none":
             return losses.view(batch_shape)
         if self.reduction == "sum":
             return losses.sum()
-        return mean_of(losses, self._num_counted(flat_labels))
+        return mean_of(losses, self.num_counted(flat_labels, flat_weights))
 
-    def _losses(self, hidden: Tensor, labels: Tensor, kind: types.Loss, weights: Tensor | None) -> Tensor:
+    def _losses(
+        self, hidden: Tensor, labels: Tensor, kind: types.Loss, weights: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
         step = self.pending.session.step
         compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
+        want_scale_grad = differentiable and scale is not None and scale.requires_grad
         result = compute(
             to_wire(hidden, "hidden"),
             to_ids(labels),
-            kind,
+            kind if scale is None else scaled(kind, scale),
             label_weights=None if weights is None else to_wire(weights, "label_weights"),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
+            want_scale_grad=want_scale_grad,
         )
-        if result.loss is None or (differentiable and hidden.requires_grad and result.hidden_grad is None):
+        lacks_grad = differentiable and hidden.requires_grad and result.hidden_grad is None
+        if result.loss is None or lacks_grad or (want_scale_grad and result.scale_grad is None):
             raise BadReply("the reply lacks the loss or the gradient that was asked for")
         loss, mark = to_torch(result.loss), None
         if training:
             part = self.pending.part(result.ticket)
             mark = Mark.apply(self.pending.probe, self.pending, part, loss)  # type: ignore[no-untyped-call]
-        return cast(Tensor, RemoteLoss.apply(hidden, mark, loss, result.hidden_grad))  # type: ignore[no-untyped-call]
+        scale_grad = None if result.scale_grad is None else result.scale_grad * kind.logits.scale
+        inputs = (hidden, mark, scale, loss, result.hidden_grad, scale_grad)
+        return cast(Tensor, RemoteLoss.apply(*inputs))  # type: ignore[no-untyped-call]
 
-    def _num_counted(self, labels: Tensor) -> int:
+    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:  # noqa: ARG002  (heads differ)
+        """What "mean" divides the losses of labels [N, T] by."""
         if self.ignore_index is None:
             return len(labels)
         return int((labels != self.ignore_index).any(1).sum())
 
 
-def mean_of(losses: Tensor, num_counted: int) -> Tensor:
+def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
+    """The loss with its scale multiplied by a tensor of one element.
+
+    Raises:
+        InvalidArgument: it has more.
+    """
+    if scale.numel() != 1:
+        raise InvalidArgument(f"scale has shape {list(scale.shape)}; one element is needed", field="scale")
+    logits = replace(loss.logits, scale=loss.logits.scale * float(scale.detach()))
+    return replace(loss, logits=logits)
+
+
+def mean_of(losses: Tensor, num_counted: float) -> Tensor:
     """sum(losses [N]) / num_counted; nan for none, whose gradient is 0 as torch's."""
-    mean = losses.sum() / max(1, num_counted)
+    mean = losses.sum() / (num_counted or 1)
     return mean if num_counted else torch.where(torch.ones_like(mean, dtype=torch.bool), float("nan"), mean)
 
 
 class SoftmaxHead(Head):
     """The exact softmax over all classes: torch.nn.functional.cross_entropy(hidden @ W.T + b, labels)."""
 
-    def forward(self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None = None) -> Tensor:
-        """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T)."""
-        return self.apply_loss(hidden, labels, types.FullSoftmax(), label_weights)
+    def __init__(
+        self,
+        table: Table,
+        loss: types.FullSoftmax,
+        *,
+        reduction: str,
+        ignore_index: int | None,
+        learning_rate: float | None,
+    ) -> None:
+        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+        self.class_weights = None if loss.class_weights is None else torch.as_tensor(loss.class_weights).cpu()
+        if self.class_weights is not None and self.class_weights.shape != (table.spec.num_classes,):
+            raise InvalidArgument(
+                f"class_weights has shape {list(self.class_weights.shape)}; [{table.spec.num_classes}] is needed",
+                field="class_weights",
+            )
+        sent = self.class_weights if loss.label_smoothing else None  # else they are weights of labels
+        self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        label_weights: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T).
+
+        scale, a tensor of one element, multiplies the logits and gets its gradient.
+        """
+        if self.class_weights is not None and not self.loss.label_smoothing:
+            label_weights = self._weighted(labels, num_true_of(hidden, labels), label_weights)
+        return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
+
+    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
+        """As torch: the class weights of all labels together, or the number of rows."""
+        if self.class_weights is None:
+            return super().num_counted(labels, label_weights)
+        if self.loss.label_smoothing:
+            label_weights = self._weighted(labels, labels.shape[1], None)
+        return float(0.0 if label_weights is None else label_weights.double().sum())
+
+    def _weighted(self, labels: Tensor, num_true: int, label_weights: Tensor | None) -> Tensor:
+        """Weights of labels times the weights of their classes."""
+        assert self.class_weights is not None
+        ids = labels.detach().cpu()
+        counted = torch.ones_like(ids, dtype=torch.bool) if self.ignore_index is None else ids != self.ignore_index
+        of_class = self.class_weights[torch.where(counted, ids, 0).long()] * counted
+        if label_weights is not None:
+            return label_weights.detach().cpu() * of_class
+        if num_true == 1:
+            return of_class
+        return of_class / counted.sum(-1, keepdim=True).clamp(min=1)
 
 
-class SampledSoftmaxHead(Head):
-    """The sampled softmax: as tf.nn.sampled_softmax_loss, with candidates drawn by the server for each step.
-
-    All parts of a step share their candidates, so micro-batches equal one batch.
-    """
+class SampledHead(Head):
+    """What the sampled losses share. All parts of a step share their candidates, so micro-batches equal one batch."""
 
     def __init__(
         self,
         table: Table,
-        loss: types.SampledSoftmax,
+        loss: types.SampledSoftmax | types.SampledLogistic,
         *,
         reduction: str,
         ignore_index: int | None,
@@ -252,22 +338,84 @@ class SampledSoftmaxHead(Head):
         self.loss = loss
 
     def forward(
-        self, hidden: Tensor, labels: Tensor, sampled_values: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        sampled_values: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        hit_ids: tuple[Tensor, Tensor | None] | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """loss = head(hidden [..., D], labels [...] or [..., T]).
 
-        sampled_values = (sampled [S], true_expected_count of the labels' shape, sampled_expected_count [S]) replaces
-        the draw.
+        sampled_values = (sampled [S] or [N, S], true_expected_count of the labels' shape, sampled_expected_count of
+        sampled's) replaces the draw; hit_ids = (of the labels, of sampled) replace class ids where accidental hits are
+        looked for; scale, a tensor of one element, multiplies the logits and gets its gradient.
         """
-        if sampled_values is None:
-            return self.apply_loss(hidden, labels, self.loss)
-        sampled, true_expected_count, sampled_expected_count = map(to_numpy, sampled_values)
-        if true_expected_count.shape == tuple(labels.shape):
-            true_expected_count = true_expected_count.reshape(-1, num_true_of(hidden, labels))
-        values = types.SampledValues(sampled, true_expected_count, sampled_expected_count)
-        loss = types.SampledSoftmax(
-            sampled_values=values,
-            remove_accidental_hits=self.loss.remove_accidental_hits,
-            hit_removal=self.loss.hit_removal,
-        )
-        return self.apply_loss(hidden, labels, loss)
+        loss, num_true = self.loss, num_true_of(hidden, labels)
+        if sampled_values is not None:
+            sampled, true_expected_count, sampled_expected_count = map(to_numpy, sampled_values)
+            if true_expected_count.shape == tuple(labels.shape):
+                true_expected_count = true_expected_count.reshape(-1, num_true)
+            values = types.SampledValues(sampled, true_expected_count, sampled_expected_count)
+            loss = replace(loss, sampled_values=values)
+        if hit_ids is not None:
+            of_labels, of_sampled = hit_ids
+            ids = to_numpy(of_labels).reshape(-1, num_true)
+            loss = replace(loss, hit_ids=types.HitIds(ids, None if of_sampled is None else to_numpy(of_sampled)))
+        return self.apply_loss(hidden, labels, loss, None, scale)
+
+
+class SampledSoftmaxHead(SampledHead):
+    """The sampled softmax: as tf.nn.sampled_softmax_loss, with candidates drawn by the server for each step."""
+
+
+class SampledLogisticHead(SampledHead):
+    """Noise-contrastive estimation and its relatives: as tf.nn.nce_loss, with candidates drawn for each step."""
+
+
+class SigmoidHead(Head):
+    """The logistic loss over all classes, summed a row."""
+
+    def __init__(
+        self,
+        table: Table,
+        loss: types.FullSigmoid,
+        *,
+        reduction: str,
+        ignore_index: int | None,
+        learning_rate: float | None,
+    ) -> None:
+        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+        self.loss = loss
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        label_weights: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1)."""
+        return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
+
+
+class MarginSoftmaxHead(Head):
+    """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over cosines of hidden and rows."""
+
+    def __init__(
+        self,
+        table: Table,
+        loss: types.FullSoftmax | types.SampledSoftmax,
+        *,
+        reduction: str,
+        ignore_index: int | None,
+        learning_rate: float | None,
+    ) -> None:
+        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+        self.loss = loss
+
+    def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
+        """loss = head(hidden [..., D], labels [...])."""
+        return self.apply_loss(hidden, labels, self.loss, None, scale)

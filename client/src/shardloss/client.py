@@ -96,19 +96,23 @@ class LossClient:
         placement: str = "div",
         initializer: types.Initializer | None = None,
         optimizer: types.Optimizer | None = None,
+        count_labels: bool = False,
         timeout_s: float = FILL_S,
     ) -> Table:
         """Make a table of num_classes V rows of dim D, or take the one that exists with an equal spec.
 
         dtype is how rows are stored: "float32", "float64" or "bfloat16". placement "div" cuts the classes in ranges,
         "mod" deals them out in turn; num_shards 0 is one shard a worker. initializer None is uniform on +-1/sqrt(D);
-        optimizer None is plain SGD. timeout_s is for the whole filling.
+        optimizer None is plain SGD. count_labels counts the labels of commits, for the learned_unigram sampler and
+        corrected in-batch candidates. timeout_s is for the whole filling.
 
         Raises:
             TableExists: the name is taken by another spec.
             InvalidArgument, LimitExceeded: the spec is wrong or too large.
         """
-        spec = messages.table_spec(name, num_classes, dim, dtype, bias, num_shards, placement, initializer, optimizer)
+        spec = messages.table_spec(
+            name, num_classes, dim, dtype, bias, num_shards, placement, initializer, optimizer, count_labels
+        )
         request = table_pb2.CreateTableRequest(spec=spec)
         reply = self.channel.unary(self.tables.CreateTable, request, timeout_s, whole=True)
         return Table(self, messages.table_info(reply.table))

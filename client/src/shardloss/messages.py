@@ -11,7 +11,7 @@ import numpy as np
 
 from shardloss import types, wire
 from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported, ShardlossError
-from shardloss.v1 import evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
+from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
 from shardloss.wire import Array
 
 OPTIMIZER_FIELDS = {
@@ -22,7 +22,13 @@ OPTIMIZER_FIELDS = {
     types.AdamW: "adamw",
     types.SparseAdam: "sparse_adam",
 }
-SAMPLER_KINDS = {"log_uniform": loss_pb2.Sampler.KIND_LOG_UNIFORM, "uniform": loss_pb2.Sampler.KIND_UNIFORM}
+SAMPLER_KINDS = {
+    "log_uniform": loss_pb2.Sampler.KIND_LOG_UNIFORM,
+    "uniform": loss_pb2.Sampler.KIND_UNIFORM,
+    "fixed_unigram": loss_pb2.Sampler.KIND_FIXED_UNIGRAM,
+    "learned_unigram": loss_pb2.Sampler.KIND_LEARNED_UNIGRAM,
+    "all": loss_pb2.Sampler.KIND_ALL,
+}
 HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
@@ -92,6 +98,7 @@ def table_spec(
     placement: str,
     initializer: types.Initializer | None,
     optimizer: types.Optimizer | None,
+    count_labels: bool,
 ) -> table_pb2.TableSpec:
     """A table's spec."""
     spec = table_pb2.TableSpec(
@@ -102,6 +109,7 @@ def table_spec(
         bias=bias,
         num_shards=num_shards,
         placement=choose(PLACEMENTS, placement, "placement"),
+        count_labels=count_labels,
     )
     if optimizer is not None:
         if type(optimizer) not in OPTIMIZER_FIELDS:
@@ -156,6 +164,7 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
         placement="mod" if spec.placement == table_pb2.PLACEMENT_MOD else "div",
         initializer=initializer_of(spec.initializer),
         optimizer=optimizer_of(spec.optimizer),
+        count_labels=spec.count_labels,
         version=message.version,
         num_commits=message.num_commits,
         num_open_tickets=message.num_open_tickets,
@@ -163,28 +172,106 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
 
 
 @writing_request()
-def sampler(loss: types.SampledSoftmax) -> loss_pb2.Sampler:
+def sampler(loss: types.SampledSoftmax | types.SampledLogistic) -> loss_pb2.Sampler:
     """The sampler of a loss."""
-    kind = choose(SAMPLER_KINDS, loss.sampler, "sampler")
-    return loss_pb2.Sampler(kind=kind, num_sampled=loss.num_sampled, unique=loss.unique, seed=loss.seed)
+    if isinstance(loss.sampler, (types.InBatch, types.PartialFc)):
+        raise InvalidArgument(f"{type(loss.sampler).__name__} depends on the batch", field="sampler")
+    message = distribution(loss.sampler)
+    message.num_sampled, message.unique, message.seed = loss.num_sampled, loss.unique, loss.seed
+    return message
+
+
+def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.Sampler:
+    """What a sampler draws by."""
+    if isinstance(sampler, types.FixedUnigram):
+        return loss_pb2.Sampler(
+            kind=loss_pb2.Sampler.KIND_FIXED_UNIGRAM,
+            distortion=sampler.distortion,
+            num_reserved_ids=sampler.num_reserved_ids,
+        )
+    if isinstance(sampler, types.Mixture):
+        mixture = loss_pb2.Sampler.Mixture(
+            first=distribution(sampler.first), second=distribution(sampler.second), share=sampler.share
+        )
+        return loss_pb2.Sampler(kind=loss_pb2.Sampler.KIND_MIXTURE, mixture=mixture)
+    if not isinstance(sampler, str):
+        raise InvalidArgument(f"sampler is a {type(sampler).__name__}; give a name or shardloss.Mixture(...), ...")
+    return loss_pb2.Sampler(kind=choose(SAMPLER_KINDS, sampler, "sampler"))
 
 
 @writing_request()
 def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     """Write a loss into a request."""
+    set_transform(message.logits, loss.logits)
     if isinstance(loss, types.FullSoftmax):
         message.full_softmax.SetInParent()
+        message.full_softmax.label_smoothing = loss.label_smoothing
+        if loss.class_weights is not None:
+            message.full_softmax.class_weights.CopyFrom(numbers(loss.class_weights, "class_weights"))
+        set_softmax(message, loss)
+    elif isinstance(loss, types.SampledSoftmax):
+        set_columns(message.sampled_softmax, loss)
+        message.sampled_softmax.num_hard_negatives = loss.num_hard_negatives
+        set_hit_ids(message, loss.hit_ids)
+        set_softmax(message, loss)
+    elif isinstance(loss, types.SampledLogistic):
+        set_columns(message.sampled_logistic.columns, loss)
+        message.sampled_logistic.subtract_log_q = loss.subtract_log_q
+        set_hit_ids(message, loss.hit_ids)
+    elif isinstance(loss, types.FullSigmoid):
+        message.full_sigmoid.SetInParent()
+    else:
+        raise InvalidArgument(f"loss is a {type(loss).__name__}; give shardloss.FullSoftmax(), ...", field="loss")
+
+
+def check_loss(loss: types.Loss) -> None:
+    """Refuse unknown names now rather than at the first step.
+
+    Raises:
+        InvalidArgument: naming the option.
+    """
+    set_loss(loss_pb2.ComputeLossRequest(), loss)
+
+
+def set_softmax(message: loss_pb2.ComputeLossRequest, loss: types.FullSoftmax | types.SampledSoftmax) -> None:
+    """Write what only softmax losses have."""
+    message.z_loss = loss.z_loss
+    if loss.margin is not None:
+        message.margin.m1, message.margin.m2, message.margin.m3 = loss.margin.m1, loss.margin.m2, loss.margin.m3
+
+
+def set_transform(message: logits_pb2.LogitTransform, transform: types.LogitTransform) -> None:
+    """Write how logits are made; the identity is left out."""
+    if transform == types.LogitTransform():
         return
-    sampled = message.sampled_softmax
-    sampled.remove_accidental_hits = loss.remove_accidental_hits
-    sampled.hit_removal = choose(HIT_REMOVALS, loss.hit_removal, "hit_removal")
-    if loss.sampled_values is None:
-        sampled.sampler.CopyFrom(sampler(loss))
+    message.scale, message.normalize = transform.scale, transform.normalize
+    if transform.soft_cap is not None:
+        message.soft_cap = transform.soft_cap
+
+
+def set_hit_ids(message: loss_pb2.ComputeLossRequest, hit_ids: types.HitIds | None) -> None:
+    """Write what accidental hits are found by."""
+    if hit_ids is None:
         return
-    values = loss.sampled_values
-    for field in ("sampled", "true_expected_count", "sampled_expected_count"):
-        tensor = numbers(getattr(values, field), f"sampled_values.{field}")
-        getattr(sampled.sampled_values, field).CopyFrom(tensor)
+    message.hit_ids.labels.CopyFrom(numbers(hit_ids.labels, "hit_ids.labels"))
+    if hit_ids.sampled is not None:
+        message.hit_ids.sampled.CopyFrom(numbers(hit_ids.sampled, "hit_ids.sampled"))
+
+
+def set_columns(message: loss_pb2.SampledSoftmax, loss: types.SampledSoftmax | types.SampledLogistic) -> None:
+    """Write the columns of a sampled loss."""
+    message.remove_accidental_hits = loss.remove_accidental_hits
+    message.hit_removal = choose(HIT_REMOVALS, loss.hit_removal, "hit_removal")
+    if loss.sampled_values is not None:
+        for field in ("sampled", "true_expected_count", "sampled_expected_count"):
+            tensor = numbers(getattr(loss.sampled_values, field), f"sampled_values.{field}")
+            getattr(message.sampled_values, field).CopyFrom(tensor)
+    elif isinstance(loss.sampler, types.InBatch):
+        message.in_batch.correct_log_q = loss.sampler.correct_log_q
+    elif isinstance(loss.sampler, types.PartialFc):
+        message.partial_fc.num_sampled, message.partial_fc.seed = loss.num_sampled, loss.seed
+    else:
+        message.sampler.CopyFrom(sampler(loss))
 
 
 @writing_request()
@@ -200,6 +287,7 @@ def loss_request(
     want_lse: bool = False,
     want_hidden_grad: bool = False,
     want_table_grad: bool = False,
+    want_scale_grad: bool = False,
 ) -> loss_pb2.ComputeLossRequest:
     """A ComputeLoss without its key."""
     message = loss_pb2.ComputeLossRequest(
@@ -210,6 +298,7 @@ def loss_request(
         want_lse=want_lse,
         want_hidden_grad=want_hidden_grad,
         want_table_grad=want_table_grad,
+        want_scale_grad=want_scale_grad,
     )
     set_loss(message, loss)
     if label_weights is not None:
@@ -240,6 +329,7 @@ def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, byte
         replayed=message.replayed,
         num_candidates=message.cost.num_candidates,
         committed=commit_result(message.committed) if message.HasField("committed") else None,
+        scale_grad=optional(message.scale_grad, message.HasField("scale_grad"), "scale_grad", chunks),
     )
 
 

@@ -34,6 +34,7 @@ class Session:
         ignore_index: int | None = None,
         want_lse: bool = False,
         want_hidden_grad: bool = True,
+        want_scale_grad: bool = False,
     ) -> types.LossResult:
         """Score the next part of the present step, as `Table.compute_loss`, and leave its ticket open for `commit`.
 
@@ -50,6 +51,7 @@ class Session:
             ignore_index=ignore_index,
             want_lse=want_lse,
             want_hidden_grad=want_hidden_grad,
+            want_scale_grad=want_scale_grad,
         )
         self._key(request)
         self.num_parts += 1

@@ -18,7 +18,13 @@ from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
 from shardloss.wire import Array
 
 if TYPE_CHECKING:
-    from shardloss.autograd import SampledSoftmaxHead, SoftmaxHead
+    from shardloss.autograd import (
+        MarginSoftmaxHead,
+        SampledLogisticHead,
+        SampledSoftmaxHead,
+        SigmoidHead,
+        SoftmaxHead,
+    )
     from shardloss.client import LossClient
 
 PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
@@ -44,39 +50,54 @@ class Table:
         return self.client.table(self.name).spec
 
     def softmax(
-        self, *, reduction: str = "mean", ignore_index: int | None = -100, learning_rate: float | None = None
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Array | None = None,
+        z_loss: float = 0.0,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
     ) -> SoftmaxHead:
         """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.autograd.Head`.
 
-        reduction is "mean", "sum" or "none"; rows whose labels are all ignore_index do not count, None counts all. With
-        a learning_rate the head commits in backward; without one, by `head.optimizer(lr)`.
+        label_smoothing and class_weights [V] as in torch.nn.functional.cross_entropy; z_loss adds z_loss * lse ** 2 a
+        row; logits says how logits are made (temperature, soft cap, cosines). reduction is "mean", "sum" or "none";
+        rows whose labels are all ignore_index do not count, None counts all. With a learning_rate the head commits in
+        backward; without one, by `head.optimizer(lr)`.
 
         Raises:
-            InvalidArgument: an unknown reduction.
+            InvalidArgument: an unknown reduction, or class_weights of another length.
         """
         from shardloss.autograd import SoftmaxHead
 
-        return SoftmaxHead(self, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+        loss = types.FullSoftmax(label_smoothing, class_weights, None, z_loss, logits or types.LogitTransform())
+        return SoftmaxHead(self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
 
     def sampled_softmax(
         self,
         num_sampled: int = 0,
         *,
-        sampler: str = "log_uniform",
+        sampler: types.Sampler = "log_uniform",
         unique: bool = True,
         seed: int | None = None,
         remove_accidental_hits: bool = True,
         hit_removal: str = "every",
+        num_hard_negatives: int = 0,
+        z_loss: float = 0.0,
+        logits: types.LogitTransform | None = None,
         reduction: str = "mean",
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SampledSoftmaxHead:
         """A torch.nn.Module of the sampled softmax loss; see `shardloss.autograd.Head`.
 
-        Each step draws num_sampled candidates by sampler, "log_uniform" (ids sorted by falling frequency) or "uniform",
-        distinct where unique, from (seed, step); seed None comes from torch's generator. remove_accidental_hits takes
-        candidates that are labels of a row out of it: "every" copy, or "last" alone as TensorFlow. num_sampled 0 is for
-        a head that is always given sampled_values. The rest is as in `softmax`.
+        Each step draws num_sampled candidates by sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
+        sorted by falling frequency), distinct where unique, from (seed, step); seed None comes from torch's generator.
+        remove_accidental_hits takes candidates that are labels of a row out of it: "every" copy, or "last" alone as
+        TensorFlow. num_hard_negatives > 0 keeps so many of the best candidates of each row alone. num_sampled 0 is for
+        a head that is always given sampled_values, and for samplers that need none. The rest is as in `softmax`.
 
         Raises:
             InvalidArgument: an unknown sampler, hit_removal or reduction.
@@ -90,11 +111,109 @@ class Table:
             seed=fresh_seed() if seed is None else seed,
             remove_accidental_hits=remove_accidental_hits,
             hit_removal=hit_removal,
+            num_hard_negatives=num_hard_negatives,
+            z_loss=z_loss,
+            logits=logits or types.LogitTransform(),
         )
-        messages.set_loss(
-            loss_pb2.ComputeLossRequest(), loss
-        )  # refuses unknown names now rather than at the first step
+        messages.check_loss(loss)
         return SampledSoftmaxHead(
+            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def nce(
+        self,
+        num_sampled: int = 0,
+        *,
+        sampler: types.Sampler = "log_uniform",
+        unique: bool = True,
+        seed: int | None = None,
+        remove_accidental_hits: bool = False,
+        hit_removal: str = "every",
+        subtract_log_q: bool = True,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SampledLogisticHead:
+        """A torch.nn.Module of noise-contrastive estimation, TensorFlow's nce_loss; see `shardloss.autograd.Head`.
+
+        With remove_accidental_hits it is the sampled logistic loss; subtract_log_q False is negative sampling. The rest
+        is as in `sampled_softmax`.
+
+        Raises:
+            InvalidArgument: an unknown sampler, hit_removal or reduction.
+        """
+        from shardloss.autograd import SampledLogisticHead, fresh_seed
+
+        loss = types.SampledLogistic(
+            num_sampled=num_sampled,
+            sampler=sampler,
+            unique=unique,
+            seed=fresh_seed() if seed is None else seed,
+            remove_accidental_hits=remove_accidental_hits,
+            hit_removal=hit_removal,
+            subtract_log_q=subtract_log_q,
+            logits=logits or types.LogitTransform(),
+        )
+        messages.check_loss(loss)
+        return SampledLogisticHead(
+            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def sigmoid(
+        self,
+        *,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SigmoidHead:
+        """A torch.nn.Module of the logistic loss over all classes, summed a row; see `shardloss.autograd.Head`.
+
+        As torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1). The rest
+        is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown reduction.
+        """
+        from shardloss.autograd import SigmoidHead
+
+        loss = types.FullSigmoid(logits or types.LogitTransform())
+        return SigmoidHead(self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+
+    def margin_softmax(
+        self,
+        *,
+        m1: float = 1.0,
+        m2: float = 0.5,
+        m3: float = 0.0,
+        scale: float = 64.0,
+        normalize: bool = True,
+        num_sampled: int = 0,
+        seed: int | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> MarginSoftmaxHead:
+        """A torch.nn.Module of the combined margin softmax: ArcFace (m2), CosFace (m3), SphereFace (m1).
+
+        Hidden and rows are divided by their norms unless normalize is False, where hidden . row is taken for a cosine.
+        num_sampled > 0 trains as PartialFC: on the batch's classes and uniform negatives, num_sampled in all, by
+        (seed, step). The table has no biases. The rest is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown reduction.
+        """
+        from shardloss.autograd import MarginSoftmaxHead, fresh_seed
+
+        margin, logits = types.Margin(m1, m2, m3), types.LogitTransform(scale, None, normalize)
+        loss: types.FullSoftmax | types.SampledSoftmax = types.FullSoftmax(margin=margin, logits=logits)
+        if num_sampled:
+            seed = fresh_seed() if seed is None else seed
+            loss = types.SampledSoftmax(
+                num_sampled=num_sampled, sampler=types.PartialFc(), seed=seed, margin=margin, logits=logits
+            )
+        return MarginSoftmaxHead(
             self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
         )
 
@@ -119,12 +238,14 @@ class Table:
         want_lse: bool = False,
         want_hidden_grad: bool = False,
         want_table_grad: bool = False,
+        want_scale_grad: bool = False,
     ) -> types.LossResult:
         """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
 
-        label_weights [N, T] belong to the full softmax, None is 1/T; labels equal to ignore_index do not count. step
-        keys the sampler. want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who
-        own the optimizer. Losses are in nats.
+        label_weights [N, T] belong to losses over all classes, None is 1/T (1 in a full sigmoid); labels equal to
+        ignore_index do not count. step keys the sampler. want_table_grad asks for the gradient of sum(upstream [N] *
+        loss) in the rows, for callers who own the optimizer; want_scale_grad for that of each loss in the logits'
+        scale. Losses are in nats.
 
         Raises:
             InvalidArgument: naming the field and the first offending index.
@@ -143,6 +264,7 @@ class Table:
             want_lse=want_lse,
             want_hidden_grad=want_hidden_grad,
             want_table_grad=want_table_grad,
+            want_scale_grad=want_scale_grad,
         )
         request.step = step
         return self.send_loss(request)
@@ -174,21 +296,29 @@ class Table:
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
         num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
-        elements = 2 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
+        elements = 3 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
         if request.want_table_grad:
-            num_touched = self.spec.num_classes
-            if request.WhichOneof("loss") == "sampled_softmax":
-                sampled = request.sampled_softmax
-                num_sampled = sampled.sampler.num_sampled or sum(sampled.sampled_values.sampled.shape)
-                num_touched = min(num_touched, num_sampled + int(np.prod(request.labels.shape)))
-            elements += num_touched * (dim + 2)
+            elements += self._num_touched(request) * (dim + 2)
         return elements * REPLY_BYTES + 4096
+
+    def _num_touched(self, request: loss_pb2.ComputeLossRequest) -> int:
+        """At most so many rows have a gradient."""
+        kind = request.WhichOneof("loss")
+        if kind not in ("sampled_softmax", "sampled_logistic"):
+            return self.spec.num_classes
+        columns = request.sampled_softmax if kind == "sampled_softmax" else request.sampled_logistic.columns
+        num_labels = int(np.prod(request.labels.shape))
+        num_drawn = max(columns.sampler.num_sampled, columns.partial_fc.num_sampled)
+        num_drawn += int(np.prod(columns.sampled_values.sampled.shape or [0])) + num_labels
+        if columns.sampler.kind == loss_pb2.Sampler.KIND_ALL:
+            num_drawn = self.spec.num_classes
+        return min(self.spec.num_classes, num_drawn + num_labels)
 
     def sample_candidates(
         self,
         num_sampled: int,
         *,
-        sampler: str = "log_uniform",
+        sampler: str | types.FixedUnigram | types.Mixture = "log_uniform",
         unique: bool = True,
         seed: int = 0,
         step: int = 0,
@@ -319,6 +449,23 @@ class Table:
             return reply.version
 
         return [asked(ask, page) for page in self._pages(len(class_ids))][-1]
+
+    def write_class_counts(self, counts: Array) -> None:
+        """Give the class counts [V] that `FixedUnigram` samplers draw by, >= 0; in pages.
+
+        Raises:
+            InvalidArgument, LimitExceeded: before anything is written.
+        """
+        counts = of_rank(counts, 1, "counts").astype(np.float64)
+        if len(counts) != self.spec.num_classes:
+            raise InvalidArgument(f"counts has {len(counts)} of {self.spec.num_classes} classes", field="counts")
+        refuse_where(~(np.isfinite(counts) & (counts >= 0)), "counts", "is not a finite number >= 0")
+        for start in range(0, len(counts), PAGE_BYTES // 8):
+            page = counts[start : start + PAGE_BYTES // 8]
+            request = table_pb2.WriteClassCountsRequest(
+                table=self.name, first_class=start, counts=numbers(page, "counts")
+            )
+            self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
 
     def _ask(self, method: Callable[..., T], request: Message) -> T:
         return self.client.channel.unary(method, request, None, whole=True)

@@ -95,17 +95,72 @@ class Zeros:
 
 Initializer: TypeAlias = Normal | Uniform | Zeros
 
-# Losses.
+# Logits.
 
 
 @dataclass(frozen=True, slots=True)
-class FullSoftmax:
-    """Softmax over all classes."""
+class LogitTransform:
+    """z = cap(scale * (hidden . row + bias)), where cap(x) = soft_cap * tanh(x / soft_cap); soft_cap None is no cap.
+
+    scale is 1 / temperature; normalize divides hidden and rows by their norms first: hidden . row is their cosine.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+    normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """cos(theta) of the true class becomes cos(m1 theta + m2) - m3: m2 is ArcFace's, m3 CosFace's, m1 SphereFace's."""
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+
+
+# Candidates of sampled losses.
+
+
+@dataclass(frozen=True, slots=True)
+class FixedUnigram:
+    """p(k) ~ count(k) ** distortion, of the counts of `Table.write_class_counts`; 0 for the reserved first ids."""
+
+    distortion: float = 1.0
+    num_reserved_ids: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """p(k) = share * first(k) + (1 - share) * second(k)."""
+
+    first: str | FixedUnigram
+    second: str | FixedUnigram
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class InBatch:
+    """The labels of the batch's other rows, T = 1.
+
+    correct_log_q: by how often commits have seen each class; the table needs count_labels. The row's own label was not
+    drawn and is not corrected (arXiv:2507.09331).
+    """
+
+    correct_log_q: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PartialFc:
+    """Every label of the batch and uniform distinct negatives, num_sampled in all; logits are not corrected."""
+
+
+Sampler: TypeAlias = str | FixedUnigram | Mixture | InBatch | PartialFc
 
 
 @dataclass(frozen=True, slots=True)
 class SampledValues:
-    """The caller's draw: sampled [S] ids, true_expected_count [N, T], sampled_expected_count [S]."""
+    """The caller's draw: sampled [S], or [N, S] each row's own; Q of the true classes [N, T] and of sampled."""
 
     sampled: Array
     true_expected_count: Array
@@ -113,24 +168,87 @@ class SampledValues:
 
 
 @dataclass(frozen=True, slots=True)
+class HitIds:
+    """What is compared to find accidental hits in place of class ids: labels [N, T], sampled as the draw.
+
+    sampled is None with `InBatch`.
+    """
+
+    labels: Array
+    sampled: Array | None = None
+
+
+# Losses. docs/losses.md says which options combine.
+
+
+@dataclass(frozen=True, slots=True)
+class FullSoftmax:
+    """Softmax over all classes.
+
+    label_smoothing and class_weights [V] are those of torch.nn.functional.cross_entropy. z_loss adds
+    z_loss * lse ** 2. A margin is for a table without biases and one label a row.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: Array | None = None
+    margin: Margin | None = None
+    z_loss: float = 0.0
+    logits: LogitTransform = LogitTransform()
+
+
+@dataclass(frozen=True, slots=True)
 class SampledSoftmax:
     """Sampled softmax with logits corrected by -log Q.
 
-    num_sampled S candidates a step by `sampler` ("log_uniform" or "uniform"), distinct where unique, drawn by
-    (seed, step); or the caller's own sampled_values. hit_removal says which copies of an accidental hit go where
-    remove_accidental_hits: "every", or "last" as TensorFlow does.
+    num_sampled S candidates a step by `sampler` ("log_uniform", "uniform", "fixed_unigram", "learned_unigram", "all", a
+    FixedUnigram, Mixture, InBatch or PartialFc), distinct where unique, drawn by (seed, step); or the caller's own
+    sampled_values. hit_removal says which copies of an accidental hit go where remove_accidental_hits: "every", or
+    "last" as TensorFlow does; hits are found by class ids or by hit_ids. num_hard_negatives > 0 keeps so many of the
+    best candidates of each row alone.
     """
 
     num_sampled: int = 0
-    sampler: str = "log_uniform"
+    sampler: Sampler = "log_uniform"
     unique: bool = True
     seed: int = 0
     sampled_values: SampledValues | None = None
     remove_accidental_hits: bool = True
     hit_removal: str = "every"
+    hit_ids: HitIds | None = None
+    num_hard_negatives: int = 0
+    margin: Margin | None = None
+    z_loss: float = 0.0
+    logits: LogitTransform = LogitTransform()
 
 
-Loss: TypeAlias = FullSoftmax | SampledSoftmax
+@dataclass(frozen=True, slots=True)
+class SampledLogistic:
+    """Logistic loss over the true classes (target 1/T each) and the candidates (target 0): TensorFlow's nce_loss.
+
+    Candidates as in `SampledSoftmax`. With remove_accidental_hits it is the sampled logistic loss; without
+    subtract_log_q it is negative sampling.
+    """
+
+    num_sampled: int = 0
+    sampler: Sampler = "log_uniform"
+    unique: bool = True
+    seed: int = 0
+    sampled_values: SampledValues | None = None
+    remove_accidental_hits: bool = False
+    hit_removal: str = "every"
+    hit_ids: HitIds | None = None
+    subtract_log_q: bool = True
+    logits: LogitTransform = LogitTransform()
+
+
+@dataclass(frozen=True, slots=True)
+class FullSigmoid:
+    """Logistic loss over all classes: labels have target 1 (or their weight), all others 0."""
+
+    logits: LogitTransform = LogitTransform()
+
+
+Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
 # Answers.
 
@@ -148,6 +266,7 @@ class TableInfo:
     placement: str
     initializer: Initializer
     optimizer: Optimizer
+    count_labels: bool
     version: int
     num_commits: int
     num_open_tickets: int
@@ -175,8 +294,8 @@ class CommitResult:
 class LossResult:
     """One batch's answer; None where not asked for.
 
-    loss [N] and lse [N]; hidden_grad [N, D] = d loss[n] / d hidden[n], not scaled by an upstream gradient. ticket
-    names the part in a commit; "" where none is open.
+    loss [N] and lse [N]; hidden_grad [N, D] = d loss[n] / d hidden[n], not scaled by an upstream gradient, and
+    scale_grad [N] = d loss[n] / d scale alike. ticket names the part in a commit; "" where none is open.
     """
 
     loss: Array | None
@@ -188,6 +307,7 @@ class LossResult:
     replayed: bool
     num_candidates: int
     committed: CommitResult | None
+    scale_grad: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

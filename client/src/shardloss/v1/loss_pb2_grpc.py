@@ -112,7 +112,7 @@ class LossServiceServicer(object):
 
     def SampleCandidates(self, request, context):
         """Draws the candidates that a ComputeLoss with the same sampler and step would use; changes nothing. Idempotent: the
-        reply depends on the request and V alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
+        reply depends on the request, V and the table's class counts alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

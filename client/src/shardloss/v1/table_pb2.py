@@ -26,7 +26,7 @@ from shardloss.v1 import options_pb2 as shardloss_dot_v1_dot_options__pb2
 from shardloss.v1 import tensor_pb2 as shardloss_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardloss/v1/table.proto\x12\x0cshardloss.v1\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\xfc\x01\n\x0bInitializer\x12\x32\n\x06normal\x18\x01 \x01(\x0b\x32 .shardloss.v1.Initializer.NormalH\x00\x12\x34\n\x07uniform\x18\x02 \x01(\x0b\x32!.shardloss.v1.Initializer.UniformH\x00\x12\x30\n\x05zeros\x18\x03 \x01(\x0b\x32\x1f.shardloss.v1.Initializer.ZerosH\x00\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a\x18\n\x06Normal\x12\x0e\n\x06stddev\x18\x01 \x01(\x01\x1a\x18\n\x07Uniform\x12\r\n\x05limit\x18\x01 \x01(\x01\x1a\x07\n\x05ZerosB\x06\n\x04kind\"\xff\x06\n\tOptimizer\x12*\n\x03sgd\x18\x01 \x01(\x0b\x32\x1b.shardloss.v1.Optimizer.SgdH\x00\x12\x32\n\x07\x61\x64\x61grad\x18\x02 \x01(\x0b\x32\x1f.shardloss.v1.Optimizer.AdagradH\x00\x12\x39\n\x0brow_adagrad\x18\x03 \x01(\x0b\x32\".shardloss.v1.Optimizer.RowAdagradH\x00\x12,\n\x04\x61\x64\x61m\x18\x04 \x01(\x0b\x32\x1c.shardloss.v1.Optimizer.AdamH\x00\x12.\n\x05\x61\x64\x61mw\x18\x05 \x01(\x0b\x32\x1d.shardloss.v1.Optimizer.AdamWH\x00\x12\x39\n\x0bsparse_adam\x18\x06 \x01(\x0b\x32\".shardloss.v1.Optimizer.SparseAdamH\x00\x1a?\n\x03Sgd\x12\x10\n\x08momentum\x18\x01 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x02 \x01(\x01\x12\x10\n\x08nesterov\x18\x03 \x01(\x08\x1a\x46\n\x07\x41\x64\x61grad\x12!\n\x19initial_accumulator_value\x18\x01 \x01(\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\x1aI\n\nRowAdagrad\x12!\n\x19initial_accumulator_value\x18\x01 \x01(\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\x1ar\n\x04\x41\x64\x61m\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_eps\x1a\x89\x01\n\x05\x41\x64\x61mW\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decay\x1a\x62\n\nSparseAdam\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x06\n\x04kind\"g\n\x0bTableLimits\x12\x1a\n\rmax_staleness\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0cmax_sessions\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x10\n\x0e_max_stalenessB\x0f\n\r_max_sessions\"\xf0\x02\n\tTableSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bnum_classes\x18\x02 \x01(\x03\x12\x0b\n\x03\x64im\x18\x03 \x01(\x03\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.shardloss.v1.DType\x12\x11\n\x04\x62ias\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\nnum_shards\x18\x06 \x01(\x03\x12*\n\tplacement\x18\x07 \x01(\x0e\x32\x17.shardloss.v1.Placement\x12.\n\x0binitializer\x18\x08 \x01(\x0b\x32\x19.shardloss.v1.Initializer\x12*\n\toptimizer\x18\t \x01(\x0b\x32\x17.shardloss.v1.Optimizer\x12,\n\ndurability\x18\n \x01(\x0e\x32\x18.shardloss.v1.Durability\x12)\n\x06limits\x18\x0b \x01(\x0b\x32\x19.shardloss.v1.TableLimitsB\x07\n\x05_bias\"n\n\x05Table\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.shardloss.v1.TableSpec\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x13\n\x0bnum_commits\x18\x03 \x01(\x03\x12\x18\n\x10num_open_tickets\x18\x04 \x01(\x03\";\n\x12\x43reateTableRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.shardloss.v1.TableSpec\"J\n\x13\x43reateTableResponse\x12\"\n\x05table\x18\x01 \x01(\x0b\x32\x13.shardloss.v1.Table\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\" \n\x0fGetTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"\x13\n\x11ListTablesRequest\"9\n\x12ListTablesResponse\x12#\n\x06tables\x18\x01 \x03(\x0b\x32\x13.shardloss.v1.Table\"#\n\x12\x44\x65leteTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteTableResponse\"I\n\x0fReadRowsRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\'\n\tclass_ids\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"m\n\x10ReadRowsResponse\x12\"\n\x04rows\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x94\x01\n\x10WriteRowsRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\'\n\tclass_ids\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rows\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x04 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"$\n\x11WriteRowsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03*L\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x11\n\rPLACEMENT_DIV\x10\x01\x12\x11\n\rPLACEMENT_MOD\x10\x02*S\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x12\n\x0e\x44URABILITY_LOG\x10\x02\x32\x84\x04\n\x0cTableService\x12X\n\x0b\x43reateTable\x12 .shardloss.v1.CreateTableRequest\x1a!.shardloss.v1.CreateTableResponse\"\x04\xc8\xda\x18\x03\x12\x44\n\x08GetTable\x12\x1d.shardloss.v1.GetTableRequest\x1a\x13.shardloss.v1.Table\"\x04\xc8\xda\x18\x01\x12U\n\nListTables\x12\x1f.shardloss.v1.ListTablesRequest\x1a .shardloss.v1.ListTablesResponse\"\x04\xc8\xda\x18\x01\x12X\n\x0b\x44\x65leteTable\x12 .shardloss.v1.DeleteTableRequest\x1a!.shardloss.v1.DeleteTableResponse\"\x04\xc8\xda\x18\x03\x12O\n\x08ReadRows\x12\x1d.shardloss.v1.ReadRowsRequest\x1a\x1e.shardloss.v1.ReadRowsResponse\"\x04\xc8\xda\x18\x01\x12R\n\tWriteRows\x12\x1e.shardloss.v1.WriteRowsRequest\x1a\x1f.shardloss.v1.WriteRowsResponse\"\x04\xc8\xda\x18\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardloss/v1/table.proto\x12\x0cshardloss.v1\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\xfc\x01\n\x0bInitializer\x12\x32\n\x06normal\x18\x01 \x01(\x0b\x32 .shardloss.v1.Initializer.NormalH\x00\x12\x34\n\x07uniform\x18\x02 \x01(\x0b\x32!.shardloss.v1.Initializer.UniformH\x00\x12\x30\n\x05zeros\x18\x03 \x01(\x0b\x32\x1f.shardloss.v1.Initializer.ZerosH\x00\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a\x18\n\x06Normal\x12\x0e\n\x06stddev\x18\x01 \x01(\x01\x1a\x18\n\x07Uniform\x12\r\n\x05limit\x18\x01 \x01(\x01\x1a\x07\n\x05ZerosB\x06\n\x04kind\"\xff\x06\n\tOptimizer\x12*\n\x03sgd\x18\x01 \x01(\x0b\x32\x1b.shardloss.v1.Optimizer.SgdH\x00\x12\x32\n\x07\x61\x64\x61grad\x18\x02 \x01(\x0b\x32\x1f.shardloss.v1.Optimizer.AdagradH\x00\x12\x39\n\x0brow_adagrad\x18\x03 \x01(\x0b\x32\".shardloss.v1.Optimizer.RowAdagradH\x00\x12,\n\x04\x61\x64\x61m\x18\x04 \x01(\x0b\x32\x1c.shardloss.v1.Optimizer.AdamH\x00\x12.\n\x05\x61\x64\x61mw\x18\x05 \x01(\x0b\x32\x1d.shardloss.v1.Optimizer.AdamWH\x00\x12\x39\n\x0bsparse_adam\x18\x06 \x01(\x0b\x32\".shardloss.v1.Optimizer.SparseAdamH\x00\x1a?\n\x03Sgd\x12\x10\n\x08momentum\x18\x01 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x02 \x01(\x01\x12\x10\n\x08nesterov\x18\x03 \x01(\x08\x1a\x46\n\x07\x41\x64\x61grad\x12!\n\x19initial_accumulator_value\x18\x01 \x01(\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\x1aI\n\nRowAdagrad\x12!\n\x19initial_accumulator_value\x18\x01 \x01(\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\x1ar\n\x04\x41\x64\x61m\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_eps\x1a\x89\x01\n\x05\x41\x64\x61mW\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decay\x1a\x62\n\nSparseAdam\x12\x12\n\x05\x62\x65ta1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x06\n\x04kind\"g\n\x0bTableLimits\x12\x1a\n\rmax_staleness\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0cmax_sessions\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x10\n\x0e_max_stalenessB\x0f\n\r_max_sessions\"\x86\x03\n\tTableSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bnum_classes\x18\x02 \x01(\x03\x12\x0b\n\x03\x64im\x18\x03 \x01(\x03\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.shardloss.v1.DType\x12\x11\n\x04\x62ias\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\nnum_shards\x18\x06 \x01(\x03\x12*\n\tplacement\x18\x07 \x01(\x0e\x32\x17.shardloss.v1.Placement\x12.\n\x0binitializer\x18\x08 \x01(\x0b\x32\x19.shardloss.v1.Initializer\x12*\n\toptimizer\x18\t \x01(\x0b\x32\x17.shardloss.v1.Optimizer\x12,\n\ndurability\x18\n \x01(\x0e\x32\x18.shardloss.v1.Durability\x12)\n\x06limits\x18\x0b \x01(\x0b\x32\x19.shardloss.v1.TableLimits\x12\x14\n\x0c\x63ount_labels\x18\x0c \x01(\x08\x42\x07\n\x05_bias\"n\n\x05Table\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.shardloss.v1.TableSpec\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x13\n\x0bnum_commits\x18\x03 \x01(\x03\x12\x18\n\x10num_open_tickets\x18\x04 \x01(\x03\";\n\x12\x43reateTableRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.shardloss.v1.TableSpec\"J\n\x13\x43reateTableResponse\x12\"\n\x05table\x18\x01 \x01(\x0b\x32\x13.shardloss.v1.Table\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\" \n\x0fGetTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"\x13\n\x11ListTablesRequest\"9\n\x12ListTablesResponse\x12#\n\x06tables\x18\x01 \x03(\x0b\x32\x13.shardloss.v1.Table\"#\n\x12\x44\x65leteTableRequest\x12\r\n\x05table\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteTableResponse\"I\n\x0fReadRowsRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\'\n\tclass_ids\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"m\n\x10ReadRowsResponse\x12\"\n\x04rows\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x94\x01\n\x10WriteRowsRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\'\n\tclass_ids\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rows\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x04 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"$\n\x11WriteRowsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\"c\n\x17WriteClassCountsRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_class\x18\x02 \x01(\x03\x12$\n\x06\x63ounts\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\x1a\n\x18WriteClassCountsResponse*L\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x11\n\rPLACEMENT_DIV\x10\x01\x12\x11\n\rPLACEMENT_MOD\x10\x02*S\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x12\n\x0e\x44URABILITY_LOG\x10\x02\x32\xed\x04\n\x0cTableService\x12X\n\x0b\x43reateTable\x12 .shardloss.v1.CreateTableRequest\x1a!.shardloss.v1.CreateTableResponse\"\x04\xc8\xda\x18\x03\x12\x44\n\x08GetTable\x12\x1d.shardloss.v1.GetTableRequest\x1a\x13.shardloss.v1.Table\"\x04\xc8\xda\x18\x01\x12U\n\nListTables\x12\x1f.shardloss.v1.ListTablesRequest\x1a .shardloss.v1.ListTablesResponse\"\x04\xc8\xda\x18\x01\x12X\n\x0b\x44\x65leteTable\x12 .shardloss.v1.DeleteTableRequest\x1a!.shardloss.v1.DeleteTableResponse\"\x04\xc8\xda\x18\x03\x12O\n\x08ReadRows\x12\x1d.shardloss.v1.ReadRowsRequest\x1a\x1e.shardloss.v1.ReadRowsResponse\"\x04\xc8\xda\x18\x01\x12R\n\tWriteRows\x12\x1e.shardloss.v1.WriteRowsRequest\x1a\x1f.shardloss.v1.WriteRowsResponse\"\x04\xc8\xda\x18\x03\x12g\n\x10WriteClassCounts\x12%.shardloss.v1.WriteClassCountsRequest\x1a&.shardloss.v1.WriteClassCountsResponse\"\x04\xc8\xda\x18\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,10 +45,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TABLESERVICE'].methods_by_name['ReadRows']._serialized_options = b'\310\332\030\001'
   _globals['_TABLESERVICE'].methods_by_name['WriteRows']._loaded_options = None
   _globals['_TABLESERVICE'].methods_by_name['WriteRows']._serialized_options = b'\310\332\030\003'
-  _globals['_PLACEMENT']._serialized_start=2524
-  _globals['_PLACEMENT']._serialized_end=2600
-  _globals['_DURABILITY']._serialized_start=2602
-  _globals['_DURABILITY']._serialized_end=2685
+  _globals['_TABLESERVICE'].methods_by_name['WriteClassCounts']._loaded_options = None
+  _globals['_TABLESERVICE'].methods_by_name['WriteClassCounts']._serialized_options = b'\310\332\030\003'
+  _globals['_PLACEMENT']._serialized_start=2675
+  _globals['_PLACEMENT']._serialized_end=2751
+  _globals['_DURABILITY']._serialized_start=2753
+  _globals['_DURABILITY']._serialized_end=2836
   _globals['_INITIALIZER']._serialized_start=98
   _globals['_INITIALIZER']._serialized_end=350
   _globals['_INITIALIZER_NORMAL']._serialized_start=283
@@ -74,31 +76,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TABLELIMITS']._serialized_start=1250
   _globals['_TABLELIMITS']._serialized_end=1353
   _globals['_TABLESPEC']._serialized_start=1356
-  _globals['_TABLESPEC']._serialized_end=1724
-  _globals['_TABLE']._serialized_start=1726
-  _globals['_TABLE']._serialized_end=1836
-  _globals['_CREATETABLEREQUEST']._serialized_start=1838
-  _globals['_CREATETABLEREQUEST']._serialized_end=1897
-  _globals['_CREATETABLERESPONSE']._serialized_start=1899
-  _globals['_CREATETABLERESPONSE']._serialized_end=1973
-  _globals['_GETTABLEREQUEST']._serialized_start=1975
-  _globals['_GETTABLEREQUEST']._serialized_end=2007
-  _globals['_LISTTABLESREQUEST']._serialized_start=2009
-  _globals['_LISTTABLESREQUEST']._serialized_end=2028
-  _globals['_LISTTABLESRESPONSE']._serialized_start=2030
-  _globals['_LISTTABLESRESPONSE']._serialized_end=2087
-  _globals['_DELETETABLEREQUEST']._serialized_start=2089
-  _globals['_DELETETABLEREQUEST']._serialized_end=2124
-  _globals['_DELETETABLERESPONSE']._serialized_start=2126
-  _globals['_DELETETABLERESPONSE']._serialized_end=2147
-  _globals['_READROWSREQUEST']._serialized_start=2149
-  _globals['_READROWSREQUEST']._serialized_end=2222
-  _globals['_READROWSRESPONSE']._serialized_start=2224
-  _globals['_READROWSRESPONSE']._serialized_end=2333
-  _globals['_WRITEROWSREQUEST']._serialized_start=2336
-  _globals['_WRITEROWSREQUEST']._serialized_end=2484
-  _globals['_WRITEROWSRESPONSE']._serialized_start=2486
-  _globals['_WRITEROWSRESPONSE']._serialized_end=2522
-  _globals['_TABLESERVICE']._serialized_start=2688
-  _globals['_TABLESERVICE']._serialized_end=3204
+  _globals['_TABLESPEC']._serialized_end=1746
+  _globals['_TABLE']._serialized_start=1748
+  _globals['_TABLE']._serialized_end=1858
+  _globals['_CREATETABLEREQUEST']._serialized_start=1860
+  _globals['_CREATETABLEREQUEST']._serialized_end=1919
+  _globals['_CREATETABLERESPONSE']._serialized_start=1921
+  _globals['_CREATETABLERESPONSE']._serialized_end=1995
+  _globals['_GETTABLEREQUEST']._serialized_start=1997
+  _globals['_GETTABLEREQUEST']._serialized_end=2029
+  _globals['_LISTTABLESREQUEST']._serialized_start=2031
+  _globals['_LISTTABLESREQUEST']._serialized_end=2050
+  _globals['_LISTTABLESRESPONSE']._serialized_start=2052
+  _globals['_LISTTABLESRESPONSE']._serialized_end=2109
+  _globals['_DELETETABLEREQUEST']._serialized_start=2111
+  _globals['_DELETETABLEREQUEST']._serialized_end=2146
+  _globals['_DELETETABLERESPONSE']._serialized_start=2148
+  _globals['_DELETETABLERESPONSE']._serialized_end=2169
+  _globals['_READROWSREQUEST']._serialized_start=2171
+  _globals['_READROWSREQUEST']._serialized_end=2244
+  _globals['_READROWSRESPONSE']._serialized_start=2246
+  _globals['_READROWSRESPONSE']._serialized_end=2355
+  _globals['_WRITEROWSREQUEST']._serialized_start=2358
+  _globals['_WRITEROWSREQUEST']._serialized_end=2506
+  _globals['_WRITEROWSRESPONSE']._serialized_start=2508
+  _globals['_WRITEROWSRESPONSE']._serialized_end=2544
+  _globals['_WRITECLASSCOUNTSREQUEST']._serialized_start=2546
+  _globals['_WRITECLASSCOUNTSREQUEST']._serialized_end=2645
+  _globals['_WRITECLASSCOUNTSRESPONSE']._serialized_start=2647
+  _globals['_WRITECLASSCOUNTSRESPONSE']._serialized_end=2673
+  _globals['_TABLESERVICE']._serialized_start=2839
+  _globals['_TABLESERVICE']._serialized_end=3460
 # @@protoc_insertion_point(module_scope)

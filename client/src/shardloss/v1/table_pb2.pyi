@@ -131,7 +131,7 @@ class TableLimits(_message.Message):
     def __init__(self, max_staleness: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
 
 class TableSpec(_message.Message):
-    __slots__ = ("name", "num_classes", "dim", "dtype", "bias", "num_shards", "placement", "initializer", "optimizer", "durability", "limits")
+    __slots__ = ("name", "num_classes", "dim", "dtype", "bias", "num_shards", "placement", "initializer", "optimizer", "durability", "limits", "count_labels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_CLASSES_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class TableSpec(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_LABELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     num_classes: int
     dim: int
@@ -154,7 +155,8 @@ class TableSpec(_message.Message):
     optimizer: Optimizer
     durability: Durability
     limits: TableLimits
-    def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., bias: bool = ..., num_shards: _Optional[int] = ..., placement: _Optional[_Union[Placement, str]] = ..., initializer: _Optional[_Union[Initializer, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., limits: _Optional[_Union[TableLimits, _Mapping]] = ...) -> None: ...
+    count_labels: bool
+    def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., bias: bool = ..., num_shards: _Optional[int] = ..., placement: _Optional[_Union[Placement, str]] = ..., initializer: _Optional[_Union[Initializer, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., limits: _Optional[_Union[TableLimits, _Mapping]] = ..., count_labels: bool = ...) -> None: ...
 
 class Table(_message.Message):
     __slots__ = ("spec", "version", "num_commits", "num_open_tickets")
@@ -243,3 +245,17 @@ class WriteRowsResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class WriteClassCountsRequest(_message.Message):
+    __slots__ = ("table", "first_class", "counts")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    first_class: int
+    counts: _tensor_pb2.Tensor
+    def __init__(self, table: _Optional[str] = ..., first_class: _Optional[int] = ..., counts: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class WriteClassCountsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -66,6 +66,11 @@ class TableServiceStub(object):
                 request_serializer=shardloss_dot_v1_dot_table__pb2.WriteRowsRequest.SerializeToString,
                 response_deserializer=shardloss_dot_v1_dot_table__pb2.WriteRowsResponse.FromString,
                 _registered_method=True)
+        self.WriteClassCounts = channel.unary_unary(
+                '/shardloss.v1.TableService/WriteClassCounts',
+                request_serializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.SerializeToString,
+                response_deserializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.FromString,
+                _registered_method=True)
 
 
 class TableServiceServicer(object):
@@ -122,6 +127,15 @@ class TableServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WriteClassCounts(self, request, context):
+        """Overwrites the class counts that fixed unigram samplers draw by, of one range of classes; classes never written
+        count 0. No row and no version changes; later draws see the new counts, and open tickets keep theirs. The values
+        are absolute, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TableServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +168,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.WriteRows,
                     request_deserializer=shardloss_dot_v1_dot_table__pb2.WriteRowsRequest.FromString,
                     response_serializer=shardloss_dot_v1_dot_table__pb2.WriteRowsResponse.SerializeToString,
+            ),
+            'WriteClassCounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteClassCounts,
+                    request_deserializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.FromString,
+                    response_serializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +339,33 @@ class TableService(object):
             '/shardloss.v1.TableService/WriteRows',
             shardloss_dot_v1_dot_table__pb2.WriteRowsRequest.SerializeToString,
             shardloss_dot_v1_dot_table__pb2.WriteRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteClassCounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardloss.v1.TableService/WriteClassCounts',
+            shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.SerializeToString,
+            shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

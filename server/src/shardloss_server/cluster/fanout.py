@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
-from shardloss_server.shard.record import Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
+from shardloss_server.shard.record import Mined, Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
 from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 T = TypeVar("T")
@@ -72,6 +72,9 @@ class FanoutGroup(ABC):
 
     def score(self, table: str, staged: Staged, with_gradient: bool) -> Gathered[Score]:
         return self.on_all("score", table, with_gradient, staged)
+
+    def mine(self, table: str, staged: Staged, k: int) -> Gathered[Mined]:
+        return self.on_all("mine", table, k, staged)
 
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Gathered[RowGradient]:
         return self.on_all("gradient", table, upstream, staged)

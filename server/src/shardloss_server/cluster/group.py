@@ -12,7 +12,18 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from shardloss_server.shard.record import Part, Record, RowGradient, Rows, RowWrite, Score, StepKey, TableSpec, Upstream
+from shardloss_server.shard.record import (
+    Mined,
+    Part,
+    Record,
+    RowGradient,
+    Rows,
+    RowWrite,
+    Score,
+    StepKey,
+    TableSpec,
+    Upstream,
+)
 from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 T_co = TypeVar("T_co", covariant=True)
@@ -85,6 +96,9 @@ class ShardGroup(Protocol):
 
     def score(self, table: str, staged: Staged, with_gradient: bool) -> Pending[list[Score]]:
         """Score a part on every shard."""
+
+    def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
+        """The k best candidates of each row on every shard."""
 
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Pending[list[RowGradient]]:
         """Gradient of every shard's touched rows."""

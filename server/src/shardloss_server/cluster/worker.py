@@ -13,6 +13,7 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
+    Mined,
     Part,
     Record,
     RowGradient,
@@ -59,6 +60,9 @@ class Worker:
 
     def score(self, table: str, with_gradient: bool, part: Part) -> dict[int, Score]:
         return self._each(table, lambda shard, part: shard.score(part, with_gradient), part)
+
+    def mine(self, table: str, k: int, part: Part) -> dict[int, Mined]:
+        return self._each(table, lambda shard, part: shard.mine(part, k), part)
 
     def gradient(self, table: str, upstream: Upstream, part: Part) -> dict[int, RowGradient]:
         return self._each(table, ShardTable.gradient, part, upstream)

@@ -14,8 +14,9 @@ from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.numerics.ranking import Best, beside, ordered
 from shardloss_server.shard.record import TableSpec
-from shardloss_server.shard.scan import AskedLogits, Best, Question, ScanAnswer, ordered
+from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 SLICE_MACS = 1 << 28  # multiply-adds of one slice on one worker: about 30 ms of float64 on one core
 SLICE_GATHERED = 1 << 22  # elements of asked rows of one slice: a gathered one costs as much as 64 multiply-adds
@@ -194,12 +195,6 @@ def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
             lse = answer.lse if lse.dim() == 0 else torch.logaddexp(lse, answer.lse)
     assert found is not None
     return ordered(found, k), lse
-
-
-def beside(a: Best, b: Best) -> Best:
-    """Both, [N, a + b]."""
-    columns = zip((a.class_ids, a.keys, a.logits), (b.class_ids, b.keys, b.logits), strict=True)
-    return Best(*(torch.cat(pair, dim=1) for pair in columns))
 
 
 def merged_lse(answers: list[ScanAnswer]) -> Tensor:

@@ -20,6 +20,7 @@ from shardloss_server.shard.record import TableSpec
 
 MAX_DEVIATIONS = 8.0  # a normal from 32 bits is at most 6.8 standard deviations out
 log = logging.getLogger(__name__)
+COUNT_BYTES = 24  # a count and up to two nodes of its tree
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 STATES_PER_ELEMENT = {"sgd": 0, "adagrad": 1, "row_adagrad": 0, "adam": 2, "adamw": 2, "sparse_adam": 2}
@@ -140,12 +141,14 @@ def refuse_too_large(spec: TableSpec, existing: list[TableSpec], limits: Limits)
 
 
 def table_bytes(spec: TableSpec) -> int:
-    """Rows, biases and optimizer state of a whole table."""
+    """Rows, biases, optimizer state and label counts of a whole table."""
     state_item = ITEM_BYTES[spec.compute_dtype]
     per_row = spec.dim * ITEM_BYTES[spec.dtype] + state_item
     per_row += state_elements(spec.optimizer, spec.dim) * state_item
     if spec.bias:
         per_row += state_elements(spec.optimizer, 1) * state_item
+    if spec.count_labels:
+        per_row += COUNT_BYTES
     return spec.num_classes * per_row
 
 
@@ -160,7 +163,7 @@ def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
 
 def facts(spec: TableSpec) -> dict[str, object]:
     """What must agree for two specs to be one table, by the contract's field names."""
-    fields = ("num_classes", "dim", "dtype", "bias", "initializer", "optimizer")
+    fields = ("num_classes", "dim", "dtype", "bias", "initializer", "optimizer", "count_labels")
     cut = {"placement": spec.placement.strategy, "num_shards": spec.placement.num_shards}
     return {field: getattr(spec, field) for field in fields} | cut
 

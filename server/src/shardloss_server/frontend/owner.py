@@ -31,12 +31,14 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
+from shardloss_server.frontend.counts import ClassCounts
 from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
 from shardloss_server.frontend.request import CommitReply, CommitRequest, LossReply
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
-from shardloss_server.numerics.partial import merge_all
+from shardloss_server.numerics.partial import combine_all
 from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import (
+    Mined,
     OutOfMemory,
     Part,
     RowGradient,
@@ -115,6 +117,7 @@ class TableOwner:
         self.version = 0
         self.num_commits = 0
         self.last_replies = LastReplies()
+        self.counts = ClassCounts(spec.num_classes, spec.count_labels)
         self._group = group
         self._order = threading.Lock()
         self._commits = threading.Lock()
@@ -153,6 +156,10 @@ class TableOwner:
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient), deadline)
         self.same_version([score.version for score in scores])
         return scores
+
+    def mine(self, staged: Staged, k: int, deadline: Deadline) -> list[Mined]:
+        """The k best candidates of each row on every shard."""
+        return self.ask(lambda: self._group.mine(self.key, staged, k), deadline)
 
     def gradient(self, staged: Staged, upstream: Upstream, version: int, deadline: Deadline) -> list[RowGradient]:
         """Gradient of every shard's touched rows at the version that gave the upstream's lse.
@@ -326,7 +333,7 @@ class TableOwner:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False), deadline, settled=True)
         self.same_version([score.version for score in scores])
-        return merge_all([score.partial for score in scores]).lse
+        return combine_all([score.statistics for score in scores]).lse
 
     def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
@@ -348,6 +355,9 @@ class TableOwner:
         with self._applied:
             self._doubtful = None
             self.version = change.version
+            for ticket in doubt.tickets:
+                if ticket.labels is not None:
+                    self.counts.learn(ticket.labels.numpy())
             if isinstance(change, Order):
                 self.num_commits += 1
                 self.ledger.note(change.key, Outcome(change.key.digest, change.version, change.staleness))

@@ -18,7 +18,7 @@ from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
-from shardloss_server.frontend.plan import plan
+from shardloss_server.frontend.plan import PADDING, mined_part, plan
 from shardloss_server.frontend.request import (
     CommitPart,
     CommitReply,
@@ -28,9 +28,10 @@ from shardloss_server.frontend.request import (
     LossRequest,
 )
 from shardloss_server.frontend.session import Ticket, TicketState
-from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
-from shardloss_server.numerics.partial import Partial, Target, add_all, merge_all
-from shardloss_server.shard.record import Part, RowGradient, TableSpec, Upstream
+from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
+from shardloss_server.numerics.partial import add_all, combine_all, spread_over
+from shardloss_server.numerics.transform import norms_of, project
+from shardloss_server.shard.record import Part, RowGradient, Score, TableSpec, Upstream
 
 
 class Pipeline:
@@ -94,26 +95,33 @@ class Pipeline:
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
-        part = plan(request, owner.spec)
+        part = self._planned(owner, request, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, deadline)
         scored = time.monotonic()
-        partial = merge_all([score.partial for score in scores])
-        target = add_all([score.target for score in scores])
+        merged, version = merge(scores), scores[0].version
         table_grad = None
         if request.want.table_grad:
-            upstream = Upstream(partial.lse, upstream_of(request, part.batch.mass))
-            table_grad = join(owner.gradient(staged, upstream, scores[0].version, deadline))
-        num_candidates = owner.spec.num_classes if part.candidates is None else len(part.candidates.class_ids)
-        cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates)
-        reply = finish(request, part, partial, target, table_grad, ticket, scores[0].version, cost)
+            upstream = Upstream(merged.statistics.lse, upstream_of(request, part.batch.mass))
+            table_grad = join(owner.gradient(staged, upstream, version, deadline))
+        cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates(part, owner.spec))
+        reply = finish(request, part, merged, table_grad, ticket, version, cost)
         reply = replace(reply, has_bias=owner.spec.bias)
         if ticket is not None:
-            ticket.staged, ticket.lse, ticket.num_rows = staged, partial.lse, len(request.hidden)
-            ticket.version, ticket.reply, ticket.mass = scores[0].version, reply, part.batch.mass
+            ticket.staged, ticket.lse, ticket.num_rows = staged, merged.statistics.lse, len(request.hidden)
+            ticket.version, ticket.reply, ticket.mass = version, reply, part.batch.mass
+            ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
         return reply
+
+    def _planned(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> Part:
+        """The part to score; hard negatives are found by a fan-out of their own, and stand in the part."""
+        part = plan(request, owner.spec, owner.counts)
+        if request.sampled is None or not request.sampled.num_hard_negatives:
+            return part
+        k = request.sampled.num_hard_negatives
+        return mined_part(part, owner.mine(owner.stage(part), k, deadline), k)
 
     def _one_call(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
@@ -154,7 +162,9 @@ def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
     """What an open ticket keeps: the staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
-    return 8 * (elements + 3 * validate.num_drawn(request)) + validate.reply_bytes(request, spec)
+    if request.class_weights is not None:
+        elements += request.class_weights.numel()
+    return 8 * (elements + 3 * validate.num_drawn(request, spec)) + validate.reply_bytes(request, spec)
 
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
@@ -190,11 +200,25 @@ def join(gradients: list[RowGradient]) -> RowGradient:
     return RowGradient(class_ids[order], rows[order], biases[order])
 
 
+def merge(scores: list[Score]) -> Merged:
+    """All shards' scores as one, in shard order."""
+    spreads = [score.spread for score in scores if score.spread is not None]
+    return Merged(
+        combine_all([score.statistics for score in scores]),
+        add_all([score.target for score in scores]),
+        spread_over(spreads) if spreads else None,
+    )
+
+
+def num_candidates(part: Part, spec: TableSpec) -> int:
+    """Candidates that are scored, over all shards, without the labels."""
+    return spec.num_classes if part.candidates is None else part.candidates.class_ids.numel()
+
+
 def finish(
     request: LossRequest,
     part: Part,
-    partial: Partial,
-    target: Target,
+    merged: Merged,
     table_grad: RowGradient | None,
     ticket: Ticket | None,
     version: int,
@@ -205,22 +229,42 @@ def finish(
     Raises:
         InvalidArgument: a counted row has a loss or a gradient that is not finite.
     """
-    want, mass = request.want, part.batch.mass
-    loss = per_example_loss(partial, target, mass).to(mass.dtype)
-    gradient = hidden_gradient(partial, target, mass) if want.hidden_grad else None
+    want, batch, objective = request.want, part.batch, part.objective
+    mass = batch.mass
+    loss = per_example_loss(merged, mass, objective.z_loss, batch.spread, batch.hidden).to(mass.dtype)
+    gradient = gradient_of_hidden(request, part, merged) if want.hidden_grad else None
     is_finite = torch.isfinite(loss)
     if gradient is not None:
         is_finite &= torch.isfinite(gradient).all(1)
+    scale_grad = None
+    if objective.learned_scale:
+        scale_grad = scale_gradient(
+            merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
+        )
+        is_finite &= torch.isfinite(scale_grad)
     validate.finite_logits((mass == 0) | is_finite, "hidden")
     if gradient is not None and want.grad_dtype is not None:
         gradient = gradient.to(getattr(torch, want.grad_dtype))
     return LossReply(
         loss=loss if want.loss else None,
-        lse=torch.where(mass == 0, -torch.inf, partial.lse).to(mass.dtype) if want.lse else None,
+        lse=torch.where(mass == 0, -torch.inf, merged.statistics.lse).to(mass.dtype) if want.lse else None,
         hidden_grad=gradient,
         table_grad=table_grad,
         ticket="" if ticket is None else ticket.name,
         version=version,
         replayed=False,
         cost=cost,
+        scale_grad=scale_grad,
     )
+
+
+def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
+    """d loss / d hidden [N, D] of hidden as the request has it: back through scale and norms."""
+    transform, batch = part.objective.transform, part.batch
+    gradient = hidden_gradient(merged, batch.mass, part.objective.z_loss, batch.spread)
+    if transform.scale != 1.0:
+        gradient = gradient * transform.scale
+    if not transform.normalize:
+        return gradient
+    norms = norms_of(request.hidden.to(batch.hidden.dtype))
+    return project(gradient, batch.hidden / transform.scale, norms)

@@ -1,78 +1,245 @@
-"""Planning: from a valid request to a part that every shard can score. Pure: (request, spec) -> part."""
+"""Planning: from a valid request to a part that every shard can score. Pure: (request, spec, counts) -> part."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from shardloss import sampling
 from shardloss.errors import InvalidArgument
+from shardloss.sampling import Distribution
 from torch import Tensor
 
-from shardloss_server.frontend.request import LossRequest, SampledValues, SamplerSpec
-from shardloss_server.numerics import sampler
-from shardloss_server.numerics.correction import fold_repeats
-from shardloss_server.shard.record import Batch, Candidates, Part, TableSpec
+from shardloss_server.frontend.counts import ClassCounts
+from shardloss_server.frontend.request import (
+    InBatch,
+    LossRequest,
+    PartialFc,
+    SampledSoftmax,
+    SampledValues,
+    SamplerSpec,
+)
+from shardloss_server.numerics.correction import fold_repeats, in_id_order, row_hits
+from shardloss_server.numerics.transform import Transform, norms_of
+from shardloss_server.shard.record import Batch, Candidates, Mined, Part, RowCandidates, TableSpec
 
 PADDING = -1
 
 
-def plan(request: LossRequest, spec: TableSpec) -> Part:
+def plan(request: LossRequest, spec: TableSpec, counts: ClassCounts) -> Part:
     """The part of a request: padding marked, weights filled in, candidates drawn and their repeats folded.
 
     Raises:
-        InvalidArgument: a distinct draw would take too many tries.
+        InvalidArgument: a distinct draw would take too many tries; a label cannot be drawn, so log Q does not exist.
     """
-    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
     labels = request.labels
     if request.ignore_index is not None:
         labels = torch.where(labels == request.ignore_index, PADDING, labels)
-    weights = weights_of(labels, request.label_weights, dtype)
-    mass = weights.sum(1)
-    hidden = request.hidden.to(dtype)
-    if (mass == 0).any():  # whatever stands in an ignored row, its logits are finite
-        hidden = torch.where((mass == 0)[:, None], 0.0, hidden)
-    batch = Batch(hidden, labels, weights, mass)
+    batch = batch_of(request, labels, spec)
+    weights = request.class_weights if request.objective.label_smoothing else None
     if request.sampled is None:
-        return Part(batch, None)
-    draw = request.sampled.candidates
-    if isinstance(draw, SamplerSpec):
-        draw = draw_candidates(draw, spec.num_classes, request.step, labels)
-    folded = fold_repeats(
-        draw.sampled, draw.sampled_expected_count.double().log().to(dtype), request.sampled.hit_removal
-    )
-    true_log_weight = torch.where(labels == PADDING, 0.0, -draw.true_expected_count.double().log().to(dtype))
-    return Part(batch, Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, true_log_weight))
+        return Part(batch, None, request.objective, weights)
+    draw = drawn(request.sampled, labels, spec, request.step, counts)
+    if draw.sampled.dim() == 2:
+        return Part(batch, row_candidates(request.sampled, draw, labels, batch.mass.dtype), request.objective)
+    return Part(batch, shared_candidates(request, draw, labels, batch.mass.dtype), request.objective)
 
 
-def weights_of(labels: Tensor, given: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y [N, T]: the given weights, or 1 / (number of labels) of each row; 0 on padding."""
+# The batch
+
+
+def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
+    """Hidden as the transform makes it, and the weights of labels and of all classes."""
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+    weights = weights_of(request, labels, dtype)
+    counts = weights.sum(1) != 0
+    spread, mass = None, weights.sum(1)
+    if request.objective.label_smoothing:
+        spread = counts.to(dtype) * (request.objective.label_smoothing / spec.num_classes)
+        total = spec.num_classes if request.class_weights is None else request.class_weights.double().sum()
+        weights = weights * (1.0 - request.objective.label_smoothing)
+        mass = weights.sum(1) + spread * total
+    hidden = request.hidden.to(dtype)
+    if not counts.all():  # whatever stands in an ignored row, its logits are finite
+        hidden = torch.where(counts[:, None], hidden, 0.0)
+    return Batch(transformed(hidden, request.objective.transform), labels, weights, mass, spread)
+
+
+def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding.
+
+    Class weights multiply them.
+    """
     counted = labels != PADDING
-    if given is not None:
-        return torch.where(counted, given.to(dtype), 0.0)
-    return counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
+    if request.label_weights is not None:
+        weights = torch.where(counted, request.label_weights.to(dtype), 0.0)
+    elif request.objective.family == "logistic" and request.sampled is None:
+        weights = counted.to(dtype)
+    else:
+        weights = counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
+    if request.class_weights is None:
+        return weights
+    return weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
 
 
-def draw_candidates(spec: SamplerSpec, num_classes: int, step: int, labels: Tensor) -> SampledValues:
-    """The candidates of a step with the expected counts of sampled [S] and labels [N, T] (1 on padding), float64."""
-    values, _ = draw_with_tries(spec, num_classes, step, labels)
-    return values
+def transformed(hidden: Tensor, transform: Transform) -> Tensor:
+    """Hidden [N, D] divided by its norms where the transform says so, times the scale."""
+    if transform.normalize:
+        hidden = hidden / norms_of(hidden)[:, None]
+    return hidden if transform.scale == 1.0 else hidden * transform.scale
 
 
-def draw_with_tries(spec: SamplerSpec, num_classes: int, step: int, labels: Tensor) -> tuple[SampledValues, int]:
-    """`draw_candidates` and the number of tries it took."""
-    distribution = sampler.DISTRIBUTIONS[spec.kind](num_classes)
-    try:
-        draw = sampler.draw(distribution, spec.num_sampled, spec.unique, spec.seed, step)
-    except sampler.TriesExhausted:
+# The candidates
+
+
+def shared_candidates(request: LossRequest, draw: SampledValues, labels: Tensor, dtype: torch.dtype) -> Candidates:
+    """Candidates of the whole batch. Where a repeat may count as a column of its own, repeats are not folded."""
+    sampled = request.sampled
+    assert sampled is not None
+    log_count = log_counts(draw.sampled_expected_count, sampled).to(dtype)
+    label_log_weight = label_log_weights(draw.true_expected_count, labels, sampled).to(dtype)
+    hit_ids = sampled.hit_ids
+    if request.objective.family == "softmax" and not sampled.num_hard_negatives and hit_ids is None:
+        folded = fold_repeats(draw.sampled, log_count, sampled.hit_removal)
+        return Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, label_log_weight)
+    columns, order = in_id_order(draw.sampled, log_count, sampled.hit_removal)
+    candidates = Candidates(columns.class_ids, columns.log_weight, columns.log_weight_after_hit, label_log_weight)
+    if hit_ids is None:
+        return candidates
+    counted = labels != PADDING
+    of_labels = torch.where(counted, hit_ids.labels, PADDING)
+    of_sampled = hit_ids.labels[counted] if hit_ids.sampled is None else hit_ids.sampled
+    return Candidates(
+        columns.class_ids,
+        columns.log_weight,
+        columns.log_weight_after_hit,
+        label_log_weight,
+        of_sampled[order],
+        of_labels,
+    )
+
+
+def row_candidates(sampled: SampledSoftmax, draw: SampledValues, labels: Tensor, dtype: torch.dtype) -> RowCandidates:
+    """Candidates of each row's own; accidental hits weigh nothing."""
+    keys, label_keys = draw.sampled, labels
+    if sampled.hit_ids is not None and sampled.hit_ids.sampled is not None:
+        keys, label_keys = sampled.hit_ids.sampled, torch.where(labels == PADDING, PADDING, sampled.hit_ids.labels)
+    hits = row_hits(keys, label_keys, sampled.hit_removal)
+    log_weight = torch.where(hits, -torch.inf, -log_counts(draw.sampled_expected_count, sampled)).to(dtype)
+    label_log_weight = label_log_weights(draw.true_expected_count, labels, sampled).to(dtype)
+    return RowCandidates(draw.sampled, log_weight, label_log_weight)
+
+
+def mined_part(part: Part, mined: list[Mined], k: int) -> Part:
+    """The part whose candidates are the k best of each row over all shards."""
+    assert part.candidates is not None
+    ids = torch.cat([one.class_ids for one in mined], dim=1)
+    logits = torch.cat([one.logits for one in mined], dim=1)
+    log_weight = torch.cat([one.log_weight for one in mined], dim=1)
+    by_id = torch.argsort(ids, dim=1, stable=True)
+    by_logit = torch.argsort(logits.gather(1, by_id), dim=1, descending=True, stable=True)[:, :k]
+    place = by_id.gather(1, by_logit)
+    candidates = RowCandidates(ids.gather(1, place), log_weight.gather(1, place), part.candidates.label_log_weight)
+    return Part(part.batch, candidates, part.objective)
+
+
+def log_counts(expected_count: Tensor, sampled: SampledSoftmax) -> Tensor:
+    """log Q in float64; 0 where logits are not corrected."""
+    return expected_count.double().log() if sampled.is_corrected else torch.zeros(expected_count.shape).double()
+
+
+def label_log_weights(expected_count: Tensor, labels: Tensor, sampled: SampledSoftmax) -> Tensor:
+    """-log Q of the true columns [N, T], 0 on padding."""
+    return torch.where(labels == PADDING, 0.0, -log_counts(expected_count, sampled))
+
+
+# Draws
+
+
+def drawn(sampled: SampledSoftmax, labels: Tensor, spec: TableSpec, step: int, counts: ClassCounts) -> SampledValues:
+    """The candidates of a step with the expected counts of all columns (1 on padding), float64."""
+    draw = sampled.candidates
+    if isinstance(draw, SampledValues):
+        return draw
+    if isinstance(draw, SamplerSpec):
+        return draw_with_tries(draw, spec.num_classes, step, labels, counts)[0]
+    ones = torch.ones(labels.shape, dtype=torch.float64)
+    if isinstance(draw, PartialFc):
+        ids = sampling.partial_fc(labels.flatten().numpy(), spec.num_classes, draw.num_sampled, draw.seed, step)
+        return SampledValues(torch.from_numpy(ids), ones, torch.ones(len(ids), dtype=torch.float64))
+    return in_batch(draw, labels, ones, counts)
+
+
+def in_batch(draw: InBatch, labels: Tensor, ones: Tensor, counts: ClassCounts) -> SampledValues:
+    """The counted labels of all rows. The row's own column was not drawn, so its logit is not corrected.
+
+    A class with frequency p is expected (n - 1) p times among the n - 1 labels of the other rows. Source:
+    arXiv:2507.09331, section 3.
+    """
+    ids = labels[labels != PADDING]
+    if not draw.is_corrected:
+        return SampledValues(ids, ones, torch.ones(len(ids), dtype=torch.float64))
+    frequency = torch.from_numpy(counts.learned_frequency(ids.numpy()))
+    return SampledValues(ids, ones, frequency * max(1, len(ids) - 1))
+
+
+def draw_with_tries(
+    spec: SamplerSpec, num_classes: int, step: int, labels: Tensor, counts: ClassCounts
+) -> tuple[SampledValues, int]:
+    """The draw of a sampler and the number of tries it took.
+
+    Raises:
+        InvalidArgument: too few classes can be drawn, or in too many tries; a label cannot be drawn.
+    """
+    with counts.unchanging():
+        distribution = counts.distribution(spec)
+        refuse_too_many(spec, distribution)
+        try:
+            draw = distribution_draw(distribution, spec, step)
+        except sampling.TriesExhausted:
+            raise InvalidArgument(
+                f"sampler.num_sampled = {spec.num_sampled} distinct ids of {num_classes} take more than "
+                f"{sampling.max_tries(spec.num_sampled)} draws; sample with repeats, or use the full softmax",
+                field="sampler.num_sampled",
+            ) from None
+
+        def count(class_ids: Tensor) -> Tensor:
+            ids = class_ids.clamp(min=0).numpy()
+            if spec.kind == "all":
+                return torch.ones(class_ids.shape, dtype=torch.float64)
+            expected = sampling.expected_count(distribution, ids, spec.num_sampled, spec.unique, draw.num_tries)
+            return torch.from_numpy(np.ascontiguousarray(expected))
+
+        sampled = torch.from_numpy(draw.sampled)
+        values = SampledValues(sampled, count(labels), count(sampled))
+    refuse_undrawable(values.true_expected_count, labels)
+    return values, draw.num_tries
+
+
+def distribution_draw(distribution: Distribution, spec: SamplerSpec, step: int) -> sampling.Draw:
+    """The draw of (seed, step), or all classes."""
+    if spec.kind == "all":
+        return sampling.all_candidates(distribution.num_classes)
+    return sampling.draw(distribution, spec.num_sampled, spec.unique, spec.seed, step)
+
+
+def refuse_too_many(spec: SamplerSpec, distribution: Distribution) -> None:
+    """A distinct draw needs as many classes that can be drawn."""
+    if spec.unique and spec.kind != "all" and spec.num_sampled > distribution.num_possible:
         raise InvalidArgument(
-            f"sampler.num_sampled = {spec.num_sampled} distinct ids of {num_classes} take more than "
-            f"{sampler.max_tries(spec.num_sampled)} draws; sample with repeats, or use the full softmax",
+            f"sampler.num_sampled = {spec.num_sampled} distinct ids cannot come from {distribution.num_possible} "
+            "classes with p > 0",
             field="sampler.num_sampled",
-        ) from None
+        )
 
-    def count(class_ids: Tensor) -> Tensor:
-        ids = class_ids.clamp(min=0).numpy()
-        counts = sampler.expected_count(distribution, ids, spec.num_sampled, spec.unique, draw.num_tries)
-        return torch.from_numpy(np.ascontiguousarray(counts))
 
-    sampled = torch.from_numpy(draw.sampled)
-    return SampledValues(sampled, count(labels), count(sampled)), draw.num_tries
+def refuse_undrawable(true_expected_count: Tensor, labels: Tensor) -> None:
+    """log Q of a label must exist where its logit is corrected."""
+    wrong = (true_expected_count <= 0) & (labels != PADDING)
+    if wrong.any():
+        n, t = (int(i) for i in torch.nonzero(wrong)[0])
+        raise InvalidArgument(
+            f"labels[{n}, {t}] = {int(labels[n, t])} is never drawn by this sampler: Q = 0 has no logarithm; give the "
+            "class a count above 0",
+            field="labels",
+            index=f"{n}, {t}",
+        )

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardloss_server.numerics.objective import Objective
 from shardloss_server.shard.record import RowGradient
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerSpec:
-    """What to draw: kind as in `numerics.sampler.DISTRIBUTIONS`."""
+    """What to draw: kind "log_uniform", "uniform", "fixed_unigram", "learned_unigram", "all" or "mixture".
+
+    distortion and num_reserved_ids are those of a fixed unigram; mixture those of a mixture.
+    """
 
     kind: str
     num_sampled: int
     unique: bool
     seed: int
+    distortion: float = 1.0
+    num_reserved_ids: int = 0
+    mixture: Mixture | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """p = share * first + (1 - share) * second; their own num_sampled, unique and seed have no meaning."""
+
+    first: SamplerSpec
+    second: SamplerSpec
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
 class SampledValues:
-    """The caller's draw: sampled [S], true_expected_count [N, T], sampled_expected_count [S]."""
+    """The caller's draw: sampled [S] or, each row its own, [N, S]; Q of the labels [N, T] and of sampled."""
 
     sampled: Tensor
     true_expected_count: Tensor
@@ -29,11 +45,40 @@ class SampledValues:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledSoftmax:
-    """hit_removal is "none", "every" or "last"."""
+class InBatch:
+    """The other rows' labels; with corrected logits they are corrected by how often commits have seen each class."""
 
-    candidates: SamplerSpec | SampledValues
+    is_corrected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartialFc:
+    """Every label of the batch and uniform negatives, num_sampled in all; logits are not corrected."""
+
+    num_sampled: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class HitIds:
+    """What is compared to find accidental hits: labels [N, T]; sampled as the draw, None where that is the batch."""
+
+    labels: Tensor
+    sampled: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSoftmax:
+    """The candidates of a sampled loss. hit_removal is "none", "every" or "last".
+
+    num_hard_negatives > 0 keeps only so many of the best candidates of each row; is_corrected False leaves log Q out.
+    """
+
+    candidates: SamplerSpec | SampledValues | InBatch | PartialFc
     hit_removal: str
+    hit_ids: HitIds | None = None
+    num_hard_negatives: int = 0
+    is_corrected: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +103,10 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class LossRequest:
-    """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is the full softmax.
+    """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is a loss over all classes.
 
-    digest tells one payload under a key from another; it is empty where there is no session. max_reply_bytes is what
-    the tensors of the reply may take.
+    class_weights [V] belong to the full softmax. digest tells one payload under a key from another; it is empty where
+    there is no session. max_reply_bytes is what the tensors of the reply may take.
     """
 
     table: str
@@ -79,6 +124,8 @@ class LossRequest:
     want: Want
     digest: bytes
     max_reply_bytes: int
+    objective: Objective = field(default_factory=Objective)
+    class_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +183,12 @@ class LossReply:
     cost: Cost
     committed: CommitReply | None = None
     has_bias: bool = True
+    scale_grad: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """What its tensors take."""
-        tensors = [self.loss, self.lse, self.hidden_grad]
+        tensors = [self.loss, self.lse, self.hidden_grad, self.scale_grad]
         if self.table_grad is not None:
             tensors += [self.table_grad.class_ids, self.table_grad.rows, self.table_grad.biases]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -55,6 +55,7 @@ class Ticket:
     staged: Staged | None = None
     lse: Tensor | None = None
     mass: Tensor | float = 1.0
+    labels: Tensor | None = None  # [L] that count
     is_held: bool = False  # a commit is at work on it: it does not expire
     num_rows: int = 0
     version: int = 0
@@ -139,14 +140,13 @@ class Sessions:
             Overloaded: no ticket or session more can be kept.
         """
         with self._lock:
-            known = self._sessions.get(session, Session(now))
+            known = self._touch(session, now) if session in self._sessions else Session(now)  # also where it is refused
             ticket = known.tickets.get((step, part))
             if ticket is not None:
                 if ticket.digest != digest:
                     raise StepReused(
                         f"session {session!r}, step {step}, part {part} was sent with another payload", field="step"
                     )
-                self._touch(session, now)
                 return ticket, False
             if step <= max(committed, known.given_up):
                 raise StepTooOld(

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from shardloss.errors import InvalidArgument, LimitExceeded
 from torch import Tensor
 
 from shardloss_server.config import Limits
-from shardloss_server.frontend.request import CommitRequest, LossRequest, SampledValues, SamplerSpec
+from shardloss_server.frontend.request import (
+    CommitRequest,
+    InBatch,
+    LossRequest,
+    PartialFc,
+    SampledSoftmax,
+    SampledValues,
+    SamplerSpec,
+)
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import TableSpec
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -31,6 +41,7 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
         label_weights(request, spec)
     if request.upstream is not None:
         vector("upstream", request.upstream, num_rows, spec)
+    objective(request, spec)
     if request.sampled is not None:
         candidates(request, spec, limits)
     if request.commit_now is not None:
@@ -176,11 +187,11 @@ def label_rows(tensor: Tensor, spec: TableSpec, limits: Limits) -> None:
 
 
 def label_weights(request: LossRequest, spec: TableSpec) -> None:
-    """[N, T] finite and not negative; full softmax only."""
+    """[N, T] finite and not negative; losses over all classes only."""
     weights = request.label_weights
     assert weights is not None
     if request.sampled is not None:
-        raise InvalidArgument("label_weights belong to the full softmax; sampled uses 1/T", field="label_weights")
+        raise InvalidArgument("label_weights belong to losses over all classes", field="label_weights")
     if weights.shape != request.labels.shape or weights.dtype not in FLOATS:
         raise InvalidArgument(
             f"label_weights is {name_of(weights)} {list(weights.shape)}; a float tensor of the labels' shape "
@@ -192,9 +203,89 @@ def label_weights(request: LossRequest, spec: TableSpec) -> None:
     finite(weights.to(getattr(torch, spec.compute_dtype)).sum(1), "label_weights", spec)
 
 
+def objective(request: LossRequest, spec: TableSpec) -> None:
+    """The options of a loss, and which of them combine: docs/losses.md."""
+    one = request.objective
+    transform(one.transform, spec)
+    in_range(one.label_smoothing, "full_softmax.label_smoothing", 0.0, 1.0)
+    in_range(one.z_loss, "z_loss", 0.0, math.inf)
+    finite_number(one.z_loss, "z_loss")
+    if one.family == "logistic":
+        refuse_if(one.z_loss != 0, "z_loss belongs to softmax losses", "z_loss")
+        refuse_if(one.margin is not None, "a margin belongs to softmax losses", "margin")
+        refuse_if(request.want.lse, "a logistic loss has no log-sum-exp", "want_lse")
+    if one.label_smoothing:
+        refuse_if(
+            one.transform.soft_cap is not None, "label smoothing and a soft cap do not combine", "logits.soft_cap"
+        )
+    if request.class_weights is not None:
+        class_weights(request.class_weights, spec)
+    if one.margin is not None:
+        margin(request, spec)
+
+
+def margin(request: LossRequest, spec: TableSpec) -> None:
+    """A margin's numbers, and what it does not combine with."""
+    one = request.objective.margin
+    assert one is not None
+    in_range(one.m1, "margin.m1", 0.0, math.inf)
+    for name, value in (("m1", one.m1), ("m2", one.m2), ("m3", one.m3)):
+        finite_number(value, f"margin.{name}")
+    refuse_if(request.labels.shape[1] != 1, "a margin needs one label a row", "labels")
+    refuse_if(spec.bias, "a margin needs a table without biases: a biased logit is no cosine", "margin")
+    refuse_if(request.label_weights is not None, "a margin takes no label_weights", "label_weights")
+    refuse_if(request.class_weights is not None, "a margin takes no class_weights", "full_softmax.class_weights")
+    smoothing, cap = request.objective.label_smoothing, request.objective.transform.soft_cap
+    refuse_if(smoothing != 0, "a margin takes no label smoothing", "full_softmax.label_smoothing")
+    refuse_if(cap is not None, "a margin takes no soft cap", "logits.soft_cap")
+
+
+def transform(one: Transform, spec: TableSpec) -> None:
+    """Scale and soft cap are positive and finite in the table's compute dtype."""
+    most = torch.finfo(getattr(torch, spec.compute_dtype)).max
+    for name, value in (("scale", one.scale), ("soft_cap", one.soft_cap)):
+        if value is not None and not 0 < value <= most:
+            raise InvalidArgument(f"logits.{name} = {value} must be finite and > 0", field=f"logits.{name}")
+
+
+def class_weights(weights: Tensor, spec: TableSpec) -> None:
+    """[V] finite and not negative."""
+    field = "full_softmax.class_weights"
+    vector(field, weights, None, spec)
+    refuse_if(len(weights) != spec.num_classes, f"{field} has {len(weights)} of {spec.num_classes} classes", field)
+    refuse_where(weights < 0, weights, field, "is negative")
+    finite(weights.double().sum()[None], field, spec)
+
+
+def class_counts(first_class: int, counts: Tensor, spec: TableSpec, limits: Limits) -> None:
+    """Counts [M] of a range of classes: finite, not negative, within the table."""
+    at_least(first_class, 0, "first_class")
+    vector("counts", counts, None)
+    refuse_where(counts < 0, counts, "counts", "is negative")
+    if first_class + len(counts) > spec.num_classes:
+        raise InvalidArgument(
+            f"first_class = {first_class} and {len(counts)} counts exceed {spec.num_classes} classes",
+            field="first_class",
+        )
+    if 40 * spec.num_classes > limits.max_table_bytes:
+        raise LimitExceeded(f"counts of {spec.num_classes} classes do not fit max_table_bytes", field="counts")
+
+
+def refuse_if(wrong: bool, complaint: str, field: str) -> None:
+    """Refuse what does not combine."""
+    if wrong:
+        raise InvalidArgument(f"{field}: {complaint}", field=field)
+
+
+def in_range(value: float, field: str, least: float, most: float) -> None:
+    """least <= value <= most."""
+    if not least <= value <= most:
+        raise InvalidArgument(f"{field} = {value} is outside [{least}, {most}]", field=field)
+
+
 def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """What all shards answer to a batch: two float64 a row, and two rows of D where a gradient is wanted."""
-    per_row = 16 + (2 * spec.dim * width_of(spec) if request.want.hidden_grad else 0)
+    """What all shards answer to a batch: four float64 a row, and two rows of D where a gradient is wanted."""
+    per_row = 32 + (2 * spec.dim * width_of(spec) if request.want.hidden_grad else 0)
     answered_bytes(spec.placement.num_shards * len(request.hidden) * per_row, "hidden", limits)
 
 
@@ -221,28 +312,134 @@ def finite_logits(is_finite: Tensor, field: str, place: int | None = None) -> No
 
 
 def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """The sampler or the caller's draw."""
-    assert request.sampled is not None
-    draw = request.sampled.candidates
+    """The sampler, the caller's draw, or what the batch gives; and what else is said of the columns."""
+    sampled = request.sampled
+    assert sampled is not None
+    draw = sampled.candidates
     if isinstance(draw, SamplerSpec):
         sampler(draw, spec, limits)
+    elif isinstance(draw, SampledValues):
+        sampled_values(draw, request, spec, limits)
+    elif isinstance(draw, PartialFc):
+        partial_fc(draw, request, spec, limits)
+    else:
+        in_batch(draw, request, spec)
+    if sampled.hit_ids is not None:
+        hit_ids(request, sampled)
+    hard_negatives(request, sampled, spec, limits)
+
+
+def partial_fc(draw: PartialFc, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
+    """At least one class, and no more than V."""
+    field = "partial_fc.num_sampled"
+    at_least(draw.num_sampled, 1, field)
+    if draw.num_sampled > spec.num_classes:
+        raise InvalidArgument(f"{field} = {draw.num_sampled} exceeds {spec.num_classes} classes", field=field)
+    if draw.num_sampled > limits.max_num_sampled:
+        raise LimitExceeded(f"{field} = {draw.num_sampled} exceeds {limits.max_num_sampled}", field=field)
+    sampled_rows(max(draw.num_sampled, request.labels.numel()), field, spec, limits)
+
+
+def in_batch(draw: InBatch, request: LossRequest, spec: TableSpec) -> None:
+    """One label a row; its frequency is known where logits are corrected."""
+    refuse_if(request.labels.shape[1] != 1, "in_batch needs one label a row", "labels")
+    if draw.is_corrected:
+        refuse_if(not spec.count_labels, "it needs a table with count_labels", "in_batch.correct_log_q")
+
+
+def hit_ids(request: LossRequest, sampled: SampledSoftmax) -> None:
+    """Ids of the labels' and the draw's shapes, not negative, where hits are removed."""
+    ids, draw = sampled.hit_ids, sampled.candidates
+    assert ids is not None
+    if isinstance(draw, (SamplerSpec, PartialFc)):
+        raise InvalidArgument("hit_ids go with sampled_values or in_batch", field="hit_ids")
+    if isinstance(draw, InBatch):
+        refuse_if(ids.sampled is not None, "in_batch takes the labels' hit ids alone", "hit_ids.sampled")
+        refuse_if(sampled.hit_removal != "every", "in_batch hit_ids need every hit removed", "hit_ids")
+    elif ids.sampled is None or ids.sampled.shape != draw.sampled.shape:
+        raise InvalidArgument(f"hit_ids.sampled must have shape {list(draw.sampled.shape)}", field="hit_ids.sampled")
+    else:
+        refuse_where(ids.sampled < 0, ids.sampled, "hit_ids.sampled", "is negative")
+    if ids.labels.shape != request.labels.shape:
+        raise InvalidArgument(f"hit_ids.labels must have shape {list(request.labels.shape)}", field="hit_ids.labels")
+    refuse_where(ids.labels < 0, ids.labels, "hit_ids.labels", "is negative")
+    refuse_if(sampled.hit_removal == "none", "hits are not removed, so nothing is compared", "hit_ids")
+
+
+def hard_negatives(request: LossRequest, sampled: SampledSoftmax, spec: TableSpec, limits: Limits) -> None:
+    """Of a softmax over shared candidates; what all shards answer is bounded."""
+    field, k = "sampled_softmax.num_hard_negatives", sampled.num_hard_negatives
+    at_least(k, 0, field)
+    if k == 0:
         return
-    sampled_values(draw, request, spec, limits)
+    draw = sampled.candidates
+    refuse_if(request.objective.family == "logistic", "hard negatives belong to the softmax", field)
+    refuse_if(isinstance(draw, SampledValues) and draw.sampled.dim() == 2, "each row has its own candidates", field)
+    if k > limits.max_top_k:
+        raise LimitExceeded(f"{field} = {k} exceeds max_top_k = {limits.max_top_k}", field=field)
+    per_row = min(k, num_drawn(request, spec)) * (8 + 2 * width_of(spec))
+    answered_bytes(spec.placement.num_shards * len(request.hidden) * per_row, field, limits)
 
 
 def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
-    """num_sampled is positive, within the limits and, where distinct, at most V."""
-    at_least(draw.num_sampled, 1, "sampler.num_sampled")
-    if draw.num_sampled > limits.max_num_sampled:
+    """num_sampled is positive, within the limits and, where distinct, at most V; the distribution is well-formed."""
+    if draw.kind == "all":
+        if draw.num_sampled not in (0, spec.num_classes):
+            raise InvalidArgument(
+                f"sampler.num_sampled = {draw.num_sampled}; all candidates are {spec.num_classes}",
+                field="sampler.num_sampled",
+            )
+    else:
+        at_least(draw.num_sampled, 1, "sampler.num_sampled")
+    num_sampled = filled_in(draw, spec).num_sampled
+    if num_sampled > limits.max_num_sampled:
         raise LimitExceeded(
-            f"sampler.num_sampled = {draw.num_sampled} exceeds {limits.max_num_sampled}", field="sampler.num_sampled"
+            f"sampler.num_sampled = {num_sampled} exceeds {limits.max_num_sampled}", field="sampler.num_sampled"
         )
-    sampled_rows(draw.num_sampled, "sampler.num_sampled", spec, limits)
-    if draw.unique and draw.num_sampled > spec.num_classes:
+    sampled_rows(num_sampled, "sampler.num_sampled", spec, limits)
+    if draw.unique and num_sampled > spec.num_classes:
         raise InvalidArgument(
-            f"sampler.num_sampled = {draw.num_sampled} distinct ids cannot come from {spec.num_classes} classes",
+            f"sampler.num_sampled = {num_sampled} distinct ids cannot come from {spec.num_classes} classes",
             field="sampler.num_sampled",
         )
+    distribution(draw, spec, "sampler")
+
+
+def distribution(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
+    """What a sampler draws by."""
+    in_range(draw.distortion, f"{field}.distortion", 0.0, math.inf)
+    finite_number(draw.distortion, f"{field}.distortion")
+    if not 0 <= draw.num_reserved_ids < spec.num_classes:
+        raise InvalidArgument(
+            f"{field}.num_reserved_ids = {draw.num_reserved_ids} is outside [0, {spec.num_classes})",
+            field=f"{field}.num_reserved_ids",
+        )
+    if draw.kind == "learned_unigram" and not spec.count_labels:
+        raise InvalidArgument(
+            "learned_unigram needs a table that counts its labels: create it with count_labels", field=f"{field}.kind"
+        )
+    if draw.kind != "mixture":
+        refuse_if(draw.mixture is not None, "only KIND_MIXTURE has a mixture", f"{field}.mixture")
+        return
+    refuse_if(draw.mixture is None, "a mixture of two samplers is needed", f"{field}.mixture")
+    assert draw.mixture is not None
+    in_range(draw.mixture.share, f"{field}.mixture.share", 0.0, 1.0)
+    for name in ("first", "second"):
+        component(getattr(draw.mixture, name), spec, f"{field}.mixture.{name}")
+
+
+def component(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
+    """A sampler inside a mixture is a distribution alone."""
+    if draw.kind in ("mixture", "all"):
+        raise InvalidArgument(f"{field}.kind = {draw.kind} cannot be part of a mixture", field=f"{field}.kind")
+    refuse_if(draw.num_sampled != 0, "the mixture's own num_sampled counts", f"{field}.num_sampled")
+    refuse_if(draw.seed != 0, "the mixture's own seed counts", f"{field}.seed")
+    distribution(draw, spec, field)
+
+
+def filled_in(draw: SamplerSpec, spec: TableSpec) -> SamplerSpec:
+    """The sampler with its num_sampled: V for all candidates."""
+    return replace(draw, num_sampled=spec.num_classes) if draw.kind == "all" else draw
 
 
 def sampled_rows(num_sampled: int, field: str, spec: TableSpec, limits: Limits) -> None:
@@ -255,15 +452,16 @@ def sampled_rows(num_sampled: int, field: str, spec: TableSpec, limits: Limits) 
 
 
 def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """sampled [S] in range; both expected counts of the right shape, finite and positive where they count."""
+    """sampled [S] or [N, S] in range; both expected counts of the right shape, finite and positive where they count."""
     prefix = "sampled_values."
-    if draw.sampled.dim() != 1:
-        found = list(draw.sampled.shape)
-        raise InvalidArgument(f"{prefix}sampled has shape {found}; [S] is needed", field=prefix + "sampled")
-    if len(draw.sampled) > limits.max_num_sampled:
-        message = f"{len(draw.sampled)} samples exceed {limits.max_num_sampled}"
-        raise LimitExceeded(message, field=prefix + "sampled")
-    sampled_rows(len(draw.sampled), prefix + "sampled", spec, limits)
+    found, num_rows, num_drawn = list(draw.sampled.shape), len(request.hidden), draw.sampled.numel()
+    if len(found) not in (1, 2) or (len(found) == 2 and found[0] != num_rows):
+        raise InvalidArgument(
+            f"{prefix}sampled has shape {found}; [S] or [{num_rows}, S] is needed", field=prefix + "sampled"
+        )
+    if num_drawn > limits.max_num_sampled:
+        raise LimitExceeded(f"{num_drawn} samples exceed {limits.max_num_sampled}", field=prefix + "sampled")
+    sampled_rows(min(num_drawn, spec.num_classes), prefix + "sampled", spec, limits)
     class_ids(draw.sampled, spec.num_classes, prefix + "sampled")
     for name, count, shape in (
         ("true_expected_count", draw.true_expected_count, request.labels.shape),
@@ -302,7 +500,7 @@ def reply_bytes(request: LossRequest, spec: TableSpec) -> int:
     """At most so many bytes of tensors answer a request."""
     width = width_of(spec)
     num_rows = len(request.hidden)
-    num_bytes = num_rows * width * (request.want.loss + request.want.lse)
+    num_bytes = num_rows * width * (request.want.loss + request.want.lse + request.objective.learned_scale)
     if request.want.hidden_grad:
         grad_width = getattr(torch, request.want.grad_dtype).itemsize if request.want.grad_dtype else width
         num_bytes += num_rows * spec.dim * grad_width
@@ -315,15 +513,21 @@ def num_touched(request: LossRequest, spec: TableSpec) -> int:
     """At most so many rows have a gradient."""
     if request.sampled is None:
         return spec.num_classes
-    return min(spec.num_classes, num_drawn(request) + request.labels.numel())
+    return min(spec.num_classes, num_drawn(request, spec) + request.labels.numel())
 
 
-def num_drawn(request: LossRequest) -> int:
-    """S; 0 in the full softmax."""
+def num_drawn(request: LossRequest, spec: TableSpec) -> int:
+    """At most so many candidates, over all rows; 0 in a loss over all classes."""
     if request.sampled is None:
         return 0
     draw = request.sampled.candidates
-    return draw.num_sampled if isinstance(draw, SamplerSpec) else len(draw.sampled)
+    if isinstance(draw, SampledValues):
+        return draw.sampled.numel()
+    if isinstance(draw, InBatch):
+        return request.labels.numel()
+    if isinstance(draw, SamplerSpec):
+        return filled_in(draw, spec).num_sampled
+    return max(draw.num_sampled, request.labels.numel())
 
 
 def width_of(spec: TableSpec) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Distinct candidates of a draw, ids ascending.
+    """Candidates of a draw, ids ascending; distinct where they were folded.
 
     log_weight [C] is the log of the sum over an id's copies of 1/Q, so that z + log_weight is the log-sum-exp of the
     copies' corrected logits. log_weight_after_hit [C] is the same over the copies that remain in a row which has the
@@ -42,6 +42,45 @@ def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) 
     return Folded(class_ids, log_weight, grouped_logsumexp(remaining, inverse, len(class_ids)))
 
 
+def in_id_order(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) -> tuple[Folded, Tensor]:
+    """A draw's S columns by ascending id, each copy a column of its own, and the order [S] that sorted them.
+
+    For losses that are no log-sum-exp over columns. hit_removal as in `fold_repeats`.
+    """
+    order = torch.argsort(sampled, stable=True)
+    class_ids, log_weight = sampled[order], -log_expected_count[order]
+    if hit_removal == "none":
+        return Folded(class_ids, log_weight, None), order
+    after_hit = torch.full_like(log_weight, -torch.inf)
+    if hit_removal == "last":
+        is_last = torch.ones_like(class_ids, dtype=torch.bool)
+        is_last[:-1] = class_ids[1:] != class_ids[:-1]
+        after_hit = torch.where(is_last, -torch.inf, log_weight)
+    return Folded(class_ids, log_weight, after_hit), order
+
+
+def row_hits(sampled: Tensor, labels: Tensor, hit_removal: str) -> Tensor:
+    """Which of each row's own candidates [N, S] are removed from it [N, S]; labels [N, T], padding negative.
+
+    hit_removal as in `fold_repeats`; "last" removes the last copy of each id alone.
+    """
+    hit = torch.zeros_like(sampled, dtype=torch.bool)
+    if hit_removal == "none":
+        return hit
+    for column in labels.T:  # T passes over [N, S]: never [N, S, T] at once
+        hit |= (sampled == column[:, None]) & (column >= 0)[:, None]
+    return hit & last_copies(sampled) if hit_removal == "last" else hit
+
+
+def last_copies(sampled: Tensor) -> Tensor:
+    """Whether an entry of sampled [N, S] is the last of its row with its id."""
+    order = torch.argsort(sampled, dim=1, stable=True)
+    ordered = sampled.gather(1, order)
+    is_last = torch.ones_like(sampled, dtype=torch.bool)
+    is_last[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(is_last).scatter_(1, order, is_last)
+
+
 def grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """log(sum over i with group[i] = j of exp(values[i])) for each group j [num_groups]; -inf for an empty group."""
     top = torch.full((num_groups,), -torch.inf, dtype=values.dtype).scatter_reduce(0, group, values, "amax")
@@ -50,15 +89,16 @@ def grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     return finite_top + torch.log(total)
 
 
-def find_hits(class_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (row n, candidate c) with class_ids[c] among labels[n].
+def find_hits(keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (row n, place c) with keys[c] among labels[n].
 
-    class_ids [C] ascending and distinct, labels [N, T] (padding is -1 and never hits). A label given twice yields its
-    pair twice. O(N T log C).
+    keys [C] ascending, repeats allowed: each copy is a pair of its own; labels [N, T], padding is negative and never
+    hits where keys are not. A label given twice yields its pairs twice. O(N T log C).
     """
-    if len(class_ids) == 0:
-        none = torch.zeros(0, dtype=torch.int64)
-        return none, none
-    place = torch.searchsorted(class_ids, labels.contiguous()).clamp_(max=len(class_ids) - 1)
-    row, true_index = torch.nonzero(class_ids[place] == labels, as_tuple=True)
-    return row, place[row, true_index]
+    num_rows, num_true = labels.shape
+    flat = labels.flatten()
+    first = torch.searchsorted(keys, flat)
+    counts = torch.searchsorted(keys, flat, right=True) - first
+    entry = torch.repeat_interleave(torch.arange(num_rows * num_true), counts)
+    nth = torch.arange(len(entry)) - (counts.cumsum(0) - counts)[entry]
+    return entry // num_true, first[entry] + nth

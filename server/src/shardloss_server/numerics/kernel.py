@@ -1,127 +1,208 @@
-"""What a shard computes: scores of its candidates, and the gradient of its rows.
+"""What a shard computes: statistics of columns, and the gradient of its rows.
 
-All functions take the shard's rows in compute dtype and the part of a batch; class ids are already turned into rows of
-the shard. `shard_` marks values of this shard alone. Nothing of size N x V is held: the full softmax goes through the
-rows in chunks.
+Columns come in two shapes. A `Block` is dense: its rows are candidates of every row of hidden (the full softmax in
+chunks of rows, a sampled loss in ranges of candidates). `Entries` are sparse: each is a column of one row of hidden
+alone (true labels, candidates of a row's own). Rows are in compute dtype and transformed already: unit vectors where
+the transform normalises, and scale is inside hidden and biases. Nothing of size N x V is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shardloss_server.numerics.correction import find_hits
-from shardloss_server.numerics.partial import Partial, Target
+from shardloss_server.numerics.correction import find_hits, grouped_logsumexp
+from shardloss_server.numerics.margin import with_margin
+from shardloss_server.numerics.objective import Objective
+from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
+from shardloss_server.numerics.transform import cap_, cap_slope
 
 CHUNK_LOGITS = 1 << 20  # logits held at once by the full softmax: 4 MiB of float32 stay near the cache
 SAMPLED_LOGITS = 1 << 25  # and by a sampled loss, whose usual N x S fits; a larger one goes in ranges of candidates
+ENTRY_ELEMENTS = 1 << 24  # elements of the rows of entries gathered at once
 
 
 @dataclass(frozen=True, slots=True)
-class LabelColumns:
-    """The true columns of a batch that a shard owns, flattened to L entries.
+class Entries:
+    """Columns of single rows of hidden, flattened to L entries.
 
-    batch_row [L] and column [L] say where in labels [N, T] an entry stands; row_index [L] its row in the shard;
-    weight [L] = y; log_weight [L] = -log Q, or None in the full softmax.
+    batch_row [L] says whose column an entry is; row_index [L] its row in the shard, rows [L, D] and biases [L] that
+    row, norms [L] what it was divided by, or None; weight [L] = y, or None for y = 0; log_weight [L] = -log Q, or None
+    for 0.
     """
 
     batch_row: Tensor
-    column: Tensor
     row_index: Tensor
-    weight: Tensor
+    rows: Tensor
+    biases: Tensor
+    norms: Tensor | None
+    weight: Tensor | None
     log_weight: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class CandidateColumns:
-    """Gathered candidates of a shard: class_ids [C] ascending, rows [C, D], offset [C] = bias + log weight.
+class Hits:
+    """Removal of accidental hits: the labels [N, T] (padding negative) to look for among the keys of a block.
 
-    after_hit [C] is what offset becomes in a row where the candidate is an accidental hit; None where hits are kept.
+    keys [C] ascending, order [C] the column of each, or None where they stand in order; log_weight [C] is what the
+    block's becomes in a row that has the column as a label.
     """
 
-    class_ids: Tensor
+    labels: Tensor
+    keys: Tensor
+    order: Tensor | None
+    log_weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Columns of every row of hidden: rows [C, D], biases [C], log_weight [C] = -log Q or None for 0.
+
+    norms [C] is what the rows were divided by, or None.
+    """
+
     rows: Tensor
-    offset: Tensor
-    after_hit: Tensor | None
+    biases: Tensor
+    norms: Tensor | None
+    log_weight: Tensor | None
+    hits: Hits | None
 
 
-def softmax_statistics(logits: Tensor, rows: Tensor, with_mean_row: bool) -> Partial:
-    """Partial of one dense block: logits [N, C] (overwritten), rows [C, D]. C may be 0; a row may be all -inf."""
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Logits of columns [...], corrected and transformed.
+
+    slope [...] is the derivative in the logit before the cap (or margin), None for 1; pull [...] = d z / d log scale,
+    None where it was not asked for.
+    """
+
+    logits: Tensor
+    slope: Tensor | None
+    pull: Tensor | None
+
+
+def transformed(logits: Tensor, log_weight: Tensor | None, objective: Objective) -> Columns:
+    """Cap and correct plain logits (overwritten): cap(z) + log_weight."""
+    slope, cap = None, objective.transform.soft_cap
+    pull = logits.clone() if objective.learned_scale else None
+    if cap is not None:
+        logits = cap_(logits, cap)
+        slope = cap_slope(logits, cap)
+        pull = None if pull is None else pull.mul_(slope)
+    return Columns(logits if log_weight is None else logits.add_(log_weight), slope, pull)
+
+
+def block_columns(hidden: Tensor, block: Block, objective: Objective) -> Columns:
+    """Columns [N, C] of a block, accidental hits removed."""
+    if objective.transform.soft_cap is None and not objective.learned_scale:
+        offset = block.biases if block.log_weight is None else block.biases + block.log_weight
+        columns = Columns(torch.addmm(offset, hidden, block.rows.T), None, None)
+    else:
+        columns = transformed(torch.addmm(block.biases, hidden, block.rows.T), block.log_weight, objective)
+    if block.hits is not None:
+        remove_hits_(columns.logits, block.hits, block.log_weight)
+    return columns
+
+
+def remove_hits_(logits: Tensor, hits: Hits, log_weight: Tensor | None) -> None:
+    """Give each accidental hit the log weight that remains of it, in place; -inf removes the column."""
+    batch_row, place = find_hits(hits.keys, hits.labels)
+    if len(place) == 0:
+        return
+    column = place if hits.order is None else hits.order[place]
+    remaining = hits.log_weight[column]
+    change = remaining if log_weight is None else remaining - log_weight[column]
+    logits[batch_row, column] = logits[batch_row, column] + change
+
+
+def entry_columns(hidden: Tensor, entries: Entries, objective: Objective) -> Columns:
+    """Columns [L] of entries; true ones get the margin."""
+    logits = (hidden[entries.batch_row] * entries.rows).sum(1) + entries.biases
+    if objective.margin is None or entries.weight is None:
+        return transformed(logits, entries.log_weight, objective)
+    logits, slope = with_margin(logits, objective.margin, objective.transform.scale)
+    pull = logits.clone() if objective.learned_scale else None
+    return Columns(logits if entries.log_weight is None else logits + entries.log_weight, slope, pull)
+
+
+def sloped(values: Tensor, slope: Tensor | None) -> Tensor:
+    """values * slope."""
+    return values if slope is None else values * slope
+
+
+def softplus(logits: Tensor) -> Tensor:
+    """log(1 + exp(z)), to the last digit also where torch.nn.functional.softplus takes z itself."""
+    return torch.logaddexp(logits, torch.zeros((), dtype=logits.dtype))
+
+
+# Statistics
+
+
+def block_statistics(columns: Columns, rows: Tensor, with_gradient: bool, family: str) -> Statistics:
+    """Statistics of a block's columns [N, C] (its logits are overwritten), rows [C, D]. A row may be all -inf."""
+    if family == "logistic":
+        return block_sums(columns, rows, with_gradient)
+    logits = columns.logits
     if logits.shape[1] == 0:
-        return Partial.empty(logits.shape[0], rows.shape[1], logits.dtype, with_mean_row)
+        with_pull = columns.pull is not None
+        return Partial.empty(logits.shape[0], rows.shape[1], logits.dtype, with_gradient, with_pull)
     top = logits.amax(1)
     safe_top = torch.where(torch.isneginf(top), 0.0, top)
     exps = logits.sub_(safe_top[:, None]).exp_()
     total = exps.sum(1)
     lse = safe_top.double() + total.double().log()
-    if not with_mean_row:
-        return Partial(lse, None)
-    return Partial(lse, (exps @ rows) / torch.where(total == 0, 1.0, total)[:, None])
+    total = torch.where(total == 0, 1.0, total)
+    mean_pull = None if columns.pull is None else ((exps * columns.pull).sum(1) / total).double()
+    if not with_gradient:
+        return Partial(lse, None, mean_pull)
+    return Partial(lse, (sloped(exps, columns.slope) @ rows) / total[:, None], mean_pull)
 
 
-def candidate_ranges(columns: CandidateColumns, num_rows: int) -> Iterator[CandidateColumns]:
-    """The candidates in ranges whose logits against num_rows of hidden stay within SAMPLED_LOGITS; usually one."""
-    size = max(64, SAMPLED_LOGITS // max(1, num_rows))
-    if len(columns.class_ids) <= size:
-        yield columns
-        return
-    for start in range(0, len(columns.class_ids), size):
-        cut = slice(start, start + size)
-        after_hit = None if columns.after_hit is None else columns.after_hit[cut]
-        yield CandidateColumns(columns.class_ids[cut], columns.rows[cut], columns.offset[cut], after_hit)
+def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:
+    """Logistic statistics of a block."""
+    loss = softplus(columns.logits).sum(1, dtype=torch.float64)
+    probability = torch.sigmoid(columns.logits)
+    pull = None if columns.pull is None else (probability * columns.pull).sum(1, dtype=torch.float64)
+    return Sums(loss, sloped(probability, columns.slope) @ rows if with_gradient else None, pull)
 
 
-def candidate_logits(hidden: Tensor, labels: Tensor, columns: CandidateColumns) -> Tensor:
-    """Corrected logits [N, C] = h . row + bias - log Q, with accidental hits removed."""
-    logits = torch.addmm(columns.offset, hidden, columns.rows.T)
-    if columns.after_hit is None:
-        return logits
-    batch_row, place = find_hits(columns.class_ids, labels)
-    if len(place):
-        corrected = logits[batch_row, place] - columns.offset[place] + columns.after_hit[place]
-        logits[batch_row, place] = corrected
-    return logits
+def entry_statistics(num_rows: int, entries: Entries, columns: Columns, with_gradient: bool, family: str) -> Statistics:
+    """Statistics of entries: each is one column of its own row of hidden."""
+    if family == "logistic":
+        share = torch.sigmoid(columns.logits)
+        loss = by_row(num_rows, entries, softplus(columns.logits).double())
+    else:
+        loss = grouped_logsumexp(columns.logits.double(), entries.batch_row, num_rows)
+        share = torch.exp(columns.logits.double() - finite_lse(loss)[entries.batch_row]).to(columns.logits.dtype)
+    row = None
+    if with_gradient:
+        row = torch.zeros(num_rows, entries.rows.shape[1], dtype=entries.rows.dtype)
+        row.index_add_(0, entries.batch_row, sloped(share, columns.slope)[:, None] * entries.rows)
+    pull = None if columns.pull is None else by_row(num_rows, entries, (share * columns.pull).double())
+    return Sums(loss, row, pull) if family == "logistic" else Partial(loss, row, pull)
 
 
-def label_logits(hidden: Tensor, columns: LabelColumns, label_rows: Tensor, label_biases: Tensor) -> Tensor:
-    """Logits [L] of the owned true columns, corrected where the loss is sampled. label_rows [L, D]."""
-    logits = (hidden[columns.batch_row] * label_rows).sum(1) + label_biases
-    return logits if columns.log_weight is None else logits + columns.log_weight
+def by_row(num_rows: int, entries: Entries, values: Tensor) -> Tensor:
+    """Sums [N] of the values [L] of each row's entries."""
+    return torch.zeros(num_rows, dtype=values.dtype).index_add_(0, entries.batch_row, values)
 
 
-def target_of(
-    batch: int, dim: int, columns: LabelColumns, logits: Tensor, label_rows: Tensor, with_target_row: bool
-) -> Target:
-    """Sums of y z [N] and y row [N, D] over the owned true columns."""
-    weighted = torch.where(columns.weight == 0, 0.0, columns.weight.double() * logits.double())
-    target_logit = torch.zeros(batch, dtype=torch.float64).index_add_(0, columns.batch_row, weighted)
-    if not with_target_row:
-        return Target(target_logit, None)
-    target_row = torch.zeros(batch, dim, dtype=logits.dtype)
-    target_row.index_add_(0, columns.batch_row, columns.weight[:, None] * label_rows)
-    return Target(target_logit, target_row)
+def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: bool) -> Target:
+    """Sums of y z [N], y slope row [N, D] and y pull [N] over the owned true columns."""
+    assert entries.weight is not None
+    counts, weight = entries.weight != 0, entries.weight
+    logit = by_row(num_rows, entries, torch.where(counts, weight.double() * columns.logits.double(), 0.0))
+    pull = None if columns.pull is None else by_row(num_rows, entries, (weight * columns.pull).double())
+    if not with_gradient:
+        return Target(logit, None, pull)
+    row = torch.zeros(num_rows, entries.rows.shape[1], dtype=entries.rows.dtype)
+    row.index_add_(0, entries.batch_row, sloped(weight, columns.slope)[:, None] * entries.rows)
+    return Target(logit, row, pull)
 
 
-def label_partial(
-    hidden: Tensor, num_true: int, columns: LabelColumns, logits: Tensor, label_rows: Tensor, with_mean_row: bool
-) -> Partial:
-    """Partial of the true columns alone: each owned label is one column of its own row."""
-    table = torch.full((len(hidden), num_true), -torch.inf, dtype=torch.float64)
-    table[columns.batch_row, columns.column] = logits.double()
-    lse = torch.logsumexp(table, 1)
-    if not with_mean_row:
-        return Partial(lse, None)
-    weight = torch.exp(logits.double() - lse[columns.batch_row]).to(logits.dtype)
-    mean_row = torch.zeros_like(hidden).index_add_(0, columns.batch_row, weight[:, None] * label_rows)
-    return Partial(lse, mean_row)
-
-
-def full_partial(hidden: Tensor, rows: Tensor, biases: Tensor, with_mean_row: bool) -> Partial:
-    """Partial over one chunk of rows [R, D] with biases [R]."""
-    return softmax_statistics(torch.addmm(biases, hidden, rows.T), rows, with_mean_row)
+# Gradients
 
 
 def finite_lse(lse: Tensor) -> Tensor:
@@ -129,21 +210,34 @@ def finite_lse(lse: Tensor) -> Tensor:
     return torch.where(torch.isneginf(lse), 0.0, lse)
 
 
-def logit_gradient(logits: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
-    """dz = scale * exp(z - lse) [N, C], in place of logits. lse [N] float64, scale [N] = g * mass.
+def block_gradient(columns: Columns, lse: Tensor, scale: Tensor, family: str) -> Tensor:
+    """dz [N, C] before the slope's argument: scale * p * slope, in place of the logits; scale [N] = g * weight.
 
-    lse is split into what the logits' dtype holds and a rest that goes into the scale, so its rounding costs nothing.
+    p = exp(z - lse) with lse [N] float64, or sigmoid(z). lse is split into what the logits' dtype holds and a rest
+    that goes into the scale, so its rounding costs nothing.
     """
-    lse = finite_lse(lse)
-    held = lse.to(logits.dtype)
-    scale = scale * torch.exp(held.double() - lse).to(scale.dtype)
-    return logits.sub_(held[:, None]).exp_().mul_(scale[:, None])
+    if family == "logistic":
+        probability = columns.logits.sigmoid_()
+    else:
+        lse = finite_lse(lse)
+        held = lse.to(columns.logits.dtype)
+        scale = scale * torch.exp(held.double() - lse).to(scale.dtype)
+        probability = columns.logits.sub_(held[:, None]).exp_()
+    dz = probability.mul_(scale[:, None])
+    return dz if columns.slope is None else dz.mul_(columns.slope)
 
 
-def label_logit_gradient(columns: LabelColumns, logits: Tensor, lse: Tensor, g: Tensor, mass: Tensor) -> Tensor:
-    """dz [L] of the true columns: g (mass p - y) where they are columns of the softmax, -g y in the full softmax."""
-    n = columns.batch_row
-    if columns.log_weight is None:
-        return -g[n] * columns.weight
-    probability = torch.exp(logits.double() - finite_lse(lse)[n]).to(logits.dtype)
-    return g[n] * (mass[n] * probability - columns.weight)
+def entry_gradient(
+    entries: Entries, columns: Columns, lse: Tensor, g: Tensor, weight: Tensor, family: str, apart: bool
+) -> Tensor:
+    """dz [L] of entries: g (weight p - y) slope, or -g y slope where p is accounted for elsewhere (not apart)."""
+    n = entries.batch_row
+    dz = torch.zeros_like(columns.logits) if entries.weight is None else -g[n] * entries.weight
+    if apart:
+        logits = columns.logits
+        if family == "logistic":
+            probability = torch.sigmoid(logits)
+        else:
+            probability = torch.exp(logits.double() - finite_lse(lse)[n]).to(logits.dtype)
+        dz = dz + g[n] * weight[n] * probability
+    return sloped(dz, columns.slope)

@@ -1,28 +1,98 @@
-"""From merged statistics to losses and gradients of hidden."""
+"""From merged statistics to losses and their gradients in hidden and scale."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shardloss_server.numerics.partial import Partial, Target
+from shardloss_server.numerics.partial import Partial, Spread, Statistics, Target
 
 
-def per_example_loss(partial: Partial, target: Target, mass: Tensor) -> Tensor:
-    """loss = mass * lse - target_logit [N] float64; 0 where mass = 0, whatever lse is.
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What all shards say of one part."""
 
-    mass [N] is the sum of a row's label weights: 1 for an ordinary row, 0 for an ignored one.
+    statistics: Statistics
+    target: Target
+    spread: Spread | None
+
+
+def weight_of_softmax(mass: Tensor, lse: Tensor, z_loss: float) -> Tensor:
+    """Factor of p in d loss / d z [N]: mass * (1 + 2 z_loss lse); 0 where mass = 0, whatever lse is."""
+    if not z_loss:
+        return mass
+    return torch.where(mass == 0, 0.0, mass * (1.0 + 2.0 * z_loss * lse)).to(mass.dtype)
+
+
+def per_example_loss(
+    merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: Tensor | None = None, hidden: Tensor | None = None
+) -> Tensor:
+    """Loss [N] float64; 0 where mass = 0.
+
+    softmax: mass * (lse + z_loss lse^2) - target_logit - spread * sum_v u_v z_v; logistic: sum of softplus(z) -
+    target_logit. mass [N] is the sum of a row's weights: 1 for an ordinary row, 0 for an ignored one. spread [N] is the
+    weight of every class under label smoothing, and hidden [N, D] what was scored. Source of z_loss: PaLM, section 5.
     """
-    weighted_lse = torch.where(mass == 0, 0.0, mass * partial.lse)
-    return weighted_lse - target.target_logit
+    statistics, target = merged.statistics, merged.target
+    if not isinstance(statistics, Partial):
+        return torch.where(mass == 0, 0.0, statistics.loss - target.target_logit)
+    lse = statistics.lse
+    loss = torch.where(mass == 0, 0.0, mass * (lse + z_loss * lse * lse)) - target.target_logit
+    return loss if spread is None else loss - spread * sum_of_logits(merged, given(hidden))
 
 
-def hidden_gradient(partial: Partial, target: Target, mass: Tensor) -> Tensor:
-    """d loss / d hidden = mass * mean_row - target_row [N, D], not scaled by an upstream gradient.
+def hidden_gradient(merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: Tensor | None = None) -> Tensor:
+    """d loss / d hidden = weight * mean_row - target_row - spread * sum_v u_v row_v [N, D], before any upstream.
 
     Raises:
-        ValueError: the partial was scored without mean rows.
+        ValueError: the part was scored without gradients.
     """
-    if partial.mean_row is None or target.target_row is None:
-        raise ValueError("a hidden gradient needs partials scored with mean rows")
-    return mass[:, None] * partial.mean_row - target.target_row
+    statistics, target = merged.statistics, merged.target
+    if not isinstance(statistics, Partial):
+        return torch.where((mass == 0)[:, None], 0.0, given(statistics.row) - given(target.target_row))
+    weight = weight_of_softmax(mass, statistics.lse, z_loss)
+    gradient = weight[:, None] * given(statistics.mean_row) - given(target.target_row)
+    if merged.spread is None or spread is None:
+        return gradient
+    return gradient - (spread.double()[:, None] * merged.spread.row).to(gradient.dtype)
+
+
+def scale_gradient(
+    merged: Merged, mass: Tensor, z_loss: float, scale: float, spread: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """d loss / d scale [N] float64; arguments as in `per_example_loss`.
+
+    Raises:
+        ValueError: the part was scored without pulls.
+    """
+    statistics, target = merged.statistics, merged.target
+    if not isinstance(statistics, Partial):
+        return torch.where(mass == 0, 0.0, given(statistics.pull) - given(target.target_pull)) / scale
+    pull = weight_of_softmax(mass, statistics.lse, z_loss) * given(statistics.mean_pull) - given(target.target_pull)
+    if spread is not None:
+        pull = pull - spread * sum_of_logits(merged, hidden)
+    return pull / scale
+
+
+def sum_of_logits(merged: Merged, hidden: Tensor) -> Tensor:
+    """sum_v u_v z_v [N] float64 over all classes.
+
+    Raises:
+        ValueError: the part was scored without label smoothing.
+    """
+    if merged.spread is None:
+        raise ValueError("the part was scored without what label smoothing needs")
+    return hidden.double() @ merged.spread.row + merged.spread.bias
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """What was scored.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if tensor is None:
+        raise ValueError("the part was scored without what its gradient needs")
+    return tensor

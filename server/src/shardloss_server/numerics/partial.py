@@ -14,26 +14,74 @@ class Partial:
     """Softmax statistics of one candidate set, per row of hidden.
 
     lse [N] is the log-sum-exp of its logits, always float64: at logits of hundreds a float32 lse would cost the shares
-    five digits; mean_row [N, D] the softmax-weighted mean of its rows, or None where no
-    gradient is wanted. Source: docs/design.md, "The partial".
+    five digits; mean_row [N, D] the softmax-weighted mean of slope * row, or None where no gradient is wanted;
+    mean_pull [N] that of d logit / d log scale, or None where the scale is not learned.
+    Source: docs/design.md, "The partial".
     """
 
     lse: Tensor
     mean_row: Tensor | None
+    mean_pull: Tensor | None = None
 
     @staticmethod
-    def empty(num_rows: int, dim: int, dtype: torch.dtype, with_mean_row: bool = True) -> Partial:
-        """The identity of `merge`: lse = -inf [N], mean_row = 0 [N, D]."""
+    def empty(
+        num_rows: int, dim: int, dtype: torch.dtype, with_mean_row: bool = True, with_mean_pull: bool = False
+    ) -> Partial:
+        """The identity of `merge`: lse = -inf [N], mean_row = 0 [N, D], mean_pull = 0 [N]."""
         lse = torch.full((num_rows,), -torch.inf, dtype=torch.float64)
-        return Partial(lse, torch.zeros(num_rows, dim, dtype=dtype) if with_mean_row else None)
+        mean_row = torch.zeros(num_rows, dim, dtype=dtype) if with_mean_row else None
+        return Partial(lse, mean_row, torch.zeros(num_rows, dtype=torch.float64) if with_mean_pull else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Logistic statistics of one candidate set, per row of hidden: everything merges by +.
+
+    loss [N] = sum of softplus(z), float64; row [N, D] = sum of sigmoid(z) * slope * row, or None where no gradient is
+    wanted; pull [N] = sum of sigmoid(z) * d z / d log scale, or None where the scale is not learned.
+    """
+
+    loss: Tensor
+    row: Tensor | None
+    pull: Tensor | None = None
+
+    @staticmethod
+    def empty(num_rows: int, dim: int, dtype: torch.dtype, with_row: bool = True, with_pull: bool = False) -> Sums:
+        """The identity of `add`: zeros."""
+        zeros = torch.zeros(num_rows, dtype=torch.float64)
+        return Sums(zeros, torch.zeros(num_rows, dim, dtype=dtype) if with_row else None, zeros if with_pull else None)
+
+    @property
+    def lse(self) -> Tensor:
+        """0 [N]: a logistic gradient needs no normaliser."""
+        return torch.zeros_like(self.loss)
+
+
+Statistics = Partial | Sums
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Labels a shard owns: target_logit = sum_t y_t z_t [N] float64, target_row = sum_t y_t row_t [N, D] or None."""
+    """Labels a shard owns.
+
+    target_logit = sum_t y_t z_t [N] float64; target_row = sum_t y_t slope_t row_t [N, D] or None; target_pull =
+    sum_t y_t d z_t / d log scale [N] or None.
+    """
 
     target_logit: Tensor
     target_row: Tensor | None
+    target_pull: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What label smoothing needs of all rows v of a shard, u_v their class weights: float64 sums.
+
+    row = sum_v u_v row_v [D], bias = sum_v u_v b_v [].
+    """
+
+    row: Tensor
+    bias: Tensor
 
 
 def share(lse: Tensor, total_lse: Tensor) -> Tensor:
@@ -49,10 +97,25 @@ def merge(a: Partial, b: Partial) -> Partial:
     candidate needs no special case. Source: docs/design.md, "The partial".
     """
     lse = torch.logaddexp(a.lse, b.lse)
-    if a.mean_row is None or b.mean_row is None:
-        return Partial(lse, None)
-    share_a, share_b = (share(part.lse, lse).to(a.mean_row.dtype)[:, None] for part in (a, b))
-    return Partial(lse, share_a * a.mean_row + share_b * b.mean_row)
+    share_a, share_b = share(a.lse, lse), share(b.lse, lse)
+
+    def mean(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        if x is None or y is None:
+            return None
+        of_a, of_b = share_a.to(x.dtype), share_b.to(x.dtype)
+        return of_a[:, None] * x + of_b[:, None] * y if x.dim() == 2 else of_a * x + of_b * y
+
+    return Partial(lse, mean(a.mean_row, b.mean_row), mean(a.mean_pull, b.mean_pull))
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """Combine the sums of two candidate sets."""
+    return Sums(a.loss + b.loss, plus(a.row, b.row), plus(a.pull, b.pull))
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b; None where one is not there."""
+    return None if a is None or b is None else a + b
 
 
 def merge_all(partials: Sequence[Partial]) -> Partial:
@@ -63,10 +126,38 @@ def merge_all(partials: Sequence[Partial]) -> Partial:
     return merged
 
 
+def combine(a: Statistics, b: Statistics) -> Statistics:
+    """`merge` of two partials, `add` of two sums."""
+    if isinstance(a, Partial) and isinstance(b, Partial):
+        return merge(a, b)
+    assert isinstance(a, Sums)
+    assert isinstance(b, Sums)
+    return add(a, b)
+
+
+def combine_all(statistics: Sequence[Statistics]) -> Statistics:
+    """Combine at least one from left to right."""
+    combined = statistics[0]
+    for one in statistics[1:]:
+        combined = combine(combined, one)
+    return combined
+
+
 def add_all(targets: Sequence[Target]) -> Target:
     """Sum at least one target from left to right."""
-    logit, row = targets[0].target_logit, targets[0].target_row
+    total = targets[0]
     for target in targets[1:]:
-        logit = logit + target.target_logit
-        row = None if row is None or target.target_row is None else row + target.target_row
-    return Target(logit, row)
+        total = Target(
+            total.target_logit + target.target_logit,
+            plus(total.target_row, target.target_row),
+            plus(total.target_pull, target.target_pull),
+        )
+    return total
+
+
+def spread_over(spreads: Sequence[Spread]) -> Spread:
+    """Sum at least one spread from left to right."""
+    total = spreads[0]
+    for one in spreads[1:]:
+        total = Spread(total.row + one.row, total.bias + one.bias)
+    return total

@@ -40,7 +40,22 @@ from shardloss_server.rpc.status import fail
 log = logging.getLogger(__name__)
 M = TypeVar("M")
 Context = grpc.ServicerContext
-FEATURES = ("bfloat16_tables", "evaluate", "full_softmax", "one_call", "sampled_softmax", "stream_loss", "top_k")
+FEATURES = (
+    "bfloat16_tables",
+    "class_counts",
+    "evaluate",
+    "full_sigmoid",
+    "full_softmax",
+    "hard_negatives",
+    "in_batch",
+    "margin",
+    "one_call",
+    "partial_fc",
+    "sampled_logistic",
+    "sampled_softmax",
+    "stream_loss",
+    "top_k",
+)
 
 
 class Handlers:
@@ -187,7 +202,8 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
     def SampleCandidates(
         self, request: loss_pb2.SampleCandidatesRequest, context: Context
     ) -> loss_pb2.SampleCandidatesResponse:
-        spec = self.handlers.catalog.owner(request.table).spec
+        owner = self.handlers.catalog.owner(request.table)
+        spec = owner.spec
         draw = wire.sampler(request.sampler)
         validate.sampler(draw, spec, self.handlers.limits)
         validate.at_least(request.step, 0, "step")
@@ -198,7 +214,8 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             labels = wire.column(wire.to_ids(request.labels, "labels"))
             num_rows = labels.shape[0] if labels.dim() else 0
             validate.labels(labels, num_rows, spec.num_classes, None, self.handlers.limits)
-        values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels)
+        draw = validate.filled_in(draw, spec)
+        values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels, owner.counts)
         return loss_pb2.SampleCandidatesResponse(
             sampled=wire.from_tensor(values.sampled),
             true_expected_count=wire.from_tensor(values.true_expected_count),
@@ -257,6 +274,16 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         return table_pb2.WriteRowsResponse(
             version=owner.write(class_ids, rows, biases, self.handlers.deadline(context))
         )
+
+    @answers
+    def WriteClassCounts(
+        self, request: table_pb2.WriteClassCountsRequest, context: Context
+    ) -> table_pb2.WriteClassCountsResponse:
+        owner = self.handlers.catalog.owner(request.table)
+        counts = wire.to_tensor(request.counts, "counts")
+        validate.class_counts(request.first_class, counts, owner.spec, self.handlers.limits)
+        owner.counts.write(request.first_class, counts.double().numpy())
+        return table_pb2.WriteClassCountsResponse()
 
 
 class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):

@@ -48,6 +48,7 @@ def table_spec(message: table_pb2.TableSpec, default_num_shards: int) -> TableSp
         placement=Placement(PLACEMENTS[message.placement], message.num_classes, num_shards),
         initializer=initializer(message.initializer, message.dim),
         optimizer=optimizer(message.optimizer),
+        count_labels=message.count_labels,
     )
     refuse_unrepresentable(spec)
     return spec
@@ -150,6 +151,7 @@ def spec_message(spec: TableSpec) -> table_pb2.TableSpec:
         num_shards=spec.placement.num_shards,
         placement=table_pb2.PLACEMENT_MOD if spec.placement.strategy == "mod" else table_pb2.PLACEMENT_DIV,
         durability=table_pb2.DURABILITY_MEMORY,
+        count_labels=spec.count_labels,
     )
     start = spec.initializer
     message.initializer.seed = start.seed

@@ -10,7 +10,7 @@ import torch
 from google.protobuf.message import Message
 from shardloss import wire
 from shardloss.errors import InvalidArgument, NotSupported
-from shardloss.v1 import evaluation_pb2, loss_pb2, tensor_pb2
+from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, tensor_pb2
 from torch import Tensor
 
 from shardloss_server.evaluation.passes import Evaluation, Ranked
@@ -19,18 +19,32 @@ from shardloss_server.frontend.request import (
     CommitPart,
     CommitReply,
     CommitRequest,
+    HitIds,
+    InBatch,
     LossReply,
     LossRequest,
+    Mixture,
+    PartialFc,
     SampledSoftmax,
     SampledValues,
     SamplerSpec,
     Want,
 )
+from shardloss_server.numerics.margin import Margin
+from shardloss_server.numerics.objective import Objective
+from shardloss_server.numerics.transform import Transform
 
 Chunks = Mapping[int, bytes]
 T = TypeVar("T", Tensor, Tensor | None)
 FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
-SAMPLER_KINDS = {loss_pb2.Sampler.KIND_LOG_UNIFORM: "log_uniform", loss_pb2.Sampler.KIND_UNIFORM: "uniform"}
+SAMPLER_KINDS = {
+    loss_pb2.Sampler.KIND_LOG_UNIFORM: "log_uniform",
+    loss_pb2.Sampler.KIND_UNIFORM: "uniform",
+    loss_pb2.Sampler.KIND_FIXED_UNIGRAM: "fixed_unigram",
+    loss_pb2.Sampler.KIND_LEARNED_UNIGRAM: "learned_unigram",
+    loss_pb2.Sampler.KIND_ALL: "all",
+    loss_pb2.Sampler.KIND_MIXTURE: "mixture",
+}
 HIT_REMOVALS = {
     loss_pb2.HIT_REMOVAL_UNSPECIFIED: "every",
     loss_pb2.HIT_REMOVAL_EVERY: "every",
@@ -84,7 +98,7 @@ def loss_request(
     Raises:
         InvalidArgument, NotSupported: what is not even a request, or is reserved.
     """
-    refuse_reserved(message, "max_staleness", "group", "hit_ids")
+    refuse_reserved(message, "max_staleness", "group")
     labels = to_ids(message.labels, "labels", chunks)
     return LossRequest(
         table=message.table,
@@ -102,6 +116,32 @@ def loss_request(
         want=want(message),
         digest=digest(message, chunks) if message.session else b"",
         max_reply_bytes=max_reply_bytes,
+        objective=objective(message),
+        class_weights=optional_tensor(message.full_softmax, "class_weights", chunks),
+    )
+
+
+def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
+    """The loss without its tensors."""
+    is_logistic = message.WhichOneof("loss") in ("sampled_logistic", "full_sigmoid")
+    one = message.margin
+    margin = Margin(one.m1 if one.HasField("m1") else 1.0, one.m2, one.m3) if message.HasField("margin") else None
+    return Objective(
+        "logistic" if is_logistic else "softmax",
+        transform(message.logits),
+        margin,
+        message.full_softmax.label_smoothing,
+        message.z_loss,
+        message.want_scale_grad,
+    )
+
+
+def transform(message: logits_pb2.LogitTransform) -> Transform:
+    """How logits are made; an absent message is the identity."""
+    return Transform(
+        message.scale if message.HasField("scale") else 1.0,
+        message.soft_cap if message.HasField("soft_cap") else None,
+        message.normalize,
     )
 
 
@@ -141,26 +181,59 @@ def commit_now(message: loss_pb2.ComputeLossRequest) -> CommitNow | None:
 
 
 def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> SampledSoftmax | None:
-    """The sampled loss, or None for the full softmax."""
+    """The columns of a sampled loss, or None for a loss over all classes."""
     kind = message.WhichOneof("loss")
     if kind is None:
-        raise InvalidArgument("loss is absent; set full_softmax or sampled_softmax", field="loss")
-    if kind == "full_softmax":
+        raise InvalidArgument(
+            "loss is absent; set full_softmax, sampled_softmax, sampled_logistic or full_sigmoid", field="loss"
+        )
+    if kind in ("full_softmax", "full_sigmoid"):
+        refuse_hit_ids(message)
         return None
-    sampled = message.sampled_softmax
+    logistic = message.sampled_logistic
+    is_corrected = kind == "sampled_softmax" or not logistic.HasField("subtract_log_q") or logistic.subtract_log_q
+    sampled = message.sampled_softmax if kind == "sampled_softmax" else logistic.columns
     if sampled.hit_removal not in HIT_REMOVALS:
         raise InvalidArgument(f"hit_removal = {sampled.hit_removal} is unknown", field="sampled_softmax.hit_removal")
     remove = sampled.remove_accidental_hits if sampled.HasField("remove_accidental_hits") else True
-    return SampledSoftmax(candidates(sampled, chunks), HIT_REMOVALS[sampled.hit_removal] if remove else "none")
+    hit_removal = HIT_REMOVALS[sampled.hit_removal] if remove else "none"
+    if not remove and sampled.WhichOneof("candidates") == "in_batch":
+        hit_removal = "last"  # of the batch's copies of a label one is the row's own
+    draw = candidates(sampled, chunks)
+    return SampledSoftmax(draw, hit_removal, hit_ids(message, chunks), sampled.num_hard_negatives, is_corrected)
 
 
-def candidates(sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None) -> SamplerSpec | SampledValues:
-    """The sampler or the caller's draw."""
+def refuse_hit_ids(message: loss_pb2.ComputeLossRequest) -> None:
+    """Only a sampled loss has accidental hits."""
+    if message.HasField("hit_ids"):
+        raise InvalidArgument("hit_ids belong to a sampled loss", field="hit_ids")
+
+
+def hit_ids(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> HitIds | None:
+    """What accidental hits are found by, or None for class ids."""
+    if not message.HasField("hit_ids"):
+        return None
+    given = message.hit_ids
+    sampled = to_ids(given.sampled, "hit_ids.sampled", chunks) if given.HasField("sampled") else None
+    return HitIds(column(to_ids(given.labels, "hit_ids.labels", chunks)), sampled)
+
+
+def candidates(
+    sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None
+) -> SamplerSpec | SampledValues | InBatch | PartialFc:
+    """The sampler, the caller's draw, or what the batch itself gives."""
     kind = sampled.WhichOneof("candidates")
     if kind == "sampler":
         return sampler(sampled.sampler)
+    if kind == "in_batch":
+        return InBatch(sampled.in_batch.correct_log_q)
+    if kind == "partial_fc":
+        return PartialFc(sampled.partial_fc.num_sampled, sampled.partial_fc.seed)
     if kind is None:
-        raise InvalidArgument("candidates is absent; set sampler or sampled_values", field="sampled_softmax.candidates")
+        raise InvalidArgument(
+            "candidates is absent; set sampler, sampled_values, in_batch or partial_fc",
+            field="sampled_softmax.candidates",
+        )
     values, prefix = sampled.sampled_values, "sampled_values."
     true_count = to_tensor(values.true_expected_count, prefix + "true_expected_count", chunks)
     return SampledValues(
@@ -170,12 +243,24 @@ def candidates(sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None) -> Sampl
     )
 
 
-def sampler(message: loss_pb2.Sampler) -> SamplerSpec:
+def sampler(message: loss_pb2.Sampler, field: str = "sampler") -> SamplerSpec:
     """What to draw."""
     if message.kind not in SAMPLER_KINDS:
-        raise InvalidArgument(f"sampler.kind = {message.kind} is unknown", field="sampler.kind")
-    unique = message.unique if message.HasField("unique") else True
-    return SamplerSpec(SAMPLER_KINDS[message.kind], message.num_sampled, unique, message.seed)
+        raise InvalidArgument(f"{field}.kind = {message.kind} is unknown", field=f"{field}.kind")
+    mixture = None
+    if message.HasField("mixture") and field == "sampler":
+        first = sampler(message.mixture.first, "sampler.mixture.first")
+        second = sampler(message.mixture.second, "sampler.mixture.second")
+        mixture = Mixture(first, second, message.mixture.share)
+    return SamplerSpec(
+        SAMPLER_KINDS[message.kind],
+        message.num_sampled,
+        message.unique if message.HasField("unique") else True,
+        message.seed,
+        message.distortion if message.HasField("distortion") else 1.0,
+        message.num_reserved_ids,
+        mixture,
+    )
 
 
 def loss_response(reply: LossReply) -> loss_pb2.ComputeLossResponse:
@@ -183,7 +268,7 @@ def loss_response(reply: LossReply) -> loss_pb2.ComputeLossResponse:
     message = loss_pb2.ComputeLossResponse(
         ticket=reply.ticket, version=reply.version, replayed=reply.replayed, cost=cost_of(reply)
     )
-    for field in ("loss", "lse", "hidden_grad"):
+    for field in ("loss", "lse", "hidden_grad", "scale_grad"):
         value = getattr(reply, field)
         if value is not None:
             getattr(message, field).CopyFrom(from_tensor(value))

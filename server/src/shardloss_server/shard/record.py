@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.optimizer import OptimizerSpec
-from shardloss_server.numerics.partial import Partial, Target
+from shardloss_server.numerics.partial import Spread, Statistics, Target
 from shardloss_server.placement import Placement
 
 SIGNS_OF_NO_MEMORY = ("allocate memory", "out of memory")  # torch's CPU and CUDA allocators say so
@@ -37,7 +38,10 @@ def allocating(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """A table with every default filled in. dtype is "float32", "float64" or "bfloat16"."""
+    """A table with every default filled in. dtype is "float32", "float64" or "bfloat16".
+
+    count_labels: commits count their labels, for the samplers that draw by them.
+    """
 
     name: str
     num_classes: int
@@ -47,6 +51,7 @@ class TableSpec:
     placement: Placement
     initializer: Initializer
     optimizer: OptimizerSpec
+    count_labels: bool = False
 
     @property
     def compute_dtype(self) -> str:
@@ -58,43 +63,87 @@ class TableSpec:
 class Batch:
     """Rows to score, in the table's compute dtype.
 
-    hidden [N, D]; labels [N, T] int64, padding is -1; label_weights y [N, T], 0 on padding; mass [N] = sum_t y_t.
+    hidden [N, D], unit vectors where the objective normalises, times its scale; labels [N, T] int64, padding is -1;
+    label_weights y [N, T], 0 on padding; mass [N] = the sum of all the row's weights; spread [N] the weight that label
+    smoothing gives to every class v, times u_v, or None without it.
     """
 
     hidden: Tensor
     labels: Tensor
     label_weights: Tensor
     mass: Tensor
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The candidates of a sampled loss; ids ascend and are distinct.
+    """The candidates of a sampled loss, shared by the batch; ids ascend.
 
     class_ids [C]; log_weight [C] and log_weight_after_hit [C] as `correction.Folded`; label_log_weight [N, T] = -log Q
-    of the true columns.
+    of the true columns. hit_ids [C] and label_hit_ids [N, T] (padding negative) are compared in place of class ids to
+    find accidental hits; None: class ids are.
     """
 
     class_ids: Tensor
     log_weight: Tensor
     log_weight_after_hit: Tensor | None
     label_log_weight: Tensor
+    hit_ids: Tensor | None = None
+    label_hit_ids: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowCandidates:
+    """Candidates of each row's own: class_ids [N, S], log_weight [N, S] (-inf: removed), label_log_weight [N, T]."""
+
+    class_ids: Tensor
+    log_weight: Tensor
+    label_log_weight: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One planned batch, complete in itself: candidates None means every class (the full softmax)."""
+    """One planned batch, complete in itself: candidates None means every class.
+
+    class_weights u [V] are those of label smoothing; None: all 1.
+    """
 
     batch: Batch
-    candidates: Candidates | None
+    candidates: Candidates | RowCandidates | None
+    objective: Objective = field(default_factory=Objective)
+    class_weights: Tensor | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every class is a column."""
+        return self.candidates is None
+
+    @property
+    def has_columns_apart(self) -> bool:
+        """Whether true labels are columns beside the candidates, which lack them; else they are among all classes."""
+        return self.candidates is not None or self.objective.margin is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One shard's answer to a part, at a version of the table."""
+    """One shard's answer to a part, at a version of the table; spread is None without label smoothing."""
 
-    partial: Partial
+    statistics: Statistics
     target: Target
+    spread: Spread | None
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mined:
+    """The best candidates of each row, by logit descending and then id ascending: each [N, <= k].
+
+    logits are corrected; log_weight is that of the candidate in this row, -inf where it is an accidental hit.
+    """
+
+    class_ids: Tensor
+    logits: Tensor
+    log_weight: Tensor
     version: int
 
 

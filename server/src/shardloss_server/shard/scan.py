@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardloss_server.numerics.ranking import Best, best
 from shardloss_server.shard.table import ShardTable
 
 ASKED_ELEMENTS = 1 << 20  # elements of asked rows held at once
@@ -32,15 +33,6 @@ class Question:
     label_keys: Tensor | None
     k: int
     with_lse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The k best of some classes, by key descending and then id ascending: each [N, <= k], float64 but for the ids."""
-
-    class_ids: Tensor
-    keys: Tensor
-    logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,24 +132,3 @@ def count_before(class_ids: Tensor, keys: Tensor, labels: Tensor, label_keys: Te
     z_y, y = label_keys[:, None], labels[:, None]
     before = (keys > z_y) | ((keys == z_y) & (class_ids < y))
     return (before & (class_ids != y)).sum(1)
-
-
-def best(class_ids: Tensor, keys: Tensor, logits: Tensor, k: int) -> Best:
-    """The min(k, R) best of class_ids [R] (ascending) by keys [N, R]."""
-    k = min(k, len(class_ids))
-    if k == 0:
-        return Best(class_ids.new_zeros(len(keys), 0), keys[:, :0], logits[:, :0])
-    border = torch.topk(keys, k, dim=1).values[:, -1:]
-    above, tied = keys > border, keys == border
-    room = k - above.sum(1, keepdim=True)
-    chosen = above | (tied & (tied.cumsum(1) <= room))
-    column = torch.nonzero(chosen)[:, 1].view(len(keys), k)
-    return ordered(Best(class_ids[column], keys.gather(1, column), logits.gather(1, column)), k)
-
-
-def ordered(found: Best, k: int) -> Best:
-    """The first k of [N, M] candidates by key descending, then id ascending."""
-    by_id = torch.argsort(found.class_ids, dim=1)
-    by_key = torch.argsort(found.keys.gather(1, by_id), dim=1, descending=True, stable=True)[:, :k]
-    place = by_id.gather(1, by_key)
-    return Best(found.class_ids.gather(1, place), found.keys.gather(1, place), found.logits.gather(1, place))

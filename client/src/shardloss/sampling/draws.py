@@ -1,4 +1,4 @@
-"""Candidate samplers: pure functions of (kind, num_sampled, unique, num_classes, seed, step).
+"""Draws of a step: pure functions of (distribution, num_sampled, unique, seed, step).
 
 Bits come from NumPy's counter-based Philox with key (seed, step), so a draw is the same on every shard count, rank
 and retry. Expected counts follow TensorFlow's candidate_sampling_ops: Q = p * S with repeats, and
@@ -7,36 +7,22 @@ Q = 1 - (1 - p)^num_tries where draws continue until S distinct ids are found (p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shardloss.sampling.distribution import Distribution
 
 MIN_BLOCK = 1 << 8  # draws made at once, at least
 MAX_TRIES = 1 << 27  # draws before a distinct sample is given up, whatever its size: some seconds of work
 
 
 class TriesExhausted(Exception):
-    """A distinct sample would need more than `max_tries` draws."""
+    """A distinct sample would need more than `max_tries` draws, or more classes than are possible."""
 
 
-def max_tries(num_sampled: int) -> int:
-    """Draws before a distinct sample of S ids is given up; half of all classes log-uniformly take about 6 S."""
-    return min(MAX_TRIES, 32 * num_sampled + (1 << 20))
-
-
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """A distribution over [0, num_classes): its log-free probability and its inverse from uniform bits."""
-
-    num_classes: int
-    probability: Callable[[NDArray[np.int64]], NDArray[np.float64]]
-    from_uniform: Callable[[NDArray[np.float64]], NDArray[np.int64]]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Draw:
     """Sampled ids [S] in drawing order and the number of draws made."""
 
@@ -44,44 +30,32 @@ class Draw:
     num_tries: int
 
 
-def uniform(num_classes: int) -> Distribution:
-    """p(k) = 1 / V."""
-
-    def from_uniform(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        return np.minimum((u * num_classes).astype(np.int64), num_classes - 1)
-
-    return Distribution(num_classes, lambda ids: np.full(ids.shape, 1.0 / num_classes), from_uniform)
+def max_tries(num_sampled: int) -> int:
+    """Draws before a distinct sample of S ids is given up; half of all classes log-uniformly take about 6 S."""
+    return min(MAX_TRIES, 32 * num_sampled + (1 << 20))
 
 
-def log_uniform(num_classes: int) -> Distribution:
-    """p(k) = log((k + 2) / (k + 1)) / log(V + 1): Zipf-like, for ids sorted by falling frequency."""
-    log_range = math.log1p(num_classes)
-
-    def probability(ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray(np.log1p(1.0 / (ids + 1.0)) / log_range)
-
-    def from_uniform(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        return np.clip(np.exp(u * log_range).astype(np.int64) - 1, 0, num_classes - 1)
-
-    return Distribution(num_classes, probability, from_uniform)
-
-
-DISTRIBUTIONS: dict[str, Callable[[int], Distribution]] = {"log_uniform": log_uniform, "uniform": uniform}
+def generator(seed: int, step: int) -> np.random.Generator:
+    """The bits of a step: Philox with key (seed, step), both in [0, 2^64)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
 
 
 def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, step: int) -> Draw:
     """Draw S candidates; cost O(S) with repeats and O(num_tries) where distinct, never O(V).
 
     Raises:
-        TriesExhausted: distinct, and num_sampled is so close to num_classes that the rarest ids do not come.
+        TriesExhausted: distinct, and num_sampled is above distribution.num_possible (then at once), or so close to it
+            that the rarest ids do not come.
     """
-    bits = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    bits = generator(seed, step)
     if not unique:
-        return Draw(distribution.from_uniform(bits.random(num_sampled)), num_sampled)
+        return Draw(distribution.draw(bits, num_sampled), num_sampled)
+    if num_sampled > distribution.num_possible:
+        raise TriesExhausted
     found = np.zeros(0, dtype=np.int64)
     block_size = max(2 * num_sampled, MIN_BLOCK)
     for start in range(0, max_tries(num_sampled), block_size):
-        block = distribution.from_uniform(bits.random(block_size))
+        block = distribution.draw(bits, block_size)
         class_ids, first = np.unique(block, return_index=True)
         first = np.sort(first[~np.isin(class_ids, found, assume_unique=True)])[: num_sampled - len(found)]
         found = np.concatenate([found, block[first]])
@@ -103,3 +77,8 @@ def expected_count(
         return p * num_sampled
     with np.errstate(divide="ignore"):  # p = 1 where V = 1: log1p(-1) = -inf gives Q = 1
         return np.asarray(-np.expm1(num_tries * np.log1p(-p)))
+
+
+def all_candidates(num_classes: int) -> Draw:
+    """Every class once, in order, from no bits at all; Q = 1 for each. Source: TensorFlow's all_candidate_sampler."""
+    return Draw(np.arange(num_classes, dtype=np.int64), num_classes)

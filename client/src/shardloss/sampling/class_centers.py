@@ -1,0 +1,32 @@
+"""Candidates that hold all labels of a batch: Paddle's class_center_sample, PartialFC's."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardloss.errors import InvalidArgument
+from shardloss.sampling.draws import generator
+
+
+def partial_fc(
+    labels: NDArray[np.int64], num_classes: int, num_sampled: int, seed: int, step: int
+) -> NDArray[np.int64]:
+    """The distinct labels ascending, then uniform distinct classes that are no label: min(V, max(S, labels)) ids.
+
+    labels are of any shape; those below 0 are padding. The place of a label among the ids is
+    `np.searchsorted(np.unique(labels), labels)`. A pure function; costs O(S), or O(V) where S > V / 50. Source: Paddle
+    3.3, class_center_sample; An et al., "Partial FC" (2021).
+
+    Raises:
+        InvalidArgument: a label is not below num_classes, or num_sampled is negative.
+    """
+    if num_sampled < 0:
+        raise InvalidArgument(f"num_sampled = {num_sampled} is negative", field="num_sampled")
+    positives = np.unique(labels[labels >= 0])
+    if len(positives) and positives[-1] >= num_classes:
+        raise InvalidArgument(f"label {positives[-1]} is outside [0, {num_classes})", field="labels")
+    # At most len(positives) of these fall away, so enough remain.
+    drawn = generator(seed, step).choice(num_classes, size=min(num_classes, num_sampled), replace=False)
+    negatives = drawn[~np.isin(drawn, positives)][: max(0, num_sampled - len(positives))]
+    return np.concatenate([positives, negatives]).astype(np.int64)

@@ -1,0 +1,98 @@
+"""Class counts of a table: those the caller wrote, and those that commits have seen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from shardloss import sampling
+from shardloss.errors import InvalidArgument
+from shardloss.sampling import Distribution, LearnedCounts
+
+from shardloss_server.frontend.request import SamplerSpec
+
+KEPT_ALIASES = 2  # prepared unigrams, by (distortion, num_reserved_ids); each takes 24 bytes a class
+
+
+class ClassCounts:
+    """What the samplers of one table draw by. Thread-safe; a draw and its expected counts belong into one `unchanging`.
+
+    written counts [V] come from WriteClassCounts and are 0 before; learned ones are kept only where the table counts
+    its labels: 1 for each class and 1 more for each label of a commit.
+    """
+
+    def __init__(self, num_classes: int, counts_labels: bool) -> None:
+        self._num_classes = num_classes
+        self._lock = threading.RLock()
+        self._written: NDArray[np.float64] | None = None
+        self._unigrams: dict[tuple[float, int], Distribution] = {}
+        self._learned = LearnedCounts(num_classes) if counts_labels else None
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Hold all counts as they are."""
+        with self._lock:
+            yield
+
+    def write(self, first_class: int, counts: NDArray[np.float64]) -> None:
+        """Overwrite the written counts [M] of classes from first_class on."""
+        with self._lock:
+            if self._written is None:
+                self._written = np.zeros(self._num_classes)
+            self._written[first_class : first_class + len(counts)] = counts
+            self._unigrams.clear()
+
+    def learn(self, class_ids: NDArray[np.int64]) -> None:
+        """Count the labels of a commit."""
+        if self._learned is not None:
+            with self._lock:
+                self._learned.add(class_ids)
+
+    def learned_frequency(self, class_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Share of each class among all labels that commits have seen, each class one label ahead.
+
+        Raises:
+            InvalidArgument: the table does not count its labels.
+        """
+        with self._lock:
+            return self._of_labels("in_batch").probability(class_ids)
+
+    def distribution(self, spec: SamplerSpec) -> Distribution:
+        """What a sampler draws by, at this moment.
+
+        Raises:
+            InvalidArgument: it needs counts that are not there.
+        """
+        with self._lock:
+            if spec.kind == "mixture":
+                assert spec.mixture is not None
+                first, second = self.distribution(spec.mixture.first), self.distribution(spec.mixture.second)
+                return sampling.mixture(first, second, spec.mixture.share)
+            if spec.kind == "fixed_unigram":
+                return self._unigram(spec)
+            if spec.kind == "learned_unigram":
+                return self._of_labels("learned_unigram")
+            return sampling.DISTRIBUTIONS["uniform" if spec.kind == "all" else spec.kind](self._num_classes)
+
+    def _unigram(self, spec: SamplerSpec) -> Distribution:
+        key = (spec.distortion, spec.num_reserved_ids)
+        if key not in self._unigrams:
+            if self._written is None or not self._written[spec.num_reserved_ids :].any():
+                raise InvalidArgument(
+                    "fixed_unigram needs class counts above 0: write them first",
+                    field="sampler.kind",
+                )
+            while len(self._unigrams) >= KEPT_ALIASES:
+                self._unigrams.pop(next(iter(self._unigrams)))
+            self._unigrams[key] = sampling.fixed_unigram(self._written, spec.distortion, spec.num_reserved_ids)
+        return self._unigrams[key]
+
+    def _of_labels(self, what: str) -> LearnedCounts:
+        if self._learned is None:
+            raise InvalidArgument(
+                f"{what} needs a table that counts its labels: create it with count_labels", field="sampler.kind"
+            )
+        return self._learned

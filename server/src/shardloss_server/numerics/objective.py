@@ -1,0 +1,24 @@
+"""What is asked of the logits: the loss family and its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shardloss_server.numerics.margin import Margin
+from shardloss_server.numerics.transform import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss without its tensors; docs/losses.md says which options combine.
+
+    family is "softmax" or "logistic" (NCE, sampled logistic, full sigmoid). label_smoothing and z_loss are the
+    weights of these terms; learned_scale asks for the derivative of each loss in the transform's scale.
+    """
+
+    family: str = "softmax"
+    transform: Transform = field(default_factory=Transform)
+    margin: Margin | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    learned_scale: bool = False
