@@ -2,8 +2,8 @@
 
 Each class has one of V slots. A draw takes a slot at random; it is the slot's own class with probability `keep`, else
 the slot's `alias`. A light class (p V < 1) leaves a deficit in its slot, a heavy one (p V >= 1) has an excess. All
-deficits laid end to end are as long as all excesses, so a light is filled by the heavy in whose stretch it begins. It
-may end beyond that stretch: then the heavy gives the missing length from its own slot, which the next heavy fills.
+deficits laid end to end are as long as all excesses, so a light is filled by the heavy in whose stretch it begins. Past
+the end of that stretch, the heavy gives the missing length from its own slot, which the next heavy fills.
 Source: Huebschle-Schneider and Sanders, "Parallel Weighted Random Sampling" (2019).
 """
 

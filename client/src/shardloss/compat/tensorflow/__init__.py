@@ -1,14 +1,54 @@
-"""tf.nn.sampled_softmax_loss with TensorFlow 2's signature, over a remote table; the v1 order is in `v1`.
+"""tf.nn.sampled_softmax_loss with TensorFlow 2's signature, over a remote table, and the candidate samplers beside it.
 
     opt = tensorflow.optimizer(table, lr=0.1)
     loss = tensorflow.sampled_softmax_loss(table, table, labels, inputs, num_sampled, num_classes)    # [N]
     loss.mean().backward()
     opt.step()
 
-weights and biases are the remote table itself; labels and inputs are torch tensors.
+weights and biases are the remote table itself; labels and inputs are torch tensors. The samplers, in_top_k and
+compute_accidental_hits need no table. The v1 order is in `v1`.
 """
 
 from shardloss.compat.tensorflow import v1
+from shardloss.compat.tensorflow.candidate_sampler import (
+    AllCandidateSampler,
+    CandidateSampler,
+    FixedUnigramCandidateSampler,
+    LearnedUnigramCandidateSampler,
+    LogUniformCandidateSampler,
+    SampledCandidates,
+    UniformCandidateSampler,
+)
 from shardloss.compat.tensorflow.sampled import SampledTriple, optimizer, sampled_softmax_loss
+from shardloss.compat.tensorflow.samplers import (
+    AccidentalHits,
+    all_candidate_sampler,
+    compute_accidental_hits,
+    fixed_unigram_candidate_sampler,
+    learned_unigram_candidate_sampler,
+    log_uniform_candidate_sampler,
+    uniform_candidate_sampler,
+)
+from shardloss.compat.tensorflow.top_k import in_top_k
 
-__all__ = ["SampledTriple", "optimizer", "sampled_softmax_loss", "v1"]
+__all__ = [
+    "AccidentalHits",
+    "AllCandidateSampler",
+    "CandidateSampler",
+    "FixedUnigramCandidateSampler",
+    "LearnedUnigramCandidateSampler",
+    "LogUniformCandidateSampler",
+    "SampledCandidates",
+    "SampledTriple",
+    "UniformCandidateSampler",
+    "all_candidate_sampler",
+    "compute_accidental_hits",
+    "fixed_unigram_candidate_sampler",
+    "in_top_k",
+    "learned_unigram_candidate_sampler",
+    "log_uniform_candidate_sampler",
+    "optimizer",
+    "sampled_softmax_loss",
+    "uniform_candidate_sampler",
+    "v1",
+]

@@ -1,12 +1,31 @@
-"""tf.compat.v1.nn.sampled_softmax_loss: the same loss in TensorFlow 1's argument order."""
+"""tf.compat.v1.nn: the same functions in TensorFlow 1's argument order; the samplers' is the same in both."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from shardloss.compat.tensorflow import sampled
+from shardloss.compat.tensorflow import sampled, top_k
+from shardloss.compat.tensorflow.samplers import (
+    all_candidate_sampler,
+    compute_accidental_hits,
+    fixed_unigram_candidate_sampler,
+    learned_unigram_candidate_sampler,
+    log_uniform_candidate_sampler,
+    uniform_candidate_sampler,
+)
 from shardloss.errors import InvalidArgument
 from shardloss.table import Table
+
+__all__ = [
+    "all_candidate_sampler",
+    "compute_accidental_hits",
+    "fixed_unigram_candidate_sampler",
+    "in_top_k",
+    "learned_unigram_candidate_sampler",
+    "log_uniform_candidate_sampler",
+    "sampled_softmax_loss",
+    "uniform_candidate_sampler",
+]
 
 
 def sampled_softmax_loss(
@@ -48,3 +67,8 @@ def sampled_softmax_loss(
         seed,
         name,
     )
+
+
+def in_top_k(predictions: Tensor, targets: Tensor, k: int, name: str | None = None) -> Tensor:
+    """As `shardloss.compat.tensorflow.in_top_k`, with predictions first."""
+    return top_k.in_top_k(targets, predictions, k, name)

@@ -1,0 +1,161 @@
+"""TensorFlow's candidate samplers as objects: `shardloss.sampling` with a seed and a count of calls.
+
+sampler = UniformCandidateSampler(num_true=1, num_sampled=4096, unique=True, range_max=V, seed=7)
+sampled, true_expected_count, sampled_expected_count = sampler(true_classes)    # step 0
+sampled, true_expected_count, sampled_expected_count = sampler(true_classes)    # step 1
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shardloss import sampling
+from shardloss.autograd import fresh_seed
+from shardloss.compat.tensorflow.arguments import at_least, classes_of, integer
+from shardloss.compat.tensorflow.vocabulary import Vocabulary
+from shardloss.errors import InvalidArgument
+
+
+class SampledCandidates(NamedTuple):
+    """sampled_candidates [S] int64, and the expected counts of true_classes [N, T] and of itself [S], float32."""
+
+    sampled_candidates: Tensor
+    true_expected_count: Tensor
+    sampled_expected_count: Tensor
+
+
+class CandidateSampler:
+    """A sampler with its attributes and state; call it with true_classes [N, num_true], an integer tensor.
+
+    Its k-th call draws step k of seed, counted from 0; a refused call counts for nothing. seed is taken modulo 2^64;
+    None is drawn once from torch's generator. Calls of several threads come one after the other. What it returns is on
+    the device of true_classes.
+
+    Raises:
+        InvalidArgument: true_classes is not [N, num_true] of ids in [0, range_max), or distinct ids do not come.
+    """
+
+    def __init__(
+        self, distribution: sampling.Distribution, num_true: int, num_sampled: int, unique: bool, seed: int | None
+    ) -> None:
+        self.num_true = at_least(1, num_true, "num_true")
+        self.num_sampled = at_least(1, num_sampled, "num_sampled")
+        self.unique = bool(unique)
+        self.seed = (fresh_seed() if seed is None else integer(seed, "seed")) % 2**64
+        self._distribution = distribution
+        self._step = 0
+        self._lock = threading.Lock()
+        if self.unique and num_sampled > distribution.num_possible:
+            raise InvalidArgument(
+                f"num_sampled = {num_sampled} distinct ids cannot come from {distribution.num_possible} classes of "
+                f"p > 0; draw fewer, or unique=False",
+                field="num_sampled",
+            )
+
+    def __call__(self, true_classes: Tensor) -> SampledCandidates:
+        ids = classes_of(true_classes, self.num_true, self._distribution.num_classes)
+        with self._lock:
+            draw = self._draw()
+            counts = [self._expected_count(class_ids, draw.num_tries) for class_ids in (ids, draw.sampled)]
+            self._saw(ids)
+            self._step += 1
+        true_count, sampled_count = (torch.from_numpy(count.astype(np.float32)) for count in counts)
+        tensors = (torch.from_numpy(draw.sampled), true_count, sampled_count)
+        return SampledCandidates(*(tensor.to(true_classes.device) for tensor in tensors))
+
+    def _draw(self) -> sampling.Draw:
+        """The candidates of the present step."""
+        try:
+            return sampling.draw(self._distribution, self.num_sampled, self.unique, self.seed, self._step)
+        except sampling.TriesExhausted:
+            raise InvalidArgument(
+                f"num_sampled = {self.num_sampled} distinct ids take more than {sampling.max_tries(self.num_sampled)} "
+                f"draws; draw fewer, or unique=False",
+                field="num_sampled",
+            ) from None
+
+    def _expected_count(self, class_ids: NDArray[np.int64], num_tries: int) -> NDArray[np.float64]:
+        """Q of classes of any shape."""
+        return sampling.expected_count(self._distribution, class_ids, self.num_sampled, self.unique, num_tries)
+
+    def _saw(self, true_classes: NDArray[np.int64]) -> None:
+        """What the sampler learns of a call, after it has sampled: nothing."""
+
+
+class UniformCandidateSampler(CandidateSampler):
+    """p = 1 / range_max."""
+
+    def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
+        distribution = sampling.uniform(at_least(1, range_max, "range_max"))
+        super().__init__(distribution, num_true, num_sampled, unique, seed)
+
+
+class LogUniformCandidateSampler(CandidateSampler):
+    """p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
+
+    def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
+        distribution = sampling.log_uniform(at_least(1, range_max, "range_max"))
+        super().__init__(distribution, num_true, num_sampled, unique, seed)
+
+
+class LearnedUnigramCandidateSampler(CandidateSampler):
+    """p ~ 1 + how often a class stood in the true_classes of the calls before; a call learns after it has sampled."""
+
+    def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
+        self._counts = sampling.LearnedCounts(at_least(1, range_max, "range_max"))
+        super().__init__(self._counts, num_true, num_sampled, unique, seed)
+
+    def _saw(self, true_classes: NDArray[np.int64]) -> None:
+        self._counts.add(true_classes)
+
+
+class FixedUnigramCandidateSampler(CandidateSampler):
+    """p ~ count**distortion, counts from vocab_file or unigrams; reserved ids come first and have p = 0.
+
+    As of `shardloss.compat.tensorflow.fixed_unigram_candidate_sampler`, which describes the arguments.
+    """
+
+    def __init__(
+        self,
+        num_true: int,
+        num_sampled: int,
+        unique: bool,
+        range_max: int,
+        vocab_file: str = "",
+        distortion: float = 1.0,
+        num_reserved_ids: int = 0,
+        num_shards: int = 1,
+        shard: int = 0,
+        unigrams: Sequence[float] = (),
+        seed: int | None = None,
+    ) -> None:
+        at_least(1, range_max, "range_max")
+        vocabulary = Vocabulary(vocab_file, unigrams)
+        distribution = vocabulary.distribution(distortion, num_reserved_ids, num_shards, shard)
+        if distribution.num_classes != range_max:
+            raise InvalidArgument(
+                f"range_max = {range_max}, but this shard's reserved ids and counts are {distribution.num_classes}",
+                field="range_max",
+            )
+        super().__init__(distribution, num_true, num_sampled, unique, seed)
+
+
+class AllCandidateSampler(CandidateSampler):
+    """Every class of [0, num_sampled) once, in order, with expected count 1; unique and seed are without effect."""
+
+    def __init__(self, num_true: int, num_sampled: int, unique: bool, seed: int | None = None) -> None:
+        distribution = sampling.uniform(at_least(1, num_sampled, "num_sampled"))
+        super().__init__(distribution, num_true, num_sampled, unique, 0 if seed is None else seed)
+
+    def _draw(self) -> sampling.Draw:
+        return sampling.all_candidates(self.num_sampled)
+
+    def _expected_count(self, class_ids: NDArray[np.int64], num_tries: int) -> NDArray[np.float64]:  # noqa: ARG002
+        return np.ones(class_ids.shape)

@@ -1,0 +1,186 @@
+"""TensorFlow 2.21's candidate sampler functions, by its parameter names, order and defaults, on torch tensors.
+
+    sampled_values = log_uniform_candidate_sampler(labels, 1, num_sampled, True, range_max=V, seed=7)
+    loss = sampled_softmax_loss(table, table, labels, inputs, num_sampled, V, sampled_values=sampled_values)
+
+As TensorFlow keeps one kernel for each set of attributes, the process has one `CandidateSampler` for each: calls with
+equal attributes go on in one stream of draws, and learn into the same counts. It is kept until the process ends; who
+makes many, or wants a stream of his own, makes a `CandidateSampler`. name is without effect everywhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardloss.compat.tensorflow.arguments import ids_of, matrix_of, plain
+from shardloss.compat.tensorflow.candidate_sampler import (
+    AllCandidateSampler,
+    CandidateSampler,
+    FixedUnigramCandidateSampler,
+    LearnedUnigramCandidateSampler,
+    LogUniformCandidateSampler,
+    SampledCandidates,
+    UniformCandidateSampler,
+)
+from shardloss.errors import InvalidArgument
+
+_samplers: dict[tuple[Hashable, ...], CandidateSampler] = {}
+_samplers_lock = threading.Lock()
+
+
+def sampler_of(kind: Callable[..., CandidateSampler], *attributes: object) -> CandidateSampler:
+    """The process's one sampler of a kind with these attributes."""
+    values = [plain(attribute) for attribute in attributes]
+    key = (kind, *values)
+    with _samplers_lock:
+        if key not in _samplers:
+            _samplers[key] = kind(*values)
+        return _samplers[key]
+
+
+def uniform_candidate_sampler(
+    true_classes: Tensor,
+    num_true: int,
+    num_sampled: int,
+    unique: bool,
+    range_max: int,
+    seed: int | None = None,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> SampledCandidates:
+    """num_sampled ids of [0, range_max), equally probable; distinct if unique.
+
+    true_classes [N, num_true] only says whose expected counts are wanted. seed None is drawn from torch's generator by
+    the first of equal calls.
+
+    Raises:
+        InvalidArgument: an argument is out of range, or num_sampled distinct ids do not come.
+    """
+    return sampler_of(UniformCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+
+
+def log_uniform_candidate_sampler(
+    true_classes: Tensor,
+    num_true: int,
+    num_sampled: int,
+    unique: bool,
+    range_max: int,
+    seed: int | None = None,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> SampledCandidates:
+    """As `uniform_candidate_sampler`, with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
+    return sampler_of(LogUniformCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+
+
+def learned_unigram_candidate_sampler(
+    true_classes: Tensor,
+    num_true: int,
+    num_sampled: int,
+    unique: bool,
+    range_max: int,
+    seed: int | None = None,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> SampledCandidates:
+    """As `uniform_candidate_sampler`, with p ~ 1 + how often a class stood in the true_classes of earlier calls.
+
+    Calls of equal attributes learn into one set of counts, 16 to 24 bytes a class.
+    """
+    return sampler_of(LearnedUnigramCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+
+
+def fixed_unigram_candidate_sampler(
+    true_classes: Tensor,
+    num_true: int,
+    num_sampled: int,
+    unique: bool,
+    range_max: int,
+    vocab_file: str = "",
+    distortion: float = 1.0,
+    num_reserved_ids: int = 0,
+    num_shards: int = 1,
+    shard: int = 0,
+    unigrams: Sequence[float] = (),
+    seed: int | None = None,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> SampledCandidates:
+    """As `uniform_candidate_sampler`, with p ~ count**distortion.
+
+    The counts are unigrams, or the last comma-separated field of each line of vocab_file, which is read once; exactly
+    one of both is given. The ids below num_reserved_ids have no count and p = 0. With num_shards > 1 the ids are local
+    to the shard (`Vocabulary.distribution` says which), and range_max is the number of the shard's ids. unigrams are
+    compared on every call: with millions of them, keep a `FixedUnigramCandidateSampler`.
+
+    Raises:
+        InvalidArgument: as `uniform_candidate_sampler`; or the counts are missing, given twice, negative, not finite,
+            all zero or not as many as range_max says.
+    """
+    sampler = sampler_of(
+        FixedUnigramCandidateSampler,
+        num_true,
+        num_sampled,
+        unique,
+        range_max,
+        vocab_file,
+        distortion,
+        num_reserved_ids,
+        num_shards,
+        shard,
+        unigrams,
+        seed,
+    )
+    return sampler(true_classes)
+
+
+def all_candidate_sampler(
+    true_classes: Tensor,
+    num_true: int,
+    num_sampled: int,
+    unique: bool,
+    seed: int | None = None,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> SampledCandidates:
+    """Every class of [0, num_sampled) once, in order, with expected count 1; unique and seed are without effect."""
+    return sampler_of(AllCandidateSampler, num_true, num_sampled, unique, seed)(true_classes)
+
+
+class AccidentalHits(NamedTuple):
+    """indices [H] int32, rows of true_classes; ids [H] int64, places in sampled_candidates; weights [H], -FLT_MAX."""
+
+    indices: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def compute_accidental_hits(
+    true_classes: Tensor,
+    sampled_candidates: Tensor,
+    num_true: int,
+    seed: int | None = None,  # noqa: ARG001  (accepted, without effect)
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> AccidentalHits:
+    """Where a true class [N, num_true] was sampled [S]; of an id sampled more than once, the last place.
+
+    In the order of rows and their columns: a class given twice in a row hits twice. seed and name are without effect.
+    Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
+
+    Raises:
+        InvalidArgument: true_classes is not [N, num_true] of integers, or sampled_candidates not [S] of integers.
+    """
+    labels = matrix_of(true_classes, num_true)
+    if sampled_candidates.dim() != 1:
+        raise InvalidArgument(
+            f"sampled_candidates has shape {list(sampled_candidates.shape)}; [S] is needed", field="sampled_candidates"
+        )
+    sampled = ids_of(sampled_candidates, "sampled_candidates")
+    class_ids, from_end = np.unique(sampled[::-1], return_index=True)
+    is_hit = np.isin(labels, class_ids)
+    places = len(sampled) - 1 - from_end[np.searchsorted(class_ids, labels[is_hit])]
+    rows = torch.from_numpy(is_hit.nonzero()[0].astype(np.int32))
+    weights = torch.full(rows.shape, torch.finfo(torch.float32).min)
+    tensors = (rows, torch.from_numpy(places.astype(np.int64)), weights)
+    return AccidentalHits(*(tensor.to(true_classes.device) for tensor in tensors))

@@ -1,0 +1,90 @@
+"""Counts of words as TensorFlow's fixed unigram sampler takes them: a file or a list, cut into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardloss import sampling
+from shardloss.compat.tensorflow.arguments import at_least
+from shardloss.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """The counts of the words in order, reserved ids left out: in vocab_file, or in unigrams where that is ""."""
+
+    vocab_file: str
+    unigrams: Sequence[float]
+
+    def distribution(
+        self, distortion: float, num_reserved_ids: int, num_shards: int, shard: int
+    ) -> sampling.FixedUnigram:
+        """p ~ count**distortion over the ids of a shard: its reserved ids first, of p = 0, then its words.
+
+        A shard has the reserved ids k with k mod num_shards = shard, say R of them, and the words j with
+        (R + j) mod num_shards = shard. That is TensorFlow's rule (its kernel counts words from the shard's own R):
+        without reserved ids, or with as many for each shard, local id i is the global i * num_shards + shard.
+
+        Raises:
+            InvalidArgument: not exactly one of vocab_file and unigrams is given, the file cannot be read, or no
+                distribution is proportional to the counts.
+        """
+        if bool(self.vocab_file) == (len(self.unigrams) > 0):
+            raise InvalidArgument("give exactly one of vocab_file and unigrams", field=self.field)
+        if not 0 <= shard < at_least(1, num_shards, "num_shards"):
+            raise InvalidArgument(f"shard = {shard} is outside [0, num_shards = {num_shards})", field="shard")
+        num_reserved = len(range(shard, at_least(0, num_reserved_ids, "num_reserved_ids"), num_shards))
+        counts = self.counts((shard - num_reserved) % num_shards, num_shards)
+        if not len(counts):
+            raise InvalidArgument("no count is this shard's: there is nothing to draw", field=self.field)
+        try:
+            return sampling.fixed_unigram(np.concatenate([np.zeros(num_reserved), counts]), distortion, num_reserved)
+        except InvalidArgument as error:
+            field = self.field if error.field == "counts" else error.field
+            raise InvalidArgument(f"{self.field}: {error.message}", field=field) from None
+
+    @property
+    def field(self) -> str:
+        """The argument that brought the counts."""
+        return "vocab_file" if self.vocab_file else "unigrams"
+
+    def counts(self, first: int, stride: int) -> NDArray[np.float64]:
+        """The counts of the words first, first + stride, ..."""
+        if self.vocab_file:
+            return np.fromiter(read_counts(self.vocab_file, first, stride), dtype=np.float64)
+        try:
+            return np.asarray(self.unigrams[first::stride], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise InvalidArgument("unigrams are not all numbers", field="unigrams") from None
+
+
+def read_counts(vocab_file: str, first: int, stride: int) -> Iterator[float]:
+    """The last of each line's comma-separated fields, of the lines first, first + stride, ...; empty lines are none.
+
+    Raises:
+        InvalidArgument: the file cannot be read, or that field is not a number.
+    """
+    try:
+        with open(vocab_file, encoding="utf-8", errors="replace") as file:
+            words = (line for line in file if line.strip())
+            for line in islice(words, first, None, stride):
+                yield count_of(line)
+    except OSError as error:
+        raise InvalidArgument(
+            f"vocab_file {vocab_file!r} cannot be read: {error.strerror}", field="vocab_file"
+        ) from None
+
+
+def count_of(line: str) -> float:
+    """The last field of a line."""
+    try:
+        return float(line.rpartition(",")[2])
+    except ValueError:
+        raise InvalidArgument(
+            f"vocab_file has the line {line.strip()[:80]!r}, whose last field is not a number", field="vocab_file"
+        ) from None
