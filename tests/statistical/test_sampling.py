@@ -27,9 +27,10 @@ from shardloss_server.shard.record import Part, RowWrite, Score, TableSpec
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
+from .frequencies import P_VALUE, assert_same_frequencies, two_sample_z
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 KINDS = ("log_uniform", "uniform")
-P_VALUE = 1e-4  # fixed seeds: a failure is a change of the bits, not bad luck
 
 
 def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
@@ -86,21 +87,6 @@ def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batc
             batch.update(dice.choices(range(num_classes), weights, k=1))
         found[list(batch)] += 1
     return found
-
-
-def two_sample_z(a: NDArray[np.float64], num_a: int, b: NDArray[np.float64], num_b: int) -> NDArray[np.float64]:
-    """Standard scores of the differences of two sets of frequencies [V]."""
-    pooled = (a * num_a + b * num_b) / (num_a + num_b)
-    return np.asarray((a - b) / np.sqrt(pooled * (1 - pooled) * (1 / num_a + 1 / num_b)))
-
-
-def assert_same_frequencies(z: NDArray[np.float64]) -> None:
-    """No score is out of reach of V normal ones, nor is their mean square.
-
-    Inclusions of a batch exclude each other, which makes the mean square smaller than a chi-square's, never larger.
-    """
-    assert np.abs(z).max() < stats.norm.isf(P_VALUE / (2 * len(z)))
-    assert (z**2).sum() < stats.chi2(len(z)).isf(P_VALUE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
