@@ -36,6 +36,14 @@ def integer(value: int, field: str) -> int:
         raise InvalidArgument(f"{field} = {value!r} is not an integer", field=field) from None
 
 
+def real(value: float, field: str) -> float:
+    """A number, of Python's or NumPy's types or a tensor."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{field} = {value!r} is not a number", field=field) from None
+
+
 def at_least(least: int, value: int, field: str) -> int:
     """An integer that is not below least."""
     if integer(value, field) < least:

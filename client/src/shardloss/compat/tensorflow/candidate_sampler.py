@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shardloss import sampling
 from shardloss.autograd import fresh_seed
-from shardloss.compat.tensorflow.arguments import at_least, classes_of, integer
+from shardloss.compat.tensorflow.arguments import at_least, classes_of, integer, real
 from shardloss.compat.tensorflow.vocabulary import Vocabulary
 from shardloss.errors import InvalidArgument
 
@@ -138,7 +138,7 @@ class FixedUnigramCandidateSampler(CandidateSampler):
     ) -> None:
         at_least(1, range_max, "range_max")
         vocabulary = Vocabulary(vocab_file, unigrams)
-        distribution = vocabulary.distribution(distortion, num_reserved_ids, num_shards, shard)
+        distribution = vocabulary.distribution(real(distortion, "distortion"), num_reserved_ids, num_shards, shard)
         if distribution.num_classes != range_max:
             raise InvalidArgument(
                 f"range_max = {range_max}, but this shard's reserved ids and counts are {distribution.num_classes}",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.compat.tensorflow.arguments import ids_of, matrix_of, plain
+from shardloss.compat.tensorflow.arguments import ids_of, matrix_of, plain, real
 from shardloss.compat.tensorflow.candidate_sampler import (
     AllCandidateSampler,
     CandidateSampler,
@@ -37,7 +37,7 @@ _samplers_lock = threading.Lock()
 def sampler_of(kind: Callable[..., CandidateSampler], *attributes: object) -> CandidateSampler:
     """The process's one sampler of a kind with these attributes."""
     values = [plain(attribute) for attribute in attributes]
-    key = (kind, *values)
+    key = (kind, *values, *map(type, values))  # 2.0 is not the 2 that was found good
     with _samplers_lock:
         if key not in _samplers:
             _samplers[key] = kind(*values)
@@ -61,7 +61,7 @@ def uniform_candidate_sampler(
     Raises:
         InvalidArgument: an argument is out of range, or num_sampled distinct ids do not come.
     """
-    return sampler_of(UniformCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+    return sampler_of(UniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
 
 
 def log_uniform_candidate_sampler(
@@ -74,7 +74,7 @@ def log_uniform_candidate_sampler(
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
     """As `uniform_candidate_sampler`, with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
-    return sampler_of(LogUniformCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+    return sampler_of(LogUniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
 
 
 def learned_unigram_candidate_sampler(
@@ -90,7 +90,9 @@ def learned_unigram_candidate_sampler(
 
     Calls of equal attributes learn into one set of counts, 16 to 24 bytes a class.
     """
-    return sampler_of(LearnedUnigramCandidateSampler, num_true, num_sampled, unique, range_max, seed)(true_classes)
+    return sampler_of(LearnedUnigramCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(
+        true_classes
+    )
 
 
 def fixed_unigram_candidate_sampler(
@@ -123,10 +125,10 @@ def fixed_unigram_candidate_sampler(
         FixedUnigramCandidateSampler,
         num_true,
         num_sampled,
-        unique,
+        bool(unique),
         range_max,
         vocab_file,
-        distortion,
+        real(distortion, "distortion"),
         num_reserved_ids,
         num_shards,
         shard,
@@ -145,7 +147,7 @@ def all_candidate_sampler(
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
     """Every class of [0, num_sampled) once, in order, with expected count 1; unique and seed are without effect."""
-    return sampler_of(AllCandidateSampler, num_true, num_sampled, unique, seed)(true_classes)
+    return sampler_of(AllCandidateSampler, num_true, num_sampled, bool(unique), seed)(true_classes)
 
 
 class AccidentalHits(NamedTuple):
