@@ -278,7 +278,7 @@ def set_columns(message: loss_pb2.SampledSoftmax, loss: types.SampledSoftmax | t
 def loss_request(
     table: str,
     hidden: Numbers,
-    labels: Numbers,
+    labels: Numbers | None,
     loss: types.Loss,
     *,
     label_weights: Numbers | None = None,
@@ -293,7 +293,8 @@ def loss_request(
     message = loss_pb2.ComputeLossRequest(
         table=table,
         hidden=numbers(hidden, "hidden"),
-        labels=numbers(labels, "labels"),
+        labels=None if labels is None else numbers(labels, "labels"),
+        label_columns=labels is None,
         ignore_index=ignore_index,
         want_lse=want_lse,
         want_hidden_grad=want_hidden_grad,
@@ -306,6 +307,16 @@ def loss_request(
     if upstream is not None:
         message.upstream.CopyFrom(numbers(upstream, "upstream"))
     return message
+
+
+def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb2.LabelColumns]:
+    """A label distribution [N, V] in pieces of at most max_chunk_bytes, at least a column; zeros are left out."""
+    num_rows, num_classes = distribution.shape
+    size = max(1, max_chunk_bytes // max(1, num_rows * distribution.itemsize))
+    for start in range(0, num_classes, size):
+        piece = distribution[:, start : start + size]
+        if num_rows and piece.any():
+            yield loss_pb2.LabelColumns(first_class=start, weights=numbers(piece, "label_distribution"))
 
 
 @reading_reply()

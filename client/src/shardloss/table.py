@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from shardloss import chunks, messages, types
 from shardloss.channel import single
-from shardloss.errors import InvalidArgument
+from shardloss.errors import InvalidArgument, LimitExceeded
 from shardloss.messages import Numbers, numbers
 from shardloss.session import Session
 from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
@@ -228,10 +228,11 @@ class Table:
     def compute_loss(
         self,
         hidden: Numbers,
-        labels: Array,
+        labels: Array | None,
         loss: types.Loss,
         *,
         step: int = 0,
+        label_distribution: Array | None = None,
         label_weights: Numbers | None = None,
         ignore_index: int | None = None,
         upstream: Array | None = None,
@@ -243,9 +244,10 @@ class Table:
         """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
 
         label_weights [N, T] belong to losses over all classes, None is 1/T (1 in a full sigmoid); labels equal to
-        ignore_index do not count. step keys the sampler. want_table_grad asks for the gradient of sum(upstream [N] *
-        loss) in the rows, for callers who own the optimizer; want_scale_grad for that of each loss in the logits'
-        scale. Losses are in nats.
+        ignore_index do not count. In their place (labels None) a label_distribution [N, V] may stand, a weight >= 0 for
+        every class: it streams to a FullSoftmax in columns, those of zeros left out. step keys the sampler.
+        want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
+        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats.
 
         Raises:
             InvalidArgument: naming the field and the first offending index.
@@ -267,32 +269,59 @@ class Table:
             want_scale_grad=want_scale_grad,
         )
         request.step = step
-        return self.send_loss(request)
+        return self.send_loss(request, label_distribution)
 
-    def send_loss(self, request: loss_pb2.ComputeLossRequest) -> types.LossResult:
+    def send_loss(
+        self, request: loss_pb2.ComputeLossRequest, label_distribution: Array | None = None
+    ) -> types.LossResult:
         """Send a request as one message, or in chunks where it or its reply is too large for one.
 
         Raises:
             ShardlossError: as `compute_loss`.
         """
         channel, limits = self.client.channel, self.client.info.limits
-        limit = int(limits["max_message_bytes"])
-        if max(request.ByteSize(), self._reply_bytes(request)) <= limit:
+        limit, chunk = int(limits["max_message_bytes"]), int(limits["max_chunk_bytes"])
+        columns = None
+        if label_distribution is not None or request.label_columns:
+            columns = self._checked_distribution(request, label_distribution)
+        elif max(request.ByteSize(), self._reply_bytes(request)) <= limit:
             return messages.loss_result(channel.unary(self.client.losses.ComputeLoss, request, None))
 
         def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
-            header, parts = chunks.detach(request, int(limits["max_chunk_bytes"]))
+            header, parts = chunks.detach(request, chunk)
             yield loss_pb2.StreamLossRequest(header=header)
-            for chunk in parts:
-                yield loss_pb2.StreamLossRequest(chunk=chunk)
+            for part in parts:
+                yield loss_pb2.StreamLossRequest(chunk=part)
+            if columns is not None:
+                for piece in messages.label_columns(columns, chunk):
+                    yield loss_pb2.StreamLossRequest(columns=piece)
 
         replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
         with messages.reading_reply():
             header = single(replies, "header")
-            assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), int(limits["max_chunk_bytes"]))
+            assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), chunk)
             for piece in replies[1:]:
                 assembler.add(piece.chunk)
             return messages.loss_result(header, assembler.contents())
+
+    def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:
+        """A label distribution [N, V] whose every column fits a piece.
+
+        Raises:
+            InvalidArgument, LimitExceeded: it is absent, stands beside labels, has another shape or too many rows.
+        """
+        if distribution is None or not request.label_columns:
+            raise InvalidArgument("give labels or a label_distribution, and not both", field="labels")
+        distribution, shape = np.asarray(distribution), [*request.hidden.shape[:1], self.spec.num_classes]
+        if list(distribution.shape) != shape or distribution.dtype.kind != "f":
+            raise InvalidArgument(
+                f"label_distribution is {distribution.dtype} {list(distribution.shape)}; floats {shape} are needed",
+                field="label_distribution",
+            )
+        most = int(self.client.info.limits["max_chunk_bytes"])
+        if len(distribution) * distribution.itemsize > most:
+            raise LimitExceeded(f"a column of {len(distribution)} labels exceeds {most} bytes; split the batch")
+        return distribution
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
         num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim

@@ -10,7 +10,17 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
-from shardloss_server.shard.record import Mined, Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
+from shardloss_server.shard.record import (
+    LabelTarget,
+    Mined,
+    Part,
+    RowGradient,
+    Rows,
+    RowWrite,
+    Score,
+    TableSpec,
+    Upstream,
+)
 from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 
 T = TypeVar("T")
@@ -75,6 +85,17 @@ class FanoutGroup(ABC):
 
     def mine(self, table: str, staged: Staged, k: int) -> Gathered[Mined]:
         return self.on_all("mine", table, k, staged)
+
+    def begin_labels(self, table: str, name: str) -> Gathered[int]:
+        return self.on_all("begin_labels", table, name)
+
+    def add_labels(
+        self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
+    ) -> Gathered[LabelTarget]:
+        return self.on_all("add_labels", table, first_class, weights, g, staged)
+
+    def forget_labels(self, table: str) -> Gathered[int]:
+        return self.on_all("forget_labels", table)
 
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Gathered[RowGradient]:
         return self.on_all("gradient", table, upstream, staged)

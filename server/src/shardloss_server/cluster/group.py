@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     Part,
     Record,
@@ -99,6 +100,17 @@ class ShardGroup(Protocol):
 
     def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
         """The k best candidates of each row on every shard."""
+
+    def begin_labels(self, table: str, name: str) -> Pending[list[int]]:
+        """Have every shard collect the gradient of a label distribution, and forget that of another."""
+
+    def add_labels(
+        self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
+    ) -> Pending[list[LabelTarget]]:
+        """A piece of a label distribution: weights [N, C] of classes from first_class on; collected with g [N]."""
+
+    def forget_labels(self, table: str) -> Pending[list[int]]:
+        """Have every shard free what it collected."""
 
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Pending[list[RowGradient]]:
         """Gradient of every shard's touched rows."""

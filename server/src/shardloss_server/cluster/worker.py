@@ -13,6 +13,7 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     Part,
     Record,
@@ -63,6 +64,21 @@ class Worker:
 
     def mine(self, table: str, k: int, part: Part) -> dict[int, Mined]:
         return self._each(table, lambda shard, part: shard.mine(part, k), part)
+
+    def begin_labels(self, table: str, name: str) -> dict[int, int]:
+        with allocating("the gradient of a label distribution"):
+            return self._each(table, lambda shard: shard.begin_labels_(name))
+
+    def add_labels(
+        self, table: str, first_class: int, weights: Tensor, g: Tensor | None, part: Part
+    ) -> dict[int, LabelTarget]:
+        def add(shard: ShardTable, part: Part, weights: Tensor, g: Tensor | None) -> LabelTarget:
+            return shard.add_labels_(part, first_class, weights, g)
+
+        return self._each(table, add, part, weights, g)
+
+    def forget_labels(self, table: str) -> dict[int, int]:
+        return self._each(table, ShardTable.forget_labels_)
 
     def gradient(self, table: str, upstream: Upstream, part: Part) -> dict[int, RowGradient]:
         return self._each(table, ShardTable.gradient, part, upstream)

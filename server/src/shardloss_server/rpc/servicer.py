@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, TypeVar
 
 import grpc
@@ -34,6 +35,7 @@ from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
 from shardloss_server.frontend.plan import draw_with_tries
+from shardloss_server.frontend.request import LabelColumns
 from shardloss_server.rpc import specs, wire
 from shardloss_server.rpc.status import fail
 
@@ -48,6 +50,7 @@ FEATURES = (
     "full_softmax",
     "hard_negatives",
     "in_batch",
+    "label_columns",
     "margin",
     "one_call",
     "partial_fc",
@@ -142,10 +145,11 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
             with self.handlers.stream_bytes.admit(num_bytes):
-                self._receive(request_iterator, assembler, stream, self.handlers.deadline(context))
+                deadline = self.handlers.deadline(context)
+                columns = self._receive(header, request_iterator, assembler, stream, deadline)
                 stream.working()
                 with torch.inference_mode():
-                    response = self._loss(header, assembler.contents(), context)
+                    response = self._loss(header, assembler.contents(), context, columns)
                 reply, pieces = chunks.detach(response, self.handlers.limits.max_chunk_bytes)
                 stream.moved()
                 yield loss_pb2.StreamLossResponse(header=reply)
@@ -165,26 +169,61 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
 
     def _receive(
         self,
+        header: loss_pb2.ComputeLossRequest,
         pieces: Iterator[loss_pb2.StreamLossRequest],
         assembler: chunks.Assembler,
         stream: LiveStream,
         deadline: Deadline,
-    ) -> None:
-        """All chunks of a stream."""
-        for piece in pieces:
+    ) -> Iterator[LabelColumns]:
+        """All chunks of a stream; then its label columns, to be read as they come."""
+        first = None
+        while not (header.label_columns and assembler.is_complete):
+            piece = next(pieces, None)
+            if piece is None:
+                break
             stream.moved()
             deadline.check("the request came whole")
+            if piece.WhichOneof("piece") == "columns" and header.label_columns:
+                first = piece
+                break
             if piece.WhichOneof("piece") != "chunk":
                 raise InvalidArgument("only chunks may follow the header", field="piece")
             assembler.add(piece.chunk)
+        return self._columns(first, pieces, stream, deadline)
+
+    def _columns(
+        self,
+        first: loss_pb2.StreamLossRequest | None,
+        pieces: Iterator[loss_pb2.StreamLossRequest],
+        stream: LiveStream,
+        deadline: Deadline,
+    ) -> Iterator[LabelColumns]:
+        """Label columns, one piece at a time; between two of them the client must not stand still."""
+        most = self.handlers.limits.max_chunk_bytes
+        stream.moved()
+        for piece in chain(() if first is None else (first,), pieces):
+            stream.working()
+            deadline.check("the labels came whole")
+            if piece.WhichOneof("piece") != "columns":
+                raise InvalidArgument("only label columns may follow the chunks", field="piece")
+            if len(piece.columns.weights.inline) > most:
+                message = f"columns of {len(piece.columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
+                raise LimitExceeded(message, field="columns.weights")
+            yield wire.label_columns(piece.columns)
+            stream.moved()
+        stream.working()
 
     def _loss(
-        self, request: loss_pb2.ComputeLossRequest, contents: dict[int, bytes] | None, context: Context
+        self,
+        request: loss_pb2.ComputeLossRequest,
+        contents: dict[int, bytes] | None,
+        context: Context,
+        columns: Iterator[LabelColumns] | None = None,
     ) -> loss_pb2.ComputeLossResponse:
         limits = self.handlers.limits
         is_stream = contents is not None
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
-        decoded = wire.loss_request(request, most, contents)
+        decoded = wire.loss_request(request, most, contents, columns)
         return wire.loss_response(self.handlers.pipeline.loss(decoded, self.handlers.deadline(context)))
 
     @answers

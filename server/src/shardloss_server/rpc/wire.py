@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from shardloss_server.frontend.request import (
     CommitRequest,
     HitIds,
     InBatch,
+    LabelColumns,
     LossReply,
     LossRequest,
     Mixture,
@@ -91,7 +92,10 @@ def column(tensor: T) -> T:
 
 
 def loss_request(
-    message: loss_pb2.ComputeLossRequest, max_reply_bytes: int, chunks: Chunks | None = None
+    message: loss_pb2.ComputeLossRequest,
+    max_reply_bytes: int,
+    chunks: Chunks | None = None,
+    columns: Iterable[LabelColumns] | None = None,
 ) -> LossRequest:
     """Decode a ComputeLoss; what the front end can check, it checks later.
 
@@ -99,14 +103,20 @@ def loss_request(
         InvalidArgument, NotSupported: what is not even a request, or is reserved.
     """
     refuse_reserved(message, "max_staleness", "group")
-    labels = to_ids(message.labels, "labels", chunks)
+    if message.label_columns and columns is None:
+        raise InvalidArgument("label_columns come through StreamLoss", field="label_columns")
+    hidden = to_tensor(message.hidden, "hidden", chunks)
+    if message.label_columns and not message.HasField("labels"):
+        labels = torch.zeros(len(hidden) if hidden.dim() else 0, 0, dtype=torch.int64)
+    else:
+        labels = to_ids(message.labels, "labels", chunks)
     return LossRequest(
         table=message.table,
         session=message.session,
         step=message.step,
         part=message.part,
         after_step=message.after_step if message.HasField("after_step") else None,
-        hidden=to_tensor(message.hidden, "hidden", chunks),
+        hidden=hidden,
         labels=column(labels),
         label_weights=column(optional_tensor(message, "label_weights", chunks)),
         ignore_index=message.ignore_index if message.HasField("ignore_index") else None,
@@ -118,7 +128,13 @@ def loss_request(
         max_reply_bytes=max_reply_bytes,
         objective=objective(message),
         class_weights=optional_tensor(message.full_softmax, "class_weights", chunks),
+        label_columns=columns if message.label_columns else None,
     )
+
+
+def label_columns(message: loss_pb2.LabelColumns) -> LabelColumns:
+    """A piece of a label distribution."""
+    return LabelColumns(message.first_class, to_tensor(message.weights, "columns.weights"))
 
 
 def objective(message: loss_pb2.ComputeLossRequest) -> Objective:

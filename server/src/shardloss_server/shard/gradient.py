@@ -11,6 +11,7 @@ from shardloss_server.numerics import kernel
 from shardloss_server.numerics.loss import weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
+from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.record import Candidates, Part, Upstream
 from shardloss_server.shard.rows import BLOCK_ROWS, Index, ShardRows
 
@@ -69,9 +70,17 @@ def entry_gradient(
 
 
 def block_gradient(
-    part: Part, block: kernel.Block, up: Upstream, weight: Tensor, class_weights: Tensor | None = None
+    part: Part,
+    block: kernel.Block,
+    up: Upstream,
+    weight: Tensor,
+    class_weights: Tensor | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows [C, D] and biases [C] of a block; class_weights [C] where labels are smoothed."""
+    """Gradient of the rows [C, D] and biases [C] of a block.
+
+    class_weights [C] where labels are smoothed; labels: sums of g y hidden [C, D] and g y [C] of a distribution.
+    """
     hidden, objective = part.batch.hidden, part.objective
     found = kernel.block_columns(hidden, block, objective)
     dz = kernel.block_gradient(found, up.lse, up.g * weight, objective.family)
@@ -80,13 +89,20 @@ def block_gradient(
         g = up.g * part.batch.spread
         gradient -= class_weights[:, None] * (g @ hidden)
         bias -= class_weights * g.sum()
+    if labels is not None:
+        gradient -= labels[0]
+        bias -= labels[1]
     if block.norms is not None:
         gradient = project(gradient, block.rows, block.norms)
     return gradient, bias * objective.transform.scale
 
 
 def dense_gradient(
-    rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], touched: Touched
+    rows: ShardRows,
+    parts: tuple[Part, ...],
+    upstreams: tuple[Upstream, ...],
+    touched: Touched,
+    collected: Collected | None,
 ) -> Iterator[tuple[Index, Tensor, Tensor]]:
     """Gradient of every row, in chunks of rows: the parts over all classes plus what the columns touched.
 
@@ -102,13 +118,27 @@ def dense_gradient(
             weights = None
             if part.batch.spread is not None:
                 weights = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
-            piece = block_gradient(part, block, up, weight_of_columns(part, up.lse), weights)
+            labels = labels_of(part, collected, start, end)
+            piece = block_gradient(part, block, up, weight_of_columns(part, up.lse), weights, labels)
             gradient += piece[0]
             biases += piece[1]
         low, high = torch.searchsorted(row_index, torch.tensor([start, end])).tolist()
         gradient[row_index[low:high] - start] += touched_rows_[low:high]
         biases[row_index[low:high] - start] += touched_biases[low:high]
         yield slice(start, end), gradient, biases
+
+
+def labels_of(part: Part, collected: Collected | None, start: int, end: int) -> tuple[Tensor, Tensor] | None:
+    """What was collected for a range of rows, where the part's labels are a distribution.
+
+    Raises:
+        LookupError: another distribution was collected, or none; whoever orders work made a mistake.
+    """
+    if not part.distribution:
+        return None
+    if collected is None or collected.name != part.distribution:
+        raise LookupError(f"label distribution {part.distribution!r} is not here")
+    return collected.rows[start:end], collected.biases[start:end]
 
 
 def weight_of_columns(part: Part, lse: Tensor) -> Tensor:

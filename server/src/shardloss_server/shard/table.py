@@ -10,10 +10,12 @@ from torch import Tensor
 
 from shardloss_server.numerics.initializer import round_stochastically
 from shardloss_server.numerics.optimizer import State, initial_state, updated
-from shardloss_server.shard import columns
+from shardloss_server.shard import columns, distribution
+from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.gradient import dense_gradient, in_blocks, touched_gradient
 from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     Part,
     Record,
@@ -46,6 +48,7 @@ class ShardTable(ShardRows):
         self.version = 0
         self.num_commits = 0
         self.ledger = Ledger(max_sessions)
+        self.collected: Collected | None = None
         self._records: deque[Record | RowWrite] = deque(maxlen=KEPT_RECORDS)
         self.weight_state = initial_state(spec.optimizer, self.num_rows, spec.dim, self.compute_dtype)
         self.bias_state = initial_state(spec.optimizer, self.num_rows if spec.bias else 0, 1, self.compute_dtype)
@@ -64,11 +67,30 @@ class ShardTable(ShardRows):
         """Gradient of sum(g * loss) in this shard's touched rows, class ids ascending; all rows for a full softmax."""
         row_index, rows, biases = touched_gradient(self, (part,), (upstream,))
         if part.is_full:
-            chunks = list(dense_gradient(self, (part,), (upstream,), (row_index, rows, biases)))
+            chunks = list(dense_gradient(self, (part,), (upstream,), (row_index, rows, biases), self.collected))
             row_index = torch.arange(self.num_rows)
             rows = torch.cat([chunk[1] for chunk in chunks]) if chunks else rows[:0]
             biases = torch.cat([chunk[2] for chunk in chunks]) if chunks else biases[:0]
         return RowGradient(self.class_ids(row_index), rows, biases)
+
+    def begin_labels_(self, name: str) -> int:
+        """Collect the gradient of a label distribution; of another one before nothing is kept."""
+        self.collected = None
+        self.collected = Collected.nothing(name, self)
+        return self.version
+
+    def add_labels_(self, part: Part, first_class: int, weights: Tensor, g: Tensor | None) -> LabelTarget:
+        """The target of a piece of a label distribution, weights [N, C]; with g [N] its gradient is collected."""
+        row_index, mine = distribution.owned_columns(self, first_class, weights)
+        target = distribution.target_of(self, part, row_index, mine, self.version)
+        if g is not None and self.collected is not None:
+            distribution.collect_(self.collected, part, row_index, mine, g)
+        return target
+
+    def forget_labels_(self) -> int:
+        """Free what was collected."""
+        self.collected = None
+        return self.version
 
     def read(self, class_ids: Tensor) -> Rows:
         """This shard's rows among class_ids [M], in that order, with their ids."""
@@ -94,12 +116,14 @@ class ShardTable(ShardRows):
         with allocating("the gradient of a step"):  # nothing has changed until its first block is there
             touched = touched_gradient(self, record.parts, record.upstreams)
             if any(part.is_full for part in record.parts):
-                blocks = dense_gradient(self, record.parts, record.upstreams, touched)
+                blocks = dense_gradient(self, record.parts, record.upstreams, touched, self.collected)
             else:
                 blocks = in_blocks(touched)
             first = list(islice(blocks, 1))
         for index, rows, biases in chain(first, blocks):
             self._update_rows_(index, rows, biases, record, step)
+        if any(part.distribution for part in record.parts):
+            self.forget_labels_()
         self.num_commits = step
         self.ledger.note(record.key, Outcome(record.key.digest, record.version, record.staleness))
         self._advance_(record)
