@@ -67,7 +67,9 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
     """Hidden as the transform makes it, and the weights of labels and of all classes."""
     dtype: torch.dtype = getattr(torch, spec.compute_dtype)
     weights = weights_of(request, labels, dtype)
-    counts = weights.sum(1) != 0
+    counts = weights.sum(1) != 0  # a class of weight 0 takes a row's label away, not the row's smoothing
+    if request.class_weights is not None:
+        weights = weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
     spread, mass = None, weights.sum(1)
     if request.objective.label_smoothing:
         spread = counts.to(dtype) * (request.objective.label_smoothing / spec.num_classes)
@@ -81,20 +83,13 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
 
 
 def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding.
-
-    Class weights multiply them.
-    """
+    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding."""
     counted = labels != PADDING
     if request.label_weights is not None:
-        weights = torch.where(counted, request.label_weights.to(dtype), 0.0)
-    elif request.objective.family == "logistic" and request.sampled is None:
-        weights = counted.to(dtype)
-    else:
-        weights = counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
-    if request.class_weights is None:
-        return weights
-    return weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
+        return torch.where(counted, request.label_weights.to(dtype), 0.0)
+    if request.objective.family == "logistic" and request.sampled is None:
+        return counted.to(dtype)
+    return counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
 
 
 def transformed(hidden: Tensor, transform: Transform) -> Tensor:
