@@ -112,19 +112,18 @@ def shared_candidates(request: LossRequest, draw: SampledValues, labels: Tensor,
     if request.objective.family == "softmax" and not sampled.num_hard_negatives and hit_ids is None:
         folded = fold_repeats(draw.sampled, log_count, sampled.hit_removal)
         return Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, label_log_weight)
-    columns, order = in_id_order(draw.sampled, log_count, sampled.hit_removal)
-    candidates = Candidates(columns.class_ids, columns.log_weight, columns.log_weight_after_hit, label_log_weight)
-    if hit_ids is None:
-        return candidates
     counted = labels != PADDING
-    of_labels = torch.where(counted, hit_ids.labels, PADDING)
-    of_sampled = hit_ids.labels[counted] if hit_ids.sampled is None else hit_ids.sampled
+    of_labels = None if hit_ids is None else torch.where(counted, hit_ids.labels, PADDING)
+    of_sampled = None
+    if hit_ids is not None:
+        of_sampled = hit_ids.labels[counted] if hit_ids.sampled is None else hit_ids.sampled
+    columns, order = in_id_order(draw.sampled, log_count, sampled.hit_removal, of_sampled)
     return Candidates(
         columns.class_ids,
         columns.log_weight,
         columns.log_weight_after_hit,
         label_log_weight,
-        of_sampled[order],
+        None if of_sampled is None else of_sampled[order],
         of_labels,
     )
 
