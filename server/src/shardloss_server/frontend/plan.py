@@ -21,7 +21,7 @@ from shardloss_server.frontend.request import (
     SamplerSpec,
 )
 from shardloss_server.numerics.correction import fold_repeats, in_id_order, row_hits
-from shardloss_server.numerics.transform import Transform, norms_of
+from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import Batch, Candidates, Mined, Part, RowCandidates, TableSpec
 
 PADDING = -1
@@ -95,7 +95,7 @@ def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tens
 def transformed(hidden: Tensor, transform: Transform) -> Tensor:
     """Hidden [N, D] divided by its norms where the transform says so, times the scale."""
     if transform.normalize:
-        hidden = hidden / norms_of(hidden)[:, None]
+        hidden, _ = normalized(hidden)
     return hidden if transform.scale == 1.0 else hidden * transform.scale
 
 
