@@ -77,8 +77,8 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
         weights = weights * (1.0 - request.objective.label_smoothing)
         mass = weights.sum(1) + spread * total
     hidden = request.hidden.to(dtype)
-    if not counts.all():  # whatever stands in an ignored row, its logits are finite
-        hidden = torch.where(counts[:, None], hidden, 0.0)
+    if not mass.all():  # whatever stands in an ignored row, its logits are finite
+        hidden = torch.where((mass != 0)[:, None], hidden, 0.0)
     return Batch(transformed(hidden, request.objective.transform), labels, weights, mass, spread)
 
 
