@@ -284,7 +284,7 @@ def finish(
     if objective.learned_scale:
         scale_grad = scale_gradient(
             merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
-        )
+        ).to(mass.dtype)
         is_finite &= torch.isfinite(scale_grad)
     validate.finite_logits((mass == 0) | is_finite, "hidden")
     if gradient is not None and want.grad_dtype is not None:
