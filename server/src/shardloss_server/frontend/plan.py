@@ -171,7 +171,10 @@ def drawn(sampled: SampledSoftmax, labels: Tensor, spec: TableSpec, step: int, c
     if isinstance(draw, SampledValues):
         return draw
     if isinstance(draw, SamplerSpec):
-        return draw_with_tries(draw, spec.num_classes, step, labels, counts)[0]
+        values, _ = draw_with_tries(draw, spec.num_classes, step, labels, counts)
+        if sampled.is_corrected:
+            refuse_undrawable(values.true_expected_count, labels)
+        return values
     ones = torch.ones(labels.shape, dtype=torch.float64)
     if isinstance(draw, PartialFc):
         ids = sampling.partial_fc(labels.flatten().numpy(), spec.num_classes, draw.num_sampled, draw.seed, step)
@@ -198,7 +201,7 @@ def draw_with_tries(
     """The draw of a sampler and the number of tries it took.
 
     Raises:
-        InvalidArgument: too few classes can be drawn, or in too many tries; a label cannot be drawn.
+        InvalidArgument: too few classes can be drawn, or in too many tries.
     """
     with counts.unchanging():
         distribution = counts.distribution(spec)
@@ -220,9 +223,7 @@ def draw_with_tries(
             return torch.from_numpy(np.ascontiguousarray(expected))
 
         sampled = torch.from_numpy(draw.sampled)
-        values = SampledValues(sampled, count(labels), count(sampled))
-    refuse_undrawable(values.true_expected_count, labels)
-    return values, draw.num_tries
+        return SampledValues(sampled, count(labels), count(sampled)), draw.num_tries
 
 
 def distribution_draw(distribution: Distribution, spec: SamplerSpec, step: int) -> sampling.Draw:
