@@ -251,6 +251,8 @@ def row_loss(logits: Tensor, draw: reference.Draw, scale: Tensor, request: LossR
     objective = request.objective
     if len(draw.labels) == 0:
         return torch.zeros((), dtype=logits.dtype)
+    logs = (draw.label_log_q.to(logits.dtype), draw.sampled_log_q.to(logits.dtype))
+    draw = replace(draw, label_log_q=logs[0], sampled_log_q=logs[1])
     columns = reference.columns(logits, draw, objective.margin, scale, request.sampled.num_hard_negatives)
     if objective.family == "logistic":
         return reference.sampled_logistic_loss(*columns)
@@ -279,9 +281,7 @@ def draws_of(request: LossRequest, num_classes: int, counts: ClassCounts) -> Ite
         yield reference.Draw(own[is_label], ids, *logs, own_keys[is_label], keys, hit_removal)
 
 
-def drawn_by_row(
-    request: LossRequest, n: int, num_classes: int, counts: ClassCounts
-) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_by_row(request: LossRequest, n: int, num_classes: int, counts: ClassCounts) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [S] that row n draws, Q [S] of them, and Q [T] of its labels (anything on padding)."""
     assert request.sampled is not None
     draw, labels = request.sampled.candidates, request.labels
@@ -331,3 +331,10 @@ def probabilities(draw: SamplerSpec, num_classes: int) -> Tensor:
 def finer(request: LossRequest, learned_scale: bool, g: Tensor) -> LossRequest:
     """The request with an upstream gradient, which the scale's gradient may be wanted of."""
     return replace(request, upstream=g, objective=replace(request.objective, learned_scale=learned_scale))
+
+
+def assert_close(actual: Tensor | None, wanted: Tensor, what: str, tolerance: float = 1e-10) -> None:
+    """Within a tolerance of the largest magnitude."""
+    assert actual is not None
+    atol = tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 0.0)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=atol, msg=lambda text: f"{what}\n{text}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from shardloss_server.numerics import reference
 from torch import Tensor
 from torch.nn import functional
-from shardloss_server.numerics import reference
 
 from .cases import (
     CANDIDATES,
@@ -19,6 +19,7 @@ from .cases import (
     D,
     N,
     V,
+    assert_close,
     expected,
     finer,
     full_softmax_cases,
@@ -30,7 +31,6 @@ from .cases import (
 )
 from .front import Front, Table
 
-TOLERANCE = 1e-10
 CUTS = [(1, "div"), (2, "mod"), (3, "div"), (7, "mod"), (1, "mod"), (2, "div"), (3, "mod"), (7, "div")]
 
 
@@ -62,13 +62,6 @@ class Cuts:
                     assert_close(reply.scale_grad, wanted.scale_grad, f"scale: {where}")
             num_cases += 1
         return num_cases
-
-
-def assert_close(actual: Tensor | None, wanted: Tensor, what: str) -> None:
-    """Within 1e-10 of the largest magnitude."""
-    assert actual is not None
-    atol = TOLERANCE * max(1.0, float(wanted.abs().max()))
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=atol, msg=lambda text: f"{what}\n{text}")
 
 
 def cut(front: Front, bias: bool) -> Cuts:

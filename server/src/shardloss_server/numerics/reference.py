@@ -68,9 +68,14 @@ def softmax_loss(
 
 def sigmoid_loss(logits: Tensor, labels: Tensor, label_weights: Tensor) -> Tensor:
     """sum_v softplus(z_v) - sum_t y_t z_t [N]; arguments as in `softmax_loss`."""
-    loss = functional.softplus(logits, threshold=1e9).sum(1)
+    loss = softplus(logits).sum(1)
     loss = loss - (label_weights * logits.gather(1, labels.clamp(min=0))).sum(1)
     return torch.where(label_weights.sum(1) == 0, 0.0, loss)
+
+
+def softplus(logits: Tensor) -> Tensor:
+    """log(1 + exp(z))."""
+    return torch.logaddexp(logits, torch.zeros_like(logits))
 
 
 # Losses over sampled columns of one row
@@ -118,7 +123,7 @@ def sampled_softmax_loss(true: Tensor, sampled: Tensor, z_loss: float = 0.0) -> 
 
 def sampled_logistic_loss(true: Tensor, sampled: Tensor) -> Tensor:
     """Sum of the columns' logistic losses []: target 1/T where true, else 0. Source: tf.nn.nce_loss."""
-    return functional.softplus(torch.cat([true, sampled]), threshold=1e9).sum() - true.mean()
+    return softplus(torch.cat([true, sampled])).sum() - true.mean()
 
 
 # Whole batches of the plain losses
