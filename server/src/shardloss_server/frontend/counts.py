@@ -12,9 +12,10 @@ from shardloss import sampling
 from shardloss.errors import InvalidArgument
 from shardloss.sampling import Distribution, LearnedCounts
 
-from shardloss_server.frontend.request import SamplerSpec
+from shardloss_server.frontend.request import Mixture, SamplerSpec
 
 KEPT_ALIASES = 2  # prepared unigrams, by (distortion, num_reserved_ids); each takes 24 bytes a class
+KEPT_MIXTURES = 16  # mixtures of which it is known how many classes they can draw
 
 
 class ClassCounts:
@@ -29,6 +30,7 @@ class ClassCounts:
         self._lock = threading.RLock()
         self._written: NDArray[np.float64] | None = None
         self._unigrams: dict[tuple[float, int], Distribution] = {}
+        self._num_possible: dict[Mixture, int] = {}
         self._learned = LearnedCounts(num_classes) if counts_labels else None
 
     @contextmanager
@@ -44,6 +46,7 @@ class ClassCounts:
                 self._written = np.zeros(self._num_classes)
             self._written[first_class : first_class + len(counts)] = counts
             self._unigrams.clear()
+            self._num_possible.clear()
 
     def learn(self, class_ids: NDArray[np.int64]) -> None:
         """Count the labels of a commit."""
@@ -69,13 +72,20 @@ class ClassCounts:
         with self._lock:
             if spec.kind == "mixture":
                 assert spec.mixture is not None
-                first, second = self.distribution(spec.mixture.first), self.distribution(spec.mixture.second)
-                return sampling.mixture(first, second, spec.mixture.share)
+                return self._mixture(spec.mixture)
             if spec.kind == "fixed_unigram":
                 return self._unigram(spec)
             if spec.kind == "learned_unigram":
                 return self._of_labels("learned_unigram")
             return sampling.DISTRIBUTIONS["uniform" if spec.kind == "all" else spec.kind](self._num_classes)
+
+    def _mixture(self, of: Mixture) -> Distribution:
+        first, second = self.distribution(of.first), self.distribution(of.second)
+        if of not in self._num_possible:  # of two unigrams, all classes are looked at
+            while len(self._num_possible) >= KEPT_MIXTURES:
+                self._num_possible.pop(next(iter(self._num_possible)))
+            self._num_possible[of] = sampling.mixture(first, second, of.share).num_possible
+        return sampling.Mixture(first, second, of.share, self._num_possible[of])
 
     def _unigram(self, spec: SamplerSpec) -> Distribution:
         key = (spec.distortion, spec.num_reserved_ids)

@@ -1,7 +1,7 @@
 """The slow, obvious definition of every loss, in whatever dtype it is given: the oracle of the tests.
 
-Unsharded and differentiable by autograd; nothing outside the tests calls it. Logits are made of hidden and rows, columns
-are chosen of logits, and a loss is made of columns. Losses over all classes take a batch, sampled ones a single row.
+Unsharded and differentiable by autograd; nothing outside the tests calls it. Logits are made of hidden and rows,
+columns are chosen of logits, a loss is made of columns. Losses over all classes take a batch, sampled ones one row.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def softmax_loss(
 ) -> Tensor:
     """sum_v y_v (-log softmax(z)_v + z_loss lse^2) [N], y_v = u_v ((1 - s) sum_t [label_t = v] y_t + s / V).
 
-    logits [N, V]; labels [N, T] (-1 is padding), label_weights y [N, T] (0 on padding), class_weights u [V]; a row whose
-    y are all 0 has loss 0. Source: torch.nn.functional.cross_entropy; z_loss from PaLM, section 5.
+    logits [N, V]; labels [N, T] (-1 is padding), label_weights y [N, T] (0 on padding), class_weights u [V]; a row
+    whose y are all 0 has loss 0. Source: torch.nn.functional.cross_entropy; z_loss from PaLM, section 5.
     """
     num_classes = logits.shape[1]
     target = torch.zeros_like(logits).scatter_add(1, labels.clamp(min=0), label_weights.to(logits.dtype))
