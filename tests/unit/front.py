@@ -1,4 +1,4 @@
-"""The whole way of a request, from validation to the committed rows, without a server: what the losses are proven on."""
+"""The whole way of a request, from validation to committed rows, without a server: what the losses are proven on."""
 
 from __future__ import annotations
 
