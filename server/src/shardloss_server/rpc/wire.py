@@ -73,9 +73,9 @@ def to_ids(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None)
     return to_tensor(message, field, chunks).long()
 
 
-def optional_tensor(owner: Message, field: str, chunks: Chunks | None = None) -> Tensor | None:
-    """The tensor of a field, or None where it is absent."""
-    return to_tensor(getattr(owner, field), field, chunks) if owner.HasField(field) else None
+def optional_tensor(owner: Message, field: str, chunks: Chunks | None = None, prefix: str = "") -> Tensor | None:
+    """The tensor of a field, or None where it is absent; prefix is the owner's path in an error."""
+    return to_tensor(getattr(owner, field), prefix + field, chunks) if owner.HasField(field) else None
 
 
 def from_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
@@ -127,7 +127,7 @@ def loss_request(
         digest=digest(message, chunks) if message.session else b"",
         max_reply_bytes=max_reply_bytes,
         objective=objective(message),
-        class_weights=optional_tensor(message.full_softmax, "class_weights", chunks),
+        class_weights=optional_tensor(message.full_softmax, "class_weights", chunks, "full_softmax."),
         label_columns=columns if message.label_columns else None,
     )
 
