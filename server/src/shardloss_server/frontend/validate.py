@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardloss_server.config import Limits
 from shardloss_server.frontend.request import CommitRequest, LossRequest, SampledValues, SamplerSpec
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import TableSpec
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -218,6 +219,13 @@ def finite_logits(is_finite: Tensor, field: str, place: int | None = None) -> No
             field=field,
             index=row,
         )
+
+
+def logit_transform(transform: Transform) -> None:
+    """scale and soft_cap are positive and finite."""
+    for name, value in (("scale", transform.scale), ("soft_cap", transform.soft_cap)):
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidArgument(f"logits.{name} = {value} must be finite and above 0", field=f"logits.{name}")
 
 
 def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:

@@ -28,7 +28,8 @@ def norms_of(vectors: Tensor) -> Tensor:
         return torch.full((len(vectors),), LEAST_NORM, dtype=vectors.dtype)
     largest = vectors.abs().amax(1)
     scaled = vectors / torch.where(largest == 0, 1.0, largest)[:, None]
-    return (torch.linalg.vector_norm(scaled, dim=1) * largest).clamp_(min=LEAST_NORM)
+    norms: Tensor = torch.linalg.vector_norm(scaled, dim=1) * largest
+    return norms.clamp_(min=LEAST_NORM)
 
 
 def project(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
