@@ -11,7 +11,7 @@ import numpy as np
 
 from shardloss import types, wire
 from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported, ShardlossError
-from shardloss.v1 import evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
+from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
 from shardloss.wire import Array
 
 OPTIMIZER_FIELDS = {
@@ -249,11 +249,35 @@ def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
     return types.CommitResult(message.version, message.staleness, message.replayed)
 
 
+@writing_request()
+def logit_transform(transform: types.LogitTransform | None) -> logits_pb2.LogitTransform | None:
+    """How logits are made; None stays absent."""
+    if transform is None:
+        return None
+    return logits_pb2.LogitTransform(scale=transform.scale, soft_cap=transform.soft_cap, normalize=transform.normalize)
+
+
 @reading_reply()
 def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
     """Exact losses and ranks."""
-    rank = wire.decode(message.rank, "rank") if message.HasField("rank") else None
-    return types.Evaluation(wire.decode(message.loss, "loss"), rank, message.version, message.last_version)
+    return types.Evaluation(
+        wire.decode(message.loss, "loss"),
+        optional(message.rank, message.HasField("rank"), "rank", None),
+        message.version,
+        message.last_version,
+        optional(message.sigmoid, message.HasField("sigmoid"), "sigmoid", None),
+    )
+
+
+@reading_reply()
+def class_samples(message: evaluation_pb2.SampleClassesResponse) -> types.ClassSamples:
+    """Draws from the exact softmax."""
+    return types.ClassSamples(
+        wire.decode(message.class_ids, "class_ids"),
+        optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
+        message.version,
+        message.last_version,
+    )
 
 
 @reading_reply()

@@ -18,6 +18,7 @@ from shardloss_server.evaluation.slices import (
     drawn_block,
     drawn_of,
     merged_lse,
+    ranked_rows,
     sum_before,
     sum_softplus,
 )
@@ -126,8 +127,9 @@ class Evaluator:
         check_best(k, len(ask.hidden), self.limits)
         logits = [torch.zeros(0, k, dtype=torch.float64)]
         ids, log_probs = [logits[0].long()], list(logits)
-        for start in range(0, len(ask.hidden), SLICE_ROWS):
-            rows = scan.hidden(ask.hidden[start : start + SLICE_ROWS])
+        size = ranked_rows(k)
+        for start in range(0, len(ask.hidden), size):
+            rows = scan.hidden(ask.hidden[start : start + size])
             question = Question(rows, None, None, k, want_log_probs, transform=ask.transform)
             found, lse = best_of(scan.answers(question), k)
             ids.append(found.class_ids)
@@ -164,6 +166,7 @@ class Evaluator:
         logits = [torch.zeros(0, draws.num_samples, dtype=torch.float64)]
         ids, log_probs = [logits[0].long()], list(logits)
         num_rows, _ = drawn_block(draws.num_samples, spec)
+        num_rows = num_rows if draws.top_k is None else min(num_rows, ranked_rows(draws.top_k))
         for start in range(0, len(ask.hidden), num_rows):
             rows, these = scan.hidden(ask.hidden[start : start + num_rows]), keys[start : start + num_rows]
             if draws.top_k is None:

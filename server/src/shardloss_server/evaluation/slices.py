@@ -22,6 +22,8 @@ SLICE_DRAWS = 1 << 16  # draws of one slice: with one class they take some milli
 LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons; so does a cap, a softplus
 DRAW_MACS = 128  # what the noise of one class in one draw costs: 7 ns, more where its memory is fresh
 ROW_MACS = 16  # what an element of a row costs however few rows of hidden there are: float64, norm
+UNIT_MACS = 64  # and what it costs more where it is normalized, memory being fresh
+SLICE_BEST = 1 << 17  # best classes that a slice sorts: 20 ms, however small it is
 SLICE_ROWS = 512  # rows of hidden a slice takes
 
 
@@ -30,7 +32,8 @@ def macs_a_class(question: Question, dim: int) -> int:
     transform = question.transform
     passes = 1 + (transform.soft_cap is not None) + question.with_softplus
     num_draws = 0 if question.draws is None else question.draws.numel()
-    return len(question.hidden) * (dim + passes * LOGIT_MACS) + num_draws * DRAW_MACS + dim * ROW_MACS
+    row_macs = ROW_MACS + UNIT_MACS * transform.normalize
+    return len(question.hidden) * (dim + passes * LOGIT_MACS) + num_draws * DRAW_MACS + dim * row_macs
 
 
 def asked_rows(num_asked: int, spec: TableSpec) -> int:
@@ -39,6 +42,11 @@ def asked_rows(num_asked: int, spec: TableSpec) -> int:
     by_work = SLICE_GATHERED // (num_asked * spec.dim)
     by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
     return max(1, min(SLICE_ROWS, by_work, by_answer))
+
+
+def ranked_rows(k: int) -> int:
+    """Rows of hidden whose k best classes one slice finds."""
+    return max(1, min(SLICE_ROWS, SLICE_BEST // k))
 
 
 def drawn_block(num_samples: int, spec: TableSpec) -> tuple[int, int]:
