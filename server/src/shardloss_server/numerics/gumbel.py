@@ -39,7 +39,8 @@ def exponentials(draws: Tensor, classes: Tensor) -> Tensor:
 def race(logits: Tensor, class_ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Who wins each of draws [N, S] among the classes class_ids [N, R] or [1, R] with logits [N, R] float64, R >= 1.
 
-    Returns the winners' scores, max over R of logit + noise, and their columns, each [N, S]. nan wins, -inf never does.
+    Returns the winners' scores, max over R of logit + noise, and their columns, each [N, S]. A row with nan
+    has scores of nan; -inf never wins.
     """
     num_rows, num_samples = draws.shape
     top = logits.amax(1, keepdim=True)

@@ -192,13 +192,14 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
 
 
 def drawn(class_ids: Tensor, logits: Tensor, draws: Tensor) -> Drawn:
-    """The winners of draws [N, S] among class_ids [R], shared, or [N, R], with logits [N, R]."""
+    """The winners of draws [N, S] among class_ids [R], shared, or [N, R], with logits [N, R]; nan in a row with any."""
     if logits.shape[1] == 0:
         nothing = torch.zeros(draws.shape, dtype=torch.float64)
         return Drawn(torch.full_like(draws, -1), nothing - torch.inf, nothing)
     each = class_ids if class_ids.dim() == 2 else class_ids[None]
     scores, column = gumbel.race(logits, each, draws)
-    return Drawn(each.expand(len(draws), -1).gather(1, column), scores, logits.gather(1, column))
+    won = logits.gather(1, column).masked_fill_(scores.isnan(), torch.nan)
+    return Drawn(each.expand(len(draws), -1).gather(1, column), scores, won)
 
 
 def count_before(class_ids: Tensor, keys: Tensor, labels: Tensor, label_keys: Tensor) -> Tensor:
