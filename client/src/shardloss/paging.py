@@ -15,9 +15,9 @@ PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
 T = TypeVar("T")
 
 
-def pages(num_rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows of about PAGE_BYTES, width numbers of 8 bytes a row; one empty slice for no rows."""
-    size = max(1, PAGE_BYTES // (8 * width))
+def pages(num_rows: int, width: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of rows of about PAGE_BYTES, width numbers of 8 bytes a row, at most so many; one empty slice for none."""
+    size = max(1, PAGE_BYTES // (8 * width) if most is None else min(most, PAGE_BYTES // (8 * width)))
     for start in range(0, max(num_rows, 1), size):
         yield slice(start, start + size)
 
