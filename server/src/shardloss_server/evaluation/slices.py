@@ -21,8 +21,8 @@ SLICE_LOGITS = 1 << 22  # asked logits, or draws, that all shards answer at once
 SLICE_DRAWS = 1 << 16  # draws of one slice: with one class they take some milliseconds
 LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons; so does a cap, a softplus
 DRAW_MACS = 128  # what the noise of one class in one draw costs: 7 ns, more where its memory is fresh
-ROW_MACS = 16  # what an element of a row costs however few rows of hidden there are: float64, norm
-UNIT_MACS = 64  # and what it costs more where it is normalized, memory being fresh
+ROW_MACS = 64  # what an element of a row costs however few rows of hidden there are: fresh memory, float64, norm
+UNIT_MACS = 64  # and what it costs more where it is normalized
 SLICE_BEST = 1 << 17  # best classes that a slice sorts: 20 ms, however small it is
 SLICE_ROWS = 512  # rows of hidden a slice takes
 
