@@ -282,7 +282,7 @@ def transform(one: Transform, spec: TableSpec) -> None:
     most = torch.finfo(getattr(torch, spec.compute_dtype)).max
     for name, value in (("scale", one.scale), ("soft_cap", one.soft_cap)):
         if value is not None and not 0 < value <= most:
-            raise InvalidArgument(f"logits.{name} = {value} must be finite and > 0", field=f"logits.{name}")
+            raise InvalidArgument(f"logits.{name} = {value} must be finite and above 0", field=f"logits.{name}")
 
 
 def class_weights(weights: Tensor, spec: TableSpec) -> None:
