@@ -12,12 +12,15 @@ from google.protobuf.message import Message
 from shardloss import chunks, messages, types
 from shardloss.channel import single
 from shardloss.errors import InvalidArgument
+from shardloss.lazy_rows import LazyRows, lazy_rows
 from shardloss.messages import Numbers, numbers
 from shardloss.session import Session
 from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
 from shardloss.wire import Array
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shardloss.autograd import (
         MarginSoftmaxHead,
         SampledLogisticHead,
@@ -426,6 +429,14 @@ class Table:
         pages = [asked(ask, page) for page in self._pages(len(class_ids))]
         biases = joined([page.biases for page in pages])
         return types.Rows(np.concatenate([page.rows for page in pages]), biases, pages[-1].version)
+
+    def embeddings(self, class_ids: Array | Tensor) -> LazyRows:
+        """The rows of class_ids [C] as a lookup that is never fetched, for `shardloss.compat.tfrs.Retrieval`.
+
+        Raises:
+            InvalidArgument: they are not a list of class ids of the table.
+        """
+        return lazy_rows(self, class_ids)
 
     def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
         """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M]; one version a page; returns the last.

@@ -7,8 +7,9 @@
     with torch.no_grad():
         exact = tensorflow.full_softmax_loss(table, table, labels, inputs)    # [N], for evaluation
 
-weights and biases are the remote table itself; labels and inputs are torch tensors. All losses of one step are one commit.
-The samplers, in_top_k and compute_accidental_hits need no table. The v1 order is in `v1`. See docs/tensorflow.md.
+weights and biases are the remote table itself; labels and inputs are torch tensors. All losses of a step are one
+commit. The samplers, in_top_k and compute_accidental_hits need no table. The v1 order is in `v1`. docs/tensorflow.md
+says what each argument does.
 """
 
 from shardloss.compat.head import optimizer
