@@ -212,7 +212,7 @@ def retrieval_batches(num_steps: int) -> Iterator[tuple[Tensor, Lookup]]:
         features = torch.randn(NUM_QUERIES, NUM_FEATURES, generator=generator, dtype=torch.float64)
         class_ids = torch.randint(0, NUM_CLASSES, (NUM_CANDIDATES,), generator=generator)
         class_ids[3] = class_ids[1] = class_ids[0]
-        p = 0.01 + torch.rand(NUM_CANDIDATES, generator=generator, dtype=torch.float64)
+        p = 0.01 + 0.9 * torch.rand(NUM_CANDIDATES, generator=generator, dtype=torch.float64)
         weight = torch.rand(NUM_QUERIES, generator=generator, dtype=torch.float64)
         yield features, (class_ids, p, class_ids % 5 - 2, weight)
 
@@ -349,7 +349,7 @@ def test_a_temperature_is_finite_and_positive(temperature: float) -> None:
         ("candidate_embeddings", {"candidate_embeddings": torch.zeros(NUM_CANDIDATES, DIM)}),
         ("sample_weight", {"sample_weight": torch.ones(NUM_QUERIES + 1)}),
         ("candidate_sampling_probability", {"candidate_sampling_probability": torch.ones(NUM_QUERIES)}),
-        ("candidate_sampling_probability", {"candidate_sampling_probability": torch.zeros(NUM_CANDIDATES)}),
+        ("candidate_sampling_probability", {"candidate_sampling_probability": torch.full((NUM_CANDIDATES,), -0.5)}),
         ("candidate_ids", {"candidate_ids": None}),
         ("candidate_ids", {"candidate_ids": torch.zeros(NUM_QUERIES)}),
         ("candidate_ids", {"candidate_ids": np.array([*range(NUM_CANDIDATES - 1), "text"], dtype=object)}),
@@ -369,6 +369,38 @@ def test_a_task_refuses_what_does_not_fit_by_name(
         tfrs.Retrieval(remove_accidental_hits=True)(**{**arguments, **given})
     assert refused.value.field == field
     assert lookup.table.info().num_open_tickets == 0
+
+
+@pytest.mark.parametrize(
+    "field, given",
+    [
+        ("score_mask", {"score_mask": torch.ones(NUM_QUERIES, NUM_CANDIDATES, dtype=torch.bool)}),
+        ("query_embeddings", {"query_embeddings": torch.zeros(NUM_QUERIES, 2, DIM)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_task_refuses_what_it_has_not_by_name(
+    lookup: shardloss.LazyRows, field: str, given: dict[str, object]
+) -> None:
+    """Masks of single scores, and the best of several heads."""
+    with pytest.raises(NotSupported) as refused:
+        tfrs.Retrieval()(**{"query_embeddings": queries(), "candidate_embeddings": lookup, **given})
+    assert refused.value.field == field
+
+
+def test_sampling_probabilities_are_clipped_as_tfrs_does(lookup: shardloss.LazyRows) -> None:
+    """To [1e-6, 1]: a class that was never seen has a finite score, and a count is no probability."""
+    given = torch.linspace(0.1, 0.9, NUM_CANDIDATES)
+    given[2], given[5], given[9] = 0.0, 1e-9, 3.0
+    clipped = given.clone()
+    clipped[2], clipped[5], clipped[9] = 1e-6, 1e-6, 1.0
+    task = tfrs.Retrieval()
+    with torch.no_grad():
+        ours = task(queries(), lookup, candidate_sampling_probability=given)
+        torch.testing.assert_close(
+            ours, task(queries(), lookup, candidate_sampling_probability=clipped), rtol=1e-6, atol=0
+        )
+        assert ours > task(queries(), lookup)
 
 
 def test_a_table_with_biases_has_no_two_tower_scores(make_table: MakeTable) -> None:

@@ -17,6 +17,7 @@ from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy_rows import LazyRows
 from shardloss.wire import Array
 
+LEAST_PROBABILITY = 1e-6  # as in tensorflow_recommenders v0.7.7, layers/loss.py
 Ids = NDArray[np.int64]
 
 
@@ -73,17 +74,22 @@ class Retrieval:
         candidate_ids: Tensor | Array | None = None,
         compute_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
         compute_batch_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
+        score_mask: None = None,
     ) -> Tensor:
         """The loss [], differentiable in query_embeddings [Q, D] and sample_weight, and trained by `optimizer`.
 
         candidate_embeddings = `table.embeddings(class_ids [C])`, C >= Q, of a table without biases: row i is the
         positive of query i, the rows from Q on are more negatives. sample_weight is [Q], [Q, 1] or a scalar,
-        candidate_sampling_probability [C] > 0; candidate_ids [C] may be of any dtype that NumPy can sort, texts too.
-        compute_metrics and compute_batch_metrics are without effect. Under torch.no_grad the table is left alone.
+        candidate_sampling_probability [C] is clipped to [1e-6, 1], as tfrs does; candidate_ids [C] may be of any dtype
+        that NumPy can sort, texts too. compute_metrics and compute_batch_metrics are without effect. Under
+        torch.no_grad the table is left alone.
 
         Raises:
+            NotSupported: a score_mask, or queries of several heads [Q, H, D].
             InvalidArgument: the tensors do not fit each other or the table; hits are to be removed without ids.
         """
+        if score_mask is not None:
+            raise NotSupported("score_mask must be None: a batch shares its candidates", field="score_mask")
         check_candidates(query_embeddings, candidate_embeddings)
         num_queries, class_ids = len(query_embeddings), candidate_embeddings.class_ids
         keeps_all = self.num_hard_negatives >= len(class_ids) - 1
@@ -127,6 +133,8 @@ def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
             f"table {candidates.table.name!r} has biases, which a score has not: create it with bias=False",
             field="candidate_embeddings",
         )
+    if query_embeddings.dim() == 3:
+        raise NotSupported("query_embeddings has several heads a query; [Q, D] is taken", field="query_embeddings")
     if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:
         raise InvalidArgument(
             f"query_embeddings has shape {list(query_embeddings.shape)}; [Q, {candidates.shape[1]}] is needed",
@@ -147,11 +155,11 @@ def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArr
     p: NDArray[np.float64] = to_numpy(torch.as_tensor(given)).astype(np.float64)
     if p.shape != (num_candidates,):
         raise InvalidArgument(f"{field} has shape {list(p.shape)}; [C = {num_candidates}] is needed", field=field)
-    wrong = np.flatnonzero(~((p > 0) & (p < np.inf)))
+    wrong = np.flatnonzero(~((p >= 0) & (p < np.inf)))
     if len(wrong):
         place = int(wrong[0])
-        raise InvalidArgument(f"{field}[{place}] = {p[place]} must be finite and > 0", field=field, index=place)
-    return p
+        raise InvalidArgument(f"{field}[{place}] = {p[place]} must be finite and >= 0", field=field, index=place)
+    return p.clip(LEAST_PROBABILITY, 1.0)
 
 
 def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
