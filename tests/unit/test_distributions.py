@@ -12,8 +12,10 @@ from shardloss.errors import InvalidArgument
 
 Counts = NDArray[np.float64]
 counts_lists = st.lists(
-    st.one_of(st.just(0.0), st.integers(1, 9).map(float), st.floats(1e-300, 1e300)), min_size=1, max_size=70
+    st.one_of(st.just(0.0), st.integers(1, 9).map(float), st.floats(1e-150, 1e150)), min_size=1, max_size=70
 ).filter(any)
+
+few_counts = st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9).filter(any)  # stretches that end together
 
 
 def reconstructed(fixed: sampling.FixedUnigram) -> Counts:
@@ -25,7 +27,7 @@ def reconstructed(fixed: sampling.FixedUnigram) -> Counts:
 # Fixed unigram
 
 
-@given(counts_lists, st.sampled_from([0.0, 0.5, 0.75, 1.0, 2.0]))
+@given(st.one_of(counts_lists, few_counts), st.sampled_from([0.0, 0.5, 0.75, 1.0, 2.0]))
 def test_an_alias_table_draws_its_probabilities(counts: list[float], distortion: float) -> None:
     """The table's p is counts**distortion over its sum, to 1e-12; a slot keeps between 0 and 1; p = 0 is not drawn."""
     fixed = sampling.fixed_unigram(counts, distortion)
@@ -54,7 +56,7 @@ def test_a_large_alias_table_draws_its_probabilities(num_classes: int, shape: st
     }[shape]()
     fixed = sampling.fixed_unigram(counts)
     np.testing.assert_allclose(fixed.p, counts / counts.sum(), rtol=1e-12)
-    np.testing.assert_allclose(reconstructed(fixed), fixed.p, rtol=1e-9, atol=0)
+    np.testing.assert_allclose(reconstructed(fixed), fixed.p, rtol=1e-10, atol=0)
     np.testing.assert_allclose(reconstructed(fixed), fixed.p, rtol=0, atol=1e-12)
 
 

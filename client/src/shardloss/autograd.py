@@ -217,7 +217,6 @@ class Head(torch.nn.Module):
         training = differentiable and self.training
         step = self.pending.session.step
         compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
-        want_scale_grad = differentiable and scale is not None and scale.requires_grad
         result = compute(
             to_wire(hidden, "hidden"),
             to_ids(labels),
@@ -225,14 +224,22 @@ class Head(torch.nn.Module):
             label_weights=None if weights is None else to_wire(weights, "label_weights"),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
-            want_scale_grad=want_scale_grad,
+            want_scale_grad=differentiable and scale is not None and scale.requires_grad,
         )
+        part = self.pending.part(result.ticket) if training else None
+        return self._attached(hidden, scale, result, kind, part)
+
+    def _attached(
+        self, hidden: Tensor, scale: Tensor | None, result: types.LossResult, kind: types.Loss, part: Part | None
+    ) -> Tensor:
+        """The losses [N] of a reply, in the graph of hidden [N, D] and scale; part None leaves the table alone."""
+        differentiable = torch.is_grad_enabled()
         lacks_grad = differentiable and hidden.requires_grad and result.hidden_grad is None
-        if result.loss is None or lacks_grad or (want_scale_grad and result.scale_grad is None):
+        lacks_scale = differentiable and scale is not None and scale.requires_grad and result.scale_grad is None
+        if result.loss is None or lacks_grad or lacks_scale:
             raise BadReply("the reply lacks the loss or the gradient that was asked for")
         loss, mark = to_torch(result.loss), None
-        if training:
-            part = self.pending.part(result.ticket)
+        if part is not None:
             mark = Mark.apply(self.pending.probe, self.pending, part, loss)  # type: ignore[no-untyped-call]
         scale_grad = None if result.scale_grad is None else result.scale_grad * kind.logits.scale
         inputs = (hidden, mark, scale, loss, result.hidden_grad, scale_grad)
@@ -295,11 +302,62 @@ class SoftmaxHead(Head):
     ) -> Tensor:
         """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T).
 
+        Labels of a float dtype [..., V] are a distribution over all classes, as torch's cross_entropy takes it: they
+        stream to the server, with the loss and again with the step, which holds this one loss alone.
         scale, a tensor of one element, multiplies the logits and gets its gradient.
         """
+        if labels.is_floating_point():
+            return self._of_distribution(hidden, labels, label_weights, scale)
         if self.class_weights is not None and not self.loss.label_smoothing:
             label_weights = self._weighted(labels, num_true_of(hidden, labels), label_weights)
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
+
+    def _of_distribution(
+        self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        num_classes = self.table.spec.num_classes
+        if labels.shape != (*hidden.shape[:-1], num_classes) or label_weights is not None:
+            raise InvalidArgument(
+                f"labels {list(labels.shape)} are floats: a distribution [..., {num_classes}] beside hidden "
+                f"{list(hidden.shape)} is needed, without label_weights",
+                field="labels",
+            )
+        if self.loss.label_smoothing or self.class_weights is not None:
+            raise InvalidArgument("smooth and weight the label distribution itself", field="labels")
+        batch_shape = hidden.shape[:-1]
+        rows, distribution = hidden.reshape(-1, hidden.shape[-1]), to_numpy(labels.reshape(-1, num_classes))
+        losses = self._distribution_losses(rows, distribution, scale)
+        if self.reduction == "none":
+            return losses.view(batch_shape)
+        return losses.sum() if self.reduction == "sum" else mean_of(losses, len(rows))
+
+    def _distribution_losses(self, hidden: Tensor, distribution: wire.Array, scale: Tensor | None) -> Tensor:
+        differentiable = torch.is_grad_enabled()
+        kind = self.loss if scale is None else scaled(self.loss, scale)
+        message = to_wire(hidden, "hidden")
+        result = self.table.compute_loss(
+            message,
+            None,
+            kind,
+            label_distribution=distribution,
+            want_hidden_grad=differentiable and hidden.requires_grad,
+            want_scale_grad=differentiable and scale is not None and scale.requires_grad,
+        )
+
+        def step(g: wire.Array, learning_rate: float, grad_scale: float) -> None:
+            self.pending.session.train_step(
+                message,
+                None,
+                kind,
+                learning_rate=learning_rate,
+                grad_scale=grad_scale,
+                upstream=g,
+                label_distribution=distribution,
+                want_hidden_grad=False,
+            )
+
+        part = self.pending.part("", step) if differentiable and self.training else None
+        return self._attached(hidden, scale, result, self.loss, part)
 
     def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
         """As torch: the class weights of all labels together, or the number of rows."""

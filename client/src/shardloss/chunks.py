@@ -91,6 +91,11 @@ class Assembler:
         self._missing[chunk.id] -= len(chunk.content)
         self._pieces[chunk.id].append(chunk.content)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every announced chunk has come."""
+        return not any(self._missing.values())
+
     def contents(self) -> dict[int, bytes]:
         """Every announced content by id, once all chunks have come."""
         for place, missing in self._missing.items():

@@ -98,19 +98,23 @@ class Session:
 
     def train_step(
         self,
-        hidden: Array,
-        labels: Array,
+        hidden: Numbers,
+        labels: Array | None,
         loss: types.Loss,
         *,
         learning_rate: float,
-        upstream: Array | None = None,
+        grad_scale: float = 1.0,
+        upstream: Numbers | None = None,
+        label_distribution: Array | None = None,
         label_weights: Array | None = None,
         ignore_index: int | None = None,
         want_hidden_grad: bool = True,
     ) -> types.LossResult:
-        """Score hidden [N, D] and commit in one call: the table's objective is sum(upstream [N] * loss), None is ones.
+        """Score hidden [N, D] and commit in one call: the table's objective is grad_scale * sum(upstream [N] * loss),
+        None is ones.
 
-        The reply's tensors are None where an earlier try had committed and the server keeps its reply no more.
+        label_distribution as in `Table.compute_loss`. The reply's tensors are None where an earlier try had committed
+        and the server keeps its reply no more.
 
         Raises:
             TransientError: the same call may be repeated; it is applied once.
@@ -128,10 +132,10 @@ class Session:
             want_hidden_grad=want_hidden_grad,
         )
         self._key(request)
-        request.commit_now.learning_rate = learning_rate
+        request.commit_now.learning_rate, request.commit_now.grad_scale = learning_rate, grad_scale
         request.commit_now.opened_at_version = self.opened_at_version
         with self._passing(StepTooOld, StepReused):
-            result = self.table.send_loss(request)
+            result = self.table.send_loss(request, label_distribution)
         self._next_step()
         return result
 

@@ -87,16 +87,13 @@ def alias_table(p: Floats) -> tuple[Floats, Ids]:
     """keep [V] and alias [V] of probabilities p [V].
 
     p[k] = (keep[k] + sum of (1 - keep) over the slots whose alias is k) / V, and keep[k] = p[k] V exactly for a light
-    class: where p = 0, no draw gives k. What rounding leaves over falls on the largest class.
+    class: where p = 0, no draw gives k. What rounding leaves over falls on the last heavy one.
     """
     num_classes = len(p)
     scaled = p * num_classes
-    largest = int(p.argmax())  # heavy, even where rounding has put it below 1
     is_light = scaled < 1.0
-    is_light[largest] = False
-    light = np.flatnonzero(is_light)
-    heavy = np.flatnonzero(~is_light)
-    heavy = np.append(heavy[heavy != largest], largest)
+    is_light[p.argmax()] = False  # heavy, even where rounding has put it below 1
+    light, heavy = np.flatnonzero(is_light), np.flatnonzero(~is_light)
 
     # Fixed point, because sums of 1e7 equal floats drift by 1e-3 of a slot; the whole, V slots, is below 2^62. The
     # excesses are scaled to the sum of the rounded deficits, so that what is left over is below 1e-8 of a slot.

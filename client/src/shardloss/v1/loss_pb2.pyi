@@ -155,7 +155,7 @@ class Group(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., size: _Optional[int] = ..., denominator: _Optional[float] = ...) -> None: ...
 
 class ComputeLossRequest(_message.Message):
-    __slots__ = ("table", "session", "step", "part", "after_step", "hidden", "labels", "label_weights", "ignore_index", "full_softmax", "sampled_softmax", "sampled_logistic", "full_sigmoid", "upstream", "commit_now", "want_loss", "want_lse", "want_hidden_grad", "want_table_grad", "grad_dtype", "max_staleness", "group", "hit_ids", "logits", "z_loss", "margin", "want_scale_grad")
+    __slots__ = ("table", "session", "step", "part", "after_step", "hidden", "labels", "label_weights", "ignore_index", "full_softmax", "sampled_softmax", "sampled_logistic", "full_sigmoid", "upstream", "commit_now", "want_loss", "want_lse", "want_hidden_grad", "want_table_grad", "grad_dtype", "max_staleness", "group", "hit_ids", "logits", "z_loss", "margin", "want_scale_grad", "label_columns")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,7 @@ class ComputeLossRequest(_message.Message):
     Z_LOSS_FIELD_NUMBER: _ClassVar[int]
     MARGIN_FIELD_NUMBER: _ClassVar[int]
     WANT_SCALE_GRAD_FIELD_NUMBER: _ClassVar[int]
+    LABEL_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     table: str
     session: str
     step: int
@@ -210,7 +211,8 @@ class ComputeLossRequest(_message.Message):
     z_loss: float
     margin: Margin
     want_scale_grad: bool
-    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., after_step: _Optional[int] = ..., hidden: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., label_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ignore_index: _Optional[int] = ..., full_softmax: _Optional[_Union[FullSoftmax, _Mapping]] = ..., sampled_softmax: _Optional[_Union[SampledSoftmax, _Mapping]] = ..., sampled_logistic: _Optional[_Union[SampledLogistic, _Mapping]] = ..., full_sigmoid: _Optional[_Union[FullSigmoid, _Mapping]] = ..., upstream: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., commit_now: _Optional[_Union[CommitNow, _Mapping]] = ..., want_loss: bool = ..., want_lse: bool = ..., want_hidden_grad: bool = ..., want_table_grad: bool = ..., grad_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_staleness: _Optional[int] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., hit_ids: _Optional[_Union[HitIds, _Mapping]] = ..., logits: _Optional[_Union[_logits_pb2.LogitTransform, _Mapping]] = ..., z_loss: _Optional[float] = ..., margin: _Optional[_Union[Margin, _Mapping]] = ..., want_scale_grad: bool = ...) -> None: ...
+    label_columns: bool
+    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., after_step: _Optional[int] = ..., hidden: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., label_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ignore_index: _Optional[int] = ..., full_softmax: _Optional[_Union[FullSoftmax, _Mapping]] = ..., sampled_softmax: _Optional[_Union[SampledSoftmax, _Mapping]] = ..., sampled_logistic: _Optional[_Union[SampledLogistic, _Mapping]] = ..., full_sigmoid: _Optional[_Union[FullSigmoid, _Mapping]] = ..., upstream: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., commit_now: _Optional[_Union[CommitNow, _Mapping]] = ..., want_loss: bool = ..., want_lse: bool = ..., want_hidden_grad: bool = ..., want_table_grad: bool = ..., grad_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_staleness: _Optional[int] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., hit_ids: _Optional[_Union[HitIds, _Mapping]] = ..., logits: _Optional[_Union[_logits_pb2.LogitTransform, _Mapping]] = ..., z_loss: _Optional[float] = ..., margin: _Optional[_Union[Margin, _Mapping]] = ..., want_scale_grad: bool = ..., label_columns: bool = ...) -> None: ...
 
 class CommitNow(_message.Message):
     __slots__ = ("learning_rate", "grad_scale", "opened_at_version")
@@ -269,12 +271,22 @@ class ComputeLossResponse(_message.Message):
     def __init__(self, loss: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lse: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., hidden_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., table_grad: _Optional[_Union[TableGradient, _Mapping]] = ..., ticket: _Optional[str] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., replayed: bool = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., committed: _Optional[_Union[CommitResponse, _Mapping]] = ..., scale_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class StreamLossRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "columns")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     header: ComputeLossRequest
     chunk: _tensor_pb2.Chunk
-    def __init__(self, header: _Optional[_Union[ComputeLossRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+    columns: LabelColumns
+    def __init__(self, header: _Optional[_Union[ComputeLossRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., columns: _Optional[_Union[LabelColumns, _Mapping]] = ...) -> None: ...
+
+class LabelColumns(_message.Message):
+    __slots__ = ("first_class", "weights")
+    FIRST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    first_class: int
+    weights: _tensor_pb2.Tensor
+    def __init__(self, first_class: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class StreamLossResponse(_message.Message):
     __slots__ = ("header", "chunk")

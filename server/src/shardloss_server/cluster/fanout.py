@@ -10,8 +10,19 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
-from shardloss_server.shard.record import Mined, Part, RowGradient, Rows, RowWrite, Score, TableSpec, Upstream
-from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
+from shardloss_server.numerics.transform import Transform
+from shardloss_server.shard.record import (
+    LabelTarget,
+    Mined,
+    Part,
+    RowGradient,
+    Rows,
+    RowWrite,
+    Score,
+    TableSpec,
+    Upstream,
+)
+from shardloss_server.shard.scan import PLAIN, AskedLogits, Question, ScanAnswer
 
 T = TypeVar("T")
 
@@ -76,6 +87,17 @@ class FanoutGroup(ABC):
     def mine(self, table: str, staged: Staged, k: int) -> Gathered[Mined]:
         return self.on_all("mine", table, k, staged)
 
+    def begin_labels(self, table: str, name: str) -> Gathered[int]:
+        return self.on_all("begin_labels", table, name)
+
+    def add_labels(
+        self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
+    ) -> Gathered[LabelTarget]:
+        return self.on_all("add_labels", table, first_class, weights, g, staged)
+
+    def forget_labels(self, table: str) -> Gathered[int]:
+        return self.on_all("forget_labels", table)
+
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Gathered[RowGradient]:
         return self.on_all("gradient", table, upstream, staged)
 
@@ -91,8 +113,10 @@ class FanoutGroup(ABC):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Gathered[ScanAnswer]:
         return self.on_all("scan", table, question, piece, num_pieces)
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Gathered[AskedLogits]:
-        return self.on_all("asked_logits", table, hidden, class_ids)
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> Gathered[AskedLogits]:
+        return self.on_all("asked_logits", table, hidden, class_ids, transform)
 
     def applied_versions(self, table: str) -> Gathered[int]:
         return self.on_all("applied_version", table)

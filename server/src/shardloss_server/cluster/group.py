@@ -12,7 +12,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     Part,
     Record,
@@ -24,7 +26,7 @@ from shardloss_server.shard.record import (
     TableSpec,
     Upstream,
 )
-from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
+from shardloss_server.shard.scan import PLAIN, AskedLogits, Question, ScanAnswer
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -100,6 +102,17 @@ class ShardGroup(Protocol):
     def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
         """The k best candidates of each row on every shard."""
 
+    def begin_labels(self, table: str, name: str) -> Pending[list[int]]:
+        """Have every shard collect the gradient of a label distribution, and forget that of another."""
+
+    def add_labels(
+        self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
+    ) -> Pending[list[LabelTarget]]:
+        """A piece of a label distribution: weights [N, C] of classes from first_class on; collected with g [N]."""
+
+    def forget_labels(self, table: str) -> Pending[list[int]]:
+        """Have every shard free what it collected."""
+
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Pending[list[RowGradient]]:
         """Gradient of every shard's touched rows."""
 
@@ -115,7 +128,9 @@ class ShardGroup(Protocol):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Pending[list[ScanAnswer]]:
         """Answer an exact question over one slice of every shard's rows."""
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Pending[list[AskedLogits]]:
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> Pending[list[AskedLogits]]:
         """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:

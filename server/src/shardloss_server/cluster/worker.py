@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     Part,
     Record,
@@ -24,7 +26,7 @@ from shardloss_server.shard.record import (
     Upstream,
     allocating,
 )
-from shardloss_server.shard.scan import AskedLogits
+from shardloss_server.shard.scan import PLAIN, AskedLogits
 from shardloss_server.shard.table import ShardTable
 
 T = TypeVar("T")
@@ -64,6 +66,21 @@ class Worker:
     def mine(self, table: str, k: int, part: Part) -> dict[int, Mined]:
         return self._each(table, lambda shard, part: shard.mine(part, k), part)
 
+    def begin_labels(self, table: str, name: str) -> dict[int, int]:
+        with allocating("the gradient of a label distribution"):
+            return self._each(table, lambda shard: shard.begin_labels_(name))
+
+    def add_labels(
+        self, table: str, first_class: int, weights: Tensor, g: Tensor | None, part: Part
+    ) -> dict[int, LabelTarget]:
+        def add(shard: ShardTable, part: Part, weights: Tensor, g: Tensor | None) -> LabelTarget:
+            return shard.add_labels_(part, first_class, weights, g)
+
+        return self._each(table, add, part, weights, g)
+
+    def forget_labels(self, table: str) -> dict[int, int]:
+        return self._each(table, ShardTable.forget_labels_)
+
     def gradient(self, table: str, upstream: Upstream, part: Part) -> dict[int, RowGradient]:
         return self._each(table, ShardTable.gradient, part, upstream)
 
@@ -79,8 +96,10 @@ class Worker:
     def scan(self, table: str, question: scan.Question, piece: int, num_pieces: int) -> dict[int, scan.ScanAnswer]:
         return self._each(table, lambda shard, asked: scan.answer(shard, asked, piece, num_pieces), question)
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> dict[int, AskedLogits]:
-        return self._each(table, scan.asked_logits, hidden, class_ids)
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> dict[int, AskedLogits]:
+        return self._each(table, scan.asked_logits, hidden, class_ids, transform)
 
     def applied_version(self, table: str) -> dict[int, int]:
         return self._each(table, lambda shard: shard.version)

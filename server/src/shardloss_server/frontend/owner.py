@@ -38,6 +38,7 @@ from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.numerics.partial import combine_all
 from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import (
+    LabelTarget,
     Mined,
     OutOfMemory,
     Part,
@@ -119,6 +120,7 @@ class TableOwner:
         self.last_replies = LastReplies()
         self.counts = ClassCounts(spec.num_classes, spec.count_labels)
         self._group = group
+        self.distribution_order = threading.Lock()  # one label distribution is collected at a time
         self._order = threading.Lock()
         self._commits = threading.Lock()
         self._applied = threading.Condition()
@@ -160,6 +162,21 @@ class TableOwner:
     def mine(self, staged: Staged, k: int, deadline: Deadline) -> list[Mined]:
         """The k best candidates of each row on every shard."""
         return self.ask(lambda: self._group.mine(self.key, staged, k), deadline)
+
+    def begin_labels(self, name: str, deadline: Deadline) -> None:
+        """Have the shards collect the gradient of a label distribution; only within `distribution_order`."""
+        self.ask(lambda: self._group.begin_labels(self.key, name), deadline)
+
+    def add_labels(
+        self, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None, deadline: Deadline
+    ) -> list[LabelTarget]:
+        """Every shard's part of a piece of a label distribution; with g [N] its gradient is collected."""
+        return self.ask(lambda: self._group.add_labels(self.key, staged, first_class, weights, g), deadline)
+
+    def forget_labels(self) -> None:
+        """Free what the shards collected, unless a step in doubt may need it."""
+        if self._doubtful is None:
+            self._group.forget_labels(self.key)
 
     def gradient(self, staged: Staged, upstream: Upstream, version: int, deadline: Deadline) -> list[RowGradient]:
         """Gradient of every shard's touched rows at the version that gave the upstream's lse.

@@ -6,6 +6,7 @@ commit   tickets and upstream gradients in, one optimizer step on every shard
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
-from shardloss_server.frontend.plan import PADDING, mined_part, plan
+from shardloss_server.frontend.plan import PADDING, mined_part, plan, unlabelled, with_mass
 from shardloss_server.frontend.request import (
     CommitPart,
     CommitReply,
@@ -31,7 +32,7 @@ from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
 from shardloss_server.numerics.partial import add_all, combine_all, spread_over
 from shardloss_server.numerics.transform import norms_of, project
-from shardloss_server.shard.record import Part, RowGradient, Score, TableSpec, Upstream
+from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec, Upstream
 
 
 class Pipeline:
@@ -44,6 +45,8 @@ class Pipeline:
         """Score a batch; with a session, exactly one ticket is open for its key afterwards."""
         owner = self.catalog.owner(request.table)
         validate.loss_request(request, owner.spec, self.limits)
+        if request.label_columns is not None:
+            return self._with_distribution(owner, request, deadline)
         if request.commit_now is not None:
             return self._one_call(owner, request, deadline)
         if not request.session:
@@ -95,12 +98,15 @@ class Pipeline:
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
-        part = self._planned(owner, request, deadline)
+        part, targets = self._planned(owner, request, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, deadline)
         scored = time.monotonic()
         merged, version = merge(scores), scores[0].version
+        if targets:
+            owner.same_version([version, *(target.version for target in targets)])
+            merged = replace(merged, target=add_all([target.target for target in targets]))
         table_grad = None
         if request.want.table_grad:
             upstream = Upstream(merged.statistics.lse, upstream_of(request, part.batch.mass))
@@ -115,13 +121,45 @@ class Pipeline:
             ticket.ready.set()
         return reply
 
-    def _planned(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> Part:
-        """The part to score; hard negatives are found by a fan-out of their own, and stand in the part."""
+    def _planned(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+        """The part to score; what takes a fan-out of its own first: hard negatives, and labels that are a distribution.
+
+        The targets are those of a distribution, whose labels are in no part.
+        """
+        if request.label_columns is not None:
+            return self._collected(owner, request, deadline)
         part = plan(request, owner.spec, owner.counts)
         if request.sampled is None or not request.sampled.num_hard_negatives:
-            return part
+            return part, []
         k = request.sampled.num_hard_negatives
-        return mined_part(part, owner.mine(owner.stage(part), k, deadline), k)
+        return mined_part(part, owner.mine(owner.stage(part), k, deadline), k), []
+
+    def _collected(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+        """Hand each piece of a label distribution to the shards as it comes; nothing of it is held here."""
+        part = unlabelled(request, owner.spec, secrets.token_hex(8))
+        staged, g, end = owner.stage(part), None, 0
+        if request.want.table_grad or request.commit_now is not None:
+            owner.begin_labels(part.distribution, deadline)
+            scale = 1.0 if request.commit_now is None else request.commit_now.grad_scale
+            g = upstream_of(request, part.batch.mass) * scale
+        targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # of no piece
+        for piece in request.label_columns or ():
+            end = validate.label_columns(piece, end, len(request.hidden), owner.spec)
+            targets += owner.add_labels(staged, piece.first_class, piece.weights, g, deadline)
+            owner.same_version([target.version for target in targets])
+            targets = [added(targets)]
+        total = added(targets)
+        return with_mass(part, total.mass), [total]
+
+    def _with_distribution(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
+        """One at a time a table: the shards collect the gradient of one distribution."""
+        with deadline.holding(owner.distribution_order, "another label distribution of this table"):
+            try:
+                if request.commit_now is not None:
+                    return self._one_call(owner, request, deadline)
+                return self._score(owner, request, None, deadline)
+            finally:
+                owner.forget_labels()
 
     def _one_call(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
@@ -208,6 +246,12 @@ def merge(scores: list[Score]) -> Merged:
         add_all([score.target for score in scores]),
         spread_over(spreads) if spreads else None,
     )
+
+
+def added(targets: list[LabelTarget]) -> LabelTarget:
+    """The sum of at least one target of a label distribution."""
+    mass = torch.stack([target.mass for target in targets]).sum(0)
+    return LabelTarget(add_all([target.target for target in targets]), mass, targets[0].version)
 
 
 def num_candidates(part: Part, spec: TableSpec) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from shardloss import sampling
@@ -45,6 +47,20 @@ def plan(request: LossRequest, spec: TableSpec, counts: ClassCounts) -> Part:
 
 
 # The batch
+
+
+def unlabelled(request: LossRequest, spec: TableSpec, name: str) -> Part:
+    """The part of a request whose labels are the named distribution, before any of it has come: mass 0."""
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+    hidden = transformed(request.hidden.to(dtype), request.objective.transform)
+    none = torch.zeros(len(hidden), 0, dtype=dtype)
+    batch = Batch(hidden, none.long(), none, torch.zeros(len(hidden), dtype=dtype))
+    return Part(batch, None, request.objective, distribution=name)
+
+
+def with_mass(part: Part, mass: Tensor) -> Part:
+    """The part once all of its labels have come: mass [N] is the sum of each row's weights."""
+    return replace(part, batch=replace(part.batch, mass=mass.to(part.batch.mass.dtype)))
 
 
 def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:

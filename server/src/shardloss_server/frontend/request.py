@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -82,6 +83,14 @@ class SampledSoftmax:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelColumns:
+    """weights y [N, C] of classes first_class to first_class + C - 1."""
+
+    first_class: int
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class CommitNow:
     """The one-call form: commit the part at once. opened_at_version tells a new session from a forgotten one."""
 
@@ -105,7 +114,8 @@ class Want:
 class LossRequest:
     """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is a loss over all classes.
 
-    class_weights [V] belong to the full softmax. digest tells one payload under a key from another; it is empty where
+    class_weights [V] belong to the full softmax. label_columns are the labels where these are a distribution over all
+    classes, read once as they come; T is 0 then. digest tells one payload under a key from another; it is empty where
     there is no session. max_reply_bytes is what the tensors of the reply may take.
     """
 
@@ -126,6 +136,7 @@ class LossRequest:
     max_reply_bytes: int
     objective: Objective = field(default_factory=Objective)
     class_weights: Tensor | None = None
+    label_columns: Iterable[LabelColumns] | None = None
 
 
 @dataclass(frozen=True, slots=True)

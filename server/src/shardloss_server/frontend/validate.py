@@ -13,6 +13,7 @@ from shardloss_server.config import Limits
 from shardloss_server.frontend.request import (
     CommitRequest,
     InBatch,
+    LabelColumns,
     LossRequest,
     PartialFc,
     SampledSoftmax,
@@ -35,8 +36,11 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     key(request, limits)
     hidden(request.hidden, spec, limits)
     num_rows = len(request.hidden)
-    labels(request.labels, num_rows, spec.num_classes, request.ignore_index, limits)
-    label_rows(request.labels, spec, limits)
+    if request.label_columns is None:
+        labels(request.labels, num_rows, spec.num_classes, request.ignore_index, limits)
+        label_rows(request.labels, spec, limits)
+    else:
+        distribution_request(request)
     if request.label_weights is not None:
         label_weights(request, spec)
     if request.upstream is not None:
@@ -224,6 +228,39 @@ def objective(request: LossRequest, spec: TableSpec) -> None:
         margin(request, spec)
 
 
+def distribution_request(request: LossRequest) -> None:
+    """Labels that come as columns: what they do not combine with."""
+    field, one = "label_columns", request.objective
+    refuse_if(request.sampled is not None or one.family != "softmax", "they belong to the full softmax", field)
+    refuse_if(request.labels.numel() > 0, "labels stay absent beside them", "labels")
+    refuse_if(request.label_weights is not None, "they are weights themselves", "label_weights")
+    refuse_if(request.ignore_index is not None, "a row of zeros does not count", "ignore_index")
+    refuse_if(request.class_weights is not None, "multiply the columns instead", "full_softmax.class_weights")
+    refuse_if(one.label_smoothing != 0, "smooth the columns instead", "full_softmax.label_smoothing")
+    refuse_if(one.margin is not None, "a margin needs one label a row", "margin")
+    refuse_if(one.transform.soft_cap is not None, "they do not combine with a soft cap", "logits.soft_cap")
+    refuse_if(bool(request.session) and request.commit_now is None, "a session needs commit_now with them", field)
+
+
+def label_columns(piece: LabelColumns, end: int, num_rows: int, spec: TableSpec) -> int:
+    """A piece of a label distribution stands behind the classes before `end`; the end of its own."""
+    field, weights = "columns.weights", piece.weights
+    if weights.dim() != 2 or len(weights) != num_rows or weights.dtype not in FLOATS or weights.shape[1] == 0:
+        raise InvalidArgument(
+            f"{field} is {name_of(weights)} {list(weights.shape)}; floats [{num_rows}, C] are needed", field=field
+        )
+    own_end = piece.first_class + weights.shape[1]
+    if piece.first_class < end or own_end > spec.num_classes:
+        raise InvalidArgument(
+            f"columns.first_class = {piece.first_class} with {weights.shape[1]} columns is not within "
+            f"[{end}, {spec.num_classes}]",
+            field="columns.first_class",
+        )
+    finite(weights, field, spec)
+    refuse_where(weights < 0, weights, field, "is negative")
+    return own_end
+
+
 def margin(request: LossRequest, spec: TableSpec) -> None:
     """A margin's numbers, and what it does not combine with."""
     one = request.objective.margin
@@ -245,7 +282,7 @@ def transform(one: Transform, spec: TableSpec) -> None:
     most = torch.finfo(getattr(torch, spec.compute_dtype)).max
     for name, value in (("scale", one.scale), ("soft_cap", one.soft_cap)):
         if value is not None and not 0 < value <= most:
-            raise InvalidArgument(f"logits.{name} = {value} must be finite and > 0", field=f"logits.{name}")
+            raise InvalidArgument(f"logits.{name} = {value} must be finite and above 0", field=f"logits.{name}")
 
 
 def class_weights(weights: Tensor, spec: TableSpec) -> None:

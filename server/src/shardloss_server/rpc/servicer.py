@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, TypeVar
 
 import grpc
@@ -27,19 +28,26 @@ from shardloss.v1 import (
 
 from shardloss_server import __version__
 from shardloss_server.config import FRAMING_BYTES, Limits
-from shardloss_server.evaluation.passes import Evaluator
+from shardloss_server.evaluation.passes import Ask, Evaluator
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
 from shardloss_server.frontend.plan import draw_with_tries
+from shardloss_server.frontend.request import LabelColumns
 from shardloss_server.rpc import specs, wire
 from shardloss_server.rpc.status import fail
 
 log = logging.getLogger(__name__)
 M = TypeVar("M")
 Context = grpc.ServicerContext
+Question = (
+    evaluation_pb2.EvaluateRequest
+    | evaluation_pb2.TopKRequest
+    | evaluation_pb2.ScoreRequest
+    | evaluation_pb2.SampleClassesRequest
+)
 FEATURES = (
     "bfloat16_tables",
     "class_counts",
@@ -48,9 +56,11 @@ FEATURES = (
     "full_softmax",
     "hard_negatives",
     "in_batch",
+    "label_columns",
     "margin",
     "one_call",
     "partial_fc",
+    "sample_classes",
     "sampled_logistic",
     "sampled_softmax",
     "stream_loss",
@@ -142,10 +152,11 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
             with self.handlers.stream_bytes.admit(num_bytes):
-                self._receive(request_iterator, assembler, stream, self.handlers.deadline(context))
+                deadline = self.handlers.deadline(context)
+                columns = self._receive(header, request_iterator, assembler, stream, deadline)
                 stream.working()
                 with torch.inference_mode():
-                    response = self._loss(header, assembler.contents(), context)
+                    response = self._loss(header, assembler.contents(), context, columns)
                 reply, pieces = chunks.detach(response, self.handlers.limits.max_chunk_bytes)
                 stream.moved()
                 yield loss_pb2.StreamLossResponse(header=reply)
@@ -165,26 +176,61 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
 
     def _receive(
         self,
+        header: loss_pb2.ComputeLossRequest,
         pieces: Iterator[loss_pb2.StreamLossRequest],
         assembler: chunks.Assembler,
         stream: LiveStream,
         deadline: Deadline,
-    ) -> None:
-        """All chunks of a stream."""
-        for piece in pieces:
+    ) -> Iterator[LabelColumns]:
+        """All chunks of a stream; then its label columns, to be read as they come."""
+        first = None
+        while not (header.label_columns and assembler.is_complete):
+            piece = next(pieces, None)
+            if piece is None:
+                break
             stream.moved()
             deadline.check("the request came whole")
+            if piece.WhichOneof("piece") == "columns" and header.label_columns:
+                first = piece
+                break
             if piece.WhichOneof("piece") != "chunk":
                 raise InvalidArgument("only chunks may follow the header", field="piece")
             assembler.add(piece.chunk)
+        return self._columns(first, pieces, stream, deadline)
+
+    def _columns(
+        self,
+        first: loss_pb2.StreamLossRequest | None,
+        pieces: Iterator[loss_pb2.StreamLossRequest],
+        stream: LiveStream,
+        deadline: Deadline,
+    ) -> Iterator[LabelColumns]:
+        """Label columns, one piece at a time; between two of them the client must not stand still."""
+        most = self.handlers.limits.max_chunk_bytes
+        stream.moved()
+        for piece in chain(() if first is None else (first,), pieces):
+            stream.working()
+            deadline.check("the labels came whole")
+            if piece.WhichOneof("piece") != "columns":
+                raise InvalidArgument("only label columns may follow the chunks", field="piece")
+            if len(piece.columns.weights.inline) > most:
+                message = f"columns of {len(piece.columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
+                raise LimitExceeded(message, field="columns.weights")
+            yield wire.label_columns(piece.columns)
+            stream.moved()
+        stream.working()
 
     def _loss(
-        self, request: loss_pb2.ComputeLossRequest, contents: dict[int, bytes] | None, context: Context
+        self,
+        request: loss_pb2.ComputeLossRequest,
+        contents: dict[int, bytes] | None,
+        context: Context,
+        columns: Iterator[LabelColumns] | None = None,
     ) -> loss_pb2.ComputeLossResponse:
         limits = self.handlers.limits
         is_stream = contents is not None
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
-        decoded = wire.loss_request(request, most, contents)
+        decoded = wire.loss_request(request, most, contents, columns)
         return wire.loss_response(self.handlers.pipeline.loss(decoded, self.handlers.deadline(context)))
 
     @answers
@@ -294,29 +340,40 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
 
     @answers
     def Evaluate(self, request: evaluation_pb2.EvaluateRequest, context: Context) -> evaluation_pb2.EvaluateResponse:
-        hidden, labels = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.labels, "labels")
+        ask, labels = self._ask(request, context), wire.to_ids(request.labels, "labels")
         if labels.dim() != 1:
             raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N] is needed", field="labels")
-        ignore = request.ignore_index if request.HasField("ignore_index") else None
-        deadline = self.handlers.deadline(context)
-        evaluate = self.handlers.evaluator.evaluate
-        return wire.evaluate_response(evaluate(request.table, hidden, labels, ignore, request.want_rank, deadline))
+        evaluation = self.handlers.evaluator.evaluate(
+            ask,
+            labels,
+            ignore=request.ignore_index if request.HasField("ignore_index") else None,
+            want_rank=request.want_rank,
+            want_sigmoid=request.want_sigmoid,
+        )
+        return wire.evaluate_response(evaluation)
 
     @answers
     def TopK(self, request: evaluation_pb2.TopKRequest, context: Context) -> evaluation_pb2.TopKResponse:
-        hidden = wire.to_tensor(request.hidden, "hidden")
-        deadline = self.handlers.deadline(context)
-        return wire.top_k_response(
-            self.handlers.evaluator.top_k(request.table, hidden, request.k, request.want_log_probs, deadline)
-        )
+        ask = self._ask(request, context)
+        return wire.top_k_response(self.handlers.evaluator.top_k(ask, request.k, request.want_log_probs))
 
     @answers
     def Score(self, request: evaluation_pb2.ScoreRequest, context: Context) -> evaluation_pb2.ScoreResponse:
-        hidden, class_ids = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.class_ids, "class_ids")
-        deadline = self.handlers.deadline(context)
-        return wire.score_response(
-            self.handlers.evaluator.score(request.table, hidden, class_ids, request.want_log_probs, deadline)
-        )
+        ask, class_ids = self._ask(request, context), wire.to_ids(request.class_ids, "class_ids")
+        return wire.score_response(self.handlers.evaluator.score(ask, class_ids, request.want_log_probs))
+
+    @answers
+    def SampleClasses(
+        self, request: evaluation_pb2.SampleClassesRequest, context: Context
+    ) -> evaluation_pb2.SampleClassesResponse:
+        ask = self._ask(request, context)
+        samples = self.handlers.evaluator.sample(ask, wire.draws(request), request.want_log_probs)
+        return wire.sample_classes_response(samples)
+
+    def _ask(self, request: Question, context: Context) -> Ask:
+        """What every question holds."""
+        hidden = wire.to_tensor(request.hidden, "hidden")
+        return Ask(request.table, hidden, wire.logit_transform(request.logits), self.handlers.deadline(context))
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, tensor_pb2
 from torch import Tensor
 
-from shardloss_server.evaluation.passes import Evaluation, Ranked
+from shardloss_server.evaluation.passes import Draws, Evaluation, Ranked, Samples
 from shardloss_server.frontend.request import (
     CommitNow,
     CommitPart,
@@ -21,6 +21,7 @@ from shardloss_server.frontend.request import (
     CommitRequest,
     HitIds,
     InBatch,
+    LabelColumns,
     LossReply,
     LossRequest,
     Mixture,
@@ -91,7 +92,10 @@ def column(tensor: T) -> T:
 
 
 def loss_request(
-    message: loss_pb2.ComputeLossRequest, max_reply_bytes: int, chunks: Chunks | None = None
+    message: loss_pb2.ComputeLossRequest,
+    max_reply_bytes: int,
+    chunks: Chunks | None = None,
+    columns: Iterable[LabelColumns] | None = None,
 ) -> LossRequest:
     """Decode a ComputeLoss; what the front end can check, it checks later.
 
@@ -99,14 +103,20 @@ def loss_request(
         InvalidArgument, NotSupported: what is not even a request, or is reserved.
     """
     refuse_reserved(message, "max_staleness", "group")
-    labels = to_ids(message.labels, "labels", chunks)
+    if message.label_columns and columns is None:
+        raise InvalidArgument("label_columns come through StreamLoss", field="label_columns")
+    hidden = to_tensor(message.hidden, "hidden", chunks)
+    if message.label_columns and not message.HasField("labels"):
+        labels = torch.zeros(len(hidden) if hidden.dim() else 0, 0, dtype=torch.int64)
+    else:
+        labels = to_ids(message.labels, "labels", chunks)
     return LossRequest(
         table=message.table,
         session=message.session,
         step=message.step,
         part=message.part,
         after_step=message.after_step if message.HasField("after_step") else None,
-        hidden=to_tensor(message.hidden, "hidden", chunks),
+        hidden=hidden,
         labels=column(labels),
         label_weights=column(optional_tensor(message, "label_weights", chunks)),
         ignore_index=message.ignore_index if message.HasField("ignore_index") else None,
@@ -118,7 +128,13 @@ def loss_request(
         max_reply_bytes=max_reply_bytes,
         objective=objective(message),
         class_weights=optional_tensor(message.full_softmax, "class_weights", chunks),
+        label_columns=columns if message.label_columns else None,
     )
+
+
+def label_columns(message: loss_pb2.LabelColumns) -> LabelColumns:
+    """A piece of a label distribution."""
+    return LabelColumns(message.first_class, to_tensor(message.weights, "columns.weights"))
 
 
 def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
@@ -128,20 +144,11 @@ def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
     margin = Margin(one.m1 if one.HasField("m1") else 1.0, one.m2, one.m3) if message.HasField("margin") else None
     return Objective(
         "logistic" if is_logistic else "softmax",
-        transform(message.logits),
+        logit_transform(message.logits),
         margin,
         message.full_softmax.label_smoothing,
         message.z_loss,
         message.want_scale_grad,
-    )
-
-
-def transform(message: logits_pb2.LogitTransform) -> Transform:
-    """How logits are made; an absent message is the identity."""
-    return Transform(
-        message.scale if message.HasField("scale") else 1.0,
-        message.soft_cap if message.HasField("soft_cap") else None,
-        message.normalize,
     )
 
 
@@ -315,6 +322,21 @@ def commit_response(reply: CommitReply) -> loss_pb2.CommitResponse:
     return loss_pb2.CommitResponse(version=reply.version, staleness=reply.staleness, replayed=reply.replayed)
 
 
+def logit_transform(message: logits_pb2.LogitTransform) -> Transform:
+    """How logits are made; an absent message is the plain one."""
+    return Transform(
+        scale=message.scale if message.HasField("scale") else 1.0,
+        soft_cap=message.soft_cap if message.HasField("soft_cap") else None,
+        normalize=message.normalize,
+    )
+
+
+def draws(message: evaluation_pb2.SampleClassesRequest) -> Draws:
+    """What to draw from the exact softmax."""
+    top_k = message.top_k if message.HasField("top_k") else None
+    return Draws(message.num_samples, message.seed, message.first_row, top_k)
+
+
 def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse:
     """Encode the answer to an Evaluate."""
     message = evaluation_pb2.EvaluateResponse(
@@ -322,6 +344,8 @@ def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse
     )
     if evaluation.rank is not None:
         message.rank.CopyFrom(from_tensor(evaluation.rank))
+    if evaluation.sigmoid is not None:
+        message.sigmoid.CopyFrom(from_tensor(evaluation.sigmoid))
     return message
 
 
@@ -345,4 +369,14 @@ def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
     )
     if ranked.log_probs is not None:
         message.log_probs.CopyFrom(from_tensor(ranked.log_probs))
+    return message
+
+
+def sample_classes_response(samples: Samples) -> evaluation_pb2.SampleClassesResponse:
+    """Encode the answer to a SampleClasses."""
+    message = evaluation_pb2.SampleClassesResponse(
+        class_ids=from_tensor(samples.class_ids), version=samples.version, last_version=samples.last_version
+    )
+    if samples.log_probs is not None:
+        message.log_probs.CopyFrom(from_tensor(samples.log_probs))
     return message

@@ -105,13 +105,15 @@ class RowCandidates:
 class Part:
     """One planned batch, complete in itself: candidates None means every class.
 
-    class_weights u [V] are those of label smoothing; None: all 1.
+    class_weights u [V] are those of label smoothing; None: all 1. distribution names the label distribution whose
+    gradient every shard has collected for its own rows (`ShardTable.add_labels_`), or is "".
     """
 
     batch: Batch
     candidates: Candidates | RowCandidates | None
     objective: Objective = field(default_factory=Objective)
     class_weights: Tensor | None = None
+    distribution: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -131,6 +133,15 @@ class Score:
     statistics: Statistics
     target: Target
     spread: Spread | None
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTarget:
+    """One shard's part of a piece of a label distribution: its target, and mass [N] float64 = sum of its y."""
+
+    target: Target
+    mass: Tensor
     version: int
 
 

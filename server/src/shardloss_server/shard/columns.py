@@ -1,0 +1,149 @@
+"""The columns of a part as one shard sees them: those whose rows it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shardloss_server.numerics import kernel, ranking
+from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
+from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
+from shardloss_server.shard.rows import ShardRows
+
+
+def score(rows: ShardRows, part: Part, with_gradient: bool, version: int) -> Score:
+    """What the shard's columns say of a part; rows of D only where a gradient is wanted."""
+    hidden, objective = part.batch.hidden, part.objective
+    num_rows, family = len(hidden), objective.family
+    labels = label_entries(rows, part)
+    columns = kernel.entry_columns(hidden, labels, objective)
+    target = kernel.target_of(num_rows, labels, columns, with_gradient)
+    total = no_columns(rows, part, with_gradient)
+    if part.has_columns_apart:
+        total = combine(total, kernel.entry_statistics(num_rows, labels, columns, with_gradient, family))
+    for entries in row_entries(rows, part):
+        columns = kernel.entry_columns(hidden, entries, objective)
+        total = combine(total, kernel.entry_statistics(num_rows, entries, columns, with_gradient, family))
+    for _, block in blocks(rows, part):
+        columns = kernel.block_columns(hidden, block, objective)
+        total = combine(total, kernel.block_statistics(columns, block.rows, with_gradient, family))
+    return Score(total, target, spread(rows, part), version)
+
+
+def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:
+    """The k best candidates of each row among the shard's, accidental hits left out."""
+    none = torch.zeros(len(part.batch.hidden), 0, dtype=rows.compute_dtype)
+    found = ranking.Best(none.long(), none, none)
+    for class_ids, block in blocks(rows, part):
+        logits = kernel.block_columns(part.batch.hidden, block, part.objective).logits
+        log_weight = torch.zeros_like(block.biases) if block.log_weight is None else block.log_weight
+        kept = torch.where(torch.isneginf(logits), logits, log_weight)
+        found = ranking.ordered(ranking.beside(found, ranking.best(class_ids, logits, kept, k)), k)
+    return Mined(found.class_ids, found.keys, found.logits, version)
+
+
+def no_columns(rows: ShardRows, part: Part, with_gradient: bool) -> Statistics:
+    """The statistics of an empty set of columns."""
+    kind = Sums if part.objective.family == "logistic" else Partial
+    num_rows, with_pull = len(part.batch.hidden), part.objective.learned_scale
+    return kind.empty(num_rows, rows.spec.dim, rows.compute_dtype, with_gradient, with_pull)
+
+
+def label_entries(rows: ShardRows, part: Part) -> kernel.Entries:
+    """The true columns that the shard owns."""
+    batch, candidates = part.batch, part.candidates
+    at = torch.nonzero(rows.spec.placement.owned(rows.shard, batch.labels), as_tuple=True)
+    log_weight = None if candidates is None else candidates.label_log_weight[at]
+    return entries_of(rows, part, at[0], batch.labels[at], batch.label_weights[at], log_weight)
+
+
+def row_entries(rows: ShardRows, part: Part) -> Iterator[kernel.Entries]:
+    """The candidates of single rows that the shard owns, in ranges of at most ENTRY_ELEMENTS of rows."""
+    own = part.candidates
+    if not isinstance(own, RowCandidates):
+        return
+    mine = rows.spec.placement.owned(rows.shard, own.class_ids) & ~torch.isneginf(own.log_weight)
+    batch_row, column = torch.nonzero(mine, as_tuple=True)
+    size = max(1, kernel.ENTRY_ELEMENTS // rows.spec.dim)
+    for n, s in zip(torch.split(batch_row, size), torch.split(column, size), strict=True):
+        if len(n):
+            yield entries_of(rows, part, n, own.class_ids[n, s], None, own.log_weight[n, s])
+
+
+def entries_of(
+    rows: ShardRows,
+    part: Part,
+    batch_row: Tensor,
+    class_ids: Tensor,
+    weight: Tensor | None,
+    log_weight: Tensor | None,
+) -> kernel.Entries:
+    """Entries [L] of owned classes."""
+    row_index = rows.spec.placement.rows(rows.shard, class_ids)
+    gathered, biases, norms = rows.gather(row_index, part.objective.transform)
+    return kernel.Entries(batch_row, row_index, gathered, biases, norms, weight, log_weight)
+
+
+def blocks(rows: ShardRows, part: Part) -> Iterator[tuple[Tensor, kernel.Block]]:
+    """Class ids [C] and columns of the part that all rows of hidden share: chunks of all rows, or candidates."""
+    if part.is_full:
+        for start, end in rows.chunks(len(part.batch.hidden)):
+            yield dense_block(rows, part, start, end)
+    elif isinstance(part.candidates, Candidates):
+        yield from candidate_blocks(rows, part, part.candidates)
+
+
+def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tensor, kernel.Block]:
+    """A range of all rows; labels that are columns of their own are left out of their rows."""
+    class_ids = rows.class_ids(slice(start, end))
+    gathered, biases, norms = rows.gather(slice(start, end), part.objective.transform)
+    hits = None
+    if part.has_columns_apart:
+        hits = kernel.Hits(part.batch.labels, class_ids, None, torch.full_like(biases, -torch.inf))
+    return class_ids, kernel.Block(gathered, biases, norms, None, hits)
+
+
+def candidate_blocks(rows: ShardRows, part: Part, candidates: Candidates) -> Iterator[tuple[Tensor, kernel.Block]]:
+    """Owned candidates in ranges whose logits stay within SAMPLED_LOGITS; usually one."""
+    mine = torch.nonzero(rows.spec.placement.owned(rows.shard, candidates.class_ids))[:, 0]
+    size = max(64, kernel.SAMPLED_LOGITS // max(1, len(part.batch.hidden)))
+    for place in torch.split(mine, size):
+        class_ids = candidates.class_ids[place]
+        row_index = rows.spec.placement.rows(rows.shard, class_ids)
+        gathered, biases, norms = rows.gather(row_index, part.objective.transform)
+        hits = hits_of(part.batch.labels, candidates, place)
+        yield class_ids, kernel.Block(gathered, biases, norms, candidates.log_weight[place], hits)
+
+
+def hits_of(labels: Tensor, candidates: Candidates, place: Tensor) -> kernel.Hits | None:
+    """How accidental hits are removed from the candidates at place [C]; None where they are kept."""
+    after_hit = candidates.log_weight_after_hit
+    if after_hit is None:
+        return None
+    if candidates.hit_ids is None or candidates.label_hit_ids is None:
+        return kernel.Hits(labels, candidates.class_ids[place], None, after_hit[place])
+    keys, order = torch.sort(candidates.hit_ids[place])
+    return kernel.Hits(candidates.label_hit_ids, keys, order, after_hit[place])
+
+
+def spread(rows: ShardRows, part: Part) -> Spread | None:
+    """Sums of u_v row_v and u_v b_v over all rows, for label smoothing."""
+    if part.batch.spread is None:
+        return None
+    row = torch.zeros(rows.spec.dim, dtype=torch.float64)
+    bias = torch.zeros((), dtype=torch.float64)
+    for start, end in rows.blocks():
+        gathered, biases, _ = rows.gather(slice(start, end), part.objective.transform)
+        weights = class_weights(rows, part, start, end)
+        row += weights @ gathered.double()
+        bias += weights @ biases.double()
+    return Spread(row, bias)
+
+
+def class_weights(rows: ShardRows, part: Part, start: int, end: int) -> Tensor:
+    """u [R] of a range of rows, float64."""
+    if part.class_weights is None:
+        return torch.ones(end - start, dtype=torch.float64)
+    return part.class_weights[rows.class_ids(slice(start, end))].double()

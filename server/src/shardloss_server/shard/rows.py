@@ -1,0 +1,65 @@
+"""The rows of one shard, and how a loss sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shardloss_server.numerics import kernel
+from shardloss_server.numerics.initializer import fill_rows_
+from shardloss_server.numerics.transform import Transform, norms_of
+from shardloss_server.shard.record import TableSpec
+
+BLOCK_ROWS = 1 << 14  # rows that are read or changed at once, so that temporaries stay small
+
+Index = Tensor | slice  # rows of a shard: sparse, or one contiguous range
+
+
+class ShardRows:
+    """Weights [R, D] in storage dtype and biases [R] in compute dtype of shard k of a table, filled at first."""
+
+    def __init__(self, spec: TableSpec, shard: int) -> None:
+        self.spec, self.shard = spec, shard
+        self.num_rows = spec.placement.num_rows(shard)
+        self.compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self.weights = torch.empty(self.num_rows, spec.dim, dtype=getattr(torch, spec.dtype))
+        self.biases = torch.zeros(self.num_rows, dtype=self.compute_dtype)
+        for start, end in self.blocks():
+            class_ids = spec.placement.class_ids(shard, start, end)
+            fill_rows_(spec.initializer, class_ids, self.weights[start:end])
+
+    def gather(self, row_index: Index, transform: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows as the transform makes them, their biases, and their norms where it normalises; in compute dtype."""
+        rows, biases = self.weights[row_index].to(self.compute_dtype), self.biases[row_index]
+        if transform.scale != 1.0:
+            biases = biases * transform.scale
+        if not transform.normalize:
+            return rows, biases, None
+        norms = norms_of(rows)
+        return rows / norms[:, None], biases, norms
+
+    def dense_rows(self, first_row: int, end_row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Class ids [R], rows [R, D] and biases [R] of a range of rows, in compute dtype."""
+        class_ids = self.spec.placement.class_ids(self.shard, first_row, end_row)
+        rows = self.weights[first_row:end_row].to(self.compute_dtype)
+        return class_ids, rows, self.biases[first_row:end_row]
+
+    def class_ids(self, row_index: Index) -> Tensor:
+        """Class id of each row."""
+        if isinstance(row_index, slice):
+            return self.spec.placement.class_ids(self.shard, row_index.start, row_index.stop)
+        placement = self.spec.placement
+        return placement.first_class(self.shard) + row_index * placement.stride()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of BLOCK_ROWS rows."""
+        for start in range(0, self.num_rows, BLOCK_ROWS):
+            yield start, min(start + BLOCK_ROWS, self.num_rows)
+
+    def chunks(self, num_rows: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows whose logits against num_rows of hidden stay within kernel.CHUNK_LOGITS."""
+        size = max(64, kernel.CHUNK_LOGITS // max(1, num_rows) // 64 * 64)
+        for start in range(0, self.num_rows, size):
+            yield start, min(start + size, self.num_rows)
