@@ -10,6 +10,7 @@ Importing this package imports neither torch nor ray; heads import torch when th
 from shardloss import errors
 from shardloss.client import LossClient, connect
 from shardloss.errors import ShardlossError
+from shardloss.lazy_rows import LazyRows
 from shardloss.session import Session
 from shardloss.table import Table
 from shardloss.types import (
@@ -65,6 +66,7 @@ __all__ = [
     "FullSoftmax",
     "HitIds",
     "InBatch",
+    "LazyRows",
     "LogitTransform",
     "LossClient",
     "LossResult",

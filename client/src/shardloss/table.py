@@ -11,6 +11,7 @@ import numpy as np
 from shardloss import chunks, messages, types
 from shardloss.channel import single
 from shardloss.errors import BadReply, InvalidArgument, LimitExceeded
+from shardloss.lazy_rows import LazyRows, lazy_rows
 from shardloss.messages import Numbers, numbers
 from shardloss.paging import asked, joined, of_rank, pages
 from shardloss.questions import Questions
@@ -19,6 +20,8 @@ from shardloss.v1 import loss_pb2, table_pb2
 from shardloss.wire import Array
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shardloss.autograd import (
         MarginSoftmaxHead,
         SampledLogisticHead,
@@ -412,6 +415,14 @@ class Table(Questions):
         found = [asked(ask, page) for page in pages(len(class_ids), self.spec.dim + 1)]
         biases = joined([page.biases for page in found])
         return types.Rows(np.concatenate([page.rows for page in found]), biases, found[-1].version)
+
+    def embeddings(self, class_ids: Array | Tensor) -> LazyRows:
+        """The rows of class_ids [C] as a lookup that is never fetched, for `shardloss.compat.tfrs.Retrieval`.
+
+        Raises:
+            InvalidArgument: they are not a list of class ids of the table.
+        """
+        return lazy_rows(self, class_ids)
 
     def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
         """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M]; one version a page; returns the last.
