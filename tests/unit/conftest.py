@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement
 from shardloss_server.shard.record import Part, RowWrite, StepKey, TableSpec, Upstream
 from torch import Tensor
+
+from .front import Front
 
 NAME = "table"
 
@@ -134,3 +136,11 @@ class Cut:
 def make_cut() -> Callable[..., Any]:
     """Makes a `Cut`."""
     return Cut
+
+
+@pytest.fixture(scope="session")
+def front() -> Iterator[Front]:
+    """A front end whose tables are never trained by two tests."""
+    front = Front()
+    yield front
+    front.close()

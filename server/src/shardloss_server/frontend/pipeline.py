@@ -31,7 +31,7 @@ from shardloss_server.frontend.request import (
 from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
 from shardloss_server.numerics.partial import add_all, combine_all, spread_over
-from shardloss_server.numerics.transform import norms_of, project
+from shardloss_server.numerics.transform import normalized, project
 from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec, Upstream
 
 
@@ -284,7 +284,7 @@ def finish(
     if objective.learned_scale:
         scale_grad = scale_gradient(
             merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
-        )
+        ).to(mass.dtype)
         is_finite &= torch.isfinite(scale_grad)
     validate.finite_logits((mass == 0) | is_finite, "hidden")
     if gradient is not None and want.grad_dtype is not None:
@@ -310,5 +310,4 @@ def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tens
         gradient = gradient * transform.scale
     if not transform.normalize:
         return gradient
-    norms = norms_of(request.hidden.to(batch.hidden.dtype))
-    return project(gradient, batch.hidden / transform.scale, norms)
+    return project(gradient, *normalized(request.hidden.to(batch.hidden.dtype)))

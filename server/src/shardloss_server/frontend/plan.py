@@ -21,7 +21,7 @@ from shardloss_server.frontend.request import (
     SamplerSpec,
 )
 from shardloss_server.numerics.correction import fold_repeats, in_id_order, row_hits
-from shardloss_server.numerics.transform import Transform, norms_of
+from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import Batch, Candidates, Mined, Part, RowCandidates, TableSpec
 
 PADDING = -1
@@ -67,7 +67,9 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
     """Hidden as the transform makes it, and the weights of labels and of all classes."""
     dtype: torch.dtype = getattr(torch, spec.compute_dtype)
     weights = weights_of(request, labels, dtype)
-    counts = weights.sum(1) != 0
+    counts = weights.sum(1) != 0  # a class of weight 0 takes a row's label away, not the row's smoothing
+    if request.class_weights is not None:
+        weights = weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
     spread, mass = None, weights.sum(1)
     if request.objective.label_smoothing:
         spread = counts.to(dtype) * (request.objective.label_smoothing / spec.num_classes)
@@ -75,32 +77,25 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
         weights = weights * (1.0 - request.objective.label_smoothing)
         mass = weights.sum(1) + spread * total
     hidden = request.hidden.to(dtype)
-    if not counts.all():  # whatever stands in an ignored row, its logits are finite
-        hidden = torch.where(counts[:, None], hidden, 0.0)
+    if not mass.all():  # whatever stands in an ignored row, its logits are finite
+        hidden = torch.where((mass != 0)[:, None], hidden, 0.0)
     return Batch(transformed(hidden, request.objective.transform), labels, weights, mass, spread)
 
 
 def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding.
-
-    Class weights multiply them.
-    """
+    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding."""
     counted = labels != PADDING
     if request.label_weights is not None:
-        weights = torch.where(counted, request.label_weights.to(dtype), 0.0)
-    elif request.objective.family == "logistic" and request.sampled is None:
-        weights = counted.to(dtype)
-    else:
-        weights = counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
-    if request.class_weights is None:
-        return weights
-    return weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
+        return torch.where(counted, request.label_weights.to(dtype), 0.0)
+    if request.objective.family == "logistic" and request.sampled is None:
+        return counted.to(dtype)
+    return counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
 
 
 def transformed(hidden: Tensor, transform: Transform) -> Tensor:
     """Hidden [N, D] divided by its norms where the transform says so, times the scale."""
     if transform.normalize:
-        hidden = hidden / norms_of(hidden)[:, None]
+        hidden, _ = normalized(hidden)
     return hidden if transform.scale == 1.0 else hidden * transform.scale
 
 
@@ -117,19 +112,18 @@ def shared_candidates(request: LossRequest, draw: SampledValues, labels: Tensor,
     if request.objective.family == "softmax" and not sampled.num_hard_negatives and hit_ids is None:
         folded = fold_repeats(draw.sampled, log_count, sampled.hit_removal)
         return Candidates(folded.class_ids, folded.log_weight, folded.log_weight_after_hit, label_log_weight)
-    columns, order = in_id_order(draw.sampled, log_count, sampled.hit_removal)
-    candidates = Candidates(columns.class_ids, columns.log_weight, columns.log_weight_after_hit, label_log_weight)
-    if hit_ids is None:
-        return candidates
     counted = labels != PADDING
-    of_labels = torch.where(counted, hit_ids.labels, PADDING)
-    of_sampled = hit_ids.labels[counted] if hit_ids.sampled is None else hit_ids.sampled
+    of_labels = None if hit_ids is None else torch.where(counted, hit_ids.labels, PADDING)
+    of_sampled = None
+    if hit_ids is not None:
+        of_sampled = hit_ids.labels[counted] if hit_ids.sampled is None else hit_ids.sampled
+    columns, order = in_id_order(draw.sampled, log_count, sampled.hit_removal, of_sampled)
     return Candidates(
         columns.class_ids,
         columns.log_weight,
         columns.log_weight_after_hit,
         label_log_weight,
-        of_sampled[order],
+        None if of_sampled is None else of_sampled[order],
         of_labels,
     )
 
@@ -177,7 +171,10 @@ def drawn(sampled: SampledSoftmax, labels: Tensor, spec: TableSpec, step: int, c
     if isinstance(draw, SampledValues):
         return draw
     if isinstance(draw, SamplerSpec):
-        return draw_with_tries(draw, spec.num_classes, step, labels, counts)[0]
+        values, _ = draw_with_tries(draw, spec.num_classes, step, labels, counts)
+        if sampled.is_corrected:
+            refuse_undrawable(values.true_expected_count, labels)
+        return values
     ones = torch.ones(labels.shape, dtype=torch.float64)
     if isinstance(draw, PartialFc):
         ids = sampling.partial_fc(labels.flatten().numpy(), spec.num_classes, draw.num_sampled, draw.seed, step)
@@ -204,7 +201,7 @@ def draw_with_tries(
     """The draw of a sampler and the number of tries it took.
 
     Raises:
-        InvalidArgument: too few classes can be drawn, or in too many tries; a label cannot be drawn.
+        InvalidArgument: too few classes can be drawn, or in too many tries.
     """
     with counts.unchanging():
         distribution = counts.distribution(spec)
@@ -226,9 +223,7 @@ def draw_with_tries(
             return torch.from_numpy(np.ascontiguousarray(expected))
 
         sampled = torch.from_numpy(draw.sampled)
-        values = SampledValues(sampled, count(labels), count(sampled))
-    refuse_undrawable(values.true_expected_count, labels)
-    return values, draw.num_tries
+        return SampledValues(sampled, count(labels), count(sampled)), draw.num_tries
 
 
 def distribution_draw(distribution: Distribution, spec: SamplerSpec, step: int) -> sampling.Draw:

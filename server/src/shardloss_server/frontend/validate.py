@@ -279,10 +279,12 @@ def margin(request: LossRequest, spec: TableSpec) -> None:
 
 def transform(one: Transform, spec: TableSpec) -> None:
     """Scale and soft cap are positive and finite in the table's compute dtype."""
-    most = torch.finfo(getattr(torch, spec.compute_dtype)).max
+    limits = torch.finfo(getattr(torch, spec.compute_dtype))
     for name, value in (("scale", one.scale), ("soft_cap", one.soft_cap)):
-        if value is not None and not 0 < value <= most:
-            raise InvalidArgument(f"logits.{name} = {value} must be finite and above 0", field=f"logits.{name}")
+        if value is not None and not limits.tiny <= value <= limits.max:
+            raise InvalidArgument(
+                f"logits.{name} = {value} must be finite and above 0 in {spec.compute_dtype}", field=f"logits.{name}"
+            )
 
 
 def class_weights(weights: Tensor, spec: TableSpec) -> None:
@@ -471,6 +473,7 @@ def component(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
         raise InvalidArgument(f"{field}.kind = {draw.kind} cannot be part of a mixture", field=f"{field}.kind")
     refuse_if(draw.num_sampled != 0, "the mixture's own num_sampled counts", f"{field}.num_sampled")
     refuse_if(draw.seed != 0, "the mixture's own seed counts", f"{field}.seed")
+    refuse_if(not draw.unique, "the mixture's own unique counts", f"{field}.unique")
     distribution(draw, spec, field)
 
 

@@ -42,10 +42,13 @@ def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) 
     return Folded(class_ids, log_weight, grouped_logsumexp(remaining, inverse, len(class_ids)))
 
 
-def in_id_order(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) -> tuple[Folded, Tensor]:
+def in_id_order(
+    sampled: Tensor, log_expected_count: Tensor, hit_removal: str, hit_ids: Tensor | None = None
+) -> tuple[Folded, Tensor]:
     """A draw's S columns by ascending id, each copy a column of its own, and the order [S] that sorted them.
 
-    For losses that are no log-sum-exp over columns. hit_removal as in `fold_repeats`.
+    For losses that are no log-sum-exp over columns. hit_removal as in `fold_repeats`; copies are those of hit_ids [S]
+    where hits are found by them.
     """
     order = torch.argsort(sampled, stable=True)
     class_ids, log_weight = sampled[order], -log_expected_count[order]
@@ -53,9 +56,8 @@ def in_id_order(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) -
         return Folded(class_ids, log_weight, None), order
     after_hit = torch.full_like(log_weight, -torch.inf)
     if hit_removal == "last":
-        is_last = torch.ones_like(class_ids, dtype=torch.bool)
-        is_last[:-1] = class_ids[1:] != class_ids[:-1]
-        after_hit = torch.where(is_last, -torch.inf, log_weight)
+        keys = sampled if hit_ids is None else hit_ids
+        after_hit = torch.where(last_copies(keys[None])[0][order], -torch.inf, log_weight)
     return Folded(class_ids, log_weight, after_hit), order
 
 

@@ -19,22 +19,35 @@ class Transform:
     normalize: bool = False
 
 
-def norms_of(vectors: Tensor) -> Tensor:
-    """|v| [M] of vectors [M, D], at least LEAST_NORM.
+def normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """v / |v| [M, D] and |v| [M] of vectors [M, D], with |v| at least LEAST_NORM.
 
-    Scaled by the largest entry, so that squares neither overflow nor vanish.
+    Scaled by the largest entry, so that squares neither overflow nor vanish; a |v| that overflows is inf, and v / |v|
+    is right all the same.
     """
     if vectors.numel() == 0:
-        return torch.full((len(vectors),), LEAST_NORM, dtype=vectors.dtype)
+        return vectors, torch.full((len(vectors),), LEAST_NORM, dtype=vectors.dtype)
     largest = vectors.abs().amax(1)
     scaled = vectors / torch.where(largest == 0, 1.0, largest)[:, None]
-    norms: Tensor = torch.linalg.vector_norm(scaled, dim=1) * largest
-    return norms.clamp_(min=LEAST_NORM)
+    inner: Tensor = torch.linalg.vector_norm(scaled, dim=1)
+    norms = inner * largest
+    is_short = norms <= LEAST_NORM
+    units = torch.where(is_short[:, None], vectors / LEAST_NORM, scaled / inner.clamp(min=1.0)[:, None])
+    return units, norms.clamp_(min=LEAST_NORM)
+
+
+def norms_of(vectors: Tensor) -> Tensor:
+    """|v| [M] of vectors [M, D], at least LEAST_NORM."""
+    return normalized(vectors)[1]
 
 
 def project(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """Gradient in v [M, D] from the gradient in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors."""
-    return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / norms[:, None]
+    """Gradient in v [M, D] from the gradient in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors.
+
+    Where |v| was raised to LEAST_NORM, it is a constant: G / |v|.
+    """
+    along = torch.where(norms > LEAST_NORM, (gradient * unit).sum(1), 0.0)
+    return (gradient - along[:, None] * unit) / norms[:, None]
 
 
 def cap_(logits: Tensor, soft_cap: float) -> Tensor:

@@ -252,6 +252,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         spec = owner.spec
         draw = wire.sampler(request.sampler)
         validate.sampler(draw, spec, self.handlers.limits)
+        draw = validate.filled_in(draw, spec)
         validate.at_least(request.step, 0, "step")
         if 16 * draw.num_sampled > self.handlers.limits.max_message_bytes:
             raise LimitExceeded(f"{draw.num_sampled} candidates exceed one message", field="sampler.num_sampled")
@@ -260,7 +261,6 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             labels = wire.column(wire.to_ids(request.labels, "labels"))
             num_rows = labels.shape[0] if labels.dim() else 0
             validate.labels(labels, num_rows, spec.num_classes, None, self.handlers.limits)
-        draw = validate.filled_in(draw, spec)
         values, num_tries = draw_with_tries(draw, spec.num_classes, request.step, labels, owner.counts)
         return loss_pb2.SampleCandidatesResponse(
             sampled=wire.from_tensor(values.sampled),

@@ -255,7 +255,9 @@ def sampler(message: loss_pb2.Sampler, field: str = "sampler") -> SamplerSpec:
     if message.kind not in SAMPLER_KINDS:
         raise InvalidArgument(f"{field}.kind = {message.kind} is unknown", field=f"{field}.kind")
     mixture = None
-    if message.HasField("mixture") and field == "sampler":
+    if message.HasField("mixture") and field != "sampler":
+        raise InvalidArgument(f"{field}.mixture: a mixture is of two plain distributions", field=f"{field}.mixture")
+    if message.HasField("mixture"):
         first = sampler(message.mixture.first, "sampler.mixture.first")
         second = sampler(message.mixture.second, "sampler.mixture.second")
         mixture = Mixture(first, second, message.mixture.share)

@@ -38,6 +38,7 @@ def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:
     found = ranking.Best(none.long(), none, none)
     for class_ids, block in blocks(rows, part):
         logits = kernel.block_columns(part.batch.hidden, block, part.objective).logits
+        logits = torch.where(torch.isnan(logits), torch.inf, logits)  # of an overflow: chosen, then refused by its loss
         log_weight = torch.zeros_like(block.biases) if block.log_weight is None else block.log_weight
         kept = torch.where(torch.isneginf(logits), logits, log_weight)
         found = ranking.ordered(ranking.beside(found, ranking.best(class_ids, logits, kept, k)), k)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardloss_server.numerics import kernel
 from shardloss_server.numerics.initializer import fill_rows_
-from shardloss_server.numerics.transform import Transform, norms_of
+from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import TableSpec
 
 BLOCK_ROWS = 1 << 14  # rows that are read or changed at once, so that temporaries stay small
@@ -37,8 +37,8 @@ class ShardRows:
             biases = biases * transform.scale
         if not transform.normalize:
             return rows, biases, None
-        norms = norms_of(rows)
-        return rows / norms[:, None], biases, norms
+        units, norms = normalized(rows)
+        return units, biases, norms
 
     def dense_rows(self, first_row: int, end_row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Class ids [R], rows [R, D] and biases [R] of a range of rows, in compute dtype."""

@@ -1,0 +1,144 @@
+"""Every loss with every combination of options is the reference's, with its gradients, however the table is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from shardloss_server.numerics import reference
+
+from .cases import (
+    CANDIDATES,
+    SEEN,
+    WRITTEN,
+    Case,
+    D,
+    N,
+    V,
+    expected,
+    finer,
+    full_softmax_cases,
+    margin_cases,
+    randn,
+    sampled_cases,
+    sampled_margin_cases,
+    sigmoid_cases,
+)
+from .front import Front, Table
+
+TOLERANCE = 1e-10
+CUTS = [(1, "div"), (2, "mod"), (3, "div"), (7, "mod"), (1, "mod"), (2, "div"), (3, "mod"), (7, "div")]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """One table, cut in every way."""
+
+    weights: Tensor
+    biases: Tensor
+    tables: list[Table]
+
+    def check(self, cases: Iterable[Case]) -> int:
+        """Every case on four of the tables; half of them do not learn the scale. The number of cases."""
+        num_cases = 0
+        for place, case in enumerate(cases):
+            g = randn(N)
+            wanted = expected(self.weights, self.biases, case.request, self.tables[0].owner.counts, g)
+            for i, table in enumerate(self.tables[place % 2 * 4 :][:4]):
+                with_scale = (i + place) % 2 == 0
+                reply = table.loss(finer(case.request, with_scale, g))
+                weights_grad, biases_grad = table.dense(reply.table_grad)
+                where = f"{case} of {table.spec.placement}"
+                assert_close(reply.loss, wanted.loss, f"loss: {where}")
+                assert_close(reply.hidden_grad, wanted.hidden_grad, f"hidden: {where}")
+                assert_close(weights_grad, wanted.weights_grad, f"weights: {where}")
+                if table.spec.bias:
+                    assert_close(biases_grad, wanted.biases_grad, f"biases: {where}")
+                if with_scale:
+                    assert_close(reply.scale_grad, wanted.scale_grad, f"scale: {where}")
+            num_cases += 1
+        return num_cases
+
+
+def assert_close(actual: Tensor | None, wanted: Tensor, what: str) -> None:
+    """Within 1e-10 of the largest magnitude."""
+    assert actual is not None
+    atol = TOLERANCE * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=atol, msg=lambda text: f"{what}\n{text}")
+
+
+def cut(front: Front, bias: bool) -> Cuts:
+    weights, biases = 0.7 * randn(V, D), randn(V) if bias else torch.zeros(V).double()
+    given = biases if bias else None
+    tables = [
+        front.table(weights, given, num_shards=num_shards, strategy=strategy, count_labels=True)
+        for num_shards, strategy in CUTS
+    ]
+    for table in tables:
+        table.owner.counts.write(0, WRITTEN.numpy())
+        table.owner.counts.learn(SEEN.numpy())
+    return Cuts(weights, biases, tables)
+
+
+@pytest.fixture(scope="module")
+def biased(front: Front) -> Cuts:
+    return cut(front, True)
+
+
+@pytest.fixture(scope="module")
+def unbiased(front: Front) -> Cuts:
+    return cut(front, False)
+
+
+def test_full_softmax(biased: Cuts) -> None:
+    """Transform, smoothing, class weights, label weights and z-loss in every combination."""
+    assert biased.check(full_softmax_cases()) == 88
+
+
+def test_margins(unbiased: Cuts) -> None:
+    """ArcFace, CosFace and the combined margin over all classes."""
+    assert unbiased.check(margin_cases()) == 6
+
+
+def test_full_sigmoid(biased: Cuts) -> None:
+    """Several labels a row, weighted or not, under every transform."""
+    assert biased.check(sigmoid_cases()) == 10
+
+
+@pytest.mark.parametrize("kind", CANDIDATES)
+def test_sampled_losses(biased: Cuts, kind: str) -> None:
+    """Hit removal, hit ids, family, transform and z-loss in every combination, over one kind of candidates."""
+    assert biased.check(sampled_cases(kind)) >= 20
+
+
+@pytest.mark.parametrize("kind", CANDIDATES)
+def test_margins_over_candidates(unbiased: Cuts, kind: str) -> None:
+    """The true column alone has the margin."""
+    assert unbiased.check(sampled_margin_cases(kind)) >= 6
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("with_class_weights", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_the_reference_is_torch_cross_entropy(
+    label_smoothing: float, with_class_weights: bool, with_weights: bool
+) -> None:
+    """Of one label a row, and of weights that make a whole distribution; torch ignores a row by its label alone."""
+    logits = randn(N, V)
+    class_weights = torch.rand(V).double() if with_class_weights else None
+    if class_weights is not None:
+        class_weights[3] = 0.0
+    options = {"weight": class_weights, "label_smoothing": label_smoothing, "reduction": "none"}
+    if with_weights:
+        labels, weights = torch.arange(V).expand(N, V), torch.rand(N, V).double()
+        wanted = functional.cross_entropy(logits, weights, **options)
+    else:
+        labels, weights = torch.randint(0, V, (N, 1)), torch.ones(N, 1).double()
+        labels[0], labels[2], weights[2] = 3, -1, 0.0
+        wanted = functional.cross_entropy(logits, labels[:, 0], ignore_index=-1, **options)
+    loss = reference.softmax_loss(logits, labels, weights, label_smoothing, class_weights)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
