@@ -279,9 +279,7 @@ def draws_of(request: LossRequest, num_classes: int, counts: ClassCounts) -> Ite
         yield reference.Draw(own[is_label], ids, *logs, own_keys[is_label], keys, hit_removal)
 
 
-def drawn_by_row(
-    request: LossRequest, n: int, num_classes: int, counts: ClassCounts
-) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_by_row(request: LossRequest, n: int, num_classes: int, counts: ClassCounts) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [S] that row n draws, Q [S] of them, and Q [T] of its labels (anything on padding)."""
     assert request.sampled is not None
     draw, labels = request.sampled.candidates, request.labels

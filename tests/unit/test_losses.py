@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from shardloss_server.numerics import reference
 from torch import Tensor
 from torch.nn import functional
-from shardloss_server.numerics import reference
 
 from .cases import (
     CANDIDATES,

@@ -203,7 +203,8 @@ def test_commits_count_the_labels_that_count(front: Front) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, hit_removal", [*[(kind, "every") for kind in CANDIDATES], ("in_batch", "last"), ("corrected in_batch", "last")]
+    "kind, hit_removal",
+    [*[(kind, "every") for kind in CANDIDATES], ("in_batch", "last"), ("corrected in_batch", "last")],
 )
 def test_a_label_is_a_column_of_its_row(front: Front, kind: str, hit_removal: str) -> None:
     """Where the logit of the one label is far above all others the loss is 0; without its column it were -60."""
