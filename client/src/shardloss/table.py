@@ -18,6 +18,8 @@ from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
 from shardloss.wire import Array
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shardloss.autograd import (
         MarginSoftmaxHead,
         SampledLogisticHead,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         SoftmaxHead,
     )
     from shardloss.client import LossClient
+    from shardloss.lazy import LazyLogits
 
 PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
 REPLY_BYTES = 8  # an element of a reply takes this much at most
@@ -216,6 +219,18 @@ class Table:
         return MarginSoftmaxHead(
             self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
         )
+
+    def logits(self, hidden: Tensor, transform: types.LogitTransform | None = None) -> LazyLogits:
+        """The logits [..., V] of hidden [..., D], of which nothing is held: what `shardloss.compat.paddle` takes.
+
+        transform says how they are made (scale, soft cap, cosines).
+
+        Raises:
+            InvalidArgument: hidden is not a float tensor [..., D].
+        """
+        from shardloss.lazy import LazyLogits
+
+        return LazyLogits(self, hidden, transform)
 
     def session(self) -> Session:
         """A new session: the steps of one trainer.
