@@ -38,6 +38,8 @@ def sampled_softmax_with_cross_entropy(
         InvalidArgument: an argument does not fit.
     """
     check_logits(logits)
+    if not 0 <= seed < 2**64:
+        raise InvalidArgument(f"seed = {seed} is outside [0, 2^64)", field="seed")
     labels = labels_of(logits, label, num_true)
     columns = None
     if use_customized_samples:
@@ -106,11 +108,20 @@ def remote_losses(
 
 
 def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Columns:
-    """Distinct log-uniform samples [S] beside each row's labels, and the expected counts of both."""
+    """Distinct log-uniform samples [S] beside each row's labels, and the expected counts of both.
+
+    Raises:
+        InvalidArgument: num_samples is out of range, or so close to V that so many distinct classes do not come.
+    """
     if not 1 <= num_samples <= num_classes:
         raise InvalidArgument(f"num_samples = {num_samples} is outside [1, {num_classes}]", field="num_samples")
     distribution = sampling.log_uniform(num_classes)
-    draw = sampling.draw(distribution, num_samples, True, seed, 0)
+    try:
+        draw = sampling.draw(distribution, num_samples, True, seed, 0)
+    except sampling.TriesExhausted:
+        raise InvalidArgument(
+            f"num_samples = {num_samples} distinct classes of {num_classes} do not come", field="num_samples"
+        ) from None
     shared = torch.from_numpy(draw.sampled).to(labels.device).expand(len(labels), -1)
     ids = torch.cat([labels, shared], 1)
     counts = sampling.expected_count(distribution, to_numpy(ids), num_samples, True, draw.num_tries)
