@@ -53,13 +53,33 @@ TFRS = {  # tensorflow_recommenders v0.7.7
         "candidate_ids=None, compute_metrics=True, compute_batch_metrics=True, score_mask=None)"
     ),
 }
+PADDLE = {  # paddle.nn.functional 3.3.1; the sampled one is of paddle.fluid.layers, which Paddle 3 no longer has
+    "paddle.softmax_with_cross_entropy": (
+        "(logits, label, soft_label=False, ignore_index=-100, numeric_stable_mode=True, return_softmax=False, axis=-1)"
+    ),
+    "paddle.cross_entropy": (
+        "(input, label, weight=None, ignore_index=-100, reduction='mean', soft_label=False, axis=-1, use_softmax=True, "
+        "label_smoothing=0.0, name=None)"
+    ),
+    "paddle.sampled_softmax_with_cross_entropy": (
+        "(logits, label, num_samples, num_true=1, remove_accidental_hits=True, use_customized_samples=False, "
+        "customized_samples=None, customized_probabilities=None, seed=0)"
+    ),
+    "paddle.margin_cross_entropy": (
+        "(logits, label, margin1=1.0, margin2=0.5, margin3=0.0, scale=64.0, group=None, return_softmax=False, "
+        "reduction='mean')"
+    ),
+    "paddle.class_center_sample": "(label, num_classes, num_samples, group=None)",
+}
 SIGNATURES = {
     **TENSORFLOW,
     **{f"tensorflow.{name}": signature for name, signature in TENSORFLOW_BOTH_VERSIONS.items()},
     **{f"tensorflow.v1.{name}": signature for name, signature in TENSORFLOW_BOTH_VERSIONS.items()},
     **TFRS,
+    **PADDLE,
 }
 OWN = {  # functions that the framework does not have
+    "paddle.optimizer",
     "tensorflow.full_sigmoid_loss",
     "tensorflow.full_softmax_loss",
     "tensorflow.optimizer",

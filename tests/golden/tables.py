@@ -18,12 +18,12 @@ RAY_SHARDS = (2, 3)  # two workers: one shard each, then two and one
 KEPT_TABLES = 32  # half of what a server holds
 
 
-def runs(cases: list[Case]) -> list[object]:
+def runs(cases: list[Case], local_shards: tuple[int, ...] = LOCAL_SHARDS) -> list[object]:
     """Every case on every cut, in process; then on Ray."""
     local = [
         pytest.param("local", case, cut, id=f"{case}-local-{cut}")
         for case in cases
-        for cut in cuts_of(case, LOCAL_SHARDS)
+        for cut in cuts_of(case, local_shards)
     ]
     ray = [
         pytest.param("ray", case, cut, id=f"{case}-ray-{cut}", marks=pytest.mark.ray)

@@ -1,4 +1,4 @@
-"""The service answers as TensorFlow and Paddle do, however the table is cut, in process and on Ray workers."""
+"""The service answers as TensorFlow does, however the table is cut, in process and on Ray workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import numpy as np
 import pytest
 import shardloss
-import torch
 from shardloss_server.placement import Placement
 from shardloss_server.rpc.serve import Server
 
@@ -120,61 +119,6 @@ def test_evaluation_equals_tensorflow(tables: Tables, case: Case, cut: Cut) -> N
     assert_matches(evaluation.loss, case["loss"], case.tolerance(), "loss")
 
 
-# Paddle: logits only, so the table is the identity and hidden is the logits.
-
-
-PADDLE = [case for case in load("paddle_softmax_with_cross_entropy") if not case.meta["soft_label"]]
-QUIRKS = load("paddle_quirk")
-
-
-def identity(case: Case) -> np.ndarray:
-    """Rows whose logits are hidden itself."""
-    return np.eye(case["logits"].shape[case.meta.get("axis", -1)], dtype=case.dtype)
-
-
-def flat(case: Case, name: str) -> np.ndarray:
-    """An array with its class axis last, flattened to [N, classes or 1]."""
-    moved = np.moveaxis(case[name], case.meta.get("axis", -1), -1)
-    return moved.reshape(-1, moved.shape[-1])
-
-
-@pytest.mark.parametrize("where, case, cut", runs(PADDLE))
-def test_hard_label_loss_and_gradient_equal_paddle(tables: Tables, case: Case, cut: Cut) -> None:
-    """Loss and logit gradient equal softmax_with_cross_entropy; ignored rows have loss 0 and gradient 0."""
-    table, tolerance = tables.filled(identity(case), None, cut), case.tolerance()
-    labels, ignore = flat(case, "label"), case.meta["ignore_index"]
-    result = table.compute_loss(
-        flat(case, "logits"), labels, shardloss.FullSoftmax(), ignore_index=ignore, want_hidden_grad=True
-    )
-    assert result.loss is not None
-    assert result.hidden_grad is not None
-    assert_matches(result.loss, flat(case, "loss")[:, 0], tolerance, "loss")
-    assert_matches(result.hidden_grad, flat(case, "grad_logits_sum"), tolerance, "gradient of the sum")
-    scaled = result.hidden_grad * flat(case, "upstream")
-    assert_matches(scaled, flat(case, "grad_logits_up"), tolerance, "gradient of the scaled sum")
-    ignored = labels[:, 0] == ignore
-    assert not result.loss[ignored].any()
-    assert not result.hidden_grad[ignored].any()
-
-
-@pytest.mark.parametrize("where, case, cut", runs(PADDLE))
-def test_probabilities_equal_paddle(tables: Tables, case: Case, cut: Cut) -> None:
-    """exp of Score's log probabilities is the softmax that Paddle returns."""
-    table, logits = tables.filled(identity(case), None, cut), flat(case, "logits")
-    log_probs = table.score(logits, np.arange(logits.shape[1]), want_log_probs=True).log_probs
-    assert log_probs is not None
-    assert_matches(np.exp(log_probs), flat(case, "softmax"), case.tolerance(), "softmax")
-
-
-@pytest.mark.parametrize("where, case, cut", runs(QUIRKS))
-def test_losses_above_64_are_exact(tables: Tables, case: Case, cut: Cut) -> None:
-    """No logit is clipped: where Paddle's CPU kernel stops at 64, the loss is the exact one."""
-    table = tables.filled(identity(case), None, cut)
-    result = table.compute_loss(flat(case, "logits"), flat(case, "label"), shardloss.FullSoftmax())
-    assert_matches(result.loss, flat(case, "exact_loss")[:, 0], case.tolerance(), "loss")
-    assert np.abs(result.loss - flat(case, "loss")[:, 0]).max() > 1.0
-
-
 # The training path
 
 
@@ -200,36 +144,6 @@ def test_a_committed_step_subtracts_tensorflows_gradient(tables: Tables, case: C
         table.client.delete_table(table.name)
 
 
-@pytest.mark.parametrize("where, case, cut", runs(first(PADDLE) + QUIRKS))
-def test_a_committed_step_subtracts_paddles_gradient(tables: Tables, case: Case, cut: Cut) -> None:
-    """With the identity for rows the step is lr * (logit gradient)^T @ logits; ignored rows take no part in it."""
-    table = tables.fresh(identity(case), None, cut)
-    try:
-        logits, session = flat(case, "logits"), table.session()
-        result = session.compute_loss(
-            logits, flat(case, "label"), shardloss.FullSoftmax(), ignore_index=case.meta.get("ignore_index")
-        )
-        g, dlogits = None, exact_logit_gradient(case)
-        if "grad_logits_up" in case:
-            g, dlogits = flat(case, "upstream")[:, 0], flat(case, "grad_logits_up")
-        session.commit([(result, g)], learning_rate=LEARNING_RATE)
-        expected = identity(case) - LEARNING_RATE * dlogits.T.astype(np.float64) @ logits
-        after = table.read_rows(np.arange(len(expected)))
-        assert after.biases is None
-        assert_matches(after.rows, expected, case.tolerance(), "rows")
-    finally:
-        table.client.delete_table(table.name)
-
-
-def exact_logit_gradient(case: Case) -> np.ndarray:
-    """softmax - one-hot by torch in float64, for a case that holds no gradient of its own."""
-    logits = torch.tensor(flat(case, "logits"), dtype=torch.float64, requires_grad=True)
-    label = torch.tensor(flat(case, "label")[:, 0])
-    torch.nn.functional.cross_entropy(logits, label, reduction="sum", ignore_index=-100).backward()
-    assert logits.grad is not None
-    return logits.grad.numpy()
-
-
 # What the runs above rest on
 
 
@@ -237,8 +151,6 @@ def test_the_index_holds_every_family_that_is_tested() -> None:
     """No family is skipped because the folder lacks it."""
     assert TF_SAMPLED
     assert TF_FULL
-    assert PADDLE
-    assert QUIRKS
     assert HITS
 
 

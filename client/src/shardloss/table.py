@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SoftmaxHead,
     )
     from shardloss.client import LossClient
+    from shardloss.lazy import LazyLogits
 
 GAP_TRIES = 3
 REPLY_BYTES = 8  # an element of a reply takes this much at most
@@ -218,6 +219,18 @@ class Table(Questions):
         return MarginSoftmaxHead(
             self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
         )
+
+    def logits(self, hidden: Tensor, transform: types.LogitTransform | None = None) -> LazyLogits:
+        """The logits [..., V] of hidden [..., D], of which nothing is held: what `shardloss.compat.paddle` takes.
+
+        transform says how they are made (scale, soft cap, cosines).
+
+        Raises:
+            InvalidArgument: hidden is not a float tensor [..., D].
+        """
+        from shardloss.lazy import LazyLogits
+
+        return LazyLogits(self, hidden, transform)
 
     def session(self) -> Session:
         """A new session: the steps of one trainer.
