@@ -154,8 +154,7 @@ def test_a_transform_makes_the_logits_of_every_loss(make_table: Make, transform:
     lazy = table.logits(hidden, transform)
     for loss in (LOOPS[0][1], LOOPS[4][1]):
         torch.testing.assert_close(loss(lazy, labels), loss(dense, labels), rtol=1e-12, atol=1e-12)
-    with pytest.raises(NotSupported, match="LogitTransform"):
-        lazy.probabilities([0])
+    torch.testing.assert_close(lazy.probabilities([4, 0]), dense.softmax(-1)[:, [4, 0]], rtol=1e-12, atol=1e-12)
 
 
 def test_probabilities_are_those_of_the_table_when_asked(make_table: Make) -> None:
@@ -315,11 +314,24 @@ def test_what_lazy_logits_cannot_do_is_a_named_error(
     assert table.info().version == 0
 
 
-def test_soft_labels_of_too_many_classes_are_refused(make_table: Make) -> None:
-    """A row has at most max_num_true labels."""
-    table = make_table(num_classes=1025)
-    with pytest.raises(NotSupported, match="1024 labels a row"):
-        paddle.softmax_with_cross_entropy(table.logits(torch.randn(2, DIM)), torch.rand(2, 1025), soft_label=True)
+def test_soft_labels_of_more_classes_than_a_row_has_labels_stream(make_table: Make) -> None:
+    """Above max_num_true classes they are a label distribution: the loss, hidden's gradient and a step are the same."""
+    num_classes = 1025
+    table = make_table(num_classes=num_classes)
+    rows, _ = rows_of(table)
+    label = torch.rand(2, num_classes, dtype=torch.float64).softmax(-1)
+    hidden = torch.randn(2, DIM, dtype=torch.float64, requires_grad=True)
+    twin = hidden.detach().clone().requires_grad_()
+    weights = rows.clone().requires_grad_()
+    losses = paddle.softmax_with_cross_entropy(table.logits(hidden), label, soft_label=True)
+    expected = paddle.softmax_with_cross_entropy(twin @ weights.T, label, soft_label=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-12, atol=1e-12)
+    paddle.optimizer(table, lr=0.5).step()
+    assert weights.grad is not None
+    torch.testing.assert_close(rows_of(table)[0], (weights - 0.5 * weights.grad).detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(scale=2.0), LogitTransform(soft_cap=3.0)])

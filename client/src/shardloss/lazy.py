@@ -81,7 +81,6 @@ class LazyLogits(Unheld):
         Costs a pass over the table. float64 for a float64 table, else float32.
 
         Raises:
-            NotSupported: there is a transform.
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `Table.score`.
         """
         log_probs = asked(self, class_ids, want_log_probs=True)[1]
@@ -147,13 +146,7 @@ def ranges(num_classes: int, size: int) -> Iterator[range]:
 def asked(
     logits: LazyLogits, class_ids: Sequence[int] | Tensor, *, want_log_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(logits, log probabilities or None) [..., S] of class_ids [S] or [..., S], by the exact Score.
-
-    Raises:
-        NotSupported: there is a transform.
-    """
-    if logits.transform != types.LogitTransform():
-        raise NotSupported(f"exact questions about logits with {logits.transform} are not built; leave it out")
+    """(logits, log probabilities or None) [..., S] of class_ids [S] or [..., S], by the exact Score."""
     ids, batch_shape = ids_of(class_ids), logits.shape[:-1]
     if ids.ndim != 1:
         if ids.shape[:-1] != batch_shape:
@@ -162,7 +155,7 @@ def asked(
             )
         ids = ids.reshape(-1, ids.shape[-1])
     hidden = to_numpy(logits.hidden).reshape(-1, logits.hidden.shape[-1])
-    scores = logits.table.score(hidden, ids, want_log_probs=want_log_probs)
+    scores = logits.table.score(hidden, ids, want_log_probs=want_log_probs, logits=logits.transform)
 
     def shaped(array: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
         return to_torch(array).reshape(*batch_shape, ids.shape[-1]).to(logits.hidden.device)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from shardloss.autograd import Head, fresh_seed
+from shardloss.autograd import fresh_seed
+from shardloss.heads import Head
 from shardloss.optimizer import RemoteOptimizer
 from shardloss.table import Table
+
+IGNORED = -(2**63)  # marks a label that does not count: no class, and no ignore_index that anybody uses
 
 
 class SharedHead(Head):
     """Losses [N] of every kind over one table: those of a step share its session, and by seed its candidates."""
 
     def __init__(self, table: Table) -> None:
-        super().__init__(table, reduction="none", ignore_index=None, learning_rate=None)
+        super().__init__(table, reduction="none", ignore_index=IGNORED, learning_rate=None)
         self.seed = fresh_seed()
 
 

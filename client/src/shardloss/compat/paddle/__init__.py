@@ -9,10 +9,10 @@ Where the logits are those of a table (`Table.logits`), the service computes the
 are a dense torch tensor, torch does. docs/paddle.md lists every argument, and where we differ on purpose.
 """
 
+from shardloss.compat.head import optimizer
 from shardloss.compat.paddle.class_centers import class_center_sample
 from shardloss.compat.paddle.cross_entropy import cross_entropy, softmax_with_cross_entropy
 from shardloss.compat.paddle.margin import margin_cross_entropy
-from shardloss.compat.paddle.remote import optimizer
 from shardloss.compat.paddle.sampled import sampled_softmax_with_cross_entropy
 
 __all__ = [

@@ -7,12 +7,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from shardloss.compat.head import IGNORED
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy import LazyLogits
 
 Logits: TypeAlias = Tensor | LazyLogits
 
-IGNORED = -(2**63)  # marks a label that does not count: no class, and no ignore_index that anybody uses
 REDUCTIONS = ("mean", "sum", "none")
 
 

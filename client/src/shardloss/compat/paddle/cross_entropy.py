@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shardloss.compat.head import IGNORED
 from shardloss.compat.paddle import dense, remote
 from shardloss.compat.paddle.arguments import (
-    IGNORED,
     Logits,
     check_logits,
     check_reduction,
@@ -36,7 +36,7 @@ def softmax_with_cross_entropy(
 
     Raises:
         InvalidArgument: a tensor does not fit, or a label is no class.
-        NotSupported: lazy logits with another axis than the last, or with soft labels of too many classes.
+        NotSupported: lazy logits with another axis than the last.
     """
     check_logits(logits)
     place = class_axis(logits, axis)
@@ -72,8 +72,7 @@ def cross_entropy(
 
     Raises:
         InvalidArgument: an argument does not fit; soft or smoothed labels with ignore_index >= 0.
-        NotSupported: lazy logits without softmax, with another axis than the last, or with soft labels of too many
-            classes.
+        NotSupported: lazy logits without softmax, or with another axis than the last.
     """
     check_logits(input, "input")
     check_reduction(reduction)

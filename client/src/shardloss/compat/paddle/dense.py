@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardloss.compat.paddle.arguments import IGNORED
+from shardloss.compat.head import IGNORED
 
 
 def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:

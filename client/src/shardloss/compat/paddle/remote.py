@@ -6,32 +6,8 @@ import torch
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import SampledSoftmaxHead
-from shardloss.compat.paddle.arguments import IGNORED
-from shardloss.errors import NotSupported
+from shardloss.compat.head import head_of
 from shardloss.lazy import LazyLogits
-from shardloss.optimizer import RemoteOptimizer
-from shardloss.table import Table
-
-
-def head_of(table: Table) -> SampledSoftmaxHead:
-    """The one head through which these functions train a table: the losses of a step share its session."""
-
-    def make() -> SampledSoftmaxHead:
-        return table.sampled_softmax(1, reduction="none", ignore_index=IGNORED)
-
-    return table.client.attached(__name__, table.name, make, lambda head: shape_of(head.table) == shape_of(table))
-
-
-def shape_of(table: Table) -> tuple[int, int, str, bool]:
-    """What tells a table from another one made anew under its name."""
-    spec = table.spec
-    return spec.num_classes, spec.dim, spec.dtype, spec.bias
-
-
-def optimizer(table: Table, lr: float) -> RemoteOptimizer:
-    """The torch optimizer of a table that these functions train: step() commits the losses whose backward has run."""
-    return head_of(table).optimizer(lr)
 
 
 def losses_of(
@@ -49,14 +25,10 @@ def hard_losses(logits: LazyLogits, ids: Tensor, label_smoothing: float = 0.0) -
 def soft_losses(logits: LazyLogits, label: Tensor) -> Tensor:
     """As `dense.soft_losses` of logits: every class is a label with its weight.
 
-    Raises:
-        NotSupported: more classes than a row may have labels.
+    Up to the server's max_num_true classes they are labels like others; more stream as a label distribution, whose loss
+    is a step of its own.
     """
-    num_classes, most = logits.shape[-1], int(logits.table.client.info.limits["max_num_true"])
-    if num_classes > most:
-        raise NotSupported(
-            f"soft labels of {num_classes} classes: the server takes {most} labels a row; use hard labels, or "
-            "table.softmax()(hidden, class_ids, label_weights) with the classes whose label is not 0"
-        )
-    class_ids = torch.arange(num_classes).expand(label.shape)
-    return losses_of(logits, class_ids, types.FullSoftmax(logits=logits.transform), label)
+    loss, num_classes = types.FullSoftmax(logits=logits.transform), logits.shape[-1]
+    if num_classes > int(logits.table.client.info.limits["max_num_true"]):
+        return head_of(logits.table).apply_distribution(logits.hidden, label, loss)
+    return losses_of(logits, torch.arange(num_classes).expand(label.shape), loss, label)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shardloss import sampling, types
 from shardloss.autograd import fresh_seed, to_numpy
+from shardloss.compat.head import head_of
 from shardloss.compat.paddle import remote
 from shardloss.compat.paddle.arguments import Logits, check_logits, device_of, integers, refuse_ids
 from shardloss.errors import InvalidArgument
@@ -99,7 +100,7 @@ def remote_losses(
         values = types.SampledValues(ids[:, num_true:], counts[:, :num_true], counts[:, num_true:])
     loss = types.SampledSoftmax(
         num_sampled=num_samples,
-        seed=seed or remote.head_of(logits.table).loss.seed,
+        seed=seed or head_of(logits.table).seed,
         sampled_values=values,
         remove_accidental_hits=remove_hits,
         logits=logits.transform,
