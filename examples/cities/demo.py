@@ -47,16 +47,16 @@ def through_service(
     encoder = make_encoder(settings)
     table = make_table(client, cities.num_classes, settings)
     names = evaluate.sample(cities, settings)
-    with console.status(f"evaluating {len(names):,} names before training"):
-        before = evaluate.evaluate(cities, encoder, table, names)
+    with report.evaluating(console, len(names), "before") as on_names:
+        before = evaluate.evaluate(cities, encoder, table, names, settings, on_names)
     with report.progress(console, settings.num_steps) as on_step:
         curve = train(cities, encoder, table, settings, on_step)
-    with console.status(f"evaluating {len(names):,} names after training"):
-        after = evaluate.evaluate(cities, encoder, table, names)
+    with report.evaluating(console, len(names), "after") as on_names:
+        after = evaluate.evaluate(cities, encoder, table, names, settings, on_names)
     figures = {"before": before, "after": after, "baseline": evaluate.baseline(cities, names)}
     console.print(f"{len(curve.losses):,} steps in {curve.train_s:.0f} s, {curve.rows_per_s:,.0f} rows/s")
-    report.print_figures(console, figures, len(names), cities.num_classes)
     report.print_answers(console, ask(encoder, table, cities.places, MISSPELT))
+    report.print_figures(console, figures, len(names), cities.num_classes)
     report.write_result(out / "result.json", figures, curve, settings, len(names))
     report.draw_curve(curve, out / "curve.png")
     model.save(out / MODEL, encoder, table, cities.places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +14,27 @@ from examples.cities.encoder import Encoder
 from examples.cities.settings import Settings
 from examples.cities.train import encoded
 
-TOP = 10
+BLOCK = 1024  # names that are encoded and asked at once
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Mean negative log likelihood in nats, and the shares of names whose city ranks first, or among the first ten."""
+    """How well a ranking of cities finds the right one.
+
+    nll: mean negative log likelihood, nats; the shares of names whose city ranks first, or among the first ten; mrr:
+    mean reciprocal rank; gap: mean sampled minus exact loss of a batch, nats, None where nothing is sampled.
+    """
 
     nll: float
     hit_at_1: float
     hit_at_10: float
+    mrr: float
+    gap: float | None = None
 
 
-def figures(loss: NDArray[np.floating], rank: NDArray[np.integer]) -> Figures:
-    """Means over loss [N] and rank [N], 1 being the best."""
-    return Figures(float(loss.mean()), float((rank == 1).mean()), float((rank <= TOP).mean()))
+def figures(summary: shardloss.EvaluationSummary, gap: float | None = None) -> Figures:
+    """Means over the evaluated names."""
+    return Figures(summary.mean_loss, summary.hit_rate(1), summary.hit_rate(10), summary.mrr(), gap)
 
 
 def sample(dataset: Dataset, settings: Settings) -> NDArray[np.int64]:
@@ -38,11 +45,29 @@ def sample(dataset: Dataset, settings: Settings) -> NDArray[np.int64]:
     return np.sort(rng.choice(dataset.held_out, settings.num_eval, replace=False))
 
 
-def evaluate(dataset: Dataset, encoder: Encoder, table: shardloss.Table, index: NDArray[np.int64]) -> Figures:
-    """Exact loss and rank over all classes of the names of index, asked of the live table."""
-    answer = table.evaluate(encoded(dataset, encoder, index), dataset.class_ids[index], ignore_index=None)
-    assert answer.rank is not None
-    return figures(answer.loss, answer.rank)
+def evaluate(
+    dataset: Dataset,
+    encoder: Encoder,
+    table: shardloss.Table,
+    index: NDArray[np.int64],
+    settings: Settings,
+    progress: Callable[[int], None],
+) -> Figures:
+    """Exact loss and rank over all classes of the names of index, asked of the live table block by block."""
+    blocks = np.array_split(index, max(1, -(-len(index) // BLOCK)))
+    asked = ((encoded(dataset, encoder, block), dataset.class_ids[block]) for block in blocks)
+    summary = table.evaluate_batches(asked, ignore_index=None, progress=progress)
+    return figures(summary, sampling_gap(dataset, encoder, table, index, settings))
+
+
+def sampling_gap(
+    dataset: Dataset, encoder: Encoder, table: shardloss.Table, index: NDArray[np.int64], settings: Settings
+) -> float:
+    """How far training's loss is from the exact one: mean difference in nats over one batch out of index."""
+    batch = index[:: max(1, len(index) // settings.batch)][: settings.batch]
+    loss = shardloss.SampledSoftmax(settings.num_sampled, sampler=settings.sampler, seed=settings.seed)
+    hidden = encoded(dataset, encoder, batch)
+    return table.sampling_gap(hidden, dataset.class_ids[batch], loss, ignore_index=None).mean_gap
 
 
 def baseline(dataset: Dataset, index: NDArray[np.int64]) -> Figures:
@@ -52,4 +77,5 @@ def baseline(dataset: Dataset, index: NDArray[np.int64]) -> Figures:
     """
     count = np.bincount(dataset.class_ids[dataset.training], minlength=dataset.num_classes)
     class_ids = dataset.class_ids[index]
-    return figures(-np.log(count[class_ids] / count.sum()), class_ids + 1)
+    likely = shardloss.Evaluation(-np.log(count[class_ids] / count.sum()), class_ids + 1, version=0, last_version=0)
+    return figures(likely.summary())

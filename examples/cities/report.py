@@ -43,6 +43,17 @@ def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], Non
         yield on_step
 
 
+@contextmanager
+def evaluating(console: Console, num_names: int, when: str) -> Iterator[Callable[[int], None]]:
+    """A line with the names evaluated so far, before or after training; yields what to call with their number."""
+
+    def text(done: int) -> str:
+        return f"evaluating {when} training: {done:,} of {num_names:,} names"
+
+    with console.status(text(0)) as status:
+        yield lambda done: status.update(text(done))
+
+
 def recent_speed(curve: Curve) -> float:
     """Rows a second over the last steps."""
     seconds = [0.0, *curve.seconds][-RECENT - 1 :]
@@ -52,10 +63,11 @@ def recent_speed(curve: Curve) -> float:
 def print_figures(console: Console, figures: Mapping[str, Figures], num_names: int, num_classes: int) -> None:
     """Before, after and the baseline side by side."""
     table = Table(title=f"{num_names:,} held-out names, exactly, over all {num_classes:,} cities")
-    for heading in ("", "nats", "hit@1", "hit@10"):
+    for heading in ("", "nats", "hit@1", "hit@10", "MRR", "sampled - exact"):
         table.add_column(heading, justify="right" if heading else "left")
     for title, row in figures.items():
-        table.add_row(title, f"{row.nll:.3f}", f"{row.hit_at_1:.4f}", f"{row.hit_at_10:.4f}")
+        gap = "" if row.gap is None else f"{row.gap:+.3f}"
+        table.add_row(title, f"{row.nll:.3f}", f"{row.hit_at_1:.4f}", f"{row.hit_at_10:.4f}", f"{row.mrr:.4f}", gap)
     console.print(table)
 
 

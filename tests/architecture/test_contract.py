@@ -44,7 +44,7 @@ def test_the_promised_services_and_methods_are_there() -> None:
     found = {f"{method.containing_service.name}.{method.name}" for method in METHODS}
     assert found == {
         *(f"LossService.{name}" for name in ("ComputeLoss", "StreamLoss", "Commit", "Abort", "SampleCandidates")),
-        *(f"EvaluationService.{name}" for name in ("Evaluate", "TopK", "Score")),
+        *(f"EvaluationService.{name}" for name in ("Evaluate", "TopK", "Score", "SampleClasses")),
         *(
             f"TableService.{name}"
             for name in (

@@ -77,7 +77,7 @@ class Case:
         if "inputs" in self:
             logits = self["inputs"].astype(np.float64) @ self["weights"].astype(np.float64).T + self["biases"]
         else:
-            logits = self["logits"]
+            logits = self["logits"] if "logits" in self else self["input"]
         return bool(np.abs(logits).max() > LARGE_LOGIT)
 
     def tolerance(self) -> float:

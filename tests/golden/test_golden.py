@@ -1,105 +1,20 @@
-"""The service answers as TensorFlow and Paddle do, however the table is cut, in process and on Ray workers."""
+"""The service answers as TensorFlow does, however the table is cut, in process and on Ray workers."""
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import shardloss
-import torch
 from shardloss_server.placement import Placement
 from shardloss_server.rpc.serve import Server
 
-from .cases import Case, Cut, assert_matches, cuts_of, load
+from .cases import Case, Cut, assert_matches, load
+from .tables import Tables, dense, runs
 
-LOCAL_SHARDS = (1, 2, 3, 7)  # 7 leaves shards empty where V = 3, and uneven where V = 29
-RAY_SHARDS = (2, 3)  # two workers: one shard each, then two and one
-KEPT_TABLES = 32  # half of what a server holds
 TIE = 1e-6  # logits this close, relative to max(1, logit), are those of equal rows
 LEARNING_RATE = 0.375  # exact in float32, so only the gradient's own rounding shows
-
-
-def runs(cases: list[Case]) -> list[object]:
-    """Every case on every cut, in process; then on Ray."""
-    local = [
-        pytest.param("local", case, cut, id=f"{case}-local-{cut}")
-        for case in cases
-        for cut in cuts_of(case, LOCAL_SHARDS)
-    ]
-    ray = [
-        pytest.param("ray", case, cut, id=f"{case}-ray-{cut}", marks=pytest.mark.ray)
-        for case in cases
-        for cut in cuts_of(case, RAY_SHARDS)
-    ]
-    return local + ray
-
-
-class Tables:
-    """Tables filled with golden weights: one for each content and cut, the oldest given back."""
-
-    def __init__(self, client: shardloss.LossClient) -> None:
-        self._client = client
-        self._kept: OrderedDict[tuple[bytes, Cut], shardloss.Table] = OrderedDict()
-        self._names = (f"golden-{i}" for i in itertools.count())
-
-    def fresh(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
-        """A table of its own, filled by WriteRows; the caller deletes it."""
-        table = self._client.create_table(
-            next(self._names),
-            num_classes=len(weights),
-            dim=weights.shape[1],
-            dtype=weights.dtype.name,
-            bias=biases is not None,
-            num_shards=cut.num_shards,
-            placement=cut.placement,
-            initializer=shardloss.Zeros(),
-        )
-        table.write_rows(np.arange(len(weights)), weights, biases)
-        return table
-
-    def filled(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
-        """A table with these rows that nobody trains."""
-        content = weights.dtype.str.encode() + weights.tobytes() + (b"" if biases is None else biases.tobytes())
-        key = (content, cut)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT_TABLES:
-                self._client.delete_table(self._kept.popitem(last=False)[1].name)
-            self._kept[key] = self.fresh(weights, biases, cut)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def clear(self) -> None:
-        """Delete every kept table."""
-        while self._kept:
-            self._client.delete_table(self._kept.popitem()[1].name)
-
-
-def tables_of(server: Server) -> Iterator[Tables]:
-    with shardloss.connect(server.address) as client:
-        tables = Tables(client)
-        yield tables
-        tables.clear()
-
-
-@pytest.fixture(scope="module")
-def local_tables(local_server: Server) -> Iterator[Tables]:
-    yield from tables_of(local_server)
-
-
-@pytest.fixture(scope="module")
-def ray_tables(ray_server: Server) -> Iterator[Tables]:
-    yield from tables_of(ray_server)
-
-
-@pytest.fixture
-def tables(request: pytest.FixtureRequest, where: str) -> Tables:
-    """The tables of the group that a run names."""
-    found: Tables = request.getfixturevalue(f"{where}_tables")
-    return found
 
 
 # TensorFlow
@@ -123,19 +38,6 @@ def tf_loss(case: Case, hit_removal: str = "last") -> shardloss.FullSoftmax | sh
 
 def tf_table(tables: Tables, case: Case, cut: Cut) -> shardloss.Table:
     return tables.filled(case["weights"], case["biases"], cut)
-
-
-def dense(gradient: shardloss.TableGradient | None, like: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """A table gradient as (rows [V, D], biases [V]); its class ids ascend, each once."""
-    assert gradient is not None
-    assert (np.diff(gradient.class_ids) > 0).all()
-    rows = np.zeros(like.shape, dtype=gradient.rows.dtype)
-    rows[gradient.class_ids] = gradient.rows
-    if gradient.biases is None:
-        return rows, None
-    biases = np.zeros(len(like), dtype=gradient.biases.dtype)
-    biases[gradient.class_ids] = gradient.biases
-    return rows, biases
 
 
 @pytest.mark.parametrize("where, case, cut", runs(TF_SAMPLED + TF_FULL))
@@ -217,61 +119,6 @@ def test_evaluation_equals_tensorflow(tables: Tables, case: Case, cut: Cut) -> N
     assert_matches(evaluation.loss, case["loss"], case.tolerance(), "loss")
 
 
-# Paddle: logits only, so the table is the identity and hidden is the logits.
-
-
-PADDLE = [case for case in load("paddle_softmax_with_cross_entropy") if not case.meta["soft_label"]]
-QUIRKS = load("paddle_quirk")
-
-
-def identity(case: Case) -> np.ndarray:
-    """Rows whose logits are hidden itself."""
-    return np.eye(case["logits"].shape[case.meta.get("axis", -1)], dtype=case.dtype)
-
-
-def flat(case: Case, name: str) -> np.ndarray:
-    """An array with its class axis last, flattened to [N, classes or 1]."""
-    moved = np.moveaxis(case[name], case.meta.get("axis", -1), -1)
-    return moved.reshape(-1, moved.shape[-1])
-
-
-@pytest.mark.parametrize("where, case, cut", runs(PADDLE))
-def test_hard_label_loss_and_gradient_equal_paddle(tables: Tables, case: Case, cut: Cut) -> None:
-    """Loss and logit gradient equal softmax_with_cross_entropy; ignored rows have loss 0 and gradient 0."""
-    table, tolerance = tables.filled(identity(case), None, cut), case.tolerance()
-    labels, ignore = flat(case, "label"), case.meta["ignore_index"]
-    result = table.compute_loss(
-        flat(case, "logits"), labels, shardloss.FullSoftmax(), ignore_index=ignore, want_hidden_grad=True
-    )
-    assert result.loss is not None
-    assert result.hidden_grad is not None
-    assert_matches(result.loss, flat(case, "loss")[:, 0], tolerance, "loss")
-    assert_matches(result.hidden_grad, flat(case, "grad_logits_sum"), tolerance, "gradient of the sum")
-    scaled = result.hidden_grad * flat(case, "upstream")
-    assert_matches(scaled, flat(case, "grad_logits_up"), tolerance, "gradient of the scaled sum")
-    ignored = labels[:, 0] == ignore
-    assert not result.loss[ignored].any()
-    assert not result.hidden_grad[ignored].any()
-
-
-@pytest.mark.parametrize("where, case, cut", runs(PADDLE))
-def test_probabilities_equal_paddle(tables: Tables, case: Case, cut: Cut) -> None:
-    """exp of Score's log probabilities is the softmax that Paddle returns."""
-    table, logits = tables.filled(identity(case), None, cut), flat(case, "logits")
-    log_probs = table.score(logits, np.arange(logits.shape[1]), want_log_probs=True).log_probs
-    assert log_probs is not None
-    assert_matches(np.exp(log_probs), flat(case, "softmax"), case.tolerance(), "softmax")
-
-
-@pytest.mark.parametrize("where, case, cut", runs(QUIRKS))
-def test_losses_above_64_are_exact(tables: Tables, case: Case, cut: Cut) -> None:
-    """No logit is clipped: where Paddle's CPU kernel stops at 64, the loss is the exact one."""
-    table = tables.filled(identity(case), None, cut)
-    result = table.compute_loss(flat(case, "logits"), flat(case, "label"), shardloss.FullSoftmax())
-    assert_matches(result.loss, flat(case, "exact_loss")[:, 0], case.tolerance(), "loss")
-    assert np.abs(result.loss - flat(case, "loss")[:, 0]).max() > 1.0
-
-
 # The training path
 
 
@@ -297,36 +144,6 @@ def test_a_committed_step_subtracts_tensorflows_gradient(tables: Tables, case: C
         table.client.delete_table(table.name)
 
 
-@pytest.mark.parametrize("where, case, cut", runs(first(PADDLE) + QUIRKS))
-def test_a_committed_step_subtracts_paddles_gradient(tables: Tables, case: Case, cut: Cut) -> None:
-    """With the identity for rows the step is lr * (logit gradient)^T @ logits; ignored rows take no part in it."""
-    table = tables.fresh(identity(case), None, cut)
-    try:
-        logits, session = flat(case, "logits"), table.session()
-        result = session.compute_loss(
-            logits, flat(case, "label"), shardloss.FullSoftmax(), ignore_index=case.meta.get("ignore_index")
-        )
-        g, dlogits = None, exact_logit_gradient(case)
-        if "grad_logits_up" in case:
-            g, dlogits = flat(case, "upstream")[:, 0], flat(case, "grad_logits_up")
-        session.commit([(result, g)], learning_rate=LEARNING_RATE)
-        expected = identity(case) - LEARNING_RATE * dlogits.T.astype(np.float64) @ logits
-        after = table.read_rows(np.arange(len(expected)))
-        assert after.biases is None
-        assert_matches(after.rows, expected, case.tolerance(), "rows")
-    finally:
-        table.client.delete_table(table.name)
-
-
-def exact_logit_gradient(case: Case) -> np.ndarray:
-    """softmax - one-hot by torch in float64, for a case that holds no gradient of its own."""
-    logits = torch.tensor(flat(case, "logits"), dtype=torch.float64, requires_grad=True)
-    label = torch.tensor(flat(case, "label")[:, 0])
-    torch.nn.functional.cross_entropy(logits, label, reduction="sum", ignore_index=-100).backward()
-    assert logits.grad is not None
-    return logits.grad.numpy()
-
-
 # What the runs above rest on
 
 
@@ -334,8 +151,6 @@ def test_the_index_holds_every_family_that_is_tested() -> None:
     """No family is skipped because the folder lacks it."""
     assert TF_SAMPLED
     assert TF_FULL
-    assert PADDLE
-    assert QUIRKS
     assert HITS
 
 

@@ -206,6 +206,12 @@ def not_a_rate(request: Callable[[World], Message], path: str) -> list[Bad]:
     return [Bad(f"{path} {what}", request, let(path, value), InvalidArgument, path) for what, value in values.items()]
 
 
+def not_a_factor(request: Callable[[World], Message], path: str) -> list[Bad]:
+    """What logits are multiplied by, or bounded to, is positive and finite."""
+    values = {"zero": 0.0, "negative": -1.0, "nan": NAN, "inf": INF, "minus inf": -INF}
+    return [Bad(f"{path} {what}", request, let(path, value), InvalidArgument, path) for what, value in values.items()]
+
+
 def bad(request: Callable[[World], Message], error: type[ShardlossError], *rows: tuple[Any, ...]) -> list[Bad]:
     """Rows of (what, spoil, field[, index]) with one request and one error."""
     return [Bad(what, request, spoil, error, field, *index) for what, spoil, field, *index in rows]
@@ -613,8 +619,10 @@ ROWS = [
 QUESTIONS = [
     *[
         row
-        for request in (World.evaluate, World.top_k, World.score)
+        for request in (World.evaluate, World.top_k, World.score, World.sample_classes)
         for row in (
+            *not_a_factor(request, "logits.scale"),
+            *not_a_factor(request, "logits.soft_cap"),
             *tensors(request, "hidden", "hidden", (N, D), "int64"),
             *not_finite(request, "hidden", "hidden", (6, 4)),
             *bad(request, InvalidArgument, ("logits beyond float32", cell("hidden", (4,), 3e38), "hidden", (4,))),
@@ -656,6 +664,26 @@ QUESTIONS = [
             "class_ids",
             (4, 1),
         ),
+    ),
+    *bad(
+        World.sample_classes,
+        InvalidArgument,
+        ("no samples", let("num_samples", 0), "num_samples"),
+        ("negative samples", let("num_samples", -S), "num_samples"),
+        ("a negative row", let("first_row", -1), "first_row"),
+        ("a row beyond 2^62", let("first_row", 2**62), "first_row"),
+        ("the best 0", let("top_k", 0), "top_k"),
+        ("the best of a negative number", let("top_k", -1), "top_k"),
+        ("more than all classes", let("top_k", V + 1), "top_k"),
+    ),
+    *bad(
+        World.sample_classes,
+        LimitExceeded,
+        ("2^62 samples", let("num_samples", 2**62), "num_samples"),
+        ("a reply above the limit", let("num_samples", 40), "num_samples"),
+        ("2^62 samples of no row", both(put("hidden", np.zeros((0, D))), let("num_samples", 2**62)), "num_samples"),
+        ("more of the best than the limit", let("top_k", MAX_TOP_K + 1), "top_k"),
+        ("too many rows", put("hidden", numbers(MAX_BATCH + 1, D)), "hidden"),
     ),
     *bad(World.score, LimitExceeded, ("a reply above the limit", put("class_ids", np.zeros(40, int)), "class_ids")),
 ]
@@ -791,5 +819,7 @@ def test_questions_without_rows_are_legal(world: World) -> None:
     assert (evaluation.loss.shape, evaluation.rank.shape) == ((0,), (0,))
     assert world.table.top_k(hidden, 3).logits.shape == (0, 3)
     assert world.table.score(hidden, np.arange(4), want_log_probs=True).log_probs.shape == (0, 4)
+    assert world.table.sample_classes(hidden, 4, top_k=2, want_log_probs=True).log_probs.shape == (0, 4)
+    assert world.table.sample_classes(hidden, 4).class_ids.shape == (0, 4)
     assert world.table.read_rows(np.zeros(0, int)).rows.shape == (0, D)
     world.assert_untouched()

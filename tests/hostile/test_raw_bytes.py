@@ -102,6 +102,7 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.evaluate(),
         world.top_k(),
         world.score(),
+        world.sample_classes(),
     ]
     by_method: dict[str, list[Message]] = {}
     for request in requests:

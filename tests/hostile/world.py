@@ -190,6 +190,11 @@ class World:
             table=self.name, hidden=wire.encode(numbers(N, D)), class_ids=wire.encode(np.array([0, 10, 3]))
         )
 
+    def sample_classes(self) -> evaluation_pb2.SampleClassesRequest:
+        return evaluation_pb2.SampleClassesRequest(
+            table=self.name, hidden=wire.encode(numbers(N, D)), num_samples=4, seed=3, want_log_probs=True
+        )
+
     # What must stay
 
     def method(self, request: Message) -> Callable[..., Message]:

@@ -119,7 +119,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_a_small_run_shows_figures_and_answers(finished: Finished) -> None:
     """It says whose data it is, how it trained, and the places of misspelt names; its service leaves nothing."""
     assert finished.status == 0, finished.output
-    for shown in ("GeoNames", "2,000 cities", "rows/s", "before", "after", "baseline"):
+    for shown in ("GeoNames", "2,000 cities", "rows/s", "before", "after", "baseline", "MRR", "sampled - exact"):
         assert shown in finished.output
     for asked, place in {
         "Koeln": "Köln, Germany",
@@ -138,14 +138,19 @@ def test_a_small_run_learns(finished: Finished) -> None:
     rows = ("before", "after", "baseline")
     assert set(result) == {*rows, "rows_per_s", "train_s", "seed", "eval_names"}
     for row in rows:
-        assert set(result[row]) == {"nll", "hit_at_1", "hit_at_10"}
+        assert set(result[row]) == {"nll", "hit_at_1", "hit_at_10", "mrr", "gap"}
         assert 0 <= result[row]["hit_at_1"] <= result[row]["hit_at_10"] <= 1
+        assert result[row]["hit_at_1"] <= result[row]["mrr"] <= 1
     before, after, baseline = (result[row] for row in rows)
     assert before["nll"] == pytest.approx(math.log(2000), abs=1e-4)
     for other in (before, baseline):
         assert after["nll"] < other["nll"] - 2
         assert after["hit_at_1"] > other["hit_at_1"] + 0.2
         assert after["hit_at_10"] > other["hit_at_10"] + 0.4
+        assert after["mrr"] > other["mrr"] + 0.2
+    assert before["gap"] == pytest.approx(math.log(129 / 2000), abs=1e-2)  # all alike: one of 1 + 128, not of 2,000
+    assert before["gap"] < after["gap"] < 0
+    assert baseline["gap"] is None
     assert (result["seed"], result["eval_names"]) == (0, 500)
     assert result["rows_per_s"] > 0
     assert result["train_s"] > 0

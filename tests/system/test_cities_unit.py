@@ -281,9 +281,11 @@ def test_the_order_of_training_is_the_seeds() -> None:
 
 
 def test_figures_are_means_over_names() -> None:
-    """Rank 1 is the first place and rank 10 still among the first ten."""
-    found = evaluate.figures(np.array([0.5, 1.0, 3.0, 7.5]), np.array([1, 10, 11, 200]))
-    assert found == evaluate.Figures(nll=3.0, hit_at_1=0.25, hit_at_10=0.5)
+    """Rank 1 is the first place and rank 10 still among the first ten; what ranks far counts little in the MRR."""
+    answers = shardloss.Evaluation(np.array([0.5, 1.0, 3.0, 7.5]), np.array([1, 10, 16, 200]), 1, 1)
+    mrr = (1 + 1 / 10 + 1 / 16 + 1 / 200) / 4
+    expected = evaluate.Figures(nll=3.0, hit_at_1=0.25, hit_at_10=0.5, mrr=mrr, gap=-0.5)
+    assert evaluate.figures(answers.summary(), gap=-0.5) == pytest.approx(expected)
 
 
 def dataset_of(class_ids: list[int], held_out: list[int]) -> Dataset:
@@ -297,7 +299,8 @@ def test_the_baseline_knows_populations_and_how_often_cities_are_named() -> None
     """It ranks by population: class 0 first, class 10 eleventh; its likelihood is the share of the training names."""
     cities = dataset_of([0, 0, 0, *range(1, 10), 10, 10, 10], held_out=[0, 14])
     found = evaluate.baseline(cities, cities.held_out)
-    assert found == pytest.approx(evaluate.Figures(nll=math.log(13 / 2), hit_at_1=0.5, hit_at_10=0.5))
+    expected = evaluate.Figures(nll=math.log(13 / 2), hit_at_1=0.5, hit_at_10=0.5, mrr=(1 + 1 / 11) / 2)
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("num_eval", "expected"), [(None, 40), (40, 40), (41, 40), (9, 9)])
@@ -337,14 +340,15 @@ def test_numbers_that_cannot_be_are_refused_before_any_work(arguments: str, caps
 
 
 def test_the_result_file_has_every_figure(tmp_path: Path) -> None:
-    """before, after and baseline with their three figures each, speed, time, seed and the number of names."""
-    figures = {name: evaluate.Figures(n + 0.5, 0.25, 1.0) for n, name in enumerate(("before", "after", "baseline"))}
+    """before, after and baseline with their figures each, speed, time, seed and the number of names."""
+    gaps = {"before": 0.125, "after": -0.25, "baseline": None}
+    figures = {name: evaluate.Figures(n + 0.5, 0.25, 1.0, 0.5, gap) for n, (name, gap) in enumerate(gaps.items())}
     curve = Curve([3.0, 2.0, 1.0], [0.5, 1.0, 2.0], batch=8)
     report.write_result(tmp_path / "result.json", figures, curve, Settings(seed=6), 77)
     assert json.loads((tmp_path / "result.json").read_text()) == {
-        "before": {"nll": 0.5, "hit_at_1": 0.25, "hit_at_10": 1.0},
-        "after": {"nll": 1.5, "hit_at_1": 0.25, "hit_at_10": 1.0},
-        "baseline": {"nll": 2.5, "hit_at_1": 0.25, "hit_at_10": 1.0},
+        "before": {"nll": 0.5, "hit_at_1": 0.25, "hit_at_10": 1.0, "mrr": 0.5, "gap": 0.125},
+        "after": {"nll": 1.5, "hit_at_1": 0.25, "hit_at_10": 1.0, "mrr": 0.5, "gap": -0.25},
+        "baseline": {"nll": 2.5, "hit_at_1": 0.25, "hit_at_10": 1.0, "mrr": 0.5, "gap": None},
         "rows_per_s": 12.0,
         "train_s": 2.0,
         "seed": 6,

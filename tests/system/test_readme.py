@@ -19,6 +19,15 @@ def test_the_trainer_example_runs_as_it_stands(local_server: Server, capsys) -> 
     assert 5.0 < float(capsys.readouterr().out) < 20.0  # log(50,000) = 10.8
 
 
+def test_the_examples_for_tensorflow_users_run_as_they_stand(local_server: Server, capsys) -> None:
+    """One after the other, as a reader would type them."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tensorflow.md").read_text(), re.S)
+    assert len(examples) == 2
+    code = "".join(examples).replace("127.0.0.1:7070", local_server.address)
+    exec(compile(code, "docs/tensorflow.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_every_make_target_and_link_is_there() -> None:
     """Commands and files that the README names exist."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))

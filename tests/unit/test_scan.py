@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardloss_server.evaluation.passes import best_of, merged_lse, sum_before
+from shardloss_server.evaluation.slices import best_of, merged_lse, sum_before
 from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
 from torch import Tensor
 

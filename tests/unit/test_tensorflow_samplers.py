@@ -1,8 +1,7 @@
-"""TensorFlow's sampler functions: its signatures, its state, its checks, on torch tensors."""
+"""TensorFlow's sampler functions: its state, its checks, on torch tensors."""
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,44 +15,7 @@ from shardloss.compat import tensorflow
 from shardloss.errors import InvalidArgument
 from torch import Tensor
 
-RANGE = ["true_classes", "num_true", "num_sampled", "unique", "range_max", ("seed", None), ("name", None)]
-SIGNATURES: dict[str, list[Any]] = {  # TensorFlow 2.21's
-    "all_candidate_sampler": ["true_classes", "num_true", "num_sampled", "unique", ("seed", None), ("name", None)],
-    "uniform_candidate_sampler": RANGE,
-    "log_uniform_candidate_sampler": RANGE,
-    "learned_unigram_candidate_sampler": RANGE,
-    "fixed_unigram_candidate_sampler": [
-        *RANGE[:5],
-        ("vocab_file", ""),
-        ("distortion", 1.0),
-        ("num_reserved_ids", 0),
-        ("num_shards", 1),
-        ("shard", 0),
-        ("unigrams", ()),
-        *RANGE[5:],
-    ],
-    "compute_accidental_hits": ["true_classes", "sampled_candidates", "num_true", ("seed", None), ("name", None)],
-}
 LABELS = torch.tensor([[3, 0], [7, 3], [10, 3]])
-
-
-def parameters(function: Callable[..., object]) -> list[Any]:
-    """Names in order, with the default where there is one."""
-    found = inspect.signature(function).parameters.values()
-    return [p.name if p.default is p.empty else (p.name, p.default) for p in found]
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_tensorflows(name: str) -> None:
-    """Names, order and defaults, in both versions."""
-    assert parameters(getattr(tensorflow, name)) == SIGNATURES[name]
-    assert getattr(tensorflow.v1, name) is getattr(tensorflow, name)
-
-
-def test_in_top_k_has_the_order_of_its_version() -> None:
-    """Version 2 takes targets first, version 1 predictions."""
-    assert parameters(tensorflow.in_top_k) == ["targets", "predictions", "k", ("name", None)]
-    assert parameters(tensorflow.v1.in_top_k) == ["predictions", "targets", "k", ("name", None)]
 
 
 # State

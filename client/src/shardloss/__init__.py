@@ -10,6 +10,7 @@ Importing this package imports neither torch nor ray; heads import torch when th
 from shardloss import errors
 from shardloss.client import LossClient, connect
 from shardloss.errors import ShardlossError
+from shardloss.lazy_rows import LazyRows
 from shardloss.session import Session
 from shardloss.table import Table
 from shardloss.types import (
@@ -17,8 +18,10 @@ from shardloss.types import (
     Adam,
     AdamW,
     Candidates,
+    ClassSamples,
     CommitResult,
     Evaluation,
+    EvaluationSummary,
     FixedUnigram,
     FullSigmoid,
     FullSoftmax,
@@ -35,6 +38,7 @@ from shardloss.types import (
     SampledLogistic,
     SampledSoftmax,
     SampledValues,
+    SamplingGap,
     Scores,
     ServerInfo,
     Sgd,
@@ -53,13 +57,16 @@ __all__ = [
     "Adam",
     "AdamW",
     "Candidates",
+    "ClassSamples",
     "CommitResult",
     "Evaluation",
+    "EvaluationSummary",
     "FixedUnigram",
     "FullSigmoid",
     "FullSoftmax",
     "HitIds",
     "InBatch",
+    "LazyRows",
     "LogitTransform",
     "LossClient",
     "LossResult",
@@ -72,6 +79,7 @@ __all__ = [
     "SampledLogistic",
     "SampledSoftmax",
     "SampledValues",
+    "SamplingGap",
     "Scores",
     "ServerInfo",
     "Session",

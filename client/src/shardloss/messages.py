@@ -202,7 +202,9 @@ def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.
 @writing_request()
 def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     """Write a loss into a request."""
-    set_transform(message.logits, loss.logits)
+    transform = logit_transform(None if loss.logits == types.LogitTransform() else loss.logits)
+    if transform is not None:
+        message.logits.CopyFrom(transform)
     if isinstance(loss, types.FullSoftmax):
         message.full_softmax.SetInParent()
         message.full_softmax.label_smoothing = loss.label_smoothing
@@ -238,15 +240,6 @@ def set_softmax(message: loss_pb2.ComputeLossRequest, loss: types.FullSoftmax | 
     message.z_loss = loss.z_loss
     if loss.margin is not None:
         message.margin.m1, message.margin.m2, message.margin.m3 = loss.margin.m1, loss.margin.m2, loss.margin.m3
-
-
-def set_transform(message: logits_pb2.LogitTransform, transform: types.LogitTransform) -> None:
-    """Write how logits are made; the identity is left out."""
-    if transform == types.LogitTransform():
-        return
-    message.scale, message.normalize = transform.scale, transform.normalize
-    if transform.soft_cap is not None:
-        message.soft_cap = transform.soft_cap
 
 
 def set_hit_ids(message: loss_pb2.ComputeLossRequest, hit_ids: types.HitIds | None) -> None:
@@ -350,11 +343,35 @@ def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
     return types.CommitResult(message.version, message.staleness, message.replayed)
 
 
+@writing_request()
+def logit_transform(transform: types.LogitTransform | None) -> logits_pb2.LogitTransform | None:
+    """How logits are made; None stays absent."""
+    if transform is None:
+        return None
+    return logits_pb2.LogitTransform(scale=transform.scale, soft_cap=transform.soft_cap, normalize=transform.normalize)
+
+
 @reading_reply()
 def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
     """Exact losses and ranks."""
-    rank = wire.decode(message.rank, "rank") if message.HasField("rank") else None
-    return types.Evaluation(wire.decode(message.loss, "loss"), rank, message.version, message.last_version)
+    return types.Evaluation(
+        wire.decode(message.loss, "loss"),
+        optional(message.rank, message.HasField("rank"), "rank", None),
+        message.version,
+        message.last_version,
+        optional(message.sigmoid, message.HasField("sigmoid"), "sigmoid", None),
+    )
+
+
+@reading_reply()
+def class_samples(message: evaluation_pb2.SampleClassesResponse) -> types.ClassSamples:
+    """Draws from the exact softmax."""
+    return types.ClassSamples(
+        wire.decode(message.class_ids, "class_ids"),
+        optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
+        message.version,
+        message.last_version,
+    )
 
 
 @reading_reply()

@@ -11,20 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss import types
+from shardloss import types, wire
 from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld
 from shardloss.session import Session
 
 MAX_DEAD_PARTS = 16  # losses of one step that were let go before the others are taken for forgotten, too
 
 
+Alone = Callable[[wire.Array, float, float], object]
+
+
 class Part:
-    """One loss of a step. It lives as long as the graph of that loss, whose backward may still record it."""
+    """One loss of a step. It lives as long as the graph of that loss, whose backward may still record it.
 
-    __slots__ = ("__weakref__", "ticket")
+    A loss without a ticket is a step of its own: `alone` gets its g [N], the learning rate and the grad scale.
+    """
 
-    def __init__(self, ticket: str) -> None:
-        self.ticket = ticket
+    __slots__ = ("__weakref__", "alone", "ticket")
+
+    def __init__(self, ticket: str, alone: Alone | None = None) -> None:
+        self.ticket, self.alone = ticket, alone
 
 
 class Pending:
@@ -39,7 +45,7 @@ class Pending:
         self.probe = torch.zeros((), device="cpu", requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
         self._waiting: WeakSet[Part] = WeakSet()
-        self._upstreams: dict[str, Tensor] = {}
+        self._upstreams: dict[Part, Tensor] = {}
         self._has_accumulated = False
 
     def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
@@ -59,9 +65,9 @@ class Pending:
             self._clear()
             return self.session.compute_loss(*args, **options)
 
-    def part(self, ticket: str) -> Part:
-        """The part of a ticket, for the graph of its loss to hold."""
-        part = Part(ticket)
+    def part(self, ticket: str, alone: Alone | None = None) -> Part:
+        """The part of a ticket, or a step of its own, for the graph of its loss to hold."""
+        part = Part(ticket, alone)
         self._waiting.add(part)
         return part
 
@@ -79,8 +85,8 @@ class Pending:
         if self._has_accumulated and self.probe.grad is None:
             self._forget_recorded()
         is_first = not self._upstreams
-        known = self._upstreams.get(part.ticket)
-        self._upstreams[part.ticket] = g.clone() if known is None else known + g
+        known = self._upstreams.get(part)
+        self._upstreams[part] = g.clone() if known is None else known + g
         self._waiting.discard(part)
         is_finite = bool(torch.isfinite(g).all())
         if self.learning_rate is None:
@@ -101,14 +107,24 @@ class Pending:
         """
         if not self._upstreams:
             return
-        parts = [(ticket, wire_array(g)) for ticket, g in self._upstreams.items()]
         try:
-            self.session.commit(parts, learning_rate=learning_rate, grad_scale=grad_scale)
+            self._commit_recorded(learning_rate, grad_scale)
         except ShardlossError as error:
             if isinstance(error, RequestError) or self.learning_rate is not None:
                 self._give_up()
             raise
         self._clear()
+
+    def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
+        parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
+        alone = [(part.alone, g) for part, g in parts if part.alone is not None]
+        if alone and len(parts) > 1:
+            raise InvalidArgument("a loss of a label distribution is a step of its own; this step has other losses")
+        for step, g in alone:
+            step(g, learning_rate, grad_scale)
+        if not alone:
+            tickets = [(part.ticket, g) for part, g in parts]
+            self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
 
     def drop(self) -> None:
         """Forget what was recorded, and give the step up unless a loss still waits for its backward."""

@@ -103,13 +103,15 @@ class Session:
         loss: types.Loss,
         *,
         learning_rate: float,
+        grad_scale: float = 1.0,
         upstream: Numbers | None = None,
         label_distribution: Array | None = None,
         label_weights: Array | None = None,
         ignore_index: int | None = None,
         want_hidden_grad: bool = True,
     ) -> types.LossResult:
-        """Score hidden [N, D] and commit in one call: the table's objective is sum(upstream [N] * loss), None is ones.
+        """Score hidden [N, D] and commit in one call: the table's objective is grad_scale * sum(upstream [N] * loss),
+        None is ones.
 
         label_distribution as in `Table.compute_loss`. The reply's tensors are None where an earlier try had committed
         and the server keeps its reply no more.
@@ -130,7 +132,7 @@ class Session:
             want_hidden_grad=want_hidden_grad,
         )
         self._key(request)
-        request.commit_now.learning_rate = learning_rate
+        request.commit_now.learning_rate, request.commit_now.grad_scale = learning_rate, grad_scale
         request.commit_now.opened_at_version = self.opened_at_version
         with self._passing(StepTooOld, StepReused):
             result = self.table.send_loss(request, label_distribution)

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-from google.protobuf.message import Message
 
-from shardloss import chunks, messages, types
-from shardloss.channel import single
-from shardloss.errors import InvalidArgument, LimitExceeded
-from shardloss.messages import Numbers, numbers
+from shardloss import messages, types
+from shardloss.errors import InvalidArgument
+from shardloss.losses import Losses
+from shardloss.messages import numbers
+from shardloss.paging import asked, joined, of_rank, pages
 from shardloss.session import Session
-from shardloss.v1 import evaluation_pb2, loss_pb2, table_pb2
+from shardloss.trainable import Trainable
+from shardloss.v1 import table_pb2
 from shardloss.wire import Array
 
 if TYPE_CHECKING:
-    from shardloss.autograd import (
-        MarginSoftmaxHead,
-        SampledLogisticHead,
-        SampledSoftmaxHead,
-        SigmoidHead,
-        SoftmaxHead,
-    )
     from shardloss.client import LossClient
 
-PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
-REPLY_BYTES = 8  # an element of a reply takes this much at most
 LARGEST = {  # finite numbers of the storage dtypes
     "float32": float(np.finfo(np.float32).max),
     "float64": float(np.finfo(np.float64).max),
     "bfloat16": 255 * 2.0**120,
 }
 
-T = TypeVar("T")
 
-
-class Table:
+class Table(Trainable, Losses):
     """One table of a server: heads that train it, exact questions, rows."""
 
     def __init__(self, client: LossClient, info: types.TableInfo) -> None:
@@ -49,174 +38,6 @@ class Table:
         """The table as it stands now."""
         return self.client.table(self.name).spec
 
-    def softmax(
-        self,
-        *,
-        label_smoothing: float = 0.0,
-        class_weights: Array | None = None,
-        z_loss: float = 0.0,
-        logits: types.LogitTransform | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        learning_rate: float | None = None,
-    ) -> SoftmaxHead:
-        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.autograd.Head`.
-
-        label_smoothing and class_weights [V] as in torch.nn.functional.cross_entropy; z_loss adds z_loss * lse ** 2 a
-        row; logits says how logits are made (temperature, soft cap, cosines). reduction is "mean", "sum" or "none";
-        rows whose labels are all ignore_index do not count, None counts all. With a learning_rate the head commits in
-        backward; without one, by `head.optimizer(lr)`.
-
-        Raises:
-            InvalidArgument: an unknown reduction, or class_weights of another length.
-        """
-        from shardloss.autograd import SoftmaxHead
-
-        loss = types.FullSoftmax(label_smoothing, class_weights, None, z_loss, logits or types.LogitTransform())
-        return SoftmaxHead(self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-
-    def sampled_softmax(
-        self,
-        num_sampled: int = 0,
-        *,
-        sampler: types.Sampler = "log_uniform",
-        unique: bool = True,
-        seed: int | None = None,
-        remove_accidental_hits: bool = True,
-        hit_removal: str = "every",
-        num_hard_negatives: int = 0,
-        z_loss: float = 0.0,
-        logits: types.LogitTransform | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        learning_rate: float | None = None,
-    ) -> SampledSoftmaxHead:
-        """A torch.nn.Module of the sampled softmax loss; see `shardloss.autograd.Head`.
-
-        Each step draws num_sampled candidates by sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
-        sorted by falling frequency), distinct where unique, from (seed, step); seed None comes from torch's generator.
-        remove_accidental_hits takes candidates that are labels of a row out of it: "every" copy, or "last" alone as
-        TensorFlow. num_hard_negatives > 0 keeps so many of the best candidates of each row alone. num_sampled 0 is for
-        a head that is always given sampled_values, and for samplers that need none. The rest is as in `softmax`.
-
-        Raises:
-            InvalidArgument: an unknown sampler, hit_removal or reduction.
-        """
-        from shardloss.autograd import SampledSoftmaxHead, fresh_seed
-
-        loss = types.SampledSoftmax(
-            num_sampled=num_sampled,
-            sampler=sampler,
-            unique=unique,
-            seed=fresh_seed() if seed is None else seed,
-            remove_accidental_hits=remove_accidental_hits,
-            hit_removal=hit_removal,
-            num_hard_negatives=num_hard_negatives,
-            z_loss=z_loss,
-            logits=logits or types.LogitTransform(),
-        )
-        messages.check_loss(loss)
-        return SampledSoftmaxHead(
-            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
-        )
-
-    def nce(
-        self,
-        num_sampled: int = 0,
-        *,
-        sampler: types.Sampler = "log_uniform",
-        unique: bool = True,
-        seed: int | None = None,
-        remove_accidental_hits: bool = False,
-        hit_removal: str = "every",
-        subtract_log_q: bool = True,
-        logits: types.LogitTransform | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        learning_rate: float | None = None,
-    ) -> SampledLogisticHead:
-        """A torch.nn.Module of noise-contrastive estimation, TensorFlow's nce_loss; see `shardloss.autograd.Head`.
-
-        With remove_accidental_hits it is the sampled logistic loss; subtract_log_q False is negative sampling. The rest
-        is as in `sampled_softmax`.
-
-        Raises:
-            InvalidArgument: an unknown sampler, hit_removal or reduction.
-        """
-        from shardloss.autograd import SampledLogisticHead, fresh_seed
-
-        loss = types.SampledLogistic(
-            num_sampled=num_sampled,
-            sampler=sampler,
-            unique=unique,
-            seed=fresh_seed() if seed is None else seed,
-            remove_accidental_hits=remove_accidental_hits,
-            hit_removal=hit_removal,
-            subtract_log_q=subtract_log_q,
-            logits=logits or types.LogitTransform(),
-        )
-        messages.check_loss(loss)
-        return SampledLogisticHead(
-            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
-        )
-
-    def sigmoid(
-        self,
-        *,
-        logits: types.LogitTransform | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        learning_rate: float | None = None,
-    ) -> SigmoidHead:
-        """A torch.nn.Module of the logistic loss over all classes, summed a row; see `shardloss.autograd.Head`.
-
-        As torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1). The rest
-        is as in `softmax`.
-
-        Raises:
-            InvalidArgument: an unknown reduction.
-        """
-        from shardloss.autograd import SigmoidHead
-
-        loss = types.FullSigmoid(logits or types.LogitTransform())
-        return SigmoidHead(self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-
-    def margin_softmax(
-        self,
-        *,
-        m1: float = 1.0,
-        m2: float = 0.5,
-        m3: float = 0.0,
-        scale: float = 64.0,
-        normalize: bool = True,
-        num_sampled: int = 0,
-        seed: int | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        learning_rate: float | None = None,
-    ) -> MarginSoftmaxHead:
-        """A torch.nn.Module of the combined margin softmax: ArcFace (m2), CosFace (m3), SphereFace (m1).
-
-        Hidden and rows are divided by their norms unless normalize is False, where hidden . row is taken for a cosine.
-        num_sampled > 0 trains as PartialFC: on the batch's classes and uniform negatives, num_sampled in all, by
-        (seed, step). The table has no biases. The rest is as in `softmax`.
-
-        Raises:
-            InvalidArgument: an unknown reduction.
-        """
-        from shardloss.autograd import MarginSoftmaxHead, fresh_seed
-
-        margin, logits = types.Margin(m1, m2, m3), types.LogitTransform(scale, None, normalize)
-        loss: types.FullSoftmax | types.SampledSoftmax = types.FullSoftmax(margin=margin, logits=logits)
-        if num_sampled:
-            seed = fresh_seed() if seed is None else seed
-            loss = types.SampledSoftmax(
-                num_sampled=num_sampled, sampler=types.PartialFc(), seed=seed, margin=margin, logits=logits
-            )
-        return MarginSoftmaxHead(
-            self, loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
-        )
-
     def session(self) -> Session:
         """A new session: the steps of one trainer.
 
@@ -224,221 +45,6 @@ class Table:
             TableNotFound: the table was deleted.
         """
         return Session(self, secrets.token_hex(16), self.info().version)
-
-    def compute_loss(
-        self,
-        hidden: Numbers,
-        labels: Array | None,
-        loss: types.Loss,
-        *,
-        step: int = 0,
-        label_distribution: Array | None = None,
-        label_weights: Numbers | None = None,
-        ignore_index: int | None = None,
-        upstream: Array | None = None,
-        want_lse: bool = False,
-        want_hidden_grad: bool = False,
-        want_table_grad: bool = False,
-        want_scale_grad: bool = False,
-    ) -> types.LossResult:
-        """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
-
-        label_weights [N, T] belong to losses over all classes, None is 1/T (1 in a full sigmoid); labels equal to
-        ignore_index do not count. In their place (labels None) a label_distribution [N, V] may stand, a weight >= 0 for
-        every class: it streams to a FullSoftmax in columns, those of zeros left out. step keys the sampler.
-        want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
-        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats.
-
-        Raises:
-            InvalidArgument: naming the field and the first offending index.
-            LimitExceeded: larger than the server takes; split the batch.
-            TransientError: nobody answered in time, or the server is full; repeat.
-            RowsLost: a worker died with rows of this table.
-        """
-        request = messages.loss_request(
-            self.name,
-            hidden,
-            labels,
-            loss,
-            label_weights=label_weights,
-            ignore_index=ignore_index,
-            upstream=upstream,
-            want_lse=want_lse,
-            want_hidden_grad=want_hidden_grad,
-            want_table_grad=want_table_grad,
-            want_scale_grad=want_scale_grad,
-        )
-        request.step = step
-        return self.send_loss(request, label_distribution)
-
-    def send_loss(
-        self, request: loss_pb2.ComputeLossRequest, label_distribution: Array | None = None
-    ) -> types.LossResult:
-        """Send a request as one message, or in chunks where it or its reply is too large for one.
-
-        Raises:
-            ShardlossError: as `compute_loss`.
-        """
-        channel, limits = self.client.channel, self.client.info.limits
-        limit, chunk = int(limits["max_message_bytes"]), int(limits["max_chunk_bytes"])
-        columns = None
-        if label_distribution is not None or request.label_columns:
-            columns = self._checked_distribution(request, label_distribution)
-        elif max(request.ByteSize(), self._reply_bytes(request)) <= limit:
-            return messages.loss_result(channel.unary(self.client.losses.ComputeLoss, request, None))
-
-        def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
-            header, parts = chunks.detach(request, chunk)
-            yield loss_pb2.StreamLossRequest(header=header)
-            for part in parts:
-                yield loss_pb2.StreamLossRequest(chunk=part)
-            if columns is not None:
-                for piece in messages.label_columns(columns, chunk):
-                    yield loss_pb2.StreamLossRequest(columns=piece)
-
-        replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
-        with messages.reading_reply():
-            header = single(replies, "header")
-            assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), chunk)
-            for piece in replies[1:]:
-                assembler.add(piece.chunk)
-            return messages.loss_result(header, assembler.contents())
-
-    def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:
-        """A label distribution [N, V] whose every column fits a piece.
-
-        Raises:
-            InvalidArgument, LimitExceeded: it is absent, stands beside labels, has another shape or too many rows.
-        """
-        if distribution is None or not request.label_columns:
-            raise InvalidArgument("give labels or a label_distribution, and not both", field="labels")
-        distribution, shape = np.asarray(distribution), [*request.hidden.shape[:1], self.spec.num_classes]
-        if list(distribution.shape) != shape or distribution.dtype.kind != "f":
-            raise InvalidArgument(
-                f"label_distribution is {distribution.dtype} {list(distribution.shape)}; floats {shape} are needed",
-                field="label_distribution",
-            )
-        most = int(self.client.info.limits["max_chunk_bytes"])
-        if len(distribution) * distribution.itemsize > most:
-            raise LimitExceeded(f"a column of {len(distribution)} labels exceeds {most} bytes; split the batch")
-        return distribution
-
-    def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
-        num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
-        elements = 3 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
-        if request.want_table_grad:
-            elements += self._num_touched(request) * (dim + 2)
-        return elements * REPLY_BYTES + 4096
-
-    def _num_touched(self, request: loss_pb2.ComputeLossRequest) -> int:
-        """At most so many rows have a gradient."""
-        kind = request.WhichOneof("loss")
-        if kind not in ("sampled_softmax", "sampled_logistic"):
-            return self.spec.num_classes
-        columns = request.sampled_softmax if kind == "sampled_softmax" else request.sampled_logistic.columns
-        num_labels = int(np.prod(request.labels.shape))
-        num_drawn = max(columns.sampler.num_sampled, columns.partial_fc.num_sampled)
-        num_drawn += int(np.prod(columns.sampled_values.sampled.shape or [0])) + num_labels
-        if columns.sampler.kind == loss_pb2.Sampler.KIND_ALL:
-            num_drawn = self.spec.num_classes
-        return min(self.spec.num_classes, num_drawn + num_labels)
-
-    def sample_candidates(
-        self,
-        num_sampled: int,
-        *,
-        sampler: str | types.FixedUnigram | types.Mixture = "log_uniform",
-        unique: bool = True,
-        seed: int = 0,
-        step: int = 0,
-        labels: Array | None = None,
-    ) -> types.Candidates:
-        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]; changes nothing.
-
-        Raises:
-            InvalidArgument: naming the field, as num_sampled above the number of classes where unique.
-        """
-        loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
-        request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
-        if labels is not None:
-            request.labels.CopyFrom(numbers(labels, "labels"))
-        return messages.candidates(self.client.channel.unary(self.client.losses.SampleCandidates, request, None))
-
-    def evaluate(
-        self, hidden: Array, labels: Array, *, want_rank: bool = True, ignore_index: int | None = -100
-    ) -> types.Evaluation:
-        """Exact negative log likelihood [N] in nats, and rank, over all classes of hidden [N, D] with labels [N].
-
-        In pages, each with the whole of the client's timeout_s. Rows with ignore_index have loss 0 and rank 0.
-
-        Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`; index counts over all pages.
-        """
-        hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
-        check_length(labels, hidden, "labels")
-
-        def ask(page: slice) -> types.Evaluation:
-            request = evaluation_pb2.EvaluateRequest(
-                table=self.name,
-                hidden=numbers(hidden[page], "hidden"),
-                labels=numbers(labels[page], "labels"),
-                want_rank=want_rank,
-                ignore_index=ignore_index,
-            )
-            return messages.evaluation(self._ask(self.client.questions.Evaluate, request))
-
-        pages = [asked(ask, page) for page in self._pages(len(hidden))]
-        rank = np.concatenate([page.rank for page in pages if page.rank is not None]) if want_rank else None
-        loss = np.concatenate([page.loss for page in pages])
-        return types.Evaluation(loss, rank, pages[0].version, pages[-1].last_version)
-
-    def top_k(self, hidden: Array, k: int, *, want_log_probs: bool = True) -> types.TopK:
-        """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages.
-
-        Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
-        """
-        hidden = of_rank(hidden, 2, "hidden")
-
-        def ask(page: slice) -> types.TopK:
-            request = evaluation_pb2.TopKRequest(
-                table=self.name, hidden=numbers(hidden[page], "hidden"), k=k, want_log_probs=want_log_probs
-            )
-            return messages.top_k(self._ask(self.client.questions.TopK, request))
-
-        pages = [asked(ask, page) for page in self._pages(len(hidden), 3 * k)]
-        return types.TopK(
-            np.concatenate([page.class_ids for page in pages]),
-            np.concatenate([page.logits for page in pages]),
-            joined([page.log_probs for page in pages]),
-            pages[0].version,
-            pages[-1].last_version,
-        )
-
-    def score(self, hidden: Array, class_ids: Array, *, want_log_probs: bool = False) -> types.Scores:
-        """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
-
-        Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
-        """
-        hidden, class_ids = of_rank(hidden, 2, "hidden"), np.asarray(class_ids)
-        if class_ids.ndim != 1:
-            check_length(of_rank(class_ids, 2, "class_ids"), hidden, "class_ids")
-
-        def ask(page: slice) -> types.Scores:
-            asked_ids = class_ids[page] if class_ids.ndim == 2 else class_ids
-            request = evaluation_pb2.ScoreRequest(
-                table=self.name,
-                hidden=numbers(hidden[page], "hidden"),
-                class_ids=numbers(asked_ids, "class_ids"),
-                want_log_probs=want_log_probs,
-            )
-            return messages.scores(self._ask(self.client.questions.Score, request))
-
-        pages = [asked(ask, page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
-        logits = np.concatenate([page.logits for page in pages])
-        log_probs = joined([page.log_probs for page in pages])
-        return types.Scores(logits, log_probs, pages[0].version, pages[-1].last_version)
 
     def read_rows(self, class_ids: Array) -> types.Rows:
         """Rows [M, D] and biases [M] of class_ids [M], in pages; `version` is the last page's.
@@ -452,9 +58,9 @@ class Table:
             request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids[page], "class_ids"))
             return messages.rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
 
-        pages = [asked(ask, page) for page in self._pages(len(class_ids))]
-        biases = joined([page.biases for page in pages])
-        return types.Rows(np.concatenate([page.rows for page in pages]), biases, pages[-1].version)
+        found = [asked(ask, page) for page in pages(len(class_ids), self.spec.dim + 1)]
+        biases = joined([page.biases for page in found])
+        return types.Rows(np.concatenate([page.rows for page in found]), biases, found[-1].version)
 
     def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
         """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M]; one version a page; returns the last.
@@ -477,7 +83,7 @@ class Table:
             reply: table_pb2.WriteRowsResponse = self.client.channel.unary(self.client.tables.WriteRows, request, None)
             return reply.version
 
-        return [asked(ask, page) for page in self._pages(len(class_ids))][-1]
+        return [asked(ask, page) for page in pages(len(class_ids), self.spec.dim + 1)][-1]
 
     def write_class_counts(self, counts: Array) -> None:
         """Give the class counts [V] that `FixedUnigram` samplers draw by, >= 0; in pages.
@@ -489,21 +95,11 @@ class Table:
         if len(counts) != self.spec.num_classes:
             raise InvalidArgument(f"counts has {len(counts)} of {self.spec.num_classes} classes", field="counts")
         refuse_where(~(np.isfinite(counts) & (counts >= 0)), "counts", "is not a finite number >= 0")
-        for start in range(0, len(counts), PAGE_BYTES // 8):
-            page = counts[start : start + PAGE_BYTES // 8]
+        for page in pages(len(counts), 1):
             request = table_pb2.WriteClassCountsRequest(
-                table=self.name, first_class=start, counts=numbers(page, "counts")
+                table=self.name, first_class=page.start, counts=numbers(counts[page], "counts")
             )
             self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
-
-    def _ask(self, method: Callable[..., T], request: Message) -> T:
-        return self.client.channel.unary(method, request, None, whole=True)
-
-    def _pages(self, num_rows: int, width: int = 0) -> Iterator[slice]:
-        """Slices of rows of about PAGE_BYTES; one empty slice for no rows."""
-        size = max(1, PAGE_BYTES // (8 * (self.spec.dim + 1 + width)))
-        for start in range(0, max(num_rows, 1), size):
-            yield slice(start, start + size)
 
 
 def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.TableInfo) -> None:
@@ -531,41 +127,8 @@ def is_storable(values: Array, dtype: str) -> Array:
     return np.asarray(np.isfinite(values) & (np.abs(values) <= most))
 
 
-def of_rank(array: Array, rank: int, field: str) -> Array:
-    """An array whose rank was checked, so that it can be cut in pages."""
-    array = np.asarray(array)
-    if array.ndim != rank:
-        raise InvalidArgument(f"{field} has shape {list(array.shape)}; rank {rank} is needed", field=field)
-    return array
-
-
-def check_length(array: Array, hidden: Array, field: str) -> None:
-    """Refuse what is not as long as hidden: pages alone would not show it."""
-    if len(array) != len(hidden):
-        raise InvalidArgument(f"{field} has {len(array)} rows for {len(hidden)} of hidden", field=field)
-
-
-def asked(ask: Callable[[slice], T], page: slice) -> T:
-    """The answer to a page; an error's index counts from the first page."""
-    try:
-        return ask(page)
-    except InvalidArgument as error:
-        first, *rest = (error.index or "").split(", ")
-        if not page.start or not first.isdigit():
-            raise
-        index = ", ".join([str(int(first) + page.start), *rest])
-        message = error.message.replace(f"[{error.index}]", f"[{index}]", 1)
-        raise InvalidArgument(message, field=error.field, index=index) from None
-
-
 def refuse_where(wrong: Array, field: str, complaint: str) -> None:
     """Refuse where any entry [M] is wrong, naming the first."""
     if wrong.any():
         index = int(np.argmax(wrong))
         raise InvalidArgument(f"{field}[{index}] {complaint}", field=field, index=index)
-
-
-def joined(pages: Sequence[Array | None]) -> Array | None:
-    """Pages in one array; None where they are None."""
-    present = [page for page in pages if page is not None]
-    return np.concatenate(present) if present else None

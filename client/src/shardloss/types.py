@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from shardloss.evaluation import Evaluation as Evaluation  # noqa: PLC0414  (a public value like those below)
+from shardloss.evaluation import EvaluationSummary as EvaluationSummary  # noqa: PLC0414
+from shardloss.evaluation import SamplingGap as SamplingGap  # noqa: PLC0414
 from shardloss.wire import Array
 
 # Optimizers of a table. The learning rate comes with each step. Formulas and lazy semantics: docs/optimizers.md.
@@ -250,6 +253,7 @@ class FullSigmoid:
 
 Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
+
 # Answers.
 
 
@@ -311,16 +315,6 @@ class LossResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Exact loss [N] in nats and rank [N] of the true class (1 is best; 0 for ignored rows)."""
-
-    loss: Array
-    rank: Array | None
-    version: int
-    last_version: int
-
-
-@dataclass(frozen=True, slots=True)
 class TopK:
     """The k best classes of each row: class_ids [N, k], logits [N, k], log_probs [N, k] or None."""
 
@@ -336,6 +330,16 @@ class Scores:
     """logits [N, S] of asked classes, log_probs [N, S] or None."""
 
     logits: Array
+    log_probs: Array | None
+    version: int
+    last_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSamples:
+    """Draws from the exact softmax: class_ids [N, S] in drawing order, log_probs [N, S] or None."""
+
+    class_ids: Array
     log_probs: Array | None
     version: int
     last_version: int

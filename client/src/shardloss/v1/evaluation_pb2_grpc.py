@@ -28,7 +28,9 @@ if _version_not_supported:
 class EvaluationServiceStub(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
     most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
+    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
+    logits which a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """
@@ -54,12 +56,19 @@ class EvaluationServiceStub(object):
                 request_serializer=shardloss_dot_v1_dot_evaluation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=shardloss_dot_v1_dot_evaluation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.SampleClasses = channel.unary_unary(
+                '/shardloss.v1.EvaluationService/SampleClasses',
+                request_serializer=shardloss_dot_v1_dot_evaluation__pb2.SampleClassesRequest.SerializeToString,
+                response_deserializer=shardloss_dot_v1_dot_evaluation__pb2.SampleClassesResponse.FromString,
+                _registered_method=True)
 
 
 class EvaluationServiceServicer(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
     most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
+    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
+    logits which a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """
@@ -85,6 +94,14 @@ class EvaluationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SampleClasses(self, request, context):
+        """Independent draws from the exact softmax of each row, a function of the table, the row and (seed, the row's number,
+        the draw's number) alone: not of the cut of the table, nor of the rows beside it; changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EvaluationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -103,6 +120,11 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
                     request_deserializer=shardloss_dot_v1_dot_evaluation__pb2.ScoreRequest.FromString,
                     response_serializer=shardloss_dot_v1_dot_evaluation__pb2.ScoreResponse.SerializeToString,
             ),
+            'SampleClasses': grpc.unary_unary_rpc_method_handler(
+                    servicer.SampleClasses,
+                    request_deserializer=shardloss_dot_v1_dot_evaluation__pb2.SampleClassesRequest.FromString,
+                    response_serializer=shardloss_dot_v1_dot_evaluation__pb2.SampleClassesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'shardloss.v1.EvaluationService', rpc_method_handlers)
@@ -114,7 +136,9 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
 class EvaluationService(object):
     """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
     most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002).
+    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
+    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
+    logits which a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """
@@ -190,6 +214,33 @@ class EvaluationService(object):
             '/shardloss.v1.EvaluationService/Score',
             shardloss_dot_v1_dot_evaluation__pb2.ScoreRequest.SerializeToString,
             shardloss_dot_v1_dot_evaluation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardloss.v1.EvaluationService/SampleClasses',
+            shardloss_dot_v1_dot_evaluation__pb2.SampleClassesRequest.SerializeToString,
+            shardloss_dot_v1_dot_evaluation__pb2.SampleClassesResponse.FromString,
             options,
             channel_credentials,
             insecure,

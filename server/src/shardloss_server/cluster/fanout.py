@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
     LabelTarget,
     Mined,
@@ -21,7 +22,7 @@ from shardloss_server.shard.record import (
     TableSpec,
     Upstream,
 )
-from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
+from shardloss_server.shard.scan import PLAIN, AskedLogits, Question, ScanAnswer
 
 T = TypeVar("T")
 
@@ -112,8 +113,10 @@ class FanoutGroup(ABC):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Gathered[ScanAnswer]:
         return self.on_all("scan", table, question, piece, num_pieces)
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Gathered[AskedLogits]:
-        return self.on_all("asked_logits", table, hidden, class_ids)
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> Gathered[AskedLogits]:
+        return self.on_all("asked_logits", table, hidden, class_ids, transform)
 
     def applied_versions(self, table: str) -> Gathered[int]:
         return self.on_all("applied_version", table)

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
     LabelTarget,
     Mined,
@@ -25,7 +26,7 @@ from shardloss_server.shard.record import (
     TableSpec,
     Upstream,
 )
-from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
+from shardloss_server.shard.scan import PLAIN, AskedLogits, Question, ScanAnswer
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -127,7 +128,9 @@ class ShardGroup(Protocol):
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Pending[list[ScanAnswer]]:
         """Answer an exact question over one slice of every shard's rows."""
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> Pending[list[AskedLogits]]:
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> Pending[list[AskedLogits]]:
         """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard import scan
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -25,7 +26,7 @@ from shardloss_server.shard.record import (
     Upstream,
     allocating,
 )
-from shardloss_server.shard.scan import AskedLogits
+from shardloss_server.shard.scan import PLAIN, AskedLogits
 from shardloss_server.shard.table import ShardTable
 
 T = TypeVar("T")
@@ -95,8 +96,10 @@ class Worker:
     def scan(self, table: str, question: scan.Question, piece: int, num_pieces: int) -> dict[int, scan.ScanAnswer]:
         return self._each(table, lambda shard, asked: scan.answer(shard, asked, piece, num_pieces), question)
 
-    def asked_logits(self, table: str, hidden: Tensor, class_ids: Tensor) -> dict[int, AskedLogits]:
-        return self._each(table, scan.asked_logits, hidden, class_ids)
+    def asked_logits(
+        self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
+    ) -> dict[int, AskedLogits]:
+        return self._each(table, scan.asked_logits, hidden, class_ids, transform)
 
     def applied_version(self, table: str) -> dict[int, int]:
         return self._each(table, lambda shard: shard.version)

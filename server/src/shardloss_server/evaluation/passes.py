@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,27 +9,48 @@ from shardloss.errors import InvalidArgument, LimitExceeded
 from torch import Tensor
 
 from shardloss_server.config import Limits
+from shardloss_server.evaluation.slices import (
+    SLICE_ROWS,
+    Scan,
+    asked_rows,
+    best_of,
+    cat,
+    drawn_block,
+    drawn_of,
+    merged_lse,
+    ranked_rows,
+    sum_before,
+    sum_softplus,
+)
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
-from shardloss_server.frontend.owner import TableOwner
-from shardloss_server.numerics.ranking import Best, beside, ordered
+from shardloss_server.numerics.gumbel import draw_keys
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import TableSpec
-from shardloss_server.shard.scan import AskedLogits, Question, ScanAnswer
+from shardloss_server.shard.scan import Drawn, Question, drawn
 
-SLICE_MACS = 1 << 28  # multiply-adds of one slice on one worker: about 30 ms of float64 on one core
-SLICE_GATHERED = 1 << 22  # elements of asked rows of one slice: a gathered one costs as much as 64 multiply-adds
-SLICE_LOGITS = 1 << 22  # asked logits that all shards answer at once: 64 MiB
-LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons
-SLICE_ROWS = 512  # rows of hidden a slice takes
+MAX_ROW_NUMBER = 1 << 62
+DRAWN_NOISE = 1 << 20  # noise that the front end makes between two looks at the deadline: some milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What every question holds: a table, hidden [N, D], how logits are made, and until when."""
+
+    table: str
+    hidden: Tensor
+    transform: Transform
+    deadline: Deadline
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """loss [N] nats, rank [N] int64 or None, in compute dtype; versions at the first and last slice."""
+    """loss [N] nats, rank [N] int64, sigmoid [N] nats, in compute dtype; None: not wanted; first and last version."""
 
     loss: Tensor
     rank: Tensor | None
+    sigmoid: Tensor | None
     version: int
     last_version: int
 
@@ -46,174 +66,181 @@ class Ranked:
     last_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What to draw: num_samples S of each row, by seed, rows counted from first_row; among the top_k best, or all."""
+
+    num_samples: int
+    seed: int
+    first_row: int
+    top_k: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """class_ids [N, S] in drawing order, log_probs [N, S] or None."""
+
+    class_ids: Tensor
+    log_probs: Tensor | None
+    version: int
+    last_version: int
+
+
 class Evaluator:
-    """Answers Evaluate, TopK and Score."""
+    """Answers Evaluate, TopK, Score and SampleClasses."""
 
     def __init__(self, catalog: Catalog, limits: Limits) -> None:
         self.catalog, self.limits = catalog, limits
 
     def evaluate(
-        self, table: str, hidden: Tensor, labels: Tensor, ignore: int | None, want_rank: bool, deadline: Deadline
+        self, ask: Ask, labels: Tensor, *, ignore: int | None, want_rank: bool, want_sigmoid: bool
     ) -> Evaluation:
-        """Exact negative log likelihood and rank of labels [N]; ignored rows get 0."""
-        owner = self.catalog.owner(table)
-        validate.hidden(hidden, owner.spec, self.limits)
-        validate.label_list(labels, len(hidden), owner.spec.num_classes, ignore)
+        """Exact negative log likelihood, rank and sigmoid cross-entropy of labels [N]; ignored rows get 0."""
+        scan, spec = self._scan(ask)
+        validate.label_list(labels, len(ask.hidden), spec.num_classes, ignore)
         labels = labels if ignore is None else torch.where(labels == ignore, -1, labels)
-        scan = Scan(self.catalog, owner, deadline)
-        lse, before, label_logits = [], [], []
-        for start in range(0, len(hidden), SLICE_ROWS):
-            rows, y = scan.hidden(hidden[start : start + SLICE_ROWS]), labels[start : start + SLICE_ROWS]
+        losses, before, sigmoids = [], [], []
+        for start in range(0, len(ask.hidden), SLICE_ROWS):
+            rows, y = scan.hidden(ask.hidden[start : start + SLICE_ROWS]), labels[start : start + SLICE_ROWS]
             asked = scan.asked(rows, y[:, None])
-            question = Question(rows, y if want_rank else None, asked.keys[:, 0] if want_rank else None, 0, True)
+            label_keys = asked.keys[:, 0] if want_rank else None
+            question = Question(
+                rows, y if want_rank else None, label_keys, 0, True, want_sigmoid, transform=ask.transform
+            )
             answers = list(scan.answers(question))
-            lse.append(merged_lse(answers))
-            label_logits.append(asked.logits[:, 0])
+            losses.append(excess(merged_lse(answers), asked.logits[:, 0]))
             before.append(sum_before(answers, len(y)))
+            if want_sigmoid:
+                sigmoids.append(excess(sum_softplus(answers), asked.logits[:, 0]))
         counted = labels >= 0
-        loss = torch.where(counted, cat(lse) - cat(label_logits), 0.0)
-        rank = torch.where(counted, 1 + cat(before).long(), 0) if want_rank else None
-        return Evaluation(scan.result(loss), rank, *scan.versions())
+        return Evaluation(
+            scan.result(torch.where(counted, cat(losses), 0.0)),
+            torch.where(counted, 1 + cat(before).long(), 0) if want_rank else None,
+            scan.result(torch.where(counted, cat(sigmoids), 0.0)) if want_sigmoid else None,
+            *scan.versions(),
+        )
 
-    def top_k(self, table: str, hidden: Tensor, k: int, want_log_probs: bool, deadline: Deadline) -> Ranked:
+    def top_k(self, ask: Ask, k: int, want_log_probs: bool) -> Ranked:
         """The k best classes of each row: logit descending, then id ascending."""
-        owner = self.catalog.owner(table)
-        validate.hidden(hidden, owner.spec, self.limits)
-        check_k(k, len(hidden), owner.spec, self.limits)
-        scan = Scan(self.catalog, owner, deadline)
+        scan, spec = self._scan(ask)
+        check_k(k, "k", spec, self.limits)
+        check_best(k, len(ask.hidden), self.limits)
         logits = [torch.zeros(0, k, dtype=torch.float64)]
         ids, log_probs = [logits[0].long()], list(logits)
-        for start in range(0, len(hidden), SLICE_ROWS):
-            rows = scan.hidden(hidden[start : start + SLICE_ROWS])
-            found, lse = best_of(scan.answers(Question(rows, None, None, k, want_log_probs)), k)
+        size = ranked_rows(k)
+        for start in range(0, len(ask.hidden), size):
+            rows = scan.hidden(ask.hidden[start : start + size])
+            question = Question(rows, None, None, k, want_log_probs, transform=ask.transform)
+            found, lse = best_of(scan.answers(question), k)
             ids.append(found.class_ids)
             logits.append(found.logits)
-            log_probs.append(found.logits - lse[:, None] if want_log_probs else found.logits)
+            log_probs.append(log_prob(found.logits, lse) if want_log_probs else found.logits)
         shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
         return Ranked(torch.cat(ids), scan.result(torch.cat(logits)), shown, *scan.versions())
 
-    def score(self, table: str, hidden: Tensor, class_ids: Tensor, want_log_probs: bool, deadline: Deadline) -> Ranked:
+    def score(self, ask: Ask, class_ids: Tensor, want_log_probs: bool) -> Ranked:
         """Logits of asked classes [S] or [N, S]."""
-        owner = self.catalog.owner(table)
-        validate.hidden(hidden, owner.spec, self.limits)
+        scan, spec = self._scan(ask)
         if class_ids.dim() == 1:
-            validate.class_ids(class_ids, owner.spec.num_classes, "class_ids")
-            class_ids = class_ids.expand(len(hidden), -1)
-        check_asked(class_ids, hidden, owner.spec, self.limits)
-        scan = Scan(self.catalog, owner, deadline)
+            validate.class_ids(class_ids, spec.num_classes, "class_ids")
+            class_ids = class_ids.expand(len(ask.hidden), -1)
+        check_asked(class_ids, ask.hidden, spec, self.limits)
         logits = [torch.zeros(0, class_ids.shape[1], dtype=torch.float64)]
         log_probs = list(logits)
-        size = asked_rows(class_ids.shape[1], owner.spec)
-        for start in range(0, len(hidden), size):
-            rows = scan.hidden(hidden[start : start + size])
+        size = asked_rows(class_ids.shape[1], spec)
+        for start in range(0, len(ask.hidden), size):
+            rows = scan.hidden(ask.hidden[start : start + size])
             asked = scan.asked(rows, class_ids[start : start + size].contiguous()).logits
             logits.append(asked)
             if want_log_probs:
-                lse = merged_lse(list(scan.answers(Question(rows, None, None, 0, True))))
-                log_probs.append(asked - lse[:, None])
+                question = Question(rows, None, None, 0, True, transform=ask.transform)
+                log_probs.append(log_prob(asked, merged_lse(list(scan.answers(question)))))
         shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
         return Ranked(class_ids, scan.result(torch.cat(logits)), shown, *scan.versions())
 
+    def sample(self, ask: Ask, draws: Draws, want_log_probs: bool) -> Samples:
+        """Independent draws from the exact softmax of each row, or from that over its best classes."""
+        scan, spec = self._scan(ask)
+        check_draws(draws, len(ask.hidden), spec, self.limits)
+        keys = draw_keys(draws.seed, draws.first_row, len(ask.hidden), draws.num_samples)
+        logits = [torch.zeros(0, draws.num_samples, dtype=torch.float64)]
+        ids, log_probs = [logits[0].long()], list(logits)
+        num_rows, _ = drawn_block(draws.num_samples, spec)
+        num_rows = num_rows if draws.top_k is None else min(num_rows, ranked_rows(draws.top_k))
+        for start in range(0, len(ask.hidden), num_rows):
+            rows, these = scan.hidden(ask.hidden[start : start + num_rows]), keys[start : start + num_rows]
+            if draws.top_k is None:
+                found, lse = drawn_among_all(scan, rows, these, spec, want_log_probs)
+            else:
+                found, lse = drawn_among_best(scan, rows, these, draws.top_k)
+            ids.append(found.class_ids)
+            logits.append(found.logits)
+            log_probs.append(log_prob(found.logits, lse) if want_log_probs else found.logits)
+        scan.result(torch.cat(logits))
+        shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
+        return Samples(torch.cat(ids), shown, *scan.versions())
 
-def asked_rows(num_asked: int, spec: TableSpec) -> int:
-    """Rows of hidden whose asked classes are one slice of work, and of answers from all shards."""
-    num_asked = max(1, num_asked)
-    by_work = SLICE_GATHERED // (num_asked * spec.dim)
-    by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
-    return max(1, min(SLICE_ROWS, by_work, by_answer))
-
-
-class Scan:
-    """One pass over a table: asks every slice in turn and remembers which versions it saw."""
-
-    def __init__(self, catalog: Catalog, owner: TableOwner, deadline: Deadline) -> None:
-        self._group, self._owner, self._deadline = catalog.group, owner, deadline
-        self._dtype: torch.dtype = getattr(torch, owner.spec.compute_dtype)
-        self._seen: list[int] = []
-
-    def hidden(self, rows: Tensor) -> Tensor:
-        """Hidden in compute dtype, a copy of its own."""
-        return rows.to(self._dtype).clone()
-
-    def result(self, values: Tensor) -> Tensor:
-        """float64 results [N, ...] in compute dtype.
-
-        Raises:
-            InvalidArgument: a row of hidden has logits that are not finite.
-        """
-        values = values.to(self._dtype)
-        validate.finite_logits(torch.isfinite(values), "hidden")
-        return values
-
-    def answers(self, question: Question) -> Iterator[ScanAnswer]:
-        """Answers of every shard over every slice, in slice and shard order."""
-        spec = self._owner.spec
-        rows_a_shard = spec.placement.num_rows(0)
-        shards_a_worker = -(-spec.placement.num_shards // max(1, self._group.num_workers))
-        macs = max(1, len(question.hidden)) * (spec.dim + LOGIT_MACS) * rows_a_shard * shards_a_worker
-        num_pieces = max(1, min(-(-macs // SLICE_MACS), rows_a_shard))
-        for piece in range(num_pieces):
-            answers = self._owner.ask(
-                lambda piece=piece: self._group.scan(self._owner.key, question, piece, num_pieces),  # type: ignore[misc]
-                self._deadline,
-            )
-            self._seen.append(self._owner.same_version([answer.version for answer in answers]))
-            yield from answers
-
-    def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
-        """Logits and keys of class_ids [N, S]; 0 for padding."""
-        start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids)  # noqa: E731
-        answers = self._owner.ask(start, self._deadline)
-        version = self._owner.same_version([a.version for a in answers])
-        self._seen.append(version)
-        return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]), version)
-
-    def versions(self) -> tuple[int, int]:
-        """The first and last version seen."""
-        seen = self._seen or [self._owner.version]
-        return seen[0], seen[-1]
+    def _scan(self, ask: Ask) -> tuple[Scan, TableSpec]:
+        """A pass over the asked table, hidden and transform checked."""
+        owner = self.catalog.owner(ask.table)
+        validate.hidden(ask.hidden, owner.spec, self.limits)
+        validate.transform(ask.transform, owner.spec)
+        return Scan(self.catalog, owner, ask.transform, ask.deadline), owner.spec
 
 
-def cat(pieces: list[Tensor]) -> Tensor:
-    """Concatenate pieces [n_i]; [0] for none."""
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+def drawn_among_all(scan: Scan, rows: Tensor, keys: Tensor, spec: TableSpec, want_lse: bool) -> tuple[Drawn, Tensor]:
+    """The winners of the draws of keys [n, S] among all classes under rows [n, D], and lse [n] over all classes."""
+    _, size = drawn_block(keys.shape[1], spec)
+    blocks = []
+    for start in range(0, keys.shape[1], size):
+        wanted = want_lse and start == 0
+        question = Question(
+            rows, None, None, 0, wanted, draws=keys[:, start : start + size].contiguous(), transform=scan.transform
+        )
+        blocks.append(drawn_of(scan.answers(question)))
+    return side_by_side([found for found, _ in blocks]), blocks[0][1]
 
 
-def sum_of(pieces: list[Tensor]) -> Tensor:
-    """Sum of at least one tensor of one shape."""
-    return torch.stack(pieces).sum(0)
+def drawn_among_best(scan: Scan, rows: Tensor, keys: Tensor, k: int) -> tuple[Drawn, Tensor]:
+    """The winners of the draws of keys [n, S] among the k best classes of rows [n, D], and lse [n] over these."""
+    best, _ = best_of(scan.answers(Question(rows, None, None, k, False, transform=scan.transform)), k)
+    blocks = []
+    size = max(1, DRAWN_NOISE // (k * max(1, len(rows))))
+    for start in range(0, keys.shape[1], size):
+        scan.deadline.check("all draws were made")
+        blocks.append(drawn(best.class_ids, best.logits, keys[:, start : start + size]))
+    return side_by_side(blocks), torch.logsumexp(best.logits, 1)
 
 
-def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
-    """The k best over all slices, and their lse [N] (0 where it was not asked for), folded as they come."""
-    found: Best | None = None
-    lse = torch.zeros(())
-    for answer in answers:
-        assert answer.best is not None
-        found = answer.best if found is None else ordered(beside(found, answer.best), k)
-        if answer.lse is not None:
-            lse = answer.lse if lse.dim() == 0 else torch.logaddexp(lse, answer.lse)
-    assert found is not None
-    return ordered(found, k), lse
+def side_by_side(blocks: list[Drawn]) -> Drawn:
+    """Draws [n, S] of blocks of draws."""
+    return Drawn(
+        torch.cat([block.class_ids for block in blocks], 1),
+        torch.cat([block.scores for block in blocks], 1),
+        torch.cat([block.logits for block in blocks], 1),
+    )
 
 
-def merged_lse(answers: list[ScanAnswer]) -> Tensor:
-    """Log-sum-exp over slices [N]."""
-    return torch.logsumexp(torch.stack([answer.lse for answer in answers if answer.lse is not None]), 0)
+def excess(total: Tensor, label_logits: Tensor) -> Tensor:
+    """total - z_y [N] where total >= z_y but for rounding: no loss is below 0."""
+    return (total - label_logits).clamp_(min=0)
 
 
-def sum_before(answers: list[ScanAnswer], num_rows: int) -> Tensor:
-    """Number of classes before the label over slices [N]."""
-    counts = [answer.num_before for answer in answers if answer.num_before is not None]
-    return torch.stack(counts).sum(0) if counts else torch.zeros(num_rows, dtype=torch.int64)
+def log_prob(logits: Tensor, lse: Tensor) -> Tensor:
+    """logits [N, S] - lse [N], at most 0 whatever rounding did."""
+    return (logits - lse[:, None]).clamp_(max=0)
 
 
-def check_k(k: int, num_rows: int, spec: TableSpec, limits: Limits) -> None:
-    """1 <= k <= min(V, max_top_k), and the reply fits one message."""
+def check_k(k: int, field: str, spec: TableSpec, limits: Limits) -> None:
+    """1 <= k <= min(V, max_top_k)."""
     if not 1 <= k <= spec.num_classes:
-        raise InvalidArgument(f"k = {k} is outside [1, {spec.num_classes}]", field="k")
+        raise InvalidArgument(f"{field} = {k} is outside [1, {spec.num_classes}]", field=field)
     if k > limits.max_top_k:
-        raise LimitExceeded(f"k = {k} exceeds max_top_k = {limits.max_top_k}", field="k")
+        raise LimitExceeded(f"{field} = {k} exceeds max_top_k = {limits.max_top_k}", field=field)
+
+
+def check_best(k: int, num_rows: int, limits: Limits) -> None:
+    """k ids, logits and log-probabilities of each row fit one message."""
     if 24 * k * num_rows > min(limits.max_message_bytes, limits.max_reply_bytes):
         raise LimitExceeded(f"{num_rows} rows of {k} classes exceed one message; ask for fewer rows", field="k")
 
@@ -228,3 +255,17 @@ def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limi
         raise LimitExceeded(f"{class_ids.numel()} logits exceed one message; ask for fewer", field="class_ids")
     validate.answered_bytes(class_ids.shape[1] * spec.placement.num_shards * 16, "class_ids", limits)
     validate.class_ids(class_ids, spec.num_classes, "class_ids")
+
+
+def check_draws(draws: Draws, num_rows: int, spec: TableSpec, limits: Limits) -> None:
+    """At least one draw a row, all within the reply limit (of no rows as of one); rows have numbers of 64 bits."""
+    validate.at_least(draws.num_samples, 1, "num_samples")
+    if 16 * draws.num_samples * max(1, num_rows) > min(limits.max_message_bytes, limits.max_reply_bytes):
+        raise LimitExceeded(
+            f"{num_rows} rows of {draws.num_samples} draws exceed one message; ask for fewer", field="num_samples"
+        )
+    validate.at_least(draws.first_row, 0, "first_row")
+    if draws.first_row >= MAX_ROW_NUMBER:
+        raise InvalidArgument(f"first_row = {draws.first_row} must be below 2^62", field="first_row")
+    if draws.top_k is not None:
+        check_k(draws.top_k, "top_k", spec, limits)

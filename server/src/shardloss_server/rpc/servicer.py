@@ -28,7 +28,7 @@ from shardloss.v1 import (
 
 from shardloss_server import __version__
 from shardloss_server.config import FRAMING_BYTES, Limits
-from shardloss_server.evaluation.passes import Evaluator
+from shardloss_server.evaluation.passes import Ask, Evaluator
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams
 from shardloss_server.frontend.catalog import Catalog
@@ -42,6 +42,12 @@ from shardloss_server.rpc.status import fail
 log = logging.getLogger(__name__)
 M = TypeVar("M")
 Context = grpc.ServicerContext
+Question = (
+    evaluation_pb2.EvaluateRequest
+    | evaluation_pb2.TopKRequest
+    | evaluation_pb2.ScoreRequest
+    | evaluation_pb2.SampleClassesRequest
+)
 FEATURES = (
     "bfloat16_tables",
     "class_counts",
@@ -54,6 +60,7 @@ FEATURES = (
     "margin",
     "one_call",
     "partial_fc",
+    "sample_classes",
     "sampled_logistic",
     "sampled_softmax",
     "stream_loss",
@@ -333,29 +340,40 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
 
     @answers
     def Evaluate(self, request: evaluation_pb2.EvaluateRequest, context: Context) -> evaluation_pb2.EvaluateResponse:
-        hidden, labels = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.labels, "labels")
+        ask, labels = self._ask(request, context), wire.to_ids(request.labels, "labels")
         if labels.dim() != 1:
             raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N] is needed", field="labels")
-        ignore = request.ignore_index if request.HasField("ignore_index") else None
-        deadline = self.handlers.deadline(context)
-        evaluate = self.handlers.evaluator.evaluate
-        return wire.evaluate_response(evaluate(request.table, hidden, labels, ignore, request.want_rank, deadline))
+        evaluation = self.handlers.evaluator.evaluate(
+            ask,
+            labels,
+            ignore=request.ignore_index if request.HasField("ignore_index") else None,
+            want_rank=request.want_rank,
+            want_sigmoid=request.want_sigmoid,
+        )
+        return wire.evaluate_response(evaluation)
 
     @answers
     def TopK(self, request: evaluation_pb2.TopKRequest, context: Context) -> evaluation_pb2.TopKResponse:
-        hidden = wire.to_tensor(request.hidden, "hidden")
-        deadline = self.handlers.deadline(context)
-        return wire.top_k_response(
-            self.handlers.evaluator.top_k(request.table, hidden, request.k, request.want_log_probs, deadline)
-        )
+        ask = self._ask(request, context)
+        return wire.top_k_response(self.handlers.evaluator.top_k(ask, request.k, request.want_log_probs))
 
     @answers
     def Score(self, request: evaluation_pb2.ScoreRequest, context: Context) -> evaluation_pb2.ScoreResponse:
-        hidden, class_ids = wire.to_tensor(request.hidden, "hidden"), wire.to_ids(request.class_ids, "class_ids")
-        deadline = self.handlers.deadline(context)
-        return wire.score_response(
-            self.handlers.evaluator.score(request.table, hidden, class_ids, request.want_log_probs, deadline)
-        )
+        ask, class_ids = self._ask(request, context), wire.to_ids(request.class_ids, "class_ids")
+        return wire.score_response(self.handlers.evaluator.score(ask, class_ids, request.want_log_probs))
+
+    @answers
+    def SampleClasses(
+        self, request: evaluation_pb2.SampleClassesRequest, context: Context
+    ) -> evaluation_pb2.SampleClassesResponse:
+        ask = self._ask(request, context)
+        samples = self.handlers.evaluator.sample(ask, wire.draws(request), request.want_log_probs)
+        return wire.sample_classes_response(samples)
+
+    def _ask(self, request: Question, context: Context) -> Ask:
+        """What every question holds."""
+        hidden = wire.to_tensor(request.hidden, "hidden")
+        return Ask(request.table, hidden, wire.logit_transform(request.logits), self.handlers.deadline(context))
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):

@@ -13,7 +13,7 @@ from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, tensor_pb2
 from torch import Tensor
 
-from shardloss_server.evaluation.passes import Evaluation, Ranked
+from shardloss_server.evaluation.passes import Draws, Evaluation, Ranked, Samples
 from shardloss_server.frontend.request import (
     CommitNow,
     CommitPart,
@@ -144,20 +144,11 @@ def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
     margin = Margin(one.m1 if one.HasField("m1") else 1.0, one.m2, one.m3) if message.HasField("margin") else None
     return Objective(
         "logistic" if is_logistic else "softmax",
-        transform(message.logits),
+        logit_transform(message.logits),
         margin,
         message.full_softmax.label_smoothing,
         message.z_loss,
         message.want_scale_grad,
-    )
-
-
-def transform(message: logits_pb2.LogitTransform) -> Transform:
-    """How logits are made; an absent message is the identity."""
-    return Transform(
-        message.scale if message.HasField("scale") else 1.0,
-        message.soft_cap if message.HasField("soft_cap") else None,
-        message.normalize,
     )
 
 
@@ -333,6 +324,21 @@ def commit_response(reply: CommitReply) -> loss_pb2.CommitResponse:
     return loss_pb2.CommitResponse(version=reply.version, staleness=reply.staleness, replayed=reply.replayed)
 
 
+def logit_transform(message: logits_pb2.LogitTransform) -> Transform:
+    """How logits are made; an absent message is the plain one."""
+    return Transform(
+        scale=message.scale if message.HasField("scale") else 1.0,
+        soft_cap=message.soft_cap if message.HasField("soft_cap") else None,
+        normalize=message.normalize,
+    )
+
+
+def draws(message: evaluation_pb2.SampleClassesRequest) -> Draws:
+    """What to draw from the exact softmax."""
+    top_k = message.top_k if message.HasField("top_k") else None
+    return Draws(message.num_samples, message.seed, message.first_row, top_k)
+
+
 def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse:
     """Encode the answer to an Evaluate."""
     message = evaluation_pb2.EvaluateResponse(
@@ -340,6 +346,8 @@ def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse
     )
     if evaluation.rank is not None:
         message.rank.CopyFrom(from_tensor(evaluation.rank))
+    if evaluation.sigmoid is not None:
+        message.sigmoid.CopyFrom(from_tensor(evaluation.sigmoid))
     return message
 
 
@@ -363,4 +371,14 @@ def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
     )
     if ranked.log_probs is not None:
         message.log_probs.CopyFrom(from_tensor(ranked.log_probs))
+    return message
+
+
+def sample_classes_response(samples: Samples) -> evaluation_pb2.SampleClassesResponse:
+    """Encode the answer to a SampleClasses."""
+    message = evaluation_pb2.SampleClassesResponse(
+        class_ids=from_tensor(samples.class_ids), version=samples.version, last_version=samples.last_version
+    )
+    if samples.log_probs is not None:
+        message.log_probs.CopyFrom(from_tensor(samples.log_probs))
     return message

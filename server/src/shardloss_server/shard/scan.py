@@ -1,9 +1,12 @@
-"""Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, asked logits.
+"""Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, draws, asked logits.
 
 Logits are formed in float64. Their last bits depend on where a row stands in the matrix, so for every comparison they
 are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row| or of |bias|, whichever is
 larger, all taken up to the next power of two. Equal rows have equal keys on any shard and in any slice, and logits
 with the same key count as tied. See docs/adr/0002.
+
+Keys are of hidden . row + bias (of unit vectors, where these are asked for): scale and soft cap keep their order, and
+would make equal, in floating point, what is not.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardloss_server.numerics import gumbel
 from shardloss_server.numerics.ranking import Best, best
+from shardloss_server.numerics.transform import Transform, cap_, norms_of
 from shardloss_server.shard.table import ShardTable
 
 ASKED_ELEMENTS = 1 << 20  # elements of asked rows held at once
 KEY_BITS = {torch.float32: 24, torch.float64: 33}
+PLAIN = Transform()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,8 @@ class Question:
     """What to answer for hidden [N, D].
 
     labels [N] (-1: no label) with label_keys [N] ask for the number of classes that stand before the label; k > 0 asks
-    for the k best; with_lse for the log-sum-exp.
+    for the k best; with_lse for the log-sum-exp; with_softplus for the sum of log(1 + exp(z)); draws [N, S], of
+    `gumbel.draw_keys`, for the winner of each draw.
     """
 
     hidden: Tensor
@@ -33,16 +40,33 @@ class Question:
     label_keys: Tensor | None
     k: int
     with_lse: bool
+    with_softplus: bool = False
+    draws: Tensor | None = None
+    transform: Transform = PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The winners of draws among some classes: class_ids, scores (logit + noise) and logits, each [N, S].
+
+    Among no classes: id -1 and score -inf.
+    """
+
+    class_ids: Tensor
+    scores: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ScanAnswer:
-    """The answers over one slice: lse [N] float64, num_before [N] and the best; None where not asked."""
+    """The answers over one slice: lse and softplus [N] float64, num_before [N], ...; None where not asked."""
 
     version: int
     lse: Tensor | None
     num_before: Tensor | None
     best: Best | None
+    softplus: Tensor | None = None
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +86,29 @@ def power_above(values: Tensor) -> Tensor:
 def norms(values: Tensor) -> Tensor:
     """|value| [M] of values [M, D], up to the next power of two; the same bits for equal rows.
 
-    Scaled by each row's largest entry, so that its squares neither overflow nor vanish.
+    Scaled by each row's largest entry, so that its squares neither overflow nor vanish. A norm of 1 to
+    rounding, as unit vectors have, is 1.
     """
     largest = power_above(values.abs().amax(1)) / 2
     scaled = values / torch.where(largest == 0, 1.0, largest)[:, None]
-    return power_above(torch.linalg.vector_norm(scaled, dim=1)) * largest
+    return power_above(torch.linalg.vector_norm(scaled, dim=1) * (1 - 2.0**-40)) * largest
+
+
+def directions(vectors: Tensor, transform: Transform) -> Tensor:
+    """Unit vectors of [M, D] float64 where the transform normalizes, else the vectors; the same bits for equal ones."""
+    if not transform.normalize:
+        return vectors
+    bounded = vectors / vectors.abs().amax(1, keepdim=True).clamp_(min=1.0)  # so that its norm is finite
+    return bounded / norms_of(bounded)[:, None]
+
+
+def transformed(raw: Tensor, transform: Transform) -> Tensor:
+    """cap(scale * raw); nan where raw is not finite, which a cap would hide."""
+    logits = raw if transform.scale == 1.0 else raw * transform.scale
+    if transform.soft_cap is None:
+        return logits
+    capped = cap_(logits.clone() if logits is raw else logits, transform.soft_cap)
+    return capped if torch.isfinite(raw.sum()) else capped.masked_fill_(~torch.isfinite(raw), torch.nan)
 
 
 def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,18 +133,24 @@ def keys_of(logits: Tensor, magic: Tensor) -> Tensor:
     return (logits + magic).sub_(magic)
 
 
-def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
+def sum_softplus(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of log(1 + exp(z)) [N] in float64 over logits [N, R] float64; log1p(exp(-|z|)) is formed in dtype."""
+    small = logits.abs().neg_().to(dtype).exp_().log1p_()
+    return logits.clamp(min=0).sum(1) + small.sum(1, dtype=torch.float64)
+
+
+def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN) -> AskedLogits:
     """Logits and keys of class_ids [N, S] that this shard owns."""
     logits, keys = (torch.zeros(class_ids.shape, dtype=torch.float64) for _ in range(2))
     batch_row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
-    hidden = hidden.double()
+    hidden = directions(hidden.double(), transform)
     hidden_norms = norms(hidden)
     size = max(1, ASKED_ELEMENTS // table.spec.dim)
     for n, s in zip(torch.split(batch_row, size), torch.split(column, size), strict=True):
         index = table.spec.placement.rows(table.shard, class_ids[n, s])
-        rows, biases = table.weights[index].double(), table.biases[index].double()
+        rows, biases = directions(table.weights[index].double(), transform), table.biases[index].double()
         values = (rows * hidden[n]).sum(1) + biases
-        logits[n, s] = values
+        logits[n, s] = transformed(values, transform)
         keys[n, s] = keys_of(values, magic_of(hidden_norms[n], rows, biases, table.compute_dtype))
     return AskedLogits(logits, keys, table.version)
 
@@ -112,19 +160,38 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     start = table.num_rows * piece // num_pieces
     end = table.num_rows * (piece + 1) // num_pieces
     class_ids, rows, biases = table.dense_rows(start, end)
-    rows, biases, hidden = rows.double(), biases.double(), question.hidden.double()
-    logits = torch.addmm(biases, hidden, rows.T)
-    lse = log_sum_exp(logits, table.compute_dtype) if question.with_lse else None
+    rows, biases = directions(rows.double(), question.transform), biases.double()
+    hidden = directions(question.hidden.double(), question.transform)
+    raw = torch.addmm(biases, hidden, rows.T)
+    logits = transformed(raw, question.transform)
     num_before = found = None
     if question.k or question.labels is not None:
-        keys = keys_of(logits, magic_of(norms(hidden)[:, None], rows, biases, table.compute_dtype))
-        if not torch.isfinite(logits.sum()):  # nan comes first of all, so that whoever asked finds it and refuses it
+        keys = keys_of(raw, magic_of(norms(hidden)[:, None], rows, biases, table.compute_dtype))
+        if not torch.isfinite(raw.sum()):  # nan comes first of all, so that whoever asked finds it and refuses it
             keys[keys.isnan()] = torch.inf
         if question.labels is not None and question.label_keys is not None:
             num_before = count_before(class_ids, keys, question.labels, question.label_keys)
         if question.k:
             found = best(class_ids, keys, logits, question.k)
-    return ScanAnswer(table.version, lse, num_before, found)
+    return ScanAnswer(
+        table.version,
+        log_sum_exp(logits, table.compute_dtype) if question.with_lse else None,
+        num_before,
+        found,
+        sum_softplus(logits, table.compute_dtype) if question.with_softplus else None,
+        None if question.draws is None else drawn(class_ids, logits, question.draws),
+    )
+
+
+def drawn(class_ids: Tensor, logits: Tensor, draws: Tensor) -> Drawn:
+    """The winners of draws [N, S] among class_ids [R], shared, or [N, R], with logits [N, R]; nan in a row with any."""
+    if logits.shape[1] == 0:
+        nothing = torch.zeros(draws.shape, dtype=torch.float64)
+        return Drawn(torch.full_like(draws, -1), nothing - torch.inf, nothing)
+    each = class_ids if class_ids.dim() == 2 else class_ids[None]
+    scores, column = gumbel.race(logits, each, draws)
+    won = logits.gather(1, column).masked_fill_(scores.isnan(), torch.nan)
+    return Drawn(each.expand(len(draws), -1).gather(1, column), scores, won)
 
 
 def count_before(class_ids: Tensor, keys: Tensor, labels: Tensor, label_keys: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
-"""tf.nn.sampled_softmax_loss with TensorFlow 2's signature, over a remote table, and the candidate samplers beside it.
+"""tf.nn.sampled_softmax_loss and nce_loss with TensorFlow 2's signatures, over a remote table, and the samplers.
 
     opt = tensorflow.optimizer(table, lr=0.1)
     loss = tensorflow.sampled_softmax_loss(table, table, labels, inputs, num_sampled, num_classes)    # [N]
     loss.mean().backward()
     opt.step()
+    with torch.no_grad():
+        exact = tensorflow.full_softmax_loss(table, table, labels, inputs)    # [N], for evaluation
 
-weights and biases are the remote table itself; labels and inputs are torch tensors. The samplers, in_top_k and
-compute_accidental_hits need no table. The v1 order is in `v1`.
+weights and biases are the remote table itself; labels and inputs are torch tensors. All losses of a step are one
+commit. The samplers, in_top_k and compute_accidental_hits need no table. The v1 order is in `v1`. docs/tensorflow.md
+says what each argument does.
 """
 
+from shardloss.compat.head import optimizer
 from shardloss.compat.tensorflow import v1
 from shardloss.compat.tensorflow.candidate_sampler import (
     AllCandidateSampler,
@@ -19,7 +23,13 @@ from shardloss.compat.tensorflow.candidate_sampler import (
     SampledCandidates,
     UniformCandidateSampler,
 )
-from shardloss.compat.tensorflow.sampled import SampledTriple, optimizer, sampled_softmax_loss
+from shardloss.compat.tensorflow.sampled import (
+    SampledTriple,
+    full_sigmoid_loss,
+    full_softmax_loss,
+    nce_loss,
+    sampled_softmax_loss,
+)
 from shardloss.compat.tensorflow.samplers import (
     AccidentalHits,
     all_candidate_sampler,
@@ -44,9 +54,12 @@ __all__ = [
     "all_candidate_sampler",
     "compute_accidental_hits",
     "fixed_unigram_candidate_sampler",
+    "full_sigmoid_loss",
+    "full_softmax_loss",
     "in_top_k",
     "learned_unigram_candidate_sampler",
     "log_uniform_candidate_sampler",
+    "nce_loss",
     "optimizer",
     "sampled_softmax_loss",
     "uniform_candidate_sampler",

@@ -1,4 +1,4 @@
-"""The sampled softmax of TensorFlow 2."""
+"""tf.nn.sampled_softmax_loss and tf.nn.nce_loss of TensorFlow 2, and the exact losses that evaluate them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,12 @@ from typing import TypeAlias
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import SampledSoftmaxHead, to_numpy
+from shardloss.autograd import to_numpy
+from shardloss.compat.head import head_of
 from shardloss.errors import InvalidArgument
-from shardloss.optimizer import RemoteOptimizer
 from shardloss.table import Table
 
 SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_expected_count [N, T], sampled_... [S])
-
-
-def head_of(table: Table) -> SampledSoftmaxHead:
-    """The one head through which these functions train a table: the losses of a step share its session."""
-
-    def make() -> SampledSoftmaxHead:
-        return table.sampled_softmax(1, reduction="none", ignore_index=None)
-
-    return table.client.attached(__name__, table.name, make, lambda head: shape_of(head.table) == shape_of(table))
-
-
-def shape_of(table: Table) -> tuple[int, int, str, bool]:
-    """What tells a table from another one made anew under its name."""
-    spec = table.spec
-    return spec.num_classes, spec.dim, spec.dtype, spec.bias
-
-
-def optimizer(table: Table, lr: float) -> RemoteOptimizer:
-    """The torch optimizer of a table that these functions train: step() commits the losses whose backward has run."""
-    return head_of(table).optimizer(lr)
 
 
 def sampled_softmax_loss(
@@ -61,29 +41,98 @@ def sampled_softmax_loss(
     """
     check_arguments(weights, biases, labels, num_classes, num_true)
     head = head_of(weights)
-    values = None
-    if sampled_values is not None:
-        values = types.SampledValues(*map(to_numpy, sampled_values))
-        if len(values.sampled) != num_sampled:
-            raise InvalidArgument(f"num_sampled = {num_sampled} but {len(values.sampled)} sampled values were given")
     loss = types.SampledSoftmax(
         num_sampled=num_sampled,
-        seed=head.loss.seed if seed is None else seed,
-        sampled_values=values,
+        seed=head.seed if seed is None else seed,
+        sampled_values=values_of(sampled_values, num_sampled),
         remove_accidental_hits=remove_accidental_hits,
         hit_removal="last",
     )
     return head.apply_loss(inputs, labels, loss)
 
 
+def nce_loss(
+    weights: Table,
+    biases: Table | None,
+    labels: Tensor,
+    inputs: Tensor,
+    num_sampled: int,
+    num_classes: int,
+    num_true: int = 1,
+    sampled_values: SampledTriple | None = None,
+    remove_accidental_hits: bool = False,
+    name: str = "nce_loss",  # noqa: ARG001  (accepted, without effect)
+) -> Tensor:
+    """Per-example noise-contrastive estimation loss [N], by the arguments of `sampled_softmax_loss`.
+
+    Each true class has target 1 / num_true, each candidate 0. With remove_accidental_hits it is the sampled logistic
+    loss.
+
+    Raises:
+        InvalidArgument: as `sampled_softmax_loss`.
+    """
+    check_arguments(weights, biases, labels, num_classes, num_true)
+    head = head_of(weights)
+    loss = types.SampledLogistic(
+        num_sampled=num_sampled,
+        seed=head.seed,
+        sampled_values=values_of(sampled_values, num_sampled),
+        remove_accidental_hits=remove_accidental_hits,
+        hit_removal="last",
+    )
+    return head.apply_loss(inputs, labels, loss)
+
+
+def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
+    """Exact logistic loss [N] over all classes, by which TensorFlow's documentation evaluates nce_loss.
+
+    labels [N] or [N, T]. As torch.nn.functional.binary_cross_entropy_with_logits(
+    inputs @ W.T + b, one_hot(labels), reduction="none").sum(1); of T labels each has target 1. It trains the table as
+    `nce_loss` does: evaluate under torch.no_grad, which leaves the table alone.
+
+    Raises:
+        InvalidArgument: biases do not fit the table, or labels the inputs.
+    """
+    check_biases(weights, biases)
+    return head_of(weights).apply_loss(inputs, labels, types.FullSigmoid())
+
+
+def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
+    """Exact softmax loss [N] over all classes, by which TensorFlow's documentation evaluates sampled_softmax_loss.
+
+    labels [N] or [N, T]. As torch.nn.functional.cross_entropy(inputs @ W.T + b, labels, reduction="none"); of T labels
+    each has target 1 / T. The rest is as in `full_sigmoid_loss`.
+
+    Raises:
+        InvalidArgument: as `full_sigmoid_loss`.
+    """
+    check_biases(weights, biases)
+    return head_of(weights).apply_loss(inputs, labels, types.FullSoftmax())
+
+
+def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.SampledValues | None:
+    """The caller's draw, once it is num_sampled long."""
+    if sampled_values is None:
+        return None
+    values = types.SampledValues(*map(to_numpy, sampled_values))
+    if len(values.sampled) != num_sampled:
+        raise InvalidArgument(f"num_sampled = {num_sampled} but {len(values.sampled)} sampled values were given")
+    return values
+
+
 def check_arguments(weights: Table, biases: Table | None, labels: Tensor, num_classes: int, num_true: int) -> None:
     """Refuse arguments that contradict the table or the labels."""
+    check_biases(weights, biases)
+    if num_classes != weights.spec.num_classes:
+        raise InvalidArgument(f"num_classes = {num_classes}, but the table has {weights.spec.num_classes}")
+    if labels.dim() != 2 or labels.shape[1] != num_true:
+        raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N, num_true = {num_true}] is needed")
+
+
+def check_biases(weights: Table, biases: Table | None) -> None:
+    """Refuse biases that are not those of the table."""
     spec = weights.spec
     if (biases is not None and biases.name != weights.name) or (biases is None and spec.bias):
         raise InvalidArgument("biases must be the table that weights is, or None where it has no biases")
     if biases is not None and not spec.bias:
         raise InvalidArgument(f"table {spec.name!r} has no biases: pass biases=None")
-    if num_classes != spec.num_classes:
-        raise InvalidArgument(f"num_classes = {num_classes}, but the table has {spec.num_classes}")
-    if labels.dim() != 2 or labels.shape[1] != num_true:
-        raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N, num_true = {num_true}] is needed")

@@ -23,6 +23,7 @@ __all__ = [
     "in_top_k",
     "learned_unigram_candidate_sampler",
     "log_uniform_candidate_sampler",
+    "nce_loss",
     "sampled_softmax_loss",
     "uniform_candidate_sampler",
 ]
@@ -49,11 +50,7 @@ def sampled_softmax_loss(
     Raises:
         InvalidArgument: partition_strategy is unknown or not the table's, or as in the v2 form.
     """
-    spec = weights.spec
-    if partition_strategy not in ("div", "mod"):
-        raise InvalidArgument(f"partition_strategy = {partition_strategy!r} must be 'div' or 'mod'")
-    if spec.num_shards > 1 and partition_strategy != spec.placement:
-        raise InvalidArgument(f"partition_strategy = {partition_strategy!r}, but the table is cut {spec.placement!r}")
+    check_strategy(weights, partition_strategy)
     return sampled.sampled_softmax_loss(
         weights,
         biases,
@@ -67,6 +64,44 @@ def sampled_softmax_loss(
         seed,
         name,
     )
+
+
+def nce_loss(
+    weights: Table,
+    biases: Table | None,
+    labels: Tensor,
+    inputs: Tensor,
+    num_sampled: int,
+    num_classes: int,
+    num_true: int = 1,
+    sampled_values: sampled.SampledTriple | None = None,
+    remove_accidental_hits: bool = False,
+    partition_strategy: str = "mod",
+    name: str = "nce_loss",
+) -> Tensor:
+    """As `shardloss.compat.tensorflow.nce_loss`, with the partition_strategy of `sampled_softmax_loss`."""
+    check_strategy(weights, partition_strategy)
+    return sampled.nce_loss(
+        weights,
+        biases,
+        labels,
+        inputs,
+        num_sampled,
+        num_classes,
+        num_true,
+        sampled_values,
+        remove_accidental_hits,
+        name,
+    )
+
+
+def check_strategy(weights: Table, partition_strategy: str) -> None:
+    """Refuse a strategy that is not how the table is cut; one shard is cut either way."""
+    spec = weights.spec
+    if partition_strategy not in ("div", "mod"):
+        raise InvalidArgument(f"partition_strategy = {partition_strategy!r} must be 'div' or 'mod'")
+    if spec.num_shards > 1 and partition_strategy != spec.placement:
+        raise InvalidArgument(f"partition_strategy = {partition_strategy!r}, but the table is cut {spec.placement!r}")
 
 
 def in_top_k(predictions: Tensor, targets: Tensor, k: int, name: str | None = None) -> Tensor:

@@ -1,0 +1,37 @@
+"""paddle.nn.functional.class_center_sample: PartialFC's classes of a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardloss.autograd import fresh_seed, to_numpy
+from shardloss.compat.paddle.arguments import check_group, integers, refuse_ids
+from shardloss.errors import InvalidArgument
+from shardloss.sampling import partial_fc
+
+
+def class_center_sample(
+    label: Tensor, num_classes: int, num_samples: int, group: object = None
+) -> tuple[Tensor, Tensor]:
+    """(remapped_label [N], sampled_class_center [S]): the places of the labels [N] among the sampled classes.
+
+    The distinct labels ascending, then uniform distinct classes that are no label, num_samples in all, or as many as
+    there are labels. Drawn from torch's generator. group: None or False.
+
+    Raises:
+        InvalidArgument: label is not [N >= 1] of classes, or num_samples is outside [0, num_classes].
+        NotSupported: a group of ranks.
+    """
+    check_group(group)
+    if label.dim() != 1 or len(label) == 0:
+        raise InvalidArgument(f"label has shape {list(label.shape)}; [N] with N >= 1 is needed", field="label")
+    if not 0 <= num_samples <= num_classes:
+        raise InvalidArgument(f"num_samples = {num_samples} is outside [0, {num_classes}]", field="num_samples")
+    ids = integers(label, "label")
+    refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "label")
+    labels = to_numpy(ids)
+    centers = partial_fc(labels, num_classes, num_samples, fresh_seed(), 0)
+    remapped = np.searchsorted(np.unique(labels), labels)
+    return torch.from_numpy(remapped).to(label), torch.from_numpy(centers).to(label)

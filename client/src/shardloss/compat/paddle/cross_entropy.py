@@ -1,0 +1,146 @@
+"""paddle.nn.functional.softmax_with_cross_entropy and cross_entropy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shardloss.compat.head import IGNORED
+from shardloss.compat.paddle import dense, remote
+from shardloss.compat.paddle.arguments import (
+    Logits,
+    check_logits,
+    check_reduction,
+    class_axis,
+    classes_last,
+    hard_labels,
+    reduced,
+    soft_labels,
+)
+from shardloss.errors import InvalidArgument, NotSupported
+from shardloss.lazy import LazyLogits, LazySoftmax
+
+
+def softmax_with_cross_entropy(
+    logits: Logits,
+    label: Tensor,
+    soft_label: bool = False,
+    ignore_index: int = -100,
+    numeric_stable_mode: bool = True,  # noqa: ARG001  (accepted, without effect: always stable)
+    return_softmax: bool = False,
+    axis: int = -1,
+) -> Tensor | tuple[Tensor, Tensor | LazySoftmax]:
+    """Losses of the logits' shape with 1 on axis, and with return_softmax their softmax: (loss, softmax).
+
+    label has the loss's shape (or lacks axis): class ids, whose loss and gradient are 0 where they are ignore_index;
+    with soft_label it has the logits' shape, and ignore_index is without effect.
+
+    Raises:
+        InvalidArgument: a tensor does not fit, or a label is no class.
+        NotSupported: lazy logits with another axis than the last.
+    """
+    check_logits(logits)
+    place = class_axis(logits, axis)
+    last = classes_last(logits, place)
+    if soft_label:
+        losses = soft_losses(last, soft_labels(label, logits, place))
+    else:
+        losses = hard_losses(last, hard_labels(label, logits, place, ignore_index))
+    losses = losses.unsqueeze(place)
+    if not return_softmax:
+        return losses
+    return losses, LazySoftmax(logits) if isinstance(logits, LazyLogits) else logits.softmax(place)
+
+
+def cross_entropy(
+    input: Logits,
+    label: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    soft_label: bool = False,
+    axis: int = -1,
+    use_softmax: bool = True,
+    label_smoothing: float = 0.0,
+    name: str | None = None,  # noqa: ARG001  (accepted, without effect)
+) -> Tensor:
+    """The cross entropy of logits, or of probabilities where use_softmax is False.
+
+    weight [V] multiplies a row's loss by that of its label, or by sum(weight * label) where labels are soft. "mean"
+    divides by the sum of these factors; without weight by the number of rows, or where ignore_index >= 0 of rows that
+    count; 0 / 0 is 0. "none" has the label's shape, or with soft or smoothed labels the input's with 1 on axis.
+    label_smoothing e makes every label (1 - e) * label + e / V. Source: Paddle 3.3, nn/functional/loss.py.
+
+    Raises:
+        InvalidArgument: an argument does not fit; soft or smoothed labels with ignore_index >= 0.
+        NotSupported: lazy logits without softmax, or with another axis than the last.
+    """
+    check_logits(input, "input")
+    check_reduction(reduction)
+    check_options(input, ignore_index, soft_label, use_softmax, label_smoothing)
+    place = class_axis(input, axis)
+    last = classes_last(input, place)
+    if soft_label or (label_smoothing and label.is_floating_point()):
+        soft = smoothed(soft_labels(label, input, place), label_smoothing)
+        losses = soft_losses(last, soft, use_softmax)
+        factors = None if weight is None else soft.to(weight.dtype) @ class_weights(weight, input, place)
+        return reduced(losses, factors, None, reduction, place)
+    ids = hard_labels(label, input, place, None if label_smoothing else ignore_index)
+    losses = hard_losses(last, ids, label_smoothing, use_softmax)
+    factors = None if weight is None else label_factors(ids, class_weights(weight, input, place), label_smoothing)
+    num_counted = (ids != IGNORED).sum() if ignore_index >= 0 else None
+    keeps_axis = bool(label_smoothing) or label.dim() == input.dim()
+    return reduced(losses, factors, num_counted, reduction, place if keeps_axis else None)
+
+
+def hard_losses(logits: Logits, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:
+    """Losses [...] of class ids [...]."""
+    if isinstance(logits, LazyLogits):
+        return remote.hard_losses(logits, ids, label_smoothing)
+    return dense.hard_losses(logits, ids, label_smoothing, use_softmax)
+
+
+def soft_losses(logits: Logits, label: Tensor, use_softmax: bool = True) -> Tensor:
+    """Losses [...] of soft labels [..., V]."""
+    if isinstance(logits, LazyLogits):
+        return remote.soft_losses(logits, label)
+    return dense.soft_losses(logits, label, use_softmax)
+
+
+def check_options(
+    logits: Logits, ignore_index: int, soft_label: bool, use_softmax: bool, label_smoothing: float
+) -> None:
+    """Refuse options that contradict each other."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise InvalidArgument(f"label_smoothing = {label_smoothing} is outside [0, 1]", field="label_smoothing")
+    if ignore_index >= 0 and (soft_label or label_smoothing):
+        raise InvalidArgument(
+            f"ignore_index = {ignore_index} belongs to hard labels without smoothing; leave it at -100",
+            field="ignore_index",
+        )
+    if not use_softmax and isinstance(logits, LazyLogits):
+        raise NotSupported("use_softmax=False: a table's logits are no probabilities")
+
+
+def smoothed(label: Tensor, label_smoothing: float) -> Tensor:
+    """(1 - e) * label + e / V, of soft labels [..., V]."""
+    return (1.0 - label_smoothing) * label + label_smoothing / label.shape[-1] if label_smoothing else label
+
+
+def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
+    """weight [V] beside the loss.
+
+    Raises:
+        InvalidArgument: another shape, or no floats.
+    """
+    if weight.shape != (logits.shape[axis],) or not weight.is_floating_point():
+        raise InvalidArgument(
+            f"weight is {weight.dtype} {list(weight.shape)}; floats [{logits.shape[axis]}] are needed", field="weight"
+        )
+    return weight.to(logits.hidden.device if isinstance(logits, LazyLogits) else logits.device)
+
+
+def label_factors(ids: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
+    """sum(weight * label) [...] of class ids; 0 where they are IGNORED."""
+    counted = ids != IGNORED
+    of_label = weight[ids.where(counted, 0)].where(counted, 0.0)
+    return (1.0 - label_smoothing) * of_label + label_smoothing * weight.mean() if label_smoothing else of_label

@@ -1,0 +1,34 @@
+"""Losses of lazy logits, by the service: one loss a row, differentiable in hidden; the table learns by `optimizer`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardloss import types
+from shardloss.compat.head import head_of
+from shardloss.lazy import LazyLogits
+
+
+def losses_of(
+    logits: LazyLogits, labels: Tensor, loss: types.FullSoftmax | types.SampledSoftmax, weights: Tensor | None = None
+) -> Tensor:
+    """Losses [...] of labels [...] or [..., T] with weights [..., T]; an IGNORED label does not count."""
+    return head_of(logits.table).apply_loss(logits.hidden, labels, loss, weights)
+
+
+def hard_losses(logits: LazyLogits, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """As `dense.hard_losses` of logits."""
+    return losses_of(logits, ids, types.FullSoftmax(label_smoothing=label_smoothing, logits=logits.transform))
+
+
+def soft_losses(logits: LazyLogits, label: Tensor) -> Tensor:
+    """As `dense.soft_losses` of logits: every class is a label with its weight.
+
+    Up to the server's max_num_true classes they are labels like others; more stream as a label distribution, whose loss
+    is a step of its own.
+    """
+    loss, num_classes = types.FullSoftmax(logits=logits.transform), logits.shape[-1]
+    if num_classes > int(logits.table.client.info.limits["max_num_true"]):
+        return head_of(logits.table).apply_distribution(logits.hidden, label, loss)
+    return losses_of(logits, torch.arange(num_classes).expand(label.shape), loss, label)

@@ -1,0 +1,140 @@
+"""paddle.fluid.layers.sampled_softmax_with_cross_entropy, which Paddle 3 no longer has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardloss import sampling, types
+from shardloss.autograd import fresh_seed, to_numpy
+from shardloss.compat.head import head_of
+from shardloss.compat.paddle import remote
+from shardloss.compat.paddle.arguments import Logits, check_logits, device_of, integers, refuse_ids
+from shardloss.errors import InvalidArgument
+from shardloss.lazy import LazyLogits
+
+Columns = tuple[Tensor, Tensor]  # samples [N, T + S] int64, the labels first, and Q of each
+
+
+def sampled_softmax_with_cross_entropy(
+    logits: Logits,
+    label: Tensor,
+    num_samples: int,
+    num_true: int = 1,
+    remove_accidental_hits: bool = True,
+    use_customized_samples: bool = False,
+    customized_samples: Tensor | None = None,
+    customized_probabilities: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Sampled softmax losses [N, 1] of logits [N, V] and label [N, num_true], each label with target 1 / num_true.
+
+    The columns are the labels and num_samples sampled classes, each logit corrected by -log Q; every copy of a sampled
+    class that is a label of its row is removed, unless remove_accidental_hits is False. use_customized_samples takes
+    customized_samples [N, num_true + num_samples], the row's labels first, and Q of each; else the samples are
+    distinct, log-uniform and shared by the batch. seed 0 is random, from torch's generator. Any other seed gives dense
+    logits the same draw on each call, and lazy ones on each run: there every step of the optimizer has its own draw.
+
+    Raises:
+        InvalidArgument: an argument does not fit.
+    """
+    check_logits(logits)
+    if not 0 <= seed < 2**64:
+        raise InvalidArgument(f"seed = {seed} is outside [0, 2^64)", field="seed")
+    labels = labels_of(logits, label, num_true)
+    columns = None
+    if use_customized_samples:
+        columns = customized(labels, customized_samples, customized_probabilities, num_samples, logits.shape[1])
+    if isinstance(logits, LazyLogits):
+        return remote_losses(logits, labels, num_samples, remove_accidental_hits, columns, seed)[:, None]
+    if columns is None:
+        columns = drawn(labels, logits.shape[1], num_samples, seed or fresh_seed())
+    return dense_losses(logits, columns, num_true, remove_accidental_hits)[:, None]
+
+
+def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
+    """label [N, num_true] of logits [N, V], as int64."""
+    if logits.dim() != 2 or list(label.shape) != [logits.shape[0], num_true] or num_true < 1:
+        raise InvalidArgument(
+            f"logits {list(logits.shape)} and label {list(label.shape)}; [N, V] and [N, num_true = {num_true}] "
+            "are needed",
+            field="label",
+        )
+    ids = integers(label, "label").to(device_of(logits))
+    refuse_ids((ids < 0) | (ids >= logits.shape[1]), ids, logits.shape[1], "label")
+    return ids
+
+
+def customized(
+    labels: Tensor, samples: Tensor | None, probabilities: Tensor | None, num_samples: int, num_classes: int
+) -> Columns:
+    """The caller's columns.
+
+    Raises:
+        InvalidArgument: they are missing, of another shape, do not begin with the labels, are no classes, or Q is not
+            finite and positive.
+    """
+    if samples is None or probabilities is None:
+        raise InvalidArgument("use_customized_samples needs customized_samples and customized_probabilities")
+    shape = [len(labels), labels.shape[1] + num_samples]
+    for tensor, field in ((samples, "customized_samples"), (probabilities, "customized_probabilities")):
+        if list(tensor.shape) != shape:
+            raise InvalidArgument(f"{field} has shape {list(tensor.shape)}; {shape} is needed", field=field)
+    ids = integers(samples, "customized_samples").to(labels.device)
+    refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "customized_samples")
+    if not torch.equal(ids[:, : labels.shape[1]], labels):
+        raise InvalidArgument("customized_samples must begin with the labels of its row", field="customized_samples")
+    if not (torch.isfinite(probabilities) & (probabilities > 0)).all():
+        raise InvalidArgument("an entry is not finite and > 0", field="customized_probabilities")
+    return ids, probabilities.detach().to(labels.device)
+
+
+def remote_losses(
+    logits: LazyLogits, labels: Tensor, num_samples: int, remove_hits: bool, columns: Columns | None, seed: int
+) -> Tensor:
+    """Losses [N] by the service, which draws where there are no columns."""
+    values = None
+    if columns is not None:
+        num_true = labels.shape[1]
+        ids, counts = to_numpy(columns[0]), to_numpy(columns[1])
+        values = types.SampledValues(ids[:, num_true:], counts[:, :num_true], counts[:, num_true:])
+    loss = types.SampledSoftmax(
+        num_sampled=num_samples,
+        seed=seed or head_of(logits.table).seed,
+        sampled_values=values,
+        remove_accidental_hits=remove_hits,
+        logits=logits.transform,
+    )
+    return remote.losses_of(logits, labels, loss)
+
+
+def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Columns:
+    """Distinct log-uniform samples [S] beside each row's labels, and the expected counts of both.
+
+    Raises:
+        InvalidArgument: num_samples is out of range, or so close to V that so many distinct classes do not come.
+    """
+    if not 1 <= num_samples <= num_classes:
+        raise InvalidArgument(f"num_samples = {num_samples} is outside [1, {num_classes}]", field="num_samples")
+    distribution = sampling.log_uniform(num_classes)
+    try:
+        draw = sampling.draw(distribution, num_samples, True, seed, 0)
+    except sampling.TriesExhausted:
+        raise InvalidArgument(
+            f"num_samples = {num_samples} distinct classes of {num_classes} do not come", field="num_samples"
+        ) from None
+    shared = torch.from_numpy(draw.sampled).to(labels.device).expand(len(labels), -1)
+    ids = torch.cat([labels, shared], 1)
+    counts = sampling.expected_count(distribution, to_numpy(ids), num_samples, True, draw.num_tries)
+    return ids, torch.from_numpy(counts).to(labels.device)
+
+
+def dense_losses(logits: Tensor, columns: Columns, num_true: int, remove_hits: bool) -> Tensor:
+    """Losses [N] by torch: -mean(log_softmax(z)[:, :T]), z = logits at the samples, hits -inf, minus log Q."""
+    ids, counts = columns
+    corrected = logits.gather(1, ids) - counts.log().to(logits.dtype)
+    if remove_hits:
+        is_hit = (ids[:, :, None] == ids[:, None, :num_true]).any(2)
+        is_hit[:, :num_true] = False
+        corrected = corrected.masked_fill(is_hit, float("-inf"))
+    return -corrected.log_softmax(1)[:, :num_true].mean(1)

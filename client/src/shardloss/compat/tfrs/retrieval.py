@@ -1,0 +1,188 @@
+"""The retrieval task of tensorflow_recommenders v0.7.7."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shardloss import types
+from shardloss.autograd import to_numpy
+from shardloss.compat.head import head_of
+from shardloss.errors import InvalidArgument, NotSupported
+from shardloss.lazy_rows import LazyRows
+from shardloss.wire import Array
+
+LEAST_PROBABILITY = 1e-6  # as in tensorflow_recommenders v0.7.7, layers/loss.py
+Ids = NDArray[np.int64]
+
+
+class Retrieval:
+    """The two-tower retrieval loss, by tensorflow_recommenders' arguments; call it like a Keras layer.
+
+    scores = queries @ candidates.T / temperature - log(candidate_sampling_probability) [Q, C], the positive of row i in
+    column i; loss = sum_i sample_weight[i] * (logsumexp(scores[i]) - scores[i, i]). remove_accidental_hits takes out of
+    row i every other candidate whose id is that of candidate i; num_hard_negatives k keeps the k best negatives of each
+    row, all of them for None, k <= 0 or k >= C - 1. loss, metrics, batch_metrics and loss_metrics must be None; name is
+    without effect. For metrics over all classes ask `Table.evaluate` and `Table.top_k`.
+
+    Raises:
+        NotSupported: a loss or metrics of one's own.
+        InvalidArgument: temperature is not a finite number above 0.
+    """
+
+    def __init__(
+        self,
+        loss: None = None,
+        metrics: None = None,
+        batch_metrics: None = None,
+        loss_metrics: None = None,
+        temperature: float | None = None,
+        num_hard_negatives: int | None = None,
+        remove_accidental_hits: bool = False,
+        name: str | None = None,
+    ) -> None:
+        for field, given in (
+            ("loss", loss),
+            ("metrics", metrics),
+            ("batch_metrics", batch_metrics),
+            ("loss_metrics", loss_metrics),
+        ):
+            if given is not None:
+                raise NotSupported(f"{field} must be None: {INSTEAD[field]}", field=field)
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise InvalidArgument(f"temperature = {temperature} must be finite and > 0", field="temperature")
+        self.name = name
+        self.temperature = 1.0 if temperature is None else float(temperature)
+        self.num_hard_negatives = max(0, num_hard_negatives or 0)
+        self.remove_accidental_hits = bool(remove_accidental_hits)
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """As `call`."""
+        return self.call(*args, **options)
+
+    def call(
+        self,
+        query_embeddings: Tensor,
+        candidate_embeddings: LazyRows,
+        sample_weight: Tensor | Array | float | None = None,
+        candidate_sampling_probability: Tensor | Array | None = None,
+        candidate_ids: Tensor | Array | None = None,
+        compute_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
+        compute_batch_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
+        score_mask: None = None,
+    ) -> Tensor:
+        """The loss [], differentiable in query_embeddings [Q, D] and sample_weight, and trained by `optimizer`.
+
+        candidate_embeddings = `table.embeddings(class_ids [C])`, C >= Q, of a table without biases: row i is the
+        positive of query i, the rows from Q on are more negatives. sample_weight is [Q], [Q, 1] or a scalar,
+        candidate_sampling_probability [C] is clipped to [1e-6, 1], as tfrs does; candidate_ids [C] may be of any dtype
+        that NumPy can sort, texts too. compute_metrics and compute_batch_metrics are without effect. Under
+        torch.no_grad the table is left alone.
+
+        Raises:
+            NotSupported: a score_mask, or queries of several heads [Q, H, D].
+            InvalidArgument: the tensors do not fit each other or the table; hits are to be removed without ids.
+        """
+        if score_mask is not None:
+            raise NotSupported("score_mask must be None: a batch shares its candidates", field="score_mask")
+        check_candidates(query_embeddings, candidate_embeddings)
+        num_queries, class_ids = len(query_embeddings), candidate_embeddings.class_ids
+        keeps_all = self.num_hard_negatives >= len(class_ids) - 1
+        count = probabilities_of(candidate_sampling_probability, len(class_ids))
+        loss = types.SampledSoftmax(
+            sampled_values=types.SampledValues(class_ids, count[:num_queries, None], count),
+            hit_ids=self._hit_ids(candidate_ids, num_queries, len(class_ids)),
+            num_hard_negatives=0 if keeps_all else self.num_hard_negatives,
+            logits=types.LogitTransform(scale=1.0 / self.temperature),
+        )
+        weights = None if sample_weight is None else weights_of(sample_weight, num_queries)
+        labels = torch.tensor(class_ids[:num_queries, None])
+        losses = head_of(candidate_embeddings.table).apply_loss(query_embeddings, labels, loss)
+        return (losses if weights is None else losses * weights.to(losses)).sum()
+
+    def _hit_ids(self, candidate_ids: Tensor | Array | None, num_queries: int, num_candidates: int) -> types.HitIds:
+        """What says which candidates leave a row: the positive's own column, by its place or by its id."""
+        places = np.arange(num_candidates)
+        if self.remove_accidental_hits:
+            places = numbered(candidate_ids, num_candidates)
+        return types.HitIds(places[:num_queries, None], places)
+
+
+INSTEAD = {
+    "loss": "the loss is the sum of the categorical cross-entropies",
+    "metrics": "Table.evaluate and Table.top_k answer exactly over all classes",
+    "batch_metrics": "the scores stay with the table",
+    "loss_metrics": "the loss is returned",
+}
+
+
+def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
+    """Refuse what is no batch of queries with a candidate each."""
+    if not isinstance(candidates, LazyRows):
+        raise InvalidArgument(
+            f"candidate_embeddings is a {type(candidates).__name__}; give table.embeddings(class_ids)",
+            field="candidate_embeddings",
+        )
+    if candidates.table.spec.bias:
+        raise InvalidArgument(
+            f"table {candidates.table.name!r} has biases, which a score has not: create it with bias=False",
+            field="candidate_embeddings",
+        )
+    if query_embeddings.dim() == 3:
+        raise NotSupported("query_embeddings has several heads a query; [Q, D] is taken", field="query_embeddings")
+    if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:
+        raise InvalidArgument(
+            f"query_embeddings has shape {list(query_embeddings.shape)}; [Q, {candidates.shape[1]}] is needed",
+            field="query_embeddings",
+        )
+    if len(candidates) < len(query_embeddings):
+        raise InvalidArgument(
+            f"{len(candidates)} candidates for {len(query_embeddings)} queries; row i is the positive of query i",
+            field="candidate_embeddings",
+        )
+
+
+def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArray[np.float64]:
+    """candidate_sampling_probability [C], or ones, whose logarithm corrects nothing."""
+    field = "candidate_sampling_probability"
+    if given is None:
+        return np.ones(num_candidates)
+    p: NDArray[np.float64] = to_numpy(torch.as_tensor(given)).astype(np.float64)
+    if p.shape != (num_candidates,):
+        raise InvalidArgument(f"{field} has shape {list(p.shape)}; [C = {num_candidates}] is needed", field=field)
+    wrong = np.flatnonzero(~((p >= 0) & (p < np.inf)))
+    if len(wrong):
+        place = int(wrong[0])
+        raise InvalidArgument(f"{field}[{place}] = {p[place]} must be finite and >= 0", field=field, index=place)
+    return p.clip(LEAST_PROBABILITY, 1.0)
+
+
+def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
+    """candidate_ids [C] as numbers from 0: equal ids have equal numbers."""
+    if candidate_ids is None:
+        raise InvalidArgument("remove_accidental_hits needs candidate_ids", field="candidate_ids")
+    ids = to_numpy(candidate_ids) if isinstance(candidate_ids, Tensor) else np.asarray(candidate_ids)
+    if ids.shape != (num_candidates,):
+        raise InvalidArgument(
+            f"candidate_ids has shape {list(ids.shape)}; [C = {num_candidates}] is needed", field="candidate_ids"
+        )
+    try:
+        numbers: Ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+    except TypeError as error:
+        raise InvalidArgument(f"candidate_ids cannot be compared: {error}", field="candidate_ids") from None
+    return numbers
+
+
+def weights_of(sample_weight: Tensor | Array | float, num_queries: int) -> Tensor:
+    """sample_weight [Q], [Q, 1] or a scalar as Keras takes it, as [Q] or []."""
+    weights = torch.as_tensor(sample_weight)
+    if weights.shape not in ((num_queries,), (num_queries, 1), ()):
+        raise InvalidArgument(
+            f"sample_weight has shape {list(weights.shape)}; [Q = {num_queries}] is needed", field="sample_weight"
+        )
+    return weights if weights.dim() == 0 else weights.reshape(num_queries)

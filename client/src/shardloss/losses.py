@@ -1,0 +1,196 @@
+"""Losses of a table in NumPy: scored alone, or as steps of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from shardloss import chunks, messages, types
+from shardloss.channel import single
+from shardloss.errors import BadReply, InvalidArgument, LimitExceeded
+from shardloss.messages import Numbers, numbers
+from shardloss.paging import of_rank
+from shardloss.questions import Questions
+from shardloss.v1 import loss_pb2
+from shardloss.wire import Array
+
+GAP_TRIES = 3
+REPLY_BYTES = 8  # an element of a reply takes this much at most
+
+
+class Losses(Questions):
+    """The losses of a `Table`, and the candidates they draw."""
+
+    def compute_loss(
+        self,
+        hidden: Numbers,
+        labels: Array | None,
+        loss: types.Loss,
+        *,
+        step: int = 0,
+        label_distribution: Array | None = None,
+        label_weights: Numbers | None = None,
+        ignore_index: int | None = None,
+        upstream: Array | None = None,
+        want_lse: bool = False,
+        want_hidden_grad: bool = False,
+        want_table_grad: bool = False,
+        want_scale_grad: bool = False,
+    ) -> types.LossResult:
+        """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
+
+        label_weights [N, T] belong to losses over all classes, None is 1/T (1 in a full sigmoid); labels equal to
+        ignore_index do not count. In their place (labels None) a label_distribution [N, V] may stand, a weight >= 0 for
+        every class: it streams to a FullSoftmax in columns, those of zeros left out. step keys the sampler.
+        want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
+        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats.
+
+        Raises:
+            InvalidArgument: naming the field and the first offending index.
+            LimitExceeded: larger than the server takes; split the batch.
+            TransientError: nobody answered in time, or the server is full; repeat.
+            RowsLost: a worker died with rows of this table.
+        """
+        request = messages.loss_request(
+            self.name,
+            hidden,
+            labels,
+            loss,
+            label_weights=label_weights,
+            ignore_index=ignore_index,
+            upstream=upstream,
+            want_lse=want_lse,
+            want_hidden_grad=want_hidden_grad,
+            want_table_grad=want_table_grad,
+            want_scale_grad=want_scale_grad,
+        )
+        request.step = step
+        return self.send_loss(request, label_distribution)
+
+    def send_loss(
+        self, request: loss_pb2.ComputeLossRequest, label_distribution: Array | None = None
+    ) -> types.LossResult:
+        """Send a request as one message, or in chunks where it or its reply is too large for one.
+
+        Raises:
+            ShardlossError: as `compute_loss`.
+        """
+        channel, limits = self.client.channel, self.client.info.limits
+        limit, chunk = int(limits["max_message_bytes"]), int(limits["max_chunk_bytes"])
+        columns = None
+        if label_distribution is not None or request.label_columns:
+            columns = self._checked_distribution(request, label_distribution)
+        elif max(request.ByteSize(), self._reply_bytes(request)) <= limit:
+            return messages.loss_result(channel.unary(self.client.losses.ComputeLoss, request, None))
+
+        def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
+            header, parts = chunks.detach(request, chunk)
+            yield loss_pb2.StreamLossRequest(header=header)
+            for part in parts:
+                yield loss_pb2.StreamLossRequest(chunk=part)
+            if columns is not None:
+                for piece in messages.label_columns(columns, chunk):
+                    yield loss_pb2.StreamLossRequest(columns=piece)
+
+        replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
+        with messages.reading_reply():
+            header = single(replies, "header")
+            assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), chunk)
+            for piece in replies[1:]:
+                assembler.add(piece.chunk)
+            return messages.loss_result(header, assembler.contents())
+
+    def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:
+        """A label distribution [N, V] whose every column fits a piece.
+
+        Raises:
+            InvalidArgument, LimitExceeded: it is absent, stands beside labels, has another shape or too many rows.
+        """
+        if distribution is None or not request.label_columns:
+            raise InvalidArgument("give labels or a label_distribution, and not both", field="labels")
+        distribution, shape = np.asarray(distribution), [*request.hidden.shape[:1], self.spec.num_classes]
+        if list(distribution.shape) != shape or distribution.dtype.kind != "f":
+            raise InvalidArgument(
+                f"label_distribution is {distribution.dtype} {list(distribution.shape)}; floats {shape} are needed",
+                field="label_distribution",
+            )
+        most = int(self.client.info.limits["max_chunk_bytes"])
+        if len(distribution) * distribution.itemsize > most:
+            raise LimitExceeded(f"a column of {len(distribution)} labels exceeds {most} bytes; split the batch")
+        return distribution
+
+    def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
+        num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
+        elements = 3 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
+        if request.want_table_grad:
+            elements += self._num_touched(request) * (dim + 2)
+        return elements * REPLY_BYTES + 4096
+
+    def _num_touched(self, request: loss_pb2.ComputeLossRequest) -> int:
+        """At most so many rows have a gradient."""
+        kind = request.WhichOneof("loss")
+        if kind not in ("sampled_softmax", "sampled_logistic"):
+            return self.spec.num_classes
+        columns = request.sampled_softmax if kind == "sampled_softmax" else request.sampled_logistic.columns
+        num_labels = int(np.prod(request.labels.shape))
+        num_drawn = max(columns.sampler.num_sampled, columns.partial_fc.num_sampled)
+        num_drawn += int(np.prod(columns.sampled_values.sampled.shape or [0])) + num_labels
+        if columns.sampler.kind == loss_pb2.Sampler.KIND_ALL:
+            num_drawn = self.spec.num_classes
+        return min(self.spec.num_classes, num_drawn + num_labels)
+
+    def sample_candidates(
+        self,
+        num_sampled: int,
+        *,
+        sampler: str | types.FixedUnigram | types.Mixture = "log_uniform",
+        unique: bool = True,
+        seed: int = 0,
+        step: int = 0,
+        labels: Array | None = None,
+    ) -> types.Candidates:
+        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]; changes nothing.
+
+        Raises:
+            InvalidArgument: naming the field, as num_sampled above the number of classes where unique.
+        """
+        loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
+        request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
+        if labels is not None:
+            request.labels.CopyFrom(numbers(labels, "labels"))
+        return messages.candidates(self.client.channel.unary(self.client.losses.SampleCandidates, request, None))
+
+    def sampling_gap(
+        self,
+        hidden: Array,
+        labels: Array,
+        loss: types.SampledSoftmax,
+        *,
+        step: int = 0,
+        ignore_index: int | None = -100,
+    ) -> types.SamplingGap:
+        """The sampled loss of hidden [N, D] with labels [N], beside the exact one; changes nothing.
+
+        step keys the sampler. Two requests: where the table moved between them both are repeated, GAP_TRIES times in
+        all; the answer says which versions it is of.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`.
+        """
+        hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
+        tries = (self._sampling_gap(hidden, labels, loss, step, ignore_index) for _ in range(GAP_TRIES))
+        for gap in tries:
+            if gap.is_one_version:
+                break
+        return gap
+
+    def _sampling_gap(
+        self, hidden: Array, labels: Array, loss: types.SampledSoftmax, step: int, ignore_index: int | None
+    ) -> types.SamplingGap:
+        sampled = self.compute_loss(hidden, labels, loss, step=step, ignore_index=ignore_index)
+        exact = self.evaluate(hidden, labels, want_rank=False, ignore_index=ignore_index, logits=loss.logits)
+        if sampled.loss is None or exact.counted is None:
+            raise BadReply("the reply holds no loss")
+        versions = sampled.version, exact.version, exact.last_version
+        return types.SamplingGap(sampled.loss, exact.loss, exact.counted, *versions)

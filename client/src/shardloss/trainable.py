@@ -1,0 +1,218 @@
+"""The heads of a table, and its rows and logits as lazy values: the way in for torch, which is imported when used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from shardloss import messages, types
+from shardloss.lazy_rows import LazyRows, lazy_rows
+from shardloss.wire import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardloss.heads import MarginSoftmaxHead, SampledLogisticHead, SampledSoftmaxHead, SigmoidHead, SoftmaxHead
+    from shardloss.lazy import LazyLogits
+    from shardloss.table import Table
+
+
+class Trainable:
+    """What torch trains of a `Table`: each loss is a head, a module called like a local loss."""
+
+    def _self(self) -> Table:
+        return cast("Table", self)
+
+    def softmax(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Array | None = None,
+        z_loss: float = 0.0,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SoftmaxHead:
+        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.heads.Head`.
+
+        label_smoothing and class_weights [V] as in torch.nn.functional.cross_entropy; z_loss adds z_loss * lse ** 2 a
+        row; logits says how logits are made (temperature, soft cap, cosines). reduction is "mean", "sum" or "none";
+        rows whose labels are all ignore_index do not count, None counts all. With a learning_rate the head commits in
+        backward; without one, by `head.optimizer(lr)`.
+
+        Raises:
+            InvalidArgument: an unknown reduction, or class_weights of another length.
+        """
+        from shardloss.heads import SoftmaxHead
+
+        loss = types.FullSoftmax(label_smoothing, class_weights, None, z_loss, logits or types.LogitTransform())
+        return SoftmaxHead(
+            self._self(), loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def sampled_softmax(
+        self,
+        num_sampled: int = 0,
+        *,
+        sampler: types.Sampler = "log_uniform",
+        unique: bool = True,
+        seed: int | None = None,
+        remove_accidental_hits: bool = True,
+        hit_removal: str = "every",
+        num_hard_negatives: int = 0,
+        z_loss: float = 0.0,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SampledSoftmaxHead:
+        """A torch.nn.Module of the sampled softmax loss; see `shardloss.heads.Head`.
+
+        Each step draws num_sampled candidates by sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
+        sorted by falling frequency), distinct where unique, from (seed, step); seed None comes from torch's generator.
+        remove_accidental_hits takes candidates that are labels of a row out of it: "every" copy, or "last" alone as
+        TensorFlow. num_hard_negatives > 0 keeps so many of the best candidates of each row alone. num_sampled 0 is for
+        a head that is always given sampled_values, and for samplers that need none. The rest is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown sampler, hit_removal or reduction.
+        """
+        from shardloss.autograd import fresh_seed
+        from shardloss.heads import SampledSoftmaxHead
+
+        loss = types.SampledSoftmax(
+            num_sampled=num_sampled,
+            sampler=sampler,
+            unique=unique,
+            seed=fresh_seed() if seed is None else seed,
+            remove_accidental_hits=remove_accidental_hits,
+            hit_removal=hit_removal,
+            num_hard_negatives=num_hard_negatives,
+            z_loss=z_loss,
+            logits=logits or types.LogitTransform(),
+        )
+        messages.check_loss(loss)
+        return SampledSoftmaxHead(
+            self._self(), loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def nce(
+        self,
+        num_sampled: int = 0,
+        *,
+        sampler: types.Sampler = "log_uniform",
+        unique: bool = True,
+        seed: int | None = None,
+        remove_accidental_hits: bool = False,
+        hit_removal: str = "every",
+        subtract_log_q: bool = True,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SampledLogisticHead:
+        """A torch.nn.Module of noise-contrastive estimation, TensorFlow's nce_loss; see `shardloss.heads.Head`.
+
+        With remove_accidental_hits it is the sampled logistic loss; subtract_log_q False is negative sampling. The rest
+        is as in `sampled_softmax`.
+
+        Raises:
+            InvalidArgument: an unknown sampler, hit_removal or reduction.
+        """
+        from shardloss.autograd import fresh_seed
+        from shardloss.heads import SampledLogisticHead
+
+        loss = types.SampledLogistic(
+            num_sampled=num_sampled,
+            sampler=sampler,
+            unique=unique,
+            seed=fresh_seed() if seed is None else seed,
+            remove_accidental_hits=remove_accidental_hits,
+            hit_removal=hit_removal,
+            subtract_log_q=subtract_log_q,
+            logits=logits or types.LogitTransform(),
+        )
+        messages.check_loss(loss)
+        return SampledLogisticHead(
+            self._self(), loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def sigmoid(
+        self,
+        *,
+        logits: types.LogitTransform | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> SigmoidHead:
+        """A torch.nn.Module of the logistic loss over all classes, summed a row; see `shardloss.heads.Head`.
+
+        As torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1). The rest
+        is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown reduction.
+        """
+        from shardloss.heads import SigmoidHead
+
+        loss = types.FullSigmoid(logits or types.LogitTransform())
+        return SigmoidHead(
+            self._self(), loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def margin_softmax(
+        self,
+        *,
+        m1: float = 1.0,
+        m2: float = 0.5,
+        m3: float = 0.0,
+        scale: float = 64.0,
+        normalize: bool = True,
+        num_sampled: int = 0,
+        seed: int | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        learning_rate: float | None = None,
+    ) -> MarginSoftmaxHead:
+        """A torch.nn.Module of the combined margin softmax: ArcFace (m2), CosFace (m3), SphereFace (m1).
+
+        Hidden and rows are divided by their norms unless normalize is False, where hidden . row is taken for a cosine.
+        num_sampled > 0 trains as PartialFC: on the batch's classes and uniform negatives, num_sampled in all, by
+        (seed, step). The table has no biases. The rest is as in `softmax`.
+
+        Raises:
+            InvalidArgument: an unknown reduction.
+        """
+        from shardloss.autograd import fresh_seed
+        from shardloss.heads import MarginSoftmaxHead
+
+        margin, logits = types.Margin(m1, m2, m3), types.LogitTransform(scale, None, normalize)
+        loss: types.FullSoftmax | types.SampledSoftmax = types.FullSoftmax(margin=margin, logits=logits)
+        if num_sampled:
+            seed = fresh_seed() if seed is None else seed
+            loss = types.SampledSoftmax(
+                num_sampled=num_sampled, sampler=types.PartialFc(), seed=seed, margin=margin, logits=logits
+            )
+        return MarginSoftmaxHead(
+            self._self(), loss, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate
+        )
+
+    def logits(self, hidden: Tensor, transform: types.LogitTransform | None = None) -> LazyLogits:
+        """The logits [..., V] of hidden [..., D], of which nothing is held: what `shardloss.compat.paddle` takes.
+
+        transform says how they are made (scale, soft cap, cosines).
+
+        Raises:
+            InvalidArgument: hidden is not a float tensor [..., D].
+        """
+        from shardloss.lazy import LazyLogits
+
+        return LazyLogits(self._self(), hidden, transform)
+
+    def embeddings(self, class_ids: Array | Tensor) -> LazyRows:
+        """The rows of class_ids [C] as a lookup that is never fetched, for `shardloss.compat.tfrs.Retrieval`.
+
+        Raises:
+            InvalidArgument: they are not a list of class ids of the table.
+        """
+        return lazy_rows(self._self(), class_ids)

@@ -1,0 +1,41 @@
+"""Every rejection of a request happens here, before any work."""
+
+from shardloss_server.frontend.validate.candidates import candidates, filled_in, num_drawn, sampler
+from shardloss_server.frontend.validate.changes import class_counts, commit_request, row_write
+from shardloss_server.frontend.validate.loss import label_columns, label_list, labels, loss_request, reply_bytes
+from shardloss_server.frontend.validate.objective import objective, transform
+from shardloss_server.frontend.validate.tensors import (
+    answered_bytes,
+    at_least,
+    class_ids,
+    finite,
+    finite_logits,
+    hidden,
+    id_list,
+    session,
+)
+
+__all__ = [
+    "answered_bytes",
+    "at_least",
+    "candidates",
+    "class_counts",
+    "class_ids",
+    "commit_request",
+    "filled_in",
+    "finite",
+    "finite_logits",
+    "hidden",
+    "id_list",
+    "label_columns",
+    "label_list",
+    "labels",
+    "loss_request",
+    "num_drawn",
+    "objective",
+    "reply_bytes",
+    "row_write",
+    "sampler",
+    "session",
+    "transform",
+]

@@ -1,0 +1,79 @@
+"""What a commit, a row write and a write of class counts say by themselves."""
+
+from __future__ import annotations
+
+import torch
+from shardloss.errors import InvalidArgument, LimitExceeded
+from torch import Tensor
+
+from shardloss_server.config import Limits
+from shardloss_server.frontend.request import CommitRequest
+from shardloss_server.frontend.validate.tensors import (
+    at_least,
+    finite_number,
+    first_index,
+    hidden,
+    id_list,
+    rate,
+    refuse_where,
+    session,
+    show,
+    vector,
+)
+from shardloss_server.shard.record import TableSpec
+
+
+def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> None:
+    """Check what a Commit says by itself; its tickets are looked up later."""
+    session(request.session)
+    at_least(request.step, 1, "step")
+    if not request.parts:
+        raise InvalidArgument("parts is empty; a commit needs at least one ticket", field="parts")
+    if len(request.parts) > limits.max_parts:
+        raise LimitExceeded(f"{len(request.parts)} parts exceed max_parts = {limits.max_parts}", field="parts")
+    seen: set[str] = set()
+    for place, part in enumerate(request.parts):
+        if part.ticket in seen:
+            raise InvalidArgument(f"parts[{place}].ticket names a ticket twice", field="parts", index=place)
+        seen.add(part.ticket)
+        if part.g is not None:
+            vector(f"parts[{place}].g", part.g, None, spec)
+    rate(request.learning_rate, "learning_rate", spec)
+    finite_number(request.grad_scale, "grad_scale")
+    if request.max_staleness is not None:
+        at_least(request.max_staleness, 0, "max_staleness")
+
+
+def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec, limits: Limits) -> None:
+    """Rows to overwrite: class_ids [M] distinct, rows [M, D], biases [M] where the table has them."""
+    id_list(ids, spec.num_classes)
+    order = torch.argsort(ids, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[order[1:]] = ids[order][1:] == ids[order][:-1]
+    if repeated.any():
+        index = first_index(repeated)
+        place, class_id = show(index), int(ids[index[0]])
+        raise InvalidArgument(f"class_ids[{place}] = {class_id} is there twice", field="class_ids", index=place)
+    hidden(rows, spec, limits, field="rows")
+    refuse_where(~torch.isfinite(rows.to(getattr(torch, spec.dtype))), rows, "rows", f"overflows {spec.dtype}")
+    if len(rows) != len(ids):
+        raise InvalidArgument(f"rows has {len(rows)} rows for {len(ids)} class_ids", field="rows")
+    if biases is None:
+        return
+    if not spec.bias:
+        raise InvalidArgument("this table has no biases", field="biases")
+    vector("biases", biases, len(ids), spec)
+
+
+def class_counts(first_class: int, counts: Tensor, spec: TableSpec, limits: Limits) -> None:
+    """Counts [M] of a range of classes: finite, not negative, within the table."""
+    at_least(first_class, 0, "first_class")
+    vector("counts", counts, None)
+    refuse_where(counts < 0, counts, "counts", "is negative")
+    if first_class + len(counts) > spec.num_classes:
+        raise InvalidArgument(
+            f"first_class = {first_class} and {len(counts)} counts exceed {spec.num_classes} classes",
+            field="first_class",
+        )
+    if 40 * spec.num_classes > limits.max_table_bytes:
+        raise LimitExceeded(f"counts of {spec.num_classes} classes do not fit max_table_bytes", field="counts")

@@ -1,0 +1,486 @@
+"""Exact answers over any cut of a table, on threads and on Ray workers, against NumPy in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import shardloss
+from numpy.typing import NDArray
+from shardloss import LogitTransform
+from shardloss.errors import InvalidArgument, LimitExceeded
+from shardloss_server.evaluation import passes, slices
+
+V, D, N = 23, 5, 9  # V is prime: no number of shards but 1 divides it
+IGNORED = -100
+Floats = NDArray[np.float64]
+MakeTable = Callable[..., shardloss.Table]
+CUTS = [(1, "div"), (2, "div"), (3, "div"), (7, "div"), (2, "mod"), (3, "mod"), (7, "mod")]
+every_cut = pytest.mark.parametrize("num_shards, placement", CUTS)
+TRANSFORMS = {
+    "plain": None,
+    "defaults": LogitTransform(),
+    "cold": LogitTransform(scale=3.5),
+    "warm": LogitTransform(scale=0.01),
+    "capped": LogitTransform(soft_cap=2.0),
+    "cap of no effect": LogitTransform(soft_cap=1e9),
+    "cosine": LogitTransform(scale=16.0, normalize=True),
+    "all": LogitTransform(scale=8.0, soft_cap=5.0, normalize=True),
+}
+every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Rows [V, D], biases [V] and hidden [N, D] that float32 holds exactly, and what NumPy makes of them."""
+
+    rows: Floats
+    biases: Floats
+    hidden: Floats
+
+    def raw(self, transform: LogitTransform | None) -> Floats:
+        """What logits are compared by, [N, V]; rounded, since norms are not exact: ties are ties."""
+        if transform is None or not transform.normalize:
+            return np.asarray(self.hidden @ self.rows.T + self.biases)
+        return np.round(unit(self.hidden) @ unit(self.rows).T + self.biases, 9)
+
+    def logits(self, transform: LogitTransform | None) -> Floats:
+        """[N, V] as they are answered."""
+        z = self.raw(transform)
+        if transform is None:
+            return z
+        z = transform.scale * z
+        return z if transform.soft_cap is None else transform.soft_cap * np.tanh(z / transform.soft_cap)
+
+    def order(self, transform: LogitTransform | None) -> NDArray[np.int64]:
+        """Class ids by logit descending, then id ascending, [N, V]."""
+        return np.argsort(-self.raw(transform), axis=1, kind="stable")
+
+    def log_probs(self, transform: LogitTransform | None) -> Floats:
+        """[N, V]."""
+        z = self.logits(transform)
+        return z - np.logaddexp.reduce(z, axis=1)[:, None]
+
+    def ranks(self, labels: NDArray[np.int64], transform: LogitTransform | None) -> NDArray[np.int64]:
+        """Place of each label in the order, from 1."""
+        return 1 + np.argmax(self.order(transform) == labels[:, None], axis=1)
+
+
+def unit(vectors: Floats) -> Floats:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)[:, None]
+
+
+def sigmoid_cross_entropy(logits: Floats, labels: NDArray[np.int64]) -> Floats:
+    """TensorFlow's formula, max(z, 0) - z y + log(1 + exp(-|z|)), over one-hot labels, summed over classes."""
+    one_hot = np.eye(logits.shape[1])[labels]
+    return np.asarray((np.maximum(logits, 0) - logits * one_hot + np.log1p(np.exp(-np.abs(logits)))).sum(1))
+
+
+@pytest.fixture
+def oracle(rng: np.random.Generator) -> Oracle:
+    """On a grid of 1/8, so that sums are exact in any order and ties are ties by arithmetic.
+
+    Classes 1, 9, 16 and 22 are one row, so that every cut has them on several shards; 4 is twice row 3, with which it
+    ties as a direction; row 6 is zero, hidden 2 sees biases alone.
+    """
+    rows, hidden = (rng.integers(-16, 17, (n, D)) / 8 for n in (V, N))
+    biases = rng.integers(-3, 4, V) / 4
+    rows[[9, 16, 22]], biases[[9, 16, 22]] = rows[1], biases[1]
+    rows[4], biases[4] = 2 * rows[3], biases[3]
+    rows[6], hidden[2] = 0.0, 0.0
+    hidden[0] = rows[1]
+    return Oracle(rows, biases, hidden)
+
+
+@pytest.fixture
+def make_table(any_client: shardloss.LossClient, fresh_name: Callable[[], str]) -> MakeTable:
+    """A table of an oracle's rows."""
+
+    def make(
+        oracle: Oracle, num_shards: int = 3, placement: str = "mod", client: shardloss.LossClient = any_client
+    ) -> shardloss.Table:
+        num_classes, dim = oracle.rows.shape
+        table = client.create_table(
+            fresh_name(), num_classes=num_classes, dim=dim, num_shards=num_shards, placement=placement
+        )
+        table.write_rows(np.arange(num_classes), oracle.rows, oracle.biases)
+        return table
+
+    return make
+
+
+@every_cut
+@every_transform
+def test_losses_ranks_and_best_classes_are_those_of_float64(
+    make_table: MakeTable, oracle: Oracle, num_shards: int, placement: str, transform: LogitTransform | None
+) -> None:
+    """Negative log likelihood, sigmoid cross-entropy, rank of every class, all classes in order: ties by lower id."""
+    table = make_table(oracle, num_shards, placement)
+    logits, log_probs = oracle.logits(transform), oracle.log_probs(transform)
+    for shift in range(0, V, 4):
+        labels = (np.arange(N) + shift) % V
+        found = table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
+        near(found.loss, -log_probs[np.arange(N), labels])
+        near(found.sigmoid, sigmoid_cross_entropy(logits, labels))
+        assert found.rank.tolist() == oracle.ranks(labels, transform).tolist()
+    best = table.top_k(oracle.hidden, V, logits=transform)
+    assert best.class_ids.tolist() == oracle.order(transform).tolist()
+    near(best.logits, np.take_along_axis(logits, best.class_ids, 1))
+    near(best.log_probs, np.take_along_axis(log_probs, best.class_ids, 1))
+    scores = table.score(oracle.hidden, np.arange(V), want_log_probs=True, logits=transform)
+    near(scores.logits, logits)
+    near(scores.log_probs, log_probs)
+    near(table.probabilities(oracle.hidden, np.arange(V), logits=transform), np.exp(log_probs))
+
+
+def near(found: NDArray[np.floating], expected: Floats) -> None:
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@every_cut
+def test_hit_rates_and_reciprocal_ranks_are_means_over_counted_rows(
+    make_table: MakeTable, oracle: Oracle, num_shards: int, placement: str
+) -> None:
+    """Of all rows but the ignored ones, whatever k."""
+    labels = np.arange(N) * 2
+    labels[[3, 7]] = IGNORED
+    counted = labels != IGNORED
+    found = make_table(oracle, num_shards, placement).evaluate(oracle.hidden, labels)
+    ranks = oracle.ranks(labels, None)[counted]
+    assert found.num_counted == 7
+    assert found.loss[~counted].tolist() == found.rank[~counted].tolist() == [0, 0]
+    for k in (1, 2, 5, V):
+        assert found.hit_rate(k) == pytest.approx((ranks <= k).mean())
+        assert found.mrr(k) == pytest.approx(np.where(ranks <= k, 1 / ranks, 0).mean())
+    assert found.mrr() == pytest.approx((1 / ranks).mean())
+    expected = -oracle.log_probs(None)[counted, labels[counted]].mean()
+    assert found.mean_loss == pytest.approx(expected, rel=1e-6)
+    assert found.perplexity == pytest.approx(np.exp(expected), rel=1e-5)
+
+
+@every_cut
+@pytest.mark.parametrize("top_k", [None, 1, 4, V])
+def test_draws_do_not_depend_on_the_cut(
+    make_table: MakeTable,
+    client: shardloss.LossClient,
+    oracle: Oracle,
+    num_shards: int,
+    placement: str,
+    top_k: int | None,
+) -> None:
+    """The same ids as on one shard; each with the log-probability that it was drawn with."""
+    transform = TRANSFORMS["all"]
+    uncut = make_table(oracle, 1, "div", client).sample_classes(
+        oracle.hidden, 50, seed=7, top_k=top_k, logits=transform
+    )
+    found = make_table(oracle, num_shards, placement).sample_classes(
+        oracle.hidden, 50, seed=7, top_k=top_k, logits=transform, want_log_probs=True
+    )
+    assert found.class_ids.tolist() == uncut.class_ids.tolist()
+    assert uncut.log_probs is None
+    log_probs = oracle.log_probs(transform)
+    if top_k is not None:
+        best = oracle.order(transform)[:, :top_k]
+        assert all(set(drawn) <= set(allowed) for drawn, allowed in zip(found.class_ids, best, strict=True))
+        log_probs -= np.logaddexp.reduce(np.take_along_axis(log_probs, best, 1), axis=1)[:, None]
+    near(found.log_probs, np.take_along_axis(log_probs, found.class_ids, 1))
+
+
+def test_draws_among_all_classes_are_those_without_top_k(make_table: MakeTable, oracle: Oracle) -> None:
+    """Both ways of drawing make the same noise."""
+    table = make_table(oracle)
+    draws = [table.sample_classes(oracle.hidden, 200, seed=3, top_k=k).class_ids.tolist() for k in (None, V)]
+    assert draws[0] == draws[1]
+
+
+def test_draws_are_the_rows_own(make_table: MakeTable, oracle: Oracle) -> None:
+    """Rows asked alone, under their numbers, draw as in company; other seeds, rows and draws are other noise."""
+    table = make_table(oracle)
+    hidden = np.repeat(oracle.hidden[3:4], N, axis=0)
+    drawn = table.sample_classes(hidden, 40, seed=5).class_ids
+    for row in range(N):
+        alone = table.sample_classes(hidden[row : row + 1], 40, seed=5, first_row=row).class_ids[0]
+        assert alone.tolist() == drawn[row].tolist()
+    assert table.sample_classes(hidden, 15, seed=5).class_ids.tolist() == drawn[:, :15].tolist()
+    assert len({tuple(row) for row in drawn.tolist()}) == N
+    assert (table.sample_classes(hidden, 40, seed=2**64 - 1).class_ids != drawn).any()
+
+
+def test_draws_of_many_pages_and_slices_are_those_of_one(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], rng: np.random.Generator
+) -> None:
+    """4,000 rows of 30 draws go in pages of 2,114 rows and slices of 512; 70,000 draws of a row in two slices."""
+    table = client.create_table(fresh_name(), num_classes=11, dim=1, initializer=shardloss.Normal(1.0, seed=4))
+    hidden = rng.standard_normal((4000, 1))
+    drawn = table.sample_classes(hidden, 30, seed=9).class_ids
+    for start in (0, 511, 2113, 3990):
+        part = table.sample_classes(hidden[start : start + 9], 30, seed=9, first_row=start).class_ids
+        assert part.tolist() == drawn[start : start + 9].tolist()
+    many = table.sample_classes(hidden[:1], 70_000, seed=9, want_log_probs=True)
+    assert many.class_ids[0, :30].tolist() == drawn[0].tolist()
+    best = table.sample_classes(hidden[:1], 70_000, seed=9, top_k=11, want_log_probs=True)
+    assert best.class_ids.tolist() == many.class_ids.tolist()
+    np.testing.assert_allclose(best.log_probs, many.log_probs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["div", "mod"])
+def test_answers_do_not_depend_on_the_slices(
+    client: shardloss.LossClient,
+    make_table: MakeTable,
+    oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: str,
+) -> None:
+    """Slices of one class, of two rows of hidden and of three draws give what whole shards gave."""
+    table, labels = make_table(oracle, 3, placement, client), np.arange(N)
+    transform = TRANSFORMS["all"]
+
+    def answers() -> list[NDArray[np.number]]:
+        evaluation = table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
+        best = table.top_k(oracle.hidden, 6, logits=transform)
+        draws = [
+            table.sample_classes(oracle.hidden, 10, top_k=k, want_log_probs=True, logits=transform) for k in (None, 6)
+        ]
+        return [
+            *(evaluation.loss, evaluation.rank, evaluation.sigmoid, best.class_ids, best.logits),
+            *(array for drawn in draws for array in (drawn.class_ids, drawn.log_probs)),
+        ]
+
+    whole = answers()
+    for name, size in {"SLICE_MACS": 1, "SLICE_ROWS": 2, "SLICE_DRAWS": 3, "SLICE_BEST": 6}.items():
+        monkeypatch.setattr(slices, name, size)
+    monkeypatch.setattr(passes, "SLICE_ROWS", 2)
+    monkeypatch.setattr(passes, "DRAWN_NOISE", 1)
+    for found, expected in zip(answers(), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_draws_that_no_message_holds_are_refused(make_table: MakeTable, oracle: Oracle, top_k: int | None) -> None:
+    """Half a million draws of one row."""
+    with pytest.raises(LimitExceeded) as refused:
+        make_table(oracle).sample_classes(oracle.hidden[:1], 500_000, top_k=top_k)
+    assert refused.value.field == "num_samples"
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1e4, 30.0])
+def test_logits_of_ten_thousand_are_no_trouble(make_table: MakeTable, soft_cap: float | None) -> None:
+    """At +-1e4: no overflow, no negative loss, the order kept even where a cap makes all logits equal."""
+    rows = np.array([[1e4], [-1e4], [9999.0], [0.0], [1e4]])
+    oracle = Oracle(rows, np.zeros(5), np.array([[1.0], [-1.0], [1.0], [1.0]]))
+    transform = LogitTransform(soft_cap=soft_cap)
+    table, labels = make_table(oracle), np.array([0, 1, 1, 4])
+    found = table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
+    near(found.loss, -oracle.log_probs(transform)[np.arange(4), labels])
+    near(found.sigmoid, sigmoid_cross_entropy(oracle.logits(transform), labels))
+    assert (found.loss >= 0).all()
+    assert (found.sigmoid >= 0).all()
+    assert found.rank.tolist() == [1, 1, 5, 2]
+    assert table.top_k(oracle.hidden[:1], 5, logits=transform).class_ids.tolist() == [[0, 4, 2, 3, 1]]
+    drawn = table.sample_classes(oracle.hidden, 20, logits=transform, want_log_probs=True)
+    assert np.isfinite(drawn.log_probs).all()
+    if soft_cap is None:
+        assert set(drawn.class_ids[0].tolist()) == {0, 2, 4}
+        assert set(drawn.class_ids[1].tolist()) == {1}
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e4, -1e4])
+def test_a_single_class_is_certain(make_table: MakeTable, size: float) -> None:
+    """V = 1: no loss, rank 1, and what else could be drawn; the sigmoid's loss is log(1 + exp(-z))."""
+    oracle = Oracle(np.array([[size]]), np.zeros(1), np.ones((3, 1)))
+    table, labels = make_table(oracle, 1), np.zeros(3, int)
+    found = table.evaluate(oracle.hidden, labels, want_sigmoid=True)
+    assert found.loss.tolist() == [0.0] * 3
+    assert found.rank.tolist() == [1] * 3
+    near(found.sigmoid, np.full(3, np.logaddexp(0, -size)))
+    drawn = table.sample_classes(oracle.hidden, 4, want_log_probs=True)
+    assert not drawn.class_ids.any()
+    assert not drawn.log_probs.any()
+
+
+def test_vectors_of_zeros_have_cosine_zero(make_table: MakeTable) -> None:
+    """Hidden, a row, or both: the logit is the scaled bias."""
+    oracle = Oracle(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([0.5, 0.25]), np.array([[0.0, 0.0], [6.0, 8.0]]))
+    transform = LogitTransform(scale=2.0, normalize=True)
+    near(
+        make_table(oracle).score(oracle.hidden, np.arange(2), logits=transform).logits,
+        np.array([[1.0, 0.5], [1.0, 2.5]]),
+    )
+
+
+def test_directions_do_not_overflow(make_table: MakeTable) -> None:
+    """A hidden whose plain logits float32 cannot hold has cosines, and capped logits, that it can."""
+    oracle = Oracle(np.array([[1e38, 0.0], [0.0, 1e38]]), np.zeros(2), np.array([[2e38, 2e38]]))
+    table = make_table(oracle)
+    with pytest.raises(InvalidArgument):
+        table.score(oracle.hidden, np.arange(2))
+    cosines = table.score(oracle.hidden, np.arange(2), logits=LogitTransform(normalize=True)).logits
+    near(cosines, np.full((1, 2), 0.5**0.5))
+    assert table.score(oracle.hidden, np.arange(2), logits=LogitTransform(soft_cap=7.0)).logits.tolist() == [[7.0, 7.0]]
+
+
+@pytest.mark.parametrize("transform", [None, LogitTransform(soft_cap=3.0), LogitTransform(scale=0.5)])
+def test_no_transform_hides_an_overflow(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None
+) -> None:
+    """inf - inf is refused by the row of hidden, capped or not."""
+    table = client.create_table(fresh_name(), num_classes=6, dim=2, dtype="float64", num_shards=2)
+    table.write_rows(np.array([5]), np.array([[1e200, -1e200]]))
+    hidden, labels = np.array([[0.0, 0.0], [1e200, 1e200]]), np.array([5, 5])
+    for ask in (
+        lambda: table.evaluate(hidden, labels, logits=transform),
+        lambda: table.top_k(hidden, 2, logits=transform),
+        lambda: table.score(hidden, labels, logits=transform),
+        lambda: table.sample_classes(hidden, 3, logits=transform),
+        lambda: table.sample_classes(hidden, 3, top_k=2, logits=transform),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            ask()
+        assert (refused.value.field, refused.value.index) == ("hidden", "1")
+    assert table.sample_classes(hidden[:1], 3, logits=transform).class_ids.shape == (1, 3)
+
+
+def test_a_data_set_is_evaluated_batch_by_batch(make_table: MakeTable, oracle: Oracle) -> None:
+    """The sums of batches of any size are those of all rows at once; progress counts rows; batches come one by one."""
+    table, labels = make_table(oracle), np.arange(N) * 2
+    labels[4] = IGNORED
+    seen: list[int] = []
+
+    def batches():
+        for number, rows in enumerate((slice(0, 4), slice(4, 5), slice(5, 5), slice(5, N))):
+            assert len(seen) == number
+            yield oracle.hidden[rows], labels[rows]
+
+    summary = table.evaluate_batches(batches(), progress=seen.append, want_sigmoid=True)
+    whole = table.evaluate(oracle.hidden, labels, want_sigmoid=True)
+    assert seen == [4, 5, 5, N]
+    assert (summary.num_rows, summary.num_counted) == (N, N - 1)
+    for k in (1, 3, V):
+        assert summary.hit_rate(k) == whole.hit_rate(k)
+        assert summary.mrr(k) == pytest.approx(whole.mrr(k))
+    assert summary.mrr() == pytest.approx(whole.mrr())
+    assert summary.mean_loss == pytest.approx(whole.mean_loss)
+    assert summary.mean_sigmoid == pytest.approx(whole.mean_sigmoid)
+    assert (summary.version, summary.last_version) == (1, 1)
+
+
+@pytest.mark.parametrize("rows", ["none", "all ignored"])
+def test_where_no_row_counts_every_mean_is_nan(make_table: MakeTable, oracle: Oracle, rows: str) -> None:
+    """N = 0, no batches at all, and rows that are all ignored."""
+    table = make_table(oracle)
+    size = 0 if rows == "none" else N
+    batch = oracle.hidden[:size], np.full(size, IGNORED)
+    found = table.evaluate(*batch, want_sigmoid=True)
+    assert found.loss.tolist() == found.rank.tolist() == found.sigmoid.tolist() == [0] * size
+    for answer in (found, table.evaluate_batches([batch] if size else [], want_sigmoid=True)):
+        assert answer.num_counted == 0
+        for figure in (answer.mean_loss, answer.perplexity, answer.mean_sigmoid, answer.hit_rate(1), answer.mrr()):
+            assert np.isnan(figure)
+    gap = table.sampling_gap(*batch, shardloss.SampledSoftmax(5))
+    assert gap.gap.tolist() == [0] * size
+    assert np.isnan(gap.mean_gap)
+
+
+def test_nobody_gets_figures_he_did_not_ask_for(make_table: MakeTable, oracle: Oracle) -> None:
+    """Ranks and sigmoid sums that were not wanted are refused by name, not nan."""
+    found = make_table(oracle).evaluate(oracle.hidden, np.arange(N), want_rank=False)
+    assert (found.rank, found.sigmoid) == (None, None)
+    for ask in (found.mrr, lambda: found.hit_rate(3), lambda: found.mean_sigmoid):
+        with pytest.raises(InvalidArgument):
+            ask()
+
+
+def test_a_sampled_loss_is_set_beside_the_exact_one(make_table: MakeTable, oracle: Oracle) -> None:
+    """Both of one version; with every class as candidate there is no gap, with few there is."""
+    table, labels = make_table(oracle), np.arange(N)
+    labels[2] = IGNORED
+    every = shardloss.SampledSoftmax(V, sampler="uniform")
+    none = table.sampling_gap(oracle.hidden, labels, every)
+    assert none.is_one_version
+    np.testing.assert_allclose(none.gap, np.zeros(N), atol=2e-6)
+    few = table.sampling_gap(oracle.hidden, labels, shardloss.SampledSoftmax(3, seed=1), step=4)
+    sampled = table.compute_loss(
+        oracle.hidden, labels, shardloss.SampledSoftmax(3, seed=1), step=4, ignore_index=IGNORED
+    )
+    exact = table.evaluate(oracle.hidden, labels)
+    counted = labels != IGNORED
+    assert few.sampled.tolist() == sampled.loss.tolist()
+    assert few.exact.tolist() == exact.loss.tolist()
+    assert few.mean_gap == pytest.approx((sampled.loss - exact.loss)[counted].mean())
+    assert few.mean_gap != 0
+
+
+def test_a_gap_says_that_others_trained_between(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit between the two losses is answered by asking again; a commit each time, by both versions."""
+    table = client.create_table(fresh_name(), num_classes=V, dim=D)
+    hidden, labels = np.ones((2, D)), np.array([1, 2])
+    evaluate, num_writes = table.evaluate, 0
+
+    def write_first(*args, **options):
+        nonlocal num_writes
+        if num_writes < most:
+            num_writes += 1
+            table.write_rows(np.array([0]), np.ones((1, D)))
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(table, "evaluate", write_first)
+    most = 1
+    gap = table.sampling_gap(hidden, labels, shardloss.SampledSoftmax(4))
+    assert gap.is_one_version
+    assert gap.version == 1
+    most, num_writes = 99, 0
+    gap = table.sampling_gap(hidden, labels, shardloss.SampledSoftmax(4))
+    assert not gap.is_one_version
+    assert (gap.version, gap.exact_version, gap.exact_last_version) == (3, 4, 4)
+
+
+def test_exact_questions_change_nothing(make_table: MakeTable, oracle: Oracle) -> None:
+    """Version, rows, biases and the next training step are bit for bit what they were."""
+    table, labels = make_table(oracle), np.arange(N)
+    before, info = table.read_rows(np.arange(V)), table.info()
+    transform = LogitTransform(scale=2.0, soft_cap=9.0, normalize=True)
+    table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
+    table.top_k(oracle.hidden, 3, logits=transform)
+    table.score(oracle.hidden, labels, want_log_probs=True, logits=transform)
+    table.sample_classes(oracle.hidden, 11, logits=transform)
+    table.sampling_gap(oracle.hidden, labels, shardloss.SampledSoftmax(4))
+    after = table.read_rows(np.arange(V))
+    assert after.rows.tobytes() == before.rows.tobytes()
+    assert after.biases.tobytes() == before.biases.tobytes()
+    assert table.info() == info
+
+
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(scale=0.0), LogitTransform(soft_cap=-1.0), LogitTransform(scale=float("nan"))]
+)
+def test_a_transform_that_cannot_be_is_refused_by_name(
+    make_table: MakeTable, oracle: Oracle, transform: LogitTransform
+) -> None:
+    """By every question, naming the field."""
+    table = make_table(oracle)
+    field = "logits.soft_cap" if transform.soft_cap else "logits.scale"
+    for ask in (
+        lambda: table.evaluate(oracle.hidden, np.arange(N), logits=transform),
+        lambda: table.top_k(oracle.hidden, 2, logits=transform),
+        lambda: table.probabilities(oracle.hidden, np.arange(2), logits=transform),
+        lambda: table.sample_classes(oracle.hidden, 2, logits=transform),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            ask()
+        assert refused.value.field == field
+
+
+def test_a_client_refuses_what_no_field_holds(make_table: MakeTable, oracle: Oracle) -> None:
+    """A seed below 0, a transform of words: InvalidArgument, not a bare TypeError."""
+    table = make_table(oracle)
+    for ask in (
+        lambda: table.sample_classes(oracle.hidden, 2, seed=-1),
+        lambda: table.sample_classes(oracle.hidden, 2, seed=2**64),
+        lambda: table.top_k(oracle.hidden, 2, logits=LogitTransform(scale="hot")),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidArgument):
+            ask()

@@ -1,0 +1,93 @@
+"""Golden cases on every cut of a table, in process and on Ray workers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import shardloss
+from shardloss_server.rpc.serve import Server
+
+from .cases import Case, Cut, cuts_of
+
+LOCAL_SHARDS = (1, 2, 3, 7)  # 7 leaves shards empty where V = 3, and uneven where V = 29
+RAY_SHARDS = (2, 3)  # two workers: one shard each, then two and one
+KEPT_TABLES = 32  # half of what a server holds
+
+
+def runs(cases: list[Case], local_shards: tuple[int, ...] = LOCAL_SHARDS) -> list[object]:
+    """Every case on every cut, in process; then on Ray."""
+    local = [
+        pytest.param("local", case, cut, id=f"{case}-local-{cut}")
+        for case in cases
+        for cut in cuts_of(case, local_shards)
+    ]
+    ray = [
+        pytest.param("ray", case, cut, id=f"{case}-ray-{cut}", marks=pytest.mark.ray)
+        for case in cases
+        for cut in cuts_of(case, RAY_SHARDS)
+    ]
+    return local + ray
+
+
+class Tables:
+    """Tables filled with golden weights: one for each content and cut, the oldest given back."""
+
+    def __init__(self, client: shardloss.LossClient) -> None:
+        self._client = client
+        self._kept: OrderedDict[tuple[bytes, Cut], shardloss.Table] = OrderedDict()
+        self._names = (f"golden-{i}" for i in itertools.count())
+
+    def fresh(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
+        """A table of its own, filled by WriteRows; the caller deletes it."""
+        table = self._client.create_table(
+            next(self._names),
+            num_classes=len(weights),
+            dim=weights.shape[1],
+            dtype=weights.dtype.name,
+            bias=biases is not None,
+            num_shards=cut.num_shards,
+            placement=cut.placement,
+            initializer=shardloss.Zeros(),
+        )
+        table.write_rows(np.arange(len(weights)), weights, biases)
+        return table
+
+    def filled(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
+        """A table with these rows that nobody trains."""
+        content = weights.dtype.str.encode() + weights.tobytes() + (b"" if biases is None else biases.tobytes())
+        key = (content, cut)
+        if key not in self._kept:
+            if len(self._kept) >= KEPT_TABLES:
+                self._client.delete_table(self._kept.popitem(last=False)[1].name)
+            self._kept[key] = self.fresh(weights, biases, cut)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def clear(self) -> None:
+        """Delete every kept table."""
+        while self._kept:
+            self._client.delete_table(self._kept.popitem()[1].name)
+
+
+def tables_of(server: Server) -> Iterator[Tables]:
+    with shardloss.connect(server.address) as client:
+        tables = Tables(client)
+        yield tables
+        tables.clear()
+
+
+def dense(gradient: shardloss.TableGradient | None, like: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """A table gradient as (rows [V, D], biases [V]); its class ids ascend, each once."""
+    assert gradient is not None
+    assert (np.diff(gradient.class_ids) > 0).all()
+    rows = np.zeros(like.shape, dtype=gradient.rows.dtype)
+    rows[gradient.class_ids] = gradient.rows
+    if gradient.biases is None:
+        return rows, None
+    biases = np.zeros(len(like), dtype=gradient.biases.dtype)
+    biases[gradient.class_ids] = gradient.biases
+    return rows, biases

@@ -1,0 +1,83 @@
+"""SampleClasses draws from the exact softmax of the live table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import shardloss
+from numpy.typing import NDArray
+from scipy import special, stats
+from shardloss import LogitTransform
+
+V, D, S = 19, 4, 20_000
+P_VALUE = 1e-4  # fixed seeds: a failure is a change of the bits, not bad luck
+COLD, WARM = LogitTransform(scale=1.7), LogitTransform(scale=0.2)
+
+
+@pytest.fixture
+def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardloss.Table:
+    initializer = shardloss.Normal(0.6, seed=8)
+    return client.create_table(
+        fresh_name(), num_classes=V, dim=D, num_shards=3, placement="mod", initializer=initializer
+    )
+
+
+def softmax_of(
+    table: shardloss.Table, hidden: NDArray[np.float64], transform: LogitTransform | None, top_k: int | None
+) -> NDArray[np.float64]:
+    """Probabilities [N, V] in float64; 0 outside the k best."""
+    logits = hidden @ table.read_rows(np.arange(V)).rows.astype(np.float64).T
+    logits *= transform.scale if transform else 1.0
+    if top_k is not None:
+        logits[logits < np.sort(logits, axis=1)[:, [-top_k]]] = -np.inf
+    return np.asarray(special.softmax(logits, axis=1))
+
+
+def assert_fits(class_ids: NDArray[np.int64], probability: NDArray[np.float64]) -> None:
+    """Chi-square of one row's draws; classes of fewer than 5 expected draws are one."""
+    expected = probability * len(class_ids)
+    observed = np.bincount(class_ids, minlength=V)
+    assert not observed[expected == 0].any()
+    rare = expected < 5
+    pooled = [np.append(counts[~rare], counts[rare].sum()) for counts in (observed, expected)]
+    seen = pooled[1] > 0
+    assert stats.chisquare(pooled[0][seen], pooled[1][seen]).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("transform", [None, COLD, WARM], ids=["plain", "cold", "warm"])
+@pytest.mark.parametrize("top_k", [None, 2, 7, V])
+def test_draws_fit_the_exact_softmax(
+    table: shardloss.Table, rng: np.random.Generator, transform: LogitTransform | None, top_k: int | None
+) -> None:
+    """Chi-square of 20,000 draws of each of three rows, over all classes and over the best alone."""
+    hidden = rng.standard_normal((3, D)).astype(np.float32).astype(np.float64)
+    drawn = table.sample_classes(hidden, S, seed=21, top_k=top_k, logits=transform).class_ids
+    for row, probability in zip(drawn, softmax_of(table, hidden, transform, top_k), strict=True):
+        assert_fits(row, probability)
+
+
+@pytest.mark.parametrize("keyed_by", ["row", "first_row", "seed"])
+def test_one_draw_of_each_of_many_keys_fits_as_well(
+    table: shardloss.Table, rng: np.random.Generator, keyed_by: str
+) -> None:
+    """The first draw of 3,000 rows, of 300 calls of 10 rows, of 300 seeds: neighbouring keys are independent."""
+    hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 3000, axis=0)
+    if keyed_by == "row":
+        drawn = table.sample_classes(hidden, 1, seed=2).class_ids
+    else:
+        step = {"seed": 1, "first_row": 10}[keyed_by]
+        calls = [table.sample_classes(hidden[:10], 1, **{keyed_by: step * n}) for n in range(300)]  # type: ignore[arg-type]
+        drawn = np.concatenate([call.class_ids for call in calls])
+    assert_fits(drawn[:, 0], softmax_of(table, hidden[:1], None, None)[0])
+
+
+def test_draws_of_a_row_are_independent_of_each_other(table: shardloss.Table, rng: np.random.Generator) -> None:
+    """Pairs of neighbouring draws, and of neighbouring rows, repeat a class as often as the softmax says."""
+    hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 2, axis=0)
+    drawn = table.sample_classes(hidden, S, seed=5).class_ids
+    repeats = float((softmax_of(table, hidden, None, None)[0] ** 2).sum())
+    for pairs in (drawn[0].reshape(-1, 2), drawn.T):
+        found = int((pairs[:, 0] == pairs[:, 1]).sum())
+        assert stats.binomtest(found, len(pairs), repeats).pvalue > P_VALUE
