@@ -293,7 +293,6 @@ LOSSES = [
         ("max_staleness", let("max_staleness", 1), "max_staleness"),
         ("group", let("group.size", 2), "group"),
         ("empty group", touch("group"), "group"),
-        ("hit_ids", put("hit_ids", [1, 2]), "hit_ids"),
     ),
     *bad(
         World.full,

@@ -11,9 +11,24 @@ import shardloss
 from google.protobuf.message import Message
 from shardloss import wire
 from shardloss.errors import InvalidArgument, LimitExceeded, ShardlossError, TableNotFound
-from shardloss.v1 import loss_pb2, table_pb2
+from shardloss.v1 import loss_pb2
 from shardloss_server.rpc.serve import Server
 
+from .losses import (
+    KIND,
+    counted,
+    in_batch,
+    in_batch_hit_ids,
+    margin,
+    mixture,
+    nce,
+    own_values,
+    partial_fc,
+    sigmoid,
+    smoothed,
+    with_hit_ids,
+    write_counts,
+)
 from .test_bad_input import BEYOND, INF, NAN, Bad, Edit, at, bad, both, cell, drop, let, not_finite, put, tensors, touch
 from .world import LIMITS, MAX_SAMPLED, MAX_TOP_K, D, N, S, T, V, World, once, serving
 
@@ -21,102 +36,6 @@ HUGE = 2**62
 COUNTS = np.array([0, 3, 1, 2, 5, 1, 2, 0, 1, 4, 1.0])  # of the table "counted": classes 0 and 7 are never drawn
 SAMPLED = "sampled_softmax."
 VALUES, SAMPLER, MIXTURE = SAMPLED + "sampled_values.", SAMPLED + "sampler.", SAMPLED + "sampler.mixture."
-KIND = loss_pb2.Sampler
-
-
-# Good requests, for a row to spoil
-
-
-def one_label(world: World) -> loss_pb2.ComputeLossRequest:
-    """The full softmax of one label a row."""
-    request = world.full()
-    request.labels.CopyFrom(wire.encode(1 + np.arange(N) % 6))
-    return request
-
-
-def smoothed(world: World) -> loss_pb2.ComputeLossRequest:
-    request = world.full()
-    request.full_softmax.label_smoothing, request.z_loss = 0.1, 0.01
-    request.full_softmax.class_weights.CopyFrom(wire.encode(np.ones(V)))
-    request.logits.scale = 2.0
-    return request
-
-
-def margin(world: World) -> loss_pb2.ComputeLossRequest:
-    request = one_label(world)
-    request.table, request.margin.m2 = "no-bias", 0.5
-    request.logits.scale, request.logits.normalize = 16.0, True
-    return request
-
-
-def sigmoid(world: World) -> loss_pb2.ComputeLossRequest:
-    request = world.full()
-    request.full_sigmoid.SetInParent()
-    request.want_lse = False
-    return request
-
-
-def nce(world: World) -> loss_pb2.ComputeLossRequest:
-    request = sigmoid(world)
-    columns = request.sampled_logistic.columns
-    columns.sampler.kind, columns.sampler.num_sampled = KIND.KIND_LOG_UNIFORM, S
-    return request
-
-
-def own_values(world: World) -> loss_pb2.ComputeLossRequest:
-    """Candidates of each row's own."""
-    request = world.values()
-    values = request.sampled_softmax.sampled_values
-    values.sampled.CopyFrom(wire.encode(np.arange(N * S).reshape(N, S) % V))
-    values.sampled_expected_count.CopyFrom(wire.encode(np.full((N, S), 0.7)))
-    return request
-
-
-def with_hit_ids(world: World) -> loss_pb2.ComputeLossRequest:
-    request = world.values()
-    request.hit_ids.labels.CopyFrom(wire.encode(np.arange(N * T).reshape(N, T)))
-    request.hit_ids.sampled.CopyFrom(wire.encode(np.arange(S)))
-    return request
-
-
-def in_batch(world: World) -> loss_pb2.ComputeLossRequest:
-    request = one_label(world)
-    request.sampled_softmax.in_batch.SetInParent()
-    return request
-
-
-def in_batch_hit_ids(world: World) -> loss_pb2.ComputeLossRequest:
-    request = in_batch(world)
-    request.hit_ids.labels.CopyFrom(wire.encode(np.arange(N)))
-    return request
-
-
-def partial_fc(world: World) -> loss_pb2.ComputeLossRequest:
-    request = one_label(world)
-    request.sampled_softmax.partial_fc.num_sampled = S
-    return request
-
-
-def counted(world: World) -> loss_pb2.ComputeLossRequest:
-    """Drawn by the counts of the table "counted"."""
-    request = one_label(world)
-    request.table = "counted"
-    sampler = request.sampled_softmax.sampler
-    sampler.kind, sampler.num_sampled, sampler.distortion = KIND.KIND_FIXED_UNIGRAM, 4, 0.75
-    return request
-
-
-def mixture(world: World) -> loss_pb2.ComputeLossRequest:
-    request = counted(world)
-    sampler = request.sampled_softmax.sampler
-    sampler.kind = KIND.KIND_MIXTURE
-    sampler.mixture.first.kind, sampler.mixture.second.kind = KIND.KIND_FIXED_UNIGRAM, KIND.KIND_UNIFORM
-    sampler.mixture.share = 0.5
-    return request
-
-
-def write_counts(world: World) -> table_pb2.WriteClassCountsRequest:
-    return table_pb2.WriteClassCountsRequest(table=world.name, first_class=2, counts=wire.encode(np.ones(3)))
 
 
 # How they are refused

@@ -26,6 +26,7 @@ from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import ServerConfig
 from shardloss_server.rpc.serve import Server
 
+from .losses import LOSSES, write_counts
 from .world import LIMITS, D, N, World, numbers, once, serving
 
 TRY_S = 10.0
@@ -86,7 +87,7 @@ def raw(server: Server) -> Iterator[grpc.Channel]:
 
 
 def valid_messages(world: World) -> dict[str, list[Message]]:
-    """Good requests of every method; those that change something name a table that is not there."""
+    """Good requests of every method; those that change rows name a table that is not there."""
     requests = [
         world.full(),
         world.drawn(),
@@ -103,6 +104,8 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.top_k(),
         world.score(),
         world.sample_classes(),
+        write_counts(world),
+        *[every(world) for every in LOSSES],
     ]
     by_method: dict[str, list[Message]] = {}
     for request in requests:
@@ -111,6 +114,8 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
             request.spec.name = ELSEWHERE
         elif name in CHANGING:
             request.table = ELSEWHERE
+        elif name == "ComputeLoss":
+            request.table = world.name
         by_method.setdefault(name, []).append(request)
     by_method["ListTables"] = [table_pb2.ListTablesRequest()]
     by_method["GetServerInfo"] = [server_pb2.GetServerInfoRequest()]

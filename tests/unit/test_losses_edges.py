@@ -323,6 +323,7 @@ def test_float32_is_about_as_exact_as_the_naive_float32(front: Front, loss: str)
 # Size
 
 
+@pytest.mark.slow
 def test_more_logits_than_32_bits_count(front: Front) -> None:
     """4097 rows x 2^20 classes: right losses and gradient in little memory, as no N x V is ever held."""
     num_classes, num_rows = 1 << 20, 4097
