@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -347,19 +348,26 @@ def test_a_session_needs_the_one_call_form(
 
 
 def test_a_commit_between_two_pieces_is_told(
-    client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
+    faulty: FaultyGroup, client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
 ) -> None:
     """The targets of two versions do not add up: TABLE_UNAVAILABLE, and a repeat of the stream is right."""
     table = make_table()
+    has_come = threading.Semaphore(0)
 
     def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
         yield header(table)
         yield piece(0, np.ones((N, 3)))
+        for _ in range(2):  # the target of no piece, and that of the first
+            assert has_come.acquire(timeout=30.0)
         table.write_rows(ALL[:2], np.ones((2, D)))
         yield piece(3, np.ones((N, 3)))
 
-    with pytest.raises(TableUnavailable):
-        stream_of(client, pieces())
+    faulty.after_labels = has_come.release
+    try:
+        with pytest.raises(TableUnavailable):
+            stream_of(client, pieces())
+    finally:
+        faulty.after_labels = lambda: None
     y = np.zeros((N, V))
     y[:, :6] = 1
     weights, biases = leaves(table)
