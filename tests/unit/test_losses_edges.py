@@ -154,6 +154,36 @@ def test_logits_that_overflow_are_refused_by_name(front: Front, num_hard: int) -
     assert (refused.value.field, refused.value.index) == ("hidden", "4")
 
 
+OVERFLOWS = {
+    "hidden": (True, 1e30, 1e10, Objective()),
+    "z-loss": (True, 1.0, 1e4, Objective(z_loss=1e36)),
+    "scale": (True, 1.0, 1e4, Objective(transform=Transform(1e38))),
+    "the norm of a row of zeros": (True, 1.0, 1e10, Objective(transform=Transform(1e20, None, True))),
+    "a steep margin": (
+        False,
+        1.0,
+        1.0,
+        Objective(transform=Transform(16.0, None, True), margin=Margin(1e38, 0.0, 0.0)),
+    ),
+    "the learning rate": (True, 1e10, 1e10, Objective()),
+}
+
+
+@pytest.mark.parametrize("what", OVERFLOWS)
+def test_a_step_whose_gradient_would_overflow_is_refused(front: Front, what: str) -> None:
+    """Finite numbers whose products are not finite in float32: g is named, and no bit of the table moves."""
+    bias, size, g, objective = OVERFLOWS[what]
+    table = table_of(front, torch.zeros(V, D), torch.zeros(V) if bias else None, dtype="float32")
+    request = request_of(size * torch.ones(N, D), torch.arange(N)[:, None], objective=objective)
+    ticket = table.open(request, 1)
+    with pytest.raises(InvalidArgument) as refused:
+        table.commit(1, [(ticket, torch.full((N,), g))], 1e30 if what == "the learning rate" else 0.1)
+    assert (refused.value.field, refused.value.index) == ("parts[0].g", "0")
+    assert not table.read()[0].any()
+    table.commit(1, [(ticket, torch.zeros(N))], 0.1)
+    assert not table.read()[0].any()
+
+
 # Few of everything
 
 

@@ -336,9 +336,12 @@ class TableOwner:
                     field=f"parts[{place}].g",
                 )
             scaled = g.double() * request.grad_scale
-            validate.finite(scaled * ticket.mass, f"parts[{place}].g", self.spec)
             validate.finite(scaled, f"parts[{place}].g", self.spec)
-            upstreams.append(Upstream(lse, scaled.to(getattr(torch, self.spec.compute_dtype))))
+            largest = scaled * ticket.steepness * len(tickets) * max(1.0, request.learning_rate)
+            dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
+            overflows = ~torch.isfinite(largest.to(dtype))
+            validate.refuse_where(overflows, g, f"parts[{place}].g", "may make a gradient of the table that overflows")
+            upstreams.append(Upstream(lse, scaled.to(dtype)))
         return tuple(upstreams), staleness
 
     def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:

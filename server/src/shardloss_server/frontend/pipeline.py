@@ -29,6 +29,7 @@ from shardloss_server.frontend.request import (
     LossRequest,
 )
 from shardloss_server.frontend.session import Ticket, TicketState
+from shardloss_server.frontend.steepness import steepness
 from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
 from shardloss_server.numerics.partial import add_all, combine_all, spread_over
 from shardloss_server.numerics.transform import normalized, project
@@ -116,7 +117,8 @@ class Pipeline:
         reply = replace(reply, has_bias=owner.spec.bias)
         if ticket is not None:
             ticket.staged, ticket.lse, ticket.num_rows = staged, merged.statistics.lse, len(request.hidden)
-            ticket.version, ticket.reply, ticket.mass = version, reply, part.batch.mass
+            ticket.version, ticket.reply = version, reply
+            ticket.steepness = steepness(part, merged.statistics.lse)
             ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
         return reply

@@ -54,7 +54,7 @@ class Ticket:
     ready: threading.Event = field(default_factory=threading.Event)
     staged: Staged | None = None
     lse: Tensor | None = None
-    mass: Tensor | float = 1.0
+    steepness: Tensor | float = 1.0
     labels: Tensor | None = None  # [L] that count
     is_held: bool = False  # a commit is at work on it: it does not expire
     num_rows: int = 0
@@ -282,7 +282,7 @@ class Sessions:
             known.tickets.pop((ticket.step, ticket.part), None)
         self._budget.give_back(ticket.num_bytes)
         ticket.staged = ticket.lse = ticket.reply = None
-        ticket.mass = 1.0
+        ticket.steepness = 1.0
         ticket.ready.set()
         if remember:
             self._closed[ticket.name] = state

@@ -12,6 +12,7 @@ from shardloss_server.frontend.validate.tensors import (
     finite_logits,
     hidden,
     id_list,
+    refuse_where,
     session,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "loss_request",
     "num_drawn",
     "objective",
+    "refuse_where",
     "reply_bytes",
     "row_write",
     "sampler",

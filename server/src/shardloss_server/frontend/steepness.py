@@ -1,0 +1,31 @@
+"""How steep a loss can be in the table: what keeps a step of finite numbers from making rows that are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardloss_server.numerics.margin import LEAST_SINE
+from shardloss_server.numerics.transform import LEAST_NORM
+from shardloss_server.shard.record import Part
+
+
+def steepness(part: Part, lse: Tensor) -> Tensor:
+    """No entry of d sum(g loss) / d table is above max_n |g_n| steepness_n [N], float64; 0 in ignored rows.
+
+    N * |dz| * |d z / d row|: dz is a row's weight of p and of y, of every copy of a class in a logistic loss; the rest
+    is hidden as it is scored, what a margin's slope may be, and 1 over the least norm. Coarse, yet far above training.
+    """
+    batch, objective = part.batch, part.objective
+    mass = batch.mass.double()
+    weight = 1.0 + 2.0 * mass
+    if objective.z_loss:
+        weight = weight + torch.where(mass == 0, 0.0, 2.0 * objective.z_loss * mass * lse.abs())
+    if objective.family == "logistic":
+        num_drawn = 0 if part.candidates is None else part.candidates.class_ids.numel()
+        weight = weight * (1.0 + batch.labels.shape[1] + num_drawn)
+    slope = 1.0 / LEAST_NORM if objective.transform.normalize else 1.0
+    if objective.margin is not None:
+        slope *= max(1.0, objective.margin.m1 / LEAST_SINE)
+    largest = batch.hidden.double().abs().amax(1).clamp(min=objective.transform.scale)
+    return torch.where(mass == 0, 0.0, len(mass) * weight * slope * largest)
