@@ -23,8 +23,7 @@ def with_margin(logits: Tensor, margin: Margin, scale: float) -> tuple[Tensor, T
     """(scale * (cos(m1 theta + m2) - m3), its derivative in the logit) of true logits scale * cos(theta) [L].
 
     cos is clamped to [-1, 1], but for m1 = 1, m2 = 0, which needs no angle; outside the slope is that of the clamp, 0.
-    Source: ArcFace (Deng et al. 2019,
-    section 2.3), paddle.nn.functional.margin_cross_entropy.
+    Source: ArcFace (Deng et al. 2019, section 2.3), paddle.nn.functional.margin_cross_entropy.
     """
     if margin.m1 == 1.0 and margin.m2 == 0.0:
         return logits - scale * margin.m3, torch.ones_like(logits)
