@@ -204,7 +204,7 @@ def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None)
         raise InvalidArgument(f"hit_removal = {sampled.hit_removal} is unknown", field="sampled_softmax.hit_removal")
     remove = sampled.remove_accidental_hits if sampled.HasField("remove_accidental_hits") else True
     hit_removal = HIT_REMOVALS[sampled.hit_removal] if remove else "none"
-    if not remove and sampled.WhichOneof("candidates") == "in_batch":
+    if not remove and sampled.WhichOneof("candidates") in ("in_batch", "partial_fc"):
         hit_removal = "last"  # of the batch's copies of a label one is the row's own
     draw = candidates(sampled, chunks)
     return SampledSoftmax(draw, hit_removal, hit_ids(message, chunks), sampled.num_hard_negatives, is_corrected)
