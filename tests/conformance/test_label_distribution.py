@@ -229,6 +229,26 @@ def test_a_lost_reply_leaves_one_step(
     assert again.committed.version == 3
 
 
+def test_a_step_whose_sums_are_forgotten_streams_again(
+    client: shardloss.LossClient, faulty: FaultyGroup, make_table: Callable[..., shardloss.Table]
+) -> None:
+    """No shard had the order, and another distribution came before the repeat: the repeat is one step, and right."""
+    table = make_table()
+    weights, biases = leaves(table)
+    y = np.zeros((N, V))
+    y[:, :3] = 1
+    expected = oracle(weights, biases, torch.ones(N, D, dtype=torch.float64), LOSSES[0], y)
+    of_rows = torch.autograd.grad(expected.sum(), weights)[0]
+    call = [header(table, session="s", step=1), piece(0, y[:, :3])]
+    call[0].header.commit_now.learning_rate = RATE
+    faulty.lose("none", WorkerLost("lost"))
+    with pytest.raises(TableUnavailable):
+        stream(client, *call)
+    table.compute_loss(np.ones((N, D)), None, LOSSES[0], label_distribution=Y, want_table_grad=True)
+    assert stream(client, *call)[0].header.committed.version == 2  # the fixture's write and one step
+    np.testing.assert_allclose(table.read_rows(ALL).rows, (weights - RATE * of_rows).detach(), atol=TOLERANCE)
+
+
 def stream(client: shardloss.LossClient, *pieces: loss_pb2.StreamLossRequest) -> Any:
     """One try of a raw stream."""
     return stream_of(client, iter(pieces))

@@ -98,7 +98,7 @@ class Pipeline:
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
-        part, targets = self._planned(owner, request, deadline)
+        part, targets = self._planned(owner, request, ticket, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, deadline)
@@ -121,25 +121,29 @@ class Pipeline:
             ticket.ready.set()
         return reply
 
-    def _planned(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+    def _planned(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
+    ) -> tuple[Part, list[LabelTarget]]:
         """The part to score; what takes a fan-out of its own first: hard negatives, and labels that are a distribution.
 
         The targets are those of a distribution, whose labels are in no part.
         """
         if request.label_columns is not None:
-            return self._collected(owner, request, deadline)
+            return self._collected(owner, request, ticket, deadline)
         part = plan(request, owner.spec, owner.counts)
         if request.sampled is None or not request.sampled.num_hard_negatives:
             return part, []
         k = request.sampled.num_hard_negatives
         return mined_part(part, owner.mine(owner.stage(part), k, deadline), k), []
 
-    def _collected(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+    def _collected(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
+    ) -> tuple[Part, list[LabelTarget]]:
         """Hand each piece of a label distribution to the shards as it comes; nothing of it is held here."""
         part = unlabelled(request, owner.spec, secrets.token_hex(8))
         staged, g, end = owner.stage(part), None, 0
         if request.want.table_grad or request.commit_now is not None:
-            owner.begin_labels(part.distribution, deadline)
+            owner.begin_labels(part.distribution, ticket, deadline)
             scale = 1.0 if request.commit_now is None else request.commit_now.grad_scale
             g = upstream_of(request, part.batch.mass) * scale
         targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # of no piece

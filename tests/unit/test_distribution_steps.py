@@ -1,0 +1,61 @@
+"""Steps over a label distribution that end badly, or meet others: the table goes on, and a repeat is one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from shardloss.errors import DeadlineExceeded
+from shardloss_server.frontend.request import CommitNow, LabelColumns, LossRequest, Want
+from torch import Tensor
+
+from .cases import D, N, V, randn
+from .front import Front, Table, request_of
+
+RATE = 0.3
+
+
+def step_of(hidden: Tensor, pieces: Iterator[LabelColumns], step: int = 1, grad_scale: float = 1.0) -> LossRequest:
+    """The one-call form of a step over a distribution."""
+    return replace(
+        request_of(hidden, torch.zeros(N, 0, dtype=torch.int64), ignore_index=None, label_columns=pieces),
+        session="session",
+        step=step,
+        commit_now=CommitNow(RATE, grad_scale, 0),
+        want=Want(),
+    )
+
+
+def pieces_of(y: Tensor) -> Iterator[LabelColumns]:
+    """y [N, V], two classes at a time."""
+    return (LabelColumns(start, y[:, start : start + 2]) for start in range(0, V, 2))
+
+
+def stepped(table: Table, hidden: Tensor, y: Tensor, g: float = 1.0) -> Tensor:
+    """Rows after one SGD step on g * sum(cross_entropy), dense."""
+    rows = table.read()[0].requires_grad_()
+    loss = (torch.logsumexp(hidden @ rows.T, 1) * y.sum(1) - (y * (hidden @ rows.T)).sum(1)).sum()
+    return (rows - RATE * g * torch.autograd.grad(loss, rows)[0]).detach()
+
+
+def test_a_step_that_ran_out_of_time_before_its_commit_is_applied_by_its_repeat(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the shards had collected is freed by then: the repeat collects it anew."""
+    table = front.table(randn(V, D))
+    hidden, y = randn(N, D), torch.rand(N, V, dtype=torch.float64)
+    wanted = stepped(table, hidden, y)
+
+    def too_late(*_: object) -> None:
+        raise DeadlineExceeded("another commit of this table was not over in time")
+
+    with monkeypatch.context() as patched, pytest.raises(DeadlineExceeded):
+        patched.setattr(table.owner, "commit", too_late)
+        table.loss(step_of(hidden, pieces_of(y)))
+    assert table.owner.sessions.num_open == 0
+    committed = table.loss(step_of(hidden, pieces_of(y))).committed
+    assert committed is not None
+    assert not committed.replayed
+    torch.testing.assert_close(table.read()[0], wanted, rtol=0, atol=1e-12)
