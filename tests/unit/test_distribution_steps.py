@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from shardloss.errors import DeadlineExceeded
-from shardloss_server.frontend.request import CommitNow, LabelColumns, LossRequest, Want
+from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.request import CommitNow, LabelColumns, LossReply, LossRequest, Want
 from torch import Tensor
 
 from .cases import D, N, V, randn
@@ -59,3 +61,26 @@ def test_a_step_that_ran_out_of_time_before_its_commit_is_applied_by_its_repeat(
     assert committed is not None
     assert not committed.replayed
     torch.testing.assert_close(table.read()[0], wanted, rtol=0, atol=1e-12)
+
+
+def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
+    """Sent in the wrong order: step 3 waits for step 2 and holds nothing that step 2 needs."""
+    table = front.table(randn(V, D))
+    hidden, y = randn(N, D), torch.rand(N, V, dtype=torch.float64)
+    table.loss(step_of(hidden, pieces_of(y)))
+    waits = threading.Event()
+    wait_for_step = table.owner.wait_for_step
+
+    def waiting(*args: object) -> None:
+        waits.set()
+        wait_for_step(*args)  # type: ignore[arg-type]
+
+    table.owner.wait_for_step = waiting  # type: ignore[method-assign]
+    third = replace(step_of(hidden, pieces_of(y), 3), table=table.spec.name, after_step=2)
+    replies: list[LossReply] = []
+    thread = threading.Thread(target=lambda: replies.append(front.pipeline.loss(third, Deadline.after(5.0))))
+    thread.start()
+    assert waits.wait(5.0)
+    table.loss(step_of(hidden, pieces_of(y), 2))
+    thread.join()
+    assert [reply.committed.version for reply in replies if reply.committed] == [4]  # a row write and three steps

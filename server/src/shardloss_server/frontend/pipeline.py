@@ -157,6 +157,8 @@ class Pipeline:
 
     def _with_distribution(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """One at a time a table: the shards collect the gradient of one distribution."""
+        if request.after_step is not None:  # which may be a distribution, too: it needs the order that is taken next
+            owner.wait_for_step(request.session, request.after_step, deadline)
         with deadline.holding(owner.distribution_order, "another label distribution of this table"):
             try:
                 if request.commit_now is not None:
