@@ -11,6 +11,8 @@ import torch
 from shardloss.errors import DeadlineExceeded
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.request import CommitNow, LabelColumns, LossReply, LossRequest, Want
+from shardloss_server.numerics.objective import Objective
+from shardloss_server.numerics.transform import Transform
 from torch import Tensor
 
 from .cases import D, N, V, randn
@@ -53,9 +55,10 @@ def test_a_step_that_ran_out_of_time_before_its_commit_is_applied_by_its_repeat(
     def too_late(*_: object) -> None:
         raise DeadlineExceeded("another commit of this table was not over in time")
 
-    with monkeypatch.context() as patched, pytest.raises(DeadlineExceeded):
+    with monkeypatch.context() as patched:
         patched.setattr(table.owner, "commit", too_late)
-        table.loss(step_of(hidden, pieces_of(y)))
+        with pytest.raises(DeadlineExceeded):
+            table.loss(step_of(hidden, pieces_of(y)))
     assert table.owner.sessions.num_open == 0
     committed = table.loss(step_of(hidden, pieces_of(y))).committed
     assert committed is not None
@@ -84,3 +87,33 @@ def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
     table.loss(step_of(hidden, pieces_of(y), 2))
     thread.join()
     assert [reply.committed.version for reply in replies if reply.committed] == [4]  # a row write and three steps
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["logits", "scaled hidden"])
+def test_whatever_stands_in_a_row_that_does_not_count_is_left_out(front: Front, scale: float) -> None:
+    """It overflows float32; its loss and gradient are 0 all the same, and the step is that of the others."""
+    table = front.table(torch.ones(V, D), dtype="float32")
+    hidden, y = torch.ones(N, D), torch.rand(N, V)
+    hidden[2], y[2] = 3e38, 0.0
+    objective = Objective(transform=Transform(scale=scale))
+    step = replace(step_of(hidden, pieces_of(y)), objective=objective)
+    alone = {"session": "", "commit_now": None, "label_columns": pieces_of(y), "want": Want(hidden_grad=True)}
+    reply = table.loss(replace(step, **alone))
+    assert reply.loss is not None
+    assert reply.hidden_grad is not None
+    assert float(reply.loss[2]) == 0.0
+    assert reply.hidden_grad[2].tolist() == [0.0] * D
+    counted = torch.arange(N) != 2
+    wanted = stepped(table, scale * hidden[counted], y[counted])
+    table.loss(step)
+    torch.testing.assert_close(table.read()[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_product_of_upstream_and_grad_scale_must_fit_the_table(front: Front) -> None:
+    """1e-50 and 1e50 are 0 and infinite in float32, 1 is not."""
+    table = front.table(randn(V, D).float(), dtype="float32")
+    hidden, y = randn(N, D).float(), torch.rand(N, V)
+    wanted = stepped(table, hidden, y)
+    upstream = torch.full((N,), 1e-50, dtype=torch.float64)
+    table.loss(replace(step_of(hidden, pieces_of(y), grad_scale=1e50), upstream=upstream))
+    torch.testing.assert_close(table.read()[0], wanted, rtol=1e-5, atol=1e-5)

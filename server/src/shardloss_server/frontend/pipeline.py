@@ -145,7 +145,7 @@ class Pipeline:
         if request.want.table_grad or request.commit_now is not None:
             owner.begin_labels(part.distribution, ticket, deadline)
             scale = 1.0 if request.commit_now is None else request.commit_now.grad_scale
-            g = upstream_of(request, part.batch.mass) * scale
+            g = (upstream_of(request, part.batch.mass.double()) * scale).to(part.batch.mass.dtype)
         targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # of no piece
         for piece in request.label_columns or ():
             end = validate.label_columns(piece, end, len(request.hidden), owner.spec)
