@@ -246,3 +246,13 @@ def test_a_loss_and_its_gradient_need_no_other_gradient(front: Front) -> None:
     assert isinstance(whole.scale_grad, Tensor)
     assert torch.equal(alone.scale_grad, whole.scale_grad)
     assert torch.equal(alone.loss, whole.loss)
+
+
+def test_a_ticket_accounts_for_its_hard_negatives(front: Front) -> None:
+    """Each row has them of its own, more than were drawn; max_ticket_bytes bounds what tickets keep."""
+    table, num_rows, num_hard = table_of(front, 1), 40, 15
+    sampled = SampledSoftmax(sampler("uniform", V), "every", None, num_hard)
+    before = front.catalog.budget.num_bytes
+    table.open(request_of(randn(num_rows, D), torch.full((num_rows, 1), 3), sampled=sampled), 1)
+    candidates_bytes = num_rows * num_hard * (8 + 8)  # a class id and a weight in float64
+    assert front.catalog.budget.num_bytes - before >= candidates_bytes

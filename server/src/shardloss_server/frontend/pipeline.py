@@ -204,11 +204,14 @@ def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """What an open ticket keeps: the staged batch and candidates at the widest dtypes, and the reply."""
+    """What an open ticket keeps at most: the staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
     if request.class_weights is not None:
         elements += request.class_weights.numel()
-    return 8 * (elements + 3 * validate.num_drawn(request, spec)) + validate.reply_bytes(request, spec)
+    num_drawn = validate.num_drawn(request, spec)
+    if request.sampled is not None and request.sampled.num_hard_negatives:
+        num_drawn = len(request.hidden) * min(request.sampled.num_hard_negatives, num_drawn)  # each row keeps its own
+    return 8 * (elements + 3 * num_drawn) + validate.reply_bytes(request, spec)
 
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
