@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from shardloss.errors import DeadlineExceeded
+from shardloss.errors import DeadlineExceeded, LimitExceeded
+from shardloss_server.config import Limits
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.request import CommitNow, LabelColumns, LossReply, LossRequest, Want
+from shardloss_server.frontend.validate import loss_request
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.transform import Transform
 from torch import Tensor
@@ -117,3 +119,14 @@ def test_only_the_product_of_upstream_and_grad_scale_must_fit_the_table(front: F
     upstream = torch.full((N,), 1e-50, dtype=torch.float64)
     table.loss(replace(step_of(hidden, pieces_of(y), grad_scale=1e50), upstream=upstream))
     torch.testing.assert_close(table.read()[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_shards_answer_to_a_piece_is_bounded(front: Front) -> None:
+    """A row of D for each row of the batch from every shard, also where no gradient of hidden is wanted."""
+    table = front.table(randn(V, D), num_shards=7)
+    limits = Limits(max_reply_bytes=7 * N * (32 + 8 * D) // 4)
+    request = replace(step_of(randn(N, D), iter(())), max_reply_bytes=1 << 40)
+    loss_request(request, table.spec, limits)
+    with pytest.raises(LimitExceeded) as refused:
+        loss_request(request, table.spec, replace(limits, max_reply_bytes=limits.max_reply_bytes - 1))
+    assert refused.value.field == "hidden"
