@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,17 @@ def test_hits_equal_tensorflows() -> None:
     rows, places = find_hits(class_ids, torch.from_numpy(arrays["labels"]))
     ours = {(n, int(class_ids[c])) for n, c in zip(rows.tolist(), places.tolist(), strict=True)}
     assert ours == {(int(n), int(sampled[c])) for n, c in zip(arrays["row"], arrays["column"], strict=True)}
+
+
+@pytest.mark.parametrize("kind, is_held", [("uniform", False), ("fixed_unigram", False), ("learned_unigram", True)])
+def test_only_a_draw_by_learned_counts_keeps_commits_waiting(kind: str, is_held: bool) -> None:
+    """A long draw of another kind needs no lock: what it draws by never changes."""
+    counts = ClassCounts(41, True)
+    counts.write(0, np.ones(41))
+    learning = threading.Thread(target=counts.learn, args=(np.array([3]),))
+    with counts.unchanging(SamplerSpec(kind, 12, True, 9)):
+        learning.start()
+        learning.join(0.2 if is_held else 10.0)
+        assert learning.is_alive() == is_held
+    learning.join(10.0)
+    assert not learning.is_alive()

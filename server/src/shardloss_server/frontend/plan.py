@@ -207,8 +207,7 @@ def draw_with_tries(
     Raises:
         InvalidArgument: too few classes can be drawn, or in too many tries.
     """
-    with counts.unchanging():
-        distribution = counts.distribution(spec)
+    with counts.unchanging(spec) as distribution:
         refuse_too_many(spec, distribution)
         try:
             draw = distribution_draw(distribution, spec, step)
