@@ -8,8 +8,7 @@ from typing import Any
 
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Order, Pending, Staged
-from shardloss_server.shard.record import LabelTarget, RowWrite, Score
-from torch import Tensor
+from shardloss_server.shard.record import RowWrite, Score
 
 DONE_S = 60.0
 
@@ -28,8 +27,7 @@ class FaultyGroup:
     """A `ShardGroup` over another one. `lose` makes the next changes (steps and row writes) lose their reply.
 
     extent says how much of a change is done all the same: by "all" workers, by the "first" or the "last" one, or by
-    "none". `before_score`, `before_apply` and `before_repair` are called before that work goes to the workers,
-    `after_labels` once a piece of a label distribution has.
+    "none". `before_score`, `before_apply` and `before_repair` are called before that work goes to the workers.
     """
 
     def __init__(self, inner: FanoutGroup) -> None:
@@ -37,7 +35,6 @@ class FaultyGroup:
         self.before_score: Callable[[], object] = lambda: None
         self.before_apply: Callable[[], object] = lambda: None
         self.before_repair: Callable[[], object] = lambda: None
-        self.after_labels: Callable[[], object] = lambda: None
         self._lost: list[tuple[str, Exception]] = []
         self._lock = threading.Lock()
 
@@ -61,14 +58,6 @@ class FaultyGroup:
     def write(self, table: str, write: RowWrite) -> Pending[list[int]]:
         """Overwrite rows, or lose the reply."""
         return self._change("write", table, write)
-
-    def add_labels(
-        self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
-    ) -> Pending[list[LabelTarget]]:
-        """Hand a piece of a label distribution to the workers."""
-        pending = self.inner.add_labels(table, staged, first_class, weights, g)
-        self.after_labels()
-        return pending
 
     def repair(self, table: str, timeout_s: float) -> int:
         """Bring all shards to one version."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -275,12 +276,15 @@ def test_folding_repeats_equals_keeping_all_columns(columns: list[tuple[int, flo
 
 @given(st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(-1, 20), min_size=3, max_size=3), max_size=7))
 def test_hits_are_the_pairs_of_row_and_candidate(candidates: set[int], labels: list[list[int]]) -> None:
-    """(n, c) for each label of row n that equals candidate c: twice for a label given twice, never for padding."""
+    """(n, c) for each label of row n that equals candidate c: once for a label given twice, never for padding.
+
+    Else T copies of a label and S of a candidate, some kilobytes, would make N T S pairs.
+    """
     class_ids = sorted(candidates)
     rows, places = find_hits(
         torch.tensor(class_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64).reshape(-1, 3)
     )
-    expected = [(n, class_ids.index(y)) for n, row in enumerate(labels) for y in row if y in candidates]
+    expected = [(n, class_ids.index(y)) for n, row in enumerate(labels) for y in set(row) if y in candidates]
     assert sorted(zip(rows.tolist(), places.tolist(), strict=True)) == sorted(expected)
 
 
@@ -292,3 +296,17 @@ def test_hits_equal_tensorflows() -> None:
     rows, places = find_hits(class_ids, torch.from_numpy(arrays["labels"]))
     ours = {(n, int(class_ids[c])) for n, c in zip(rows.tolist(), places.tolist(), strict=True)}
     assert ours == {(int(n), int(sampled[c])) for n, c in zip(arrays["row"], arrays["column"], strict=True)}
+
+
+@pytest.mark.parametrize("kind, is_held", [("uniform", False), ("fixed_unigram", False), ("learned_unigram", True)])
+def test_only_a_draw_by_learned_counts_keeps_commits_waiting(kind: str, is_held: bool) -> None:
+    """A long draw of another kind needs no lock: what it draws by never changes."""
+    counts = ClassCounts(41, True)
+    counts.write(0, np.ones(41))
+    learning = threading.Thread(target=counts.learn, args=(np.array([3]),))
+    with counts.unchanging(SamplerSpec(kind, 12, True, 9)):
+        learning.start()
+        learning.join(0.2 if is_held else 10.0)
+        assert learning.is_alive() == is_held
+    learning.join(10.0)
+    assert not learning.is_alive()

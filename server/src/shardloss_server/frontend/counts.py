@@ -34,10 +34,18 @@ class ClassCounts:
         self._learned = LearnedCounts(num_classes) if counts_labels else None
 
     @contextmanager
-    def unchanging(self) -> Iterator[None]:
-        """Hold all counts as they are."""
+    def unchanging(self, spec: SamplerSpec) -> Iterator[Distribution]:
+        """What a sampler draws by, as it is at this moment; learned counts are held, so that nobody adds to them.
+
+        Raises:
+            InvalidArgument: it needs counts that are not there.
+        """
         with self._lock:
-            yield
+            distribution = self.distribution(spec)
+            if is_learned(spec):
+                yield distribution
+                return
+        yield distribution  # never changes: others need not wait for a long draw
 
     def write(self, first_class: int, counts: NDArray[np.float64]) -> None:
         """Overwrite the written counts [M] of classes from first_class on."""
@@ -106,3 +114,9 @@ class ClassCounts:
                 f"{what} needs a table that counts its labels: create it with count_labels", field="sampler.kind"
             )
         return self._learned
+
+
+def is_learned(spec: SamplerSpec) -> bool:
+    """Whether a sampler draws by learned counts."""
+    parts = (spec.mixture.first, spec.mixture.second) if spec.mixture is not None else (spec,)
+    return any(part.kind == "learned_unigram" for part in parts)

@@ -121,6 +121,7 @@ class TableOwner:
         self.counts = ClassCounts(spec.num_classes, spec.count_labels)
         self._group = group
         self.distribution_order = threading.Lock()  # one label distribution is collected at a time
+        self._collected_for: Ticket | None = None  # which is worth no more than what the shards collected for it
         self._order = threading.Lock()
         self._commits = threading.Lock()
         self._applied = threading.Condition()
@@ -163,8 +164,14 @@ class TableOwner:
         """The k best candidates of each row on every shard."""
         return self.ask(lambda: self._group.mine(self.key, staged, k), deadline)
 
-    def begin_labels(self, name: str, deadline: Deadline) -> None:
-        """Have the shards collect the gradient of a label distribution; only within `distribution_order`."""
+    def begin_labels(self, name: str, ticket: Ticket | None, deadline: Deadline) -> None:
+        """Have the shards collect the gradient of a label distribution for a ticket; only within `distribution_order`.
+
+        What they collected before is forgotten.
+        """
+        self._ensure_settled(deadline)  # a step in doubt may need it
+        self._give_up_collected()
+        self._collected_for = ticket
         self.ask(lambda: self._group.begin_labels(self.key, name), deadline)
 
     def add_labels(
@@ -174,9 +181,17 @@ class TableOwner:
         return self.ask(lambda: self._group.add_labels(self.key, staged, first_class, weights, g), deadline)
 
     def forget_labels(self) -> None:
-        """Free what the shards collected, unless a step in doubt may need it."""
-        if self._doubtful is None:
+        """Free what the shards collected, and the ticket that it was for, unless that ticket's step is in doubt."""
+        doubt = self._doubtful
+        if doubt is None or not any(ticket is self._collected_for for ticket in doubt.tickets):
+            self._give_up_collected()
             self._group.forget_labels(self.key)
+
+    def _give_up_collected(self) -> None:
+        """A repeat of the call must stream again: its ticket could not be committed any more."""
+        if self._collected_for is not None:
+            self.sessions.discard(self._collected_for)
+            self._collected_for = None
 
     def gradient(self, staged: Staged, upstream: Upstream, version: int, deadline: Deadline) -> list[RowGradient]:
         """Gradient of every shard's touched rows at the version that gave the upstream's lse.

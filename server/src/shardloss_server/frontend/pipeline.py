@@ -99,7 +99,7 @@ class Pipeline:
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish."""
         began = time.monotonic()
-        part, targets = self._planned(owner, request, deadline)
+        part, targets = self._planned(owner, request, ticket, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, deadline)
@@ -123,27 +123,31 @@ class Pipeline:
             ticket.ready.set()
         return reply
 
-    def _planned(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+    def _planned(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
+    ) -> tuple[Part, list[LabelTarget]]:
         """The part to score; what takes a fan-out of its own first: hard negatives, and labels that are a distribution.
 
         The targets are those of a distribution, whose labels are in no part.
         """
         if request.label_columns is not None:
-            return self._collected(owner, request, deadline)
+            return self._collected(owner, request, ticket, deadline)
         part = plan(request, owner.spec, owner.counts)
         if request.sampled is None or not request.sampled.num_hard_negatives:
             return part, []
         k = request.sampled.num_hard_negatives
         return mined_part(part, owner.mine(owner.stage(part), k, deadline), k), []
 
-    def _collected(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> tuple[Part, list[LabelTarget]]:
+    def _collected(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
+    ) -> tuple[Part, list[LabelTarget]]:
         """Hand each piece of a label distribution to the shards as it comes; nothing of it is held here."""
         part = unlabelled(request, owner.spec, secrets.token_hex(8))
         staged, g, end = owner.stage(part), None, 0
         if request.want.table_grad or request.commit_now is not None:
-            owner.begin_labels(part.distribution, deadline)
+            owner.begin_labels(part.distribution, ticket, deadline)
             scale = 1.0 if request.commit_now is None else request.commit_now.grad_scale
-            g = upstream_of(request, part.batch.mass) * scale
+            g = (upstream_of(request, part.batch.mass.double()) * scale).to(part.batch.mass.dtype)
         targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # of no piece
         for piece in request.label_columns or ():
             end = validate.label_columns(piece, end, len(request.hidden), owner.spec)
@@ -155,6 +159,8 @@ class Pipeline:
 
     def _with_distribution(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """One at a time a table: the shards collect the gradient of one distribution."""
+        if request.after_step is not None:  # which may be a distribution, too: it needs the order that is taken next
+            owner.wait_for_step(request.session, request.after_step, deadline)
         with deadline.holding(owner.distribution_order, "another label distribution of this table"):
             try:
                 if request.commit_now is not None:
@@ -176,7 +182,8 @@ class Pipeline:
         except StepTooOld:
             if owner.ledger.outcome(session, step) is None:
                 raise
-            reply = owner.last_replies.get((session, step), NO_REPLY)
+            kept = owner.last_replies.get((session, step), NO_REPLY)
+            return with_commit(kept, owner.commit(commit_of(request, kept.ticket), deadline))
         owner.last_replies.keep(
             (session, step), reply
         )  # before the commit, whose outcome may be settled by another call
@@ -200,11 +207,14 @@ def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """What an open ticket keeps: the staged batch and candidates at the widest dtypes, and the reply."""
+    """What an open ticket keeps at most: the staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
     if request.class_weights is not None:
         elements += request.class_weights.numel()
-    return 8 * (elements + 3 * validate.num_drawn(request, spec)) + validate.reply_bytes(request, spec)
+    num_drawn = validate.num_drawn(request, spec)
+    if request.sampled is not None and request.sampled.num_hard_negatives:
+        num_drawn = len(request.hidden) * min(request.sampled.num_hard_negatives, num_drawn)  # each row keeps its own
+    return 8 * (elements + 3 * num_drawn) + validate.reply_bytes(request, spec)
 
 
 def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:

@@ -60,7 +60,13 @@ def unlabelled(request: LossRequest, spec: TableSpec, name: str) -> Part:
 
 def with_mass(part: Part, mass: Tensor) -> Part:
     """The part once all of its labels have come: mass [N] is the sum of each row's weights."""
-    return replace(part, batch=replace(part.batch, mass=mass.to(part.batch.mass.dtype)))
+    mass = mass.to(part.batch.mass.dtype)
+    return replace(part, batch=replace(part.batch, hidden=counted_rows(part.batch.hidden, mass), mass=mass))
+
+
+def counted_rows(hidden: Tensor, mass: Tensor) -> Tensor:
+    """hidden [N, D] with 0 in ignored rows: whatever stands there, its logits are finite."""
+    return hidden if mass.all() else torch.where((mass != 0)[:, None], hidden, 0.0)
 
 
 def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
@@ -76,9 +82,7 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
         total = spec.num_classes if request.class_weights is None else request.class_weights.double().sum()
         weights = weights * (1.0 - request.objective.label_smoothing)
         mass = weights.sum(1) + spread * total
-    hidden = request.hidden.to(dtype)
-    if not mass.all():  # whatever stands in an ignored row, its logits are finite
-        hidden = torch.where((mass != 0)[:, None], hidden, 0.0)
+    hidden = counted_rows(request.hidden.to(dtype), mass)
     return Batch(transformed(hidden, request.objective.transform), labels, weights, mass, spread)
 
 
@@ -203,8 +207,7 @@ def draw_with_tries(
     Raises:
         InvalidArgument: too few classes can be drawn, or in too many tries.
     """
-    with counts.unchanging():
-        distribution = counts.distribution(spec)
+    with counts.unchanging(spec) as distribution:
         refuse_too_many(spec, distribution)
         try:
             draw = distribution_draw(distribution, spec, step)

@@ -95,9 +95,14 @@ def find_hits(keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs (row n, place c) with keys[c] among labels[n].
 
     keys [C] ascending, repeats allowed: each copy is a pair of its own; labels [N, T], padding is negative and never
-    hits where keys are not. A label given twice yields its pairs twice. O(N T log C).
+    hits where keys are not. A label given twice yields its pairs once, so there are at most N C. O(N T log (C T)).
     """
     num_rows, num_true = labels.shape
+    if num_true > 1:
+        labels = labels.sort(1).values
+        is_repeated = torch.zeros_like(labels, dtype=torch.bool)
+        is_repeated[:, 1:] = labels[:, 1:] == labels[:, :-1]
+        labels = torch.where(is_repeated, -1, labels)
     flat = labels.flatten()
     first = torch.searchsorted(keys, flat)
     counts = torch.searchsorted(keys, flat, right=True) - first

@@ -42,7 +42,7 @@ def target_of(rows: ShardRows, part: Part, row_index: Tensor, weights: Tensor, v
     """Sums of y z and y row over a piece: weights y [N, M] of the rows at row_index [M]."""
     gathered, biases, _ = rows.gather(row_index, part.objective.transform)
     row = weights @ gathered
-    logit = (part.batch.hidden.double() * row.double()).sum(1) + weights.double() @ biases.double()
+    logit = (counted_hidden(part, weights).double() * row.double()).sum(1) + weights.double() @ biases.double()
     pull = logit if part.objective.learned_scale else None
     return LabelTarget(Target(logit, row, pull), weights.double().sum(1), version)
 
@@ -50,5 +50,10 @@ def target_of(rows: ShardRows, part: Part, row_index: Tensor, weights: Tensor, v
 def collect_(collected: Collected, part: Part, row_index: Tensor, weights: Tensor, g: Tensor) -> None:
     """Add a piece's gradient to what is collected."""
     scaled = (weights * g[:, None]).T
-    collected.rows[row_index] += scaled @ part.batch.hidden
+    collected.rows[row_index] += scaled @ counted_hidden(part, weights)
     collected.biases[row_index] += scaled.sum(1)
+
+
+def counted_hidden(part: Part, weights: Tensor) -> Tensor:
+    """Hidden [N, D] with 0 in rows without a weight in weights [N, M]: what overflowed there would make 0 times inf."""
+    return torch.where((weights != 0).any(1, keepdim=True), part.batch.hidden, 0.0)

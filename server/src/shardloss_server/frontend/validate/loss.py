@@ -163,8 +163,12 @@ def label_columns(piece: LabelColumns, end: int, num_rows: int, spec: TableSpec)
 
 
 def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """What all shards answer to a batch: four float64 a row, and two rows of D where a gradient is wanted."""
-    per_row = 32 + (2 * spec.dim * width_of(spec) if request.want.hidden_grad else 0)
+    """What all shards answer to a batch: four float64 a row, and two rows of D where a gradient is wanted.
+
+    To a piece of a label distribution they always answer with a row.
+    """
+    num_rows_answered = 2 if request.want.hidden_grad else int(request.label_columns is not None)
+    per_row = 32 + num_rows_answered * spec.dim * width_of(spec)
     answered_bytes(spec.placement.num_shards * len(request.hidden) * per_row, "hidden", limits)
 
 
