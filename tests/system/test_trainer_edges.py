@@ -348,6 +348,31 @@ def test_a_copied_head_has_hooks_of_its_own(table: shardloss.Table, batch: Batch
     assert calls == ["twin"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at what is no leaf
+@pytest.mark.parametrize("kind", ["labels", "distribution", "compat"])
+def test_a_compiled_model_trains_a_table(table: shardloss.Table, batch: Batch, kind: str) -> None:
+    """torch.compile of a step with a remote loss in it gives the loss and the commit of the step as it is."""
+    hidden, labels = batch
+    head = table.softmax()
+    optimizer = tensorflow.optimizer(table, 0.1) if kind == "compat" else head.optimizer(0.1)
+
+    def step(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if kind == "compat":
+            return tensorflow.full_softmax_loss(table, table, labels, 2.0 * hidden).mean()
+        if kind == "distribution":
+            return head(2.0 * hidden, torch.nn.functional.one_hot(labels, NUM_CLASSES).double())
+        return head(2.0 * hidden, labels)
+
+    with torch.no_grad():
+        expected = step(hidden, labels)
+    loss = torch.compile(step, backend="eager")(hidden, labels)
+    torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=1e-12)
+    loss.backward()
+    optimizer.step()
+    assert hidden.grad is not None
+    assert table.info().num_commits == 1
+
+
 def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardloss.Table) -> None:
     """Both are refused by name rather than silently without effect."""
     optimizer = table.softmax().optimizer(0.1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from shardloss.optimizer import Part, Pending, RemoteOptimizer
 from shardloss.table import Table
 
 REDUCTIONS = ("mean", "sum", "none")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """A function that torch.compile runs as it is, between compiled graphs: an RPC cannot be traced."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Head(torch.nn.Module):
@@ -31,7 +38,7 @@ class Head(torch.nn.Module):
     a call leaves the table alone. zero_grad() of the optimizer gives up a step none of whose losses waits for its
     backward: backward of one of them again (retain_graph=True) cannot be committed any more. With a learning_rate of
     its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
-    table with steps of its own. Not thread-safe.
+    table with steps of its own. torch.compile runs it as it is, between compiled graphs. Not thread-safe.
 
     Raises:
         InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
@@ -60,6 +67,7 @@ class Head(torch.nn.Module):
         spec = self.table.spec
         return f"table={spec.name!r}, num_classes={spec.num_classes}, dim={spec.dim}, reduction={self.reduction!r}"
 
+    @uncompiled
     def apply_loss(
         self,
         hidden: Tensor,
@@ -106,6 +114,7 @@ class Head(torch.nn.Module):
         part = self.pending.part(result.ticket) if training else None
         return self._attached(hidden, scale, result, kind, part)
 
+    @uncompiled
     def apply_distribution(
         self, hidden: Tensor, labels: Tensor, loss: types.FullSoftmax, scale: Tensor | None = None
     ) -> Tensor:
