@@ -217,12 +217,8 @@ class SoftmaxHead(Head):
         learning_rate: float | None,
     ) -> None:
         super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-        self.class_weights = None if loss.class_weights is None else torch.as_tensor(loss.class_weights).cpu()
-        if self.class_weights is not None and self.class_weights.shape != (table.spec.num_classes,):
-            raise InvalidArgument(
-                f"class_weights has shape {list(self.class_weights.shape)}; [{table.spec.num_classes}] is needed",
-                field="class_weights",
-            )
+        given = loss.class_weights
+        self.class_weights = None if given is None else class_weights_of(given, table.spec.num_classes)
         sent = self.class_weights if loss.label_smoothing else None  # else they are weights of labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
@@ -261,12 +257,36 @@ class SoftmaxHead(Head):
         assert self.class_weights is not None
         ids = labels.detach().cpu()
         counted = torch.ones_like(ids, dtype=torch.bool) if self.ignore_index is None else ids != self.ignore_index
-        of_class = self.class_weights[torch.where(counted, ids, 0).long()] * counted
+        places = ids.long().clamp(0, len(self.class_weights) - 1)  # what is no class is refused by the server
+        of_class = self.class_weights[places] * counted
         if label_weights is not None:
             return label_weights.detach().cpu() * of_class
         if num_true == 1:
             return of_class
         return of_class / counted.sum(-1, keepdim=True).clamp(min=1)
+
+
+def class_weights_of(given: wire.Array | Tensor, num_classes: int) -> Tensor:
+    """class_weights [V] on the CPU, without a graph.
+
+    Raises:
+        InvalidArgument: they are no floats [V], or one is negative or not finite.
+    """
+    weights = torch.as_tensor(given).detach().cpu()
+    if weights.shape != (num_classes,) or not weights.is_floating_point():
+        raise InvalidArgument(
+            f"class_weights is {weights.dtype} {list(weights.shape)}; floats [{num_classes}] are needed",
+            field="class_weights",
+        )
+    wrong = (~(weights.isfinite() & (weights >= 0))).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise InvalidArgument(
+            f"class_weights[{place}] = {float(weights[place])} must be finite and >= 0",
+            field="class_weights",
+            index=place,
+        )
+    return weights
 
 
 class SampledHead(Head):
