@@ -387,6 +387,19 @@ def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardl
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("field", ["hidden", "labels", "label_weights", "scale"])
+def test_what_is_no_tensor_is_refused_by_name(table: shardloss.Table, batch: Batch, field: str) -> None:
+    """An array of NumPy's, or a number as scale; a head is torch's, `Table.compute_loss` is NumPy's."""
+    given: dict[str, object] = dict(zip(("hidden", "labels"), batch, strict=True))
+    given[field] = 2.0 if field == "scale" else np.ones((BATCH, DIM))
+    with pytest.raises(InvalidArgument) as caught:
+        table.softmax()(**given)
+    assert caught.value.field == field
+    if field != "label_weights":
+        with pytest.raises(InvalidArgument, match="tensor"):
+            table.sampled_softmax(4)(**given)
+
+
 def test_names_that_are_none_are_refused_when_the_head_is_made(
     client: shardloss.LossClient, table: shardloss.Table, fresh_name: Callable[[], str]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.autograd import Mark, RemoteLoss, num_true_of, to_ids, to_numpy, to_torch, to_wire
+from shardloss.autograd import Mark, RemoteLoss, check_tensor, num_true_of, to_ids, to_numpy, to_torch, to_wire
 from shardloss.errors import BadReply, InvalidArgument
 from shardloss.optimizer import Part, Pending, RemoteOptimizer
 from shardloss.table import Table
@@ -77,15 +77,18 @@ class Head(torch.nn.Module):
         scale: Tensor | None = None,
     ) -> Tensor:
         """Flatten, compute, reduce. A scale of one element multiplies the loss's own and gets its gradient."""
+        check_tensor(hidden, "hidden")
         if hidden.dim() == 0:
             raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
         batch_shape, num_true = hidden.shape[:-1], num_true_of(hidden, labels)
         num_rows = batch_shape.numel()
-        if label_weights is not None and label_weights.shape != labels.shape:
-            raise InvalidArgument(
-                f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
-                field="label_weights",
-            )
+        if label_weights is not None:
+            check_tensor(label_weights, "label_weights")
+            if label_weights.shape != labels.shape:
+                raise InvalidArgument(
+                    f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
+                    field="label_weights",
+                )
         flat_labels = labels.reshape(num_rows, num_true)
         flat_weights = None if label_weights is None else label_weights.reshape(num_rows, num_true)
         losses = self._losses(hidden.reshape(num_rows, hidden.shape[-1]), flat_labels, loss, flat_weights, scale)
@@ -190,8 +193,9 @@ def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
     """The loss with its scale multiplied by a tensor of one element.
 
     Raises:
-        InvalidArgument: it has more.
+        InvalidArgument: it has more, or is no tensor.
     """
+    check_tensor(scale, "scale")
     if scale.numel() != 1:
         raise InvalidArgument(f"scale has shape {list(scale.shape)}; one element is needed", field="scale")
     logits = replace(loss.logits, scale=loss.logits.scale * float(scale.detach()))
@@ -234,9 +238,11 @@ class SoftmaxHead(Head):
 
         Labels of a float dtype [..., V] are a distribution over all classes, as torch's cross_entropy takes it: they
         stream to the server, with the loss and again with the step, which holds this one loss alone.
-        scale, a tensor of one element, multiplies the logits and gets its gradient.
+        scale, a tensor of one element, multiplies the logits and gets its gradient; labels and weights get none.
         """
+        check_tensor(labels, "labels")
         if labels.is_floating_point():
+            check_tensor(hidden, "hidden")
             if label_weights is not None or self.loss.label_smoothing or self.class_weights is not None:
                 raise InvalidArgument("smooth and weight the label distribution itself", field="labels")
             return self.apply_distribution(hidden, labels, self.loss, scale)
