@@ -373,6 +373,18 @@ def test_a_compiled_model_trains_a_table(table: shardloss.Table, batch: Batch, k
     assert table.info().num_commits == 1
 
 
+def test_what_holds_a_connection_is_not_pickled(table: shardloss.Table, batch: Batch) -> None:
+    """A named error that says what to do, not gRPC's; a model saves by its state_dict, where a head has no entry."""
+    model = torch.nn.ModuleDict({"net": torch.nn.Linear(2, DIM), "head": table.softmax()})
+    for held in (table.client, table, table.session(), table.logits(batch[0]), table.embeddings([1]), model):
+        with pytest.raises(NotSupported, match="connect"):
+            pickle.dumps(held)
+    with pytest.raises(NotSupported, match="connect"):
+        copy.deepcopy(table)
+    assert set(model.state_dict()) == {"net.weight", "net.bias"}
+    model.load_state_dict(model.state_dict())
+
+
 def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardloss.Table) -> None:
     """Both are refused by name rather than silently without effect."""
     optimizer = table.softmax().optimizer(0.1)
