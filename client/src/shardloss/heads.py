@@ -140,6 +140,9 @@ class Head(torch.nn.Module):
         self, hidden: Tensor, distribution: wire.Array, loss: types.FullSoftmax, scale: Tensor | None
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
+        training = differentiable and self.training
+        if training:
+            distribution = distribution.copy()  # the step sends it again: the caller's batch may have changed by then
         kind = loss if scale is None else scaled(loss, scale)
         message = to_wire(hidden, "hidden")
         result = self.table.compute_loss(
@@ -163,7 +166,7 @@ class Head(torch.nn.Module):
                 want_hidden_grad=False,
             )
 
-        part = self.pending.part("", step) if differentiable and self.training else None
+        part = self.pending.part("", step) if training else None
         return self._attached(hidden, scale, result, loss, part)
 
     def _attached(
