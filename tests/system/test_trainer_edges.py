@@ -412,6 +412,40 @@ def test_what_is_no_tensor_is_refused_by_name(table: shardloss.Table, batch: Bat
             table.sampled_softmax(4)(**given)
 
 
+@pytest.mark.parametrize(
+    "field, given",
+    [
+        ("sampled_values", {"sampled_values": (torch.arange(2), torch.ones(BATCH))}),
+        ("sampled_values.sampled", {"sampled_values": (np.arange(2), torch.ones(BATCH), torch.ones(2))}),
+        ("hit_ids.labels", {"hit_ids": (np.zeros(BATCH, np.int64), torch.zeros(2).long())}),
+        ("hit_ids.labels", {"hit_ids": (torch.zeros(BATCH - 1).long(), torch.zeros(2).long())}),
+        ("hit_ids.sampled", {"hit_ids": (torch.zeros(BATCH).long(), np.zeros(2, np.int64))}),
+    ],
+    ids=["two", "array", "hit array", "hit shape", "hit sampled"],
+)
+def test_draws_that_are_none_are_refused_by_name(
+    table: shardloss.Table, batch: Batch, field: str, given: dict[str, object]
+) -> None:
+    """Three tensors are a draw; hit ids have the labels' shape."""
+    draw = (torch.arange(2), torch.ones(BATCH), torch.ones(2))
+    with pytest.raises(InvalidArgument) as caught:
+        table.sampled_softmax()(*batch, **{"sampled_values": draw, **given})
+    assert caught.value.field == field
+
+
+def test_values_of_another_type_are_refused_by_compute_loss(table: shardloss.Table) -> None:
+    """A text or a class as the loss, a number as its transform, no learning rate."""
+    hidden, labels = np.zeros((BATCH, DIM)), np.zeros(BATCH, np.int64)
+    for loss in ("softmax", shardloss.FullSoftmax, None):
+        with pytest.raises(InvalidArgument) as caught:
+            table.compute_loss(hidden, labels, loss)  # type: ignore[arg-type]
+        assert caught.value.field == "loss"
+    with pytest.raises(InvalidArgument):
+        table.compute_loss(hidden, labels, shardloss.FullSoftmax(logits=2.0))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument):
+        table.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=None)  # type: ignore[arg-type]
+
+
 def test_names_that_are_none_are_refused_when_the_head_is_made(
     client: shardloss.LossClient, table: shardloss.Table, fresh_name: Callable[[], str]
 ) -> None:

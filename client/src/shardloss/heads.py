@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -298,6 +298,23 @@ def class_weights_of(given: wire.Array | Tensor, num_classes: int) -> Tensor:
     return weights
 
 
+VALUES = ("sampled", "true_expected_count", "sampled_expected_count")
+
+
+def check_values(sampled_values: Sequence[Tensor]) -> None:
+    """Refuse what is not three tensors, as a sampler gives them.
+
+    Raises:
+        InvalidArgument: naming the member.
+    """
+    if len(sampled_values) != len(VALUES):
+        raise InvalidArgument(
+            f"sampled_values has {len(sampled_values)} members; ({', '.join(VALUES)}) is needed", field="sampled_values"
+        )
+    for tensor, name in zip(sampled_values, VALUES, strict=True):
+        check_tensor(tensor, f"sampled_values.{name}")
+
+
 class SampledHead(Head):
     """What the sampled losses share. All parts of a step share their candidates, so micro-batches equal one batch."""
 
@@ -330,6 +347,7 @@ class SampledHead(Head):
         """
         loss, num_true = self.loss, num_true_of(hidden, labels)
         if sampled_values is not None:
+            check_values(sampled_values)
             sampled, true_expected_count, sampled_expected_count = map(to_numpy, sampled_values)
             if true_expected_count.shape == tuple(labels.shape):
                 true_expected_count = true_expected_count.reshape(-1, num_true)
@@ -337,6 +355,14 @@ class SampledHead(Head):
             loss = replace(loss, sampled_values=values)
         if hit_ids is not None:
             of_labels, of_sampled = hit_ids
+            check_tensor(of_labels, "hit_ids.labels")
+            if of_sampled is not None:
+                check_tensor(of_sampled, "hit_ids.sampled")
+            if of_labels.shape != labels.shape:
+                raise InvalidArgument(
+                    f"hit_ids.labels {list(of_labels.shape)} do not fit labels {list(labels.shape)}",
+                    field="hit_ids.labels",
+                )
             ids = to_numpy(of_labels).reshape(-1, num_true)
             loss = replace(loss, hit_ids=types.HitIds(ids, None if of_sampled is None else to_numpy(of_sampled)))
         return self.apply_loss(hidden, labels, loss, None, scale)

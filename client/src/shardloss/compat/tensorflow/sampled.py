@@ -11,9 +11,9 @@ from shardloss.autograd import check_tensor, to_numpy
 from shardloss.compat.head import SharedHead, head_of
 from shardloss.compat.tensorflow.arguments import integer
 from shardloss.errors import InvalidArgument
+from shardloss.heads import check_values
 from shardloss.table import Table
 
-VALUES = ("sampled", "true_expected_count", "sampled_expected_count")
 SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_expected_count [N, T], sampled_... [S])
 
 
@@ -116,12 +116,7 @@ def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.S
     """The caller's draw, once it is three tensors, the first of them [num_sampled]."""
     if sampled_values is None:
         return None
-    if len(sampled_values) != len(VALUES):
-        raise InvalidArgument(
-            f"sampled_values has {len(sampled_values)} members; ({', '.join(VALUES)}) is needed", field="sampled_values"
-        )
-    for tensor, name in zip(sampled_values, VALUES, strict=True):
-        check_tensor(tensor, f"sampled_values.{name}")
+    check_values(sampled_values)
     if list(sampled_values[0].shape) != [num_sampled]:
         raise InvalidArgument(
             f"num_sampled = {num_sampled}, but sampled_values.sampled has shape {list(sampled_values[0].shape)}",
