@@ -195,6 +195,25 @@ def test_a_head_trains_on_a_distribution_as_torch_does(
     assert table.info().num_commits == 20
 
 
+def test_a_step_takes_the_distribution_of_its_loss(
+    make_table: Callable[..., shardloss.Table], rng: np.random.Generator
+) -> None:
+    """Not what a loader has written into the same tensor before the step."""
+    table = make_table()
+    weights, biases = leaves(table)
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE)
+    hidden, y = torch.tensor(rng.normal(size=(N, D))), torch.softmax(torch.tensor(rng.normal(size=(N, V))), 1)
+    torch.nn.functional.cross_entropy(hidden @ weights.T + biases, y).backward()  # type: ignore[no-untyped-call]
+    loss = head(hidden, y)
+    y.copy_(torch.eye(V)[0].expand(N, V))
+    loss.backward()
+    optimizer.step()
+    assert weights.grad is not None
+    expected = (weights - RATE * weights.grad).detach()
+    np.testing.assert_allclose(table.read_rows(ALL).rows, expected, atol=1e-10)
+
+
 def test_a_distribution_shares_its_step_with_no_other_loss(make_table: Callable[..., shardloss.Table]) -> None:
     """Two losses in one step: the named error at the commit, and the table as it was."""
     table = make_table()

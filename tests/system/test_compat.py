@@ -179,6 +179,71 @@ def test_a_samplers_answer_is_a_losss_sampled_values(
     assert_equal(loss.detach(), expected)
 
 
+@pytest.mark.parametrize("function", [tensorflow.nce_loss, tensorflow.sampled_softmax_loss])
+@pytest.mark.parametrize(
+    "field, given",
+    [
+        ("weights", {"weights": torch.zeros(NUM_CLASSES, DIM)}),
+        ("biases", {"biases": torch.zeros(NUM_CLASSES)}),
+        ("biases", {"biases": None}),
+        ("labels", {"labels": [[0, 1]] * BATCH}),
+        ("labels", {"labels": torch.zeros(BATCH, dtype=torch.int64)}),
+        ("inputs", {"inputs": np.zeros((BATCH, DIM))}),
+        ("inputs", {"inputs": torch.zeros(BATCH, NUM_TRUE, DIM)}),
+        ("num_classes", {"num_classes": NUM_CLASSES + 1}),
+        ("sampled_values", {"sampled_values": (torch.arange(2), torch.ones(BATCH, NUM_TRUE))}),
+        ("sampled_values.sampled", {"sampled_values": ([0, 1], torch.ones(BATCH, NUM_TRUE), torch.ones(2))}),
+        ("sampled_values.sampled", {"sampled_values": (torch.tensor(1), torch.ones(BATCH, NUM_TRUE), torch.ones(1))}),
+        (
+            "sampled_values.sampled",
+            {
+                "sampled_values": (
+                    torch.zeros(BATCH, 2).long(),
+                    torch.ones(BATCH, NUM_TRUE),
+                    torch.ones(BATCH, 2),
+                ),
+                "num_sampled": BATCH,
+            },
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_fits_no_table_is_refused_by_its_argument(
+    make_table: MakeTable, function: Callable[..., Tensor], field: str, given: dict[str, object]
+) -> None:
+    """A dense weight, an array, inputs of another rank than TensorFlow's; no ticket stays."""
+    table = make_table()
+    arguments = {
+        "weights": table,
+        "biases": table,
+        "labels": torch.zeros(BATCH, NUM_TRUE, dtype=torch.int64),
+        "inputs": torch.zeros(BATCH, DIM),
+        "num_sampled": 2,
+        "num_classes": NUM_CLASSES,
+        "num_true": NUM_TRUE,
+    }
+    with pytest.raises(InvalidArgument) as refused:
+        function(**{**arguments, **given})
+    assert refused.value.field == field
+    assert table.info().num_open_tickets == 0
+
+
+def test_any_integer_is_a_seed(make_table: MakeTable) -> None:
+    """Negative ones too, modulo 2^64; equal seeds draw equally."""
+    table = make_table()
+    labels, hidden = torch.zeros(BATCH, 1, dtype=torch.int64), torch.randn(BATCH, DIM, dtype=torch.float64)
+
+    def loss(seed: object) -> Tensor:
+        given = (table, table, labels, hidden, 3, NUM_CLASSES)
+        with torch.no_grad():
+            return tensorflow.sampled_softmax_loss(*given, seed=seed)  # type: ignore[arg-type]
+
+    assert_equal(loss(-3), loss(2**64 - 3))
+    with pytest.raises(InvalidArgument) as refused:
+        loss(1.5)
+    assert refused.value.field == "seed"
+
+
 def test_nce_draws_its_own_candidates_anew_for_each_step(make_table: MakeTable) -> None:
     """Within a step the loss is the same twice, and after a commit of nothing but lr 0 another one."""
     table = make_table()
@@ -345,6 +410,7 @@ def test_a_temperature_is_finite_and_positive(temperature: float) -> None:
     [
         ("query_embeddings", {"query_embeddings": torch.zeros(3, DIM + 1)}),
         ("query_embeddings", {"query_embeddings": torch.zeros(DIM)}),
+        ("query_embeddings", {"query_embeddings": np.zeros((3, DIM))}),
         ("candidate_embeddings", {"query_embeddings": torch.zeros(NUM_CANDIDATES + 1, DIM)}),
         ("candidate_embeddings", {"candidate_embeddings": torch.zeros(NUM_CANDIDATES, DIM)}),
         ("sample_weight", {"sample_weight": torch.ones(NUM_QUERIES + 1)}),

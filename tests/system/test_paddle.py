@@ -179,13 +179,16 @@ def test_probabilities_are_those_of_the_table_when_asked(make_table: Make) -> No
     torch.testing.assert_close(softmax.probabilities([3]), torch.full((2, 3, 1), 1 / NUM_CLASSES).double())
 
 
-def test_the_softmax_of_a_margin_is_asked_in_chunks(make_table: Make) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_softmax_of_a_margin_is_asked_in_chunks(make_table: Make, normalize: bool) -> None:
     """Of the margined, scaled cosines; chosen classes may be the row's label or not."""
     table = make_table()
-    hidden = F.normalize(torch.randn(BATCH, DIM, dtype=torch.float64), dim=-1) / 2
+    hidden, rows = F.normalize(torch.randn(BATCH, DIM, dtype=torch.float64), dim=-1) / 2, rows_of(table)[0]
+    cosines = F.normalize(hidden, dim=-1) @ F.normalize(rows, dim=-1).T if normalize else hidden @ rows.T
     labels = torch.randint(0, NUM_CLASSES, (BATCH,))
-    _, dense = paddle.margin_cross_entropy(hidden @ rows_of(table)[0].T, labels, scale=8.0, return_softmax=True)
-    _, lazy = paddle.margin_cross_entropy(table.logits(hidden), labels, scale=8.0, return_softmax=True)
+    logits = table.logits(hidden, LogitTransform(normalize=normalize))
+    _, dense = paddle.margin_cross_entropy(cosines, labels, scale=8.0, return_softmax=True)
+    _, lazy = paddle.margin_cross_entropy(logits, labels, scale=8.0, return_softmax=True)
     torch.testing.assert_close(torch.cat([chunk for _, chunk in lazy.probability_chunks(5)], -1), dense)
     own = torch.stack([labels, (labels + 1) % NUM_CLASSES], 1)
     torch.testing.assert_close(lazy.probabilities(own), dense.gather(1, own))

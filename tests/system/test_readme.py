@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -34,6 +35,23 @@ def test_every_make_target_and_link_is_there() -> None:
     assert set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", README)) - {"nothing"} <= targets
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_every_golden_family_is_in_the_docs() -> None:
+    """docs/frameworks.md has a line for each, and the files it names load it."""
+    index = json.loads((ROOT / "tests/golden/data/index.json").read_text())
+    lines = re.findall(r"^\| `(\w+)` \| .* \| (`test_\w+\.py`.*?) \|", (ROOT / "docs/frameworks.md").read_text(), re.M)
+    assert sorted(family for family, _ in lines) == sorted({case["family"] for case in index})
+    for family, where in lines:
+        for name in re.findall(r"`(\w+\.py)`", where):
+            assert f'"{family}"' in (ROOT / "tests/golden" / name).read_text(), (family, name)
+
+
+def test_every_link_of_the_docs_is_there() -> None:
+    """Relative to the page."""
+    for page in (*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "proto/README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 def test_every_adr_is_short() -> None:

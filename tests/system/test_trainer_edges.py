@@ -348,6 +348,43 @@ def test_a_copied_head_has_hooks_of_its_own(table: shardloss.Table, batch: Batch
     assert calls == ["twin"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at what is no leaf
+@pytest.mark.parametrize("kind", ["labels", "distribution", "compat"])
+def test_a_compiled_model_trains_a_table(table: shardloss.Table, batch: Batch, kind: str) -> None:
+    """torch.compile of a step with a remote loss in it gives the loss and the commit of the step as it is."""
+    hidden, labels = batch
+    head = table.softmax()
+    optimizer = tensorflow.optimizer(table, 0.1) if kind == "compat" else head.optimizer(0.1)
+
+    def step(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if kind == "compat":
+            return tensorflow.full_softmax_loss(table, table, labels, 2.0 * hidden).mean()
+        if kind == "distribution":
+            return head(2.0 * hidden, torch.nn.functional.one_hot(labels, NUM_CLASSES).double())
+        return head(2.0 * hidden, labels)
+
+    with torch.no_grad():
+        expected = step(hidden, labels)
+    loss = torch.compile(step, backend="eager")(hidden, labels)
+    torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=1e-12)
+    loss.backward()
+    optimizer.step()
+    assert hidden.grad is not None
+    assert table.info().num_commits == 1
+
+
+def test_what_holds_a_connection_is_not_pickled(table: shardloss.Table, batch: Batch) -> None:
+    """A named error that says what to do, not gRPC's; a model saves by its state_dict, where a head has no entry."""
+    model = torch.nn.ModuleDict({"net": torch.nn.Linear(2, DIM), "head": table.softmax()})
+    for held in (table.client, table, table.session(), table.logits(batch[0]), table.embeddings([1]), model):
+        with pytest.raises(NotSupported, match="connect"):
+            pickle.dumps(held)
+    with pytest.raises(NotSupported, match="connect"):
+        copy.deepcopy(table)
+    assert set(model.state_dict()) == {"net.weight", "net.bias"}
+    model.load_state_dict(model.state_dict())
+
+
 def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardloss.Table) -> None:
     """Both are refused by name rather than silently without effect."""
     optimizer = table.softmax().optimizer(0.1)
@@ -360,6 +397,53 @@ def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardl
     state["param_groups"][0]["lr"] = 0.25
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("field", ["hidden", "labels", "label_weights", "scale"])
+def test_what_is_no_tensor_is_refused_by_name(table: shardloss.Table, batch: Batch, field: str) -> None:
+    """An array of NumPy's, or a number as scale; a head is torch's, `Table.compute_loss` is NumPy's."""
+    given: dict[str, object] = dict(zip(("hidden", "labels"), batch, strict=True))
+    given[field] = 2.0 if field == "scale" else np.ones((BATCH, DIM))
+    with pytest.raises(InvalidArgument) as caught:
+        table.softmax()(**given)
+    assert caught.value.field == field
+    if field != "label_weights":
+        with pytest.raises(InvalidArgument, match="tensor"):
+            table.sampled_softmax(4)(**given)
+
+
+@pytest.mark.parametrize(
+    "field, given",
+    [
+        ("sampled_values", {"sampled_values": (torch.arange(2), torch.ones(BATCH))}),
+        ("sampled_values.sampled", {"sampled_values": (np.arange(2), torch.ones(BATCH), torch.ones(2))}),
+        ("hit_ids.labels", {"hit_ids": (np.zeros(BATCH, np.int64), torch.zeros(2).long())}),
+        ("hit_ids.labels", {"hit_ids": (torch.zeros(BATCH - 1).long(), torch.zeros(2).long())}),
+        ("hit_ids.sampled", {"hit_ids": (torch.zeros(BATCH).long(), np.zeros(2, np.int64))}),
+    ],
+    ids=["two", "array", "hit array", "hit shape", "hit sampled"],
+)
+def test_draws_that_are_none_are_refused_by_name(
+    table: shardloss.Table, batch: Batch, field: str, given: dict[str, object]
+) -> None:
+    """Three tensors are a draw; hit ids have the labels' shape."""
+    draw = (torch.arange(2), torch.ones(BATCH), torch.ones(2))
+    with pytest.raises(InvalidArgument) as caught:
+        table.sampled_softmax()(*batch, **{"sampled_values": draw, **given})
+    assert caught.value.field == field
+
+
+def test_values_of_another_type_are_refused_by_compute_loss(table: shardloss.Table) -> None:
+    """A text or a class as the loss, a number as its transform, no learning rate."""
+    hidden, labels = np.zeros((BATCH, DIM)), np.zeros(BATCH, np.int64)
+    for loss in ("softmax", shardloss.FullSoftmax, None):
+        with pytest.raises(InvalidArgument) as caught:
+            table.compute_loss(hidden, labels, loss)  # type: ignore[arg-type]
+        assert caught.value.field == "loss"
+    with pytest.raises(InvalidArgument):
+        table.compute_loss(hidden, labels, shardloss.FullSoftmax(logits=2.0))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument):
+        table.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=None)  # type: ignore[arg-type]
 
 
 def test_names_that_are_none_are_refused_when_the_head_is_made(

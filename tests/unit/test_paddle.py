@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from shardloss import sampling
@@ -239,6 +240,11 @@ BAD: list[tuple[str | None, Call]] = [
     ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1, soft_label=True)),
     ("label", lambda: paddle.softmax_with_cross_entropy(L, L.long(), soft_label=True)),
     ("reduction", lambda: paddle.cross_entropy(L, Y, reduction="average")),
+    ("label", lambda: paddle.cross_entropy(L, Y.numpy())),  # type: ignore[arg-type]
+    ("label", lambda: paddle.softmax_with_cross_entropy(L, Y.tolist())),  # type: ignore[arg-type]
+    ("label", lambda: paddle.softmax_with_cross_entropy(L, L.numpy(), soft_label=True)),  # type: ignore[arg-type]
+    ("label", lambda: paddle.margin_cross_entropy(L, Y.numpy())),  # type: ignore[arg-type]
+    ("weight", lambda: paddle.cross_entropy(L, Y, np.ones(V))),  # type: ignore[arg-type]
     ("weight", lambda: paddle.cross_entropy(L, Y, torch.ones(V + 1))),
     ("weight", lambda: paddle.cross_entropy(L, Y, torch.ones(V, dtype=torch.int64))),
     ("label_smoothing", lambda: paddle.cross_entropy(L, Y, label_smoothing=1.5)),
@@ -259,6 +265,10 @@ BAD: list[tuple[str | None, Call]] = [
     ("customized_samples", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS.double(), Q)),
     ("customized_probabilities", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS, Q[:, :S])),
     ("customized_probabilities", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS, Q * 0)),
+    ("customized_probabilities", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS, Q.long())),
+    ("customized_probabilities", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS, Q.numpy())),  # type: ignore[arg-type]
+    ("label", lambda: sampled(L, Y1.numpy(), S)),  # type: ignore[arg-type]
+    ("label", lambda: paddle.class_center_sample(Y.numpy(), V, S)),  # type: ignore[arg-type]
     ("reduction", lambda: paddle.margin_cross_entropy(L, Y, reduction="average")),
     ("label", lambda: paddle.margin_cross_entropy(L, Y - 100)),
     ("label", lambda: paddle.class_center_sample(Y1, V, S)),
@@ -282,6 +292,14 @@ def test_a_bad_label_is_named_by_its_place() -> None:
     """In the label's own shape."""
     with pytest.raises(InvalidArgument, match=r"label\[3\] = 7 is outside \[0, 7\)"):
         paddle.cross_entropy(L, torch.tensor([0, 1, 2, 7, 9]))
+
+
+def test_a_bad_probability_is_named_by_its_place() -> None:
+    """The first one, by row and column."""
+    wrong = Q.clone()
+    wrong[2, 1] = float("inf")
+    with pytest.raises(InvalidArgument, match=r"customized_probabilities\[2, 1\] = inf must be finite and > 0"):
+        sampled(L, Y1, S, 1, True, True, COLUMNS, wrong)
 
 
 @pytest.mark.parametrize("group", [0, object()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardloss_server.numerics.partial import Partial, Target, add_all, merge, merge_all, share
+from shardloss_server.numerics.partial import Partial, Target, add_all, combine_all, merge, share
 from torch import Tensor
 
 N, D = 7, 5  # N no multiple of a vector register, D odd
@@ -96,12 +96,13 @@ def test_a_set_that_holds_nothing_has_no_share() -> None:
 
 @given(seeds, st.lists(num_candidates, min_size=1, max_size=7))
 def test_merging_many_equals_merging_one_by_one(seed: int, nums: list[int]) -> None:
-    """merge_all goes from left to right: the same order gives the same bits."""
+    """combine_all goes from left to right: the same order gives the same bits."""
     partials = random_partials(seed, tuple(nums), 3.0)
     expected = partials[0]
     for partial in partials[1:]:
         expected = merge(expected, partial)
-    merged = merge_all(partials)
+    merged = combine_all(partials)
+    assert isinstance(merged, Partial)
     assert torch.equal(merged.lse, expected.lse)
     assert torch.equal(merged.mean_row, expected.mean_row)
 

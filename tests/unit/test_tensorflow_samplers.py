@@ -316,6 +316,8 @@ def test_in_top_k_of_nothing_is_nothing() -> None:
         (torch.zeros(3).long(), torch.zeros(3, 4).long(), 1, "predictions"),
         (torch.zeros(3).long(), torch.zeros(3), 1, "predictions"),
         (torch.zeros(3).long(), torch.zeros(3, 4), 1.5, "k"),
+        (np.zeros(3, dtype=np.int64), torch.zeros(3, 4), 1, "targets"),
+        (torch.zeros(3).long(), np.zeros((3, 4)), 1, "predictions"),
     ],
 )
 def test_in_top_k_refuses_what_fits_no_predictions(targets: Tensor, predictions: Tensor, k: int, field: str) -> None:

@@ -21,6 +21,16 @@ def fresh_seed() -> int:
     return int(torch.randint(0, 2**62, (), device="cpu").item())
 
 
+def check_tensor(value: object, field: str) -> None:
+    """Refuse what is no torch tensor: an array of NumPy's, a list, a number.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(f"{field} is a {type(value).__name__}; a torch tensor is needed", field=field)
+
+
 def to_wire(tensor: Tensor, field: str) -> tensor_pb2.Tensor:
     """The message of a float tensor on any device, in its own dtype.
 
@@ -62,8 +72,10 @@ def num_true_of(hidden: Tensor, labels: Tensor) -> int:
     """T of labels [...] (1) or [..., T] beside hidden [..., D].
 
     Raises:
-        InvalidArgument: they do not fit.
+        InvalidArgument: they are no tensors, or do not fit.
     """
+    check_tensor(hidden, "hidden")
+    check_tensor(labels, "labels")
     batch_shape = hidden.shape[:-1]
     if labels.shape == batch_shape:
         return 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from shardloss import messages, types
 from shardloss.channel import Channel
+from shardloss.errors import NotSupported
 from shardloss.table import Table
 from shardloss.v1 import (
     evaluation_pb2_grpc,
@@ -37,7 +38,10 @@ def connect(address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float =
 
 
 class LossClient:
-    """A connection to a server: thread-safe, a context manager. Calls have a deadline; transient errors are retried."""
+    """A connection to a server: thread-safe, a context manager. Calls have a deadline; transient errors are retried.
+
+    It neither copies nor pickles, and so does nothing that holds it: tables, lazy logits, heads in torch.save(model).
+    """
 
     def __init__(self, address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0) -> None:
         self.address = address
@@ -54,6 +58,12 @@ class LossClient:
         except BaseException:
             self.close()
             raise
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotSupported(
+            "a connection, and what holds it (a table, a head), is not copied or pickled: save state_dict() of the "
+            "other modules, and connect where it is loaded"
+        )
 
     def __enter__(self) -> LossClient:
         return self

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.autograd import Mark, RemoteLoss, num_true_of, to_ids, to_numpy, to_torch, to_wire
+from shardloss.autograd import Mark, RemoteLoss, check_tensor, num_true_of, to_ids, to_numpy, to_torch, to_wire
 from shardloss.errors import BadReply, InvalidArgument
 from shardloss.optimizer import Part, Pending, RemoteOptimizer
 from shardloss.table import Table
 
 REDUCTIONS = ("mean", "sum", "none")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """A function that torch.compile runs as it is, between compiled graphs: an RPC cannot be traced."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Head(torch.nn.Module):
@@ -31,7 +38,7 @@ class Head(torch.nn.Module):
     a call leaves the table alone. zero_grad() of the optimizer gives up a step none of whose losses waits for its
     backward: backward of one of them again (retain_graph=True) cannot be committed any more. With a learning_rate of
     its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
-    table with steps of its own. Not thread-safe.
+    table with steps of its own. torch.compile runs it as it is, between compiled graphs. Not thread-safe.
 
     Raises:
         InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
@@ -60,6 +67,7 @@ class Head(torch.nn.Module):
         spec = self.table.spec
         return f"table={spec.name!r}, num_classes={spec.num_classes}, dim={spec.dim}, reduction={self.reduction!r}"
 
+    @uncompiled
     def apply_loss(
         self,
         hidden: Tensor,
@@ -69,15 +77,18 @@ class Head(torch.nn.Module):
         scale: Tensor | None = None,
     ) -> Tensor:
         """Flatten, compute, reduce. A scale of one element multiplies the loss's own and gets its gradient."""
+        check_tensor(hidden, "hidden")
         if hidden.dim() == 0:
             raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
         batch_shape, num_true = hidden.shape[:-1], num_true_of(hidden, labels)
         num_rows = batch_shape.numel()
-        if label_weights is not None and label_weights.shape != labels.shape:
-            raise InvalidArgument(
-                f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
-                field="label_weights",
-            )
+        if label_weights is not None:
+            check_tensor(label_weights, "label_weights")
+            if label_weights.shape != labels.shape:
+                raise InvalidArgument(
+                    f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
+                    field="label_weights",
+                )
         flat_labels = labels.reshape(num_rows, num_true)
         flat_weights = None if label_weights is None else label_weights.reshape(num_rows, num_true)
         losses = self._losses(hidden.reshape(num_rows, hidden.shape[-1]), flat_labels, loss, flat_weights, scale)
@@ -106,6 +117,7 @@ class Head(torch.nn.Module):
         part = self.pending.part(result.ticket) if training else None
         return self._attached(hidden, scale, result, kind, part)
 
+    @uncompiled
     def apply_distribution(
         self, hidden: Tensor, labels: Tensor, loss: types.FullSoftmax, scale: Tensor | None = None
     ) -> Tensor:
@@ -128,6 +140,9 @@ class Head(torch.nn.Module):
         self, hidden: Tensor, distribution: wire.Array, loss: types.FullSoftmax, scale: Tensor | None
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
+        training = differentiable and self.training
+        if training:
+            distribution = distribution.copy()  # the step sends it again: the caller's batch may have changed by then
         kind = loss if scale is None else scaled(loss, scale)
         message = to_wire(hidden, "hidden")
         result = self.table.compute_loss(
@@ -151,7 +166,7 @@ class Head(torch.nn.Module):
                 want_hidden_grad=False,
             )
 
-        part = self.pending.part("", step) if differentiable and self.training else None
+        part = self.pending.part("", step) if training else None
         return self._attached(hidden, scale, result, loss, part)
 
     def _attached(
@@ -181,8 +196,9 @@ def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
     """The loss with its scale multiplied by a tensor of one element.
 
     Raises:
-        InvalidArgument: it has more.
+        InvalidArgument: it has more, or is no tensor.
     """
+    check_tensor(scale, "scale")
     if scale.numel() != 1:
         raise InvalidArgument(f"scale has shape {list(scale.shape)}; one element is needed", field="scale")
     logits = replace(loss.logits, scale=loss.logits.scale * float(scale.detach()))
@@ -208,12 +224,8 @@ class SoftmaxHead(Head):
         learning_rate: float | None,
     ) -> None:
         super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-        self.class_weights = None if loss.class_weights is None else torch.as_tensor(loss.class_weights).cpu()
-        if self.class_weights is not None and self.class_weights.shape != (table.spec.num_classes,):
-            raise InvalidArgument(
-                f"class_weights has shape {list(self.class_weights.shape)}; [{table.spec.num_classes}] is needed",
-                field="class_weights",
-            )
+        given = loss.class_weights
+        self.class_weights = None if given is None else class_weights_of(given, table.spec.num_classes)
         sent = self.class_weights if loss.label_smoothing else None  # else they are weights of labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
@@ -229,9 +241,11 @@ class SoftmaxHead(Head):
 
         Labels of a float dtype [..., V] are a distribution over all classes, as torch's cross_entropy takes it: they
         stream to the server, with the loss and again with the step, which holds this one loss alone.
-        scale, a tensor of one element, multiplies the logits and gets its gradient.
+        scale, a tensor of one element, multiplies the logits and gets its gradient; labels and weights get none.
         """
+        check_tensor(labels, "labels")
         if labels.is_floating_point():
+            check_tensor(hidden, "hidden")
             if label_weights is not None or self.loss.label_smoothing or self.class_weights is not None:
                 raise InvalidArgument("smooth and weight the label distribution itself", field="labels")
             return self.apply_distribution(hidden, labels, self.loss, scale)
@@ -252,12 +266,53 @@ class SoftmaxHead(Head):
         assert self.class_weights is not None
         ids = labels.detach().cpu()
         counted = torch.ones_like(ids, dtype=torch.bool) if self.ignore_index is None else ids != self.ignore_index
-        of_class = self.class_weights[torch.where(counted, ids, 0).long()] * counted
+        places = ids.long().clamp(0, len(self.class_weights) - 1)  # what is no class is refused by the server
+        of_class = self.class_weights[places] * counted
         if label_weights is not None:
             return label_weights.detach().cpu() * of_class
         if num_true == 1:
             return of_class
         return of_class / counted.sum(-1, keepdim=True).clamp(min=1)
+
+
+def class_weights_of(given: wire.Array | Tensor, num_classes: int) -> Tensor:
+    """class_weights [V] on the CPU, without a graph.
+
+    Raises:
+        InvalidArgument: they are no floats [V], or one is negative or not finite.
+    """
+    weights = torch.as_tensor(given).detach().cpu()
+    if weights.shape != (num_classes,) or not weights.is_floating_point():
+        raise InvalidArgument(
+            f"class_weights is {weights.dtype} {list(weights.shape)}; floats [{num_classes}] are needed",
+            field="class_weights",
+        )
+    wrong = (~(weights.isfinite() & (weights >= 0))).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise InvalidArgument(
+            f"class_weights[{place}] = {float(weights[place])} must be finite and >= 0",
+            field="class_weights",
+            index=place,
+        )
+    return weights
+
+
+VALUES = ("sampled", "true_expected_count", "sampled_expected_count")
+
+
+def check_values(sampled_values: Sequence[Tensor]) -> None:
+    """Refuse what is not three tensors, as a sampler gives them.
+
+    Raises:
+        InvalidArgument: naming the member.
+    """
+    if len(sampled_values) != len(VALUES):
+        raise InvalidArgument(
+            f"sampled_values has {len(sampled_values)} members; ({', '.join(VALUES)}) is needed", field="sampled_values"
+        )
+    for tensor, name in zip(sampled_values, VALUES, strict=True):
+        check_tensor(tensor, f"sampled_values.{name}")
 
 
 class SampledHead(Head):
@@ -292,6 +347,7 @@ class SampledHead(Head):
         """
         loss, num_true = self.loss, num_true_of(hidden, labels)
         if sampled_values is not None:
+            check_values(sampled_values)
             sampled, true_expected_count, sampled_expected_count = map(to_numpy, sampled_values)
             if true_expected_count.shape == tuple(labels.shape):
                 true_expected_count = true_expected_count.reshape(-1, num_true)
@@ -299,6 +355,14 @@ class SampledHead(Head):
             loss = replace(loss, sampled_values=values)
         if hit_ids is not None:
             of_labels, of_sampled = hit_ids
+            check_tensor(of_labels, "hit_ids.labels")
+            if of_sampled is not None:
+                check_tensor(of_sampled, "hit_ids.sampled")
+            if of_labels.shape != labels.shape:
+                raise InvalidArgument(
+                    f"hit_ids.labels {list(of_labels.shape)} do not fit labels {list(labels.shape)}",
+                    field="hit_ids.labels",
+                )
             ids = to_numpy(of_labels).reshape(-1, num_true)
             loss = replace(loss, hit_ids=types.HitIds(ids, None if of_sampled is None else to_numpy(of_sampled)))
         return self.apply_loss(hidden, labels, loss, None, scale)

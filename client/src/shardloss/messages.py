@@ -54,7 +54,7 @@ def writing_request() -> Iterator[None]:
         yield
     except ShardlossError:
         raise
-    except (TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise InvalidArgument(f"the request cannot be written: {error}") from error
 
 
@@ -202,6 +202,8 @@ def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.
 @writing_request()
 def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     """Write a loss into a request."""
+    if not isinstance(loss, types.Loss):
+        raise InvalidArgument(f"loss is a {type(loss).__name__}; give shardloss.FullSoftmax(), ...", field="loss")
     transform = logit_transform(None if loss.logits == types.LogitTransform() else loss.logits)
     if transform is not None:
         message.logits.CopyFrom(transform)
@@ -220,10 +222,8 @@ def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
         set_columns(message.sampled_logistic.columns, loss)
         message.sampled_logistic.subtract_log_q = loss.subtract_log_q
         set_hit_ids(message, loss.hit_ids)
-    elif isinstance(loss, types.FullSigmoid):
-        message.full_sigmoid.SetInParent()
     else:
-        raise InvalidArgument(f"loss is a {type(loss).__name__}; give shardloss.FullSoftmax(), ...", field="loss")
+        message.full_sigmoid.SetInParent()
 
 
 def check_loss(loss: types.Loss) -> None:

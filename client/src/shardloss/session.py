@@ -132,7 +132,8 @@ class Session:
             want_hidden_grad=want_hidden_grad,
         )
         self._key(request)
-        request.commit_now.learning_rate, request.commit_now.grad_scale = learning_rate, grad_scale
+        with messages.writing_request():
+            request.commit_now.learning_rate, request.commit_now.grad_scale = learning_rate, grad_scale
         request.commit_now.opened_at_version = self.opened_at_version
         with self._passing(StepTooOld, StepReused):
             result = self.table.send_loss(request, label_distribution)

@@ -41,7 +41,7 @@ class Trainable:
         backward; without one, by `head.optimizer(lr)`.
 
         Raises:
-            InvalidArgument: an unknown reduction, or class_weights of another length.
+            InvalidArgument: an unknown reduction, or class_weights that are not V finite floats >= 0.
         """
         from shardloss.heads import SoftmaxHead
 

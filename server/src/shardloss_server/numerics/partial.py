@@ -118,14 +118,6 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if a is None or b is None else a + b
 
 
-def merge_all(partials: Sequence[Partial]) -> Partial:
-    """Merge at least one partial from left to right, so that the same order gives the same bits."""
-    merged = partials[0]
-    for partial in partials[1:]:
-        merged = merge(merged, partial)
-    return merged
-
-
 def combine(a: Statistics, b: Statistics) -> Statistics:
     """`merge` of two partials, `add` of two sums."""
     if isinstance(a, Partial) and isinstance(b, Partial):
@@ -136,7 +128,7 @@ def combine(a: Statistics, b: Statistics) -> Statistics:
 
 
 def combine_all(statistics: Sequence[Statistics]) -> Statistics:
-    """Combine at least one from left to right."""
+    """Combine at least one from left to right, so that the same order gives the same bits."""
     combined = statistics[0]
     for one in statistics[1:]:
         combined = combine(combined, one)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from shardloss.autograd import check_tensor
 from shardloss.compat.head import IGNORED
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy import LazyLogits
@@ -75,6 +76,7 @@ def hard_labels(label: Tensor, logits: Logits, axis: int, ignore_index: int | No
     Raises:
         InvalidArgument: another shape or dtype, or a label that is no class.
     """
+    check_tensor(label, "label")
     shape, num_classes = list(logits.shape), logits.shape[axis]
     kept = [*shape[:axis], 1, *shape[axis + 1 :]]
     without = [*shape[:axis], *shape[axis + 1 :]]
@@ -93,6 +95,7 @@ def soft_labels(label: Tensor, logits: Logits, axis: int) -> Tensor:
     Raises:
         InvalidArgument: another shape, or no floats.
     """
+    check_tensor(label, "label")
     if label.shape != logits.shape or not label.is_floating_point():
         raise InvalidArgument(
             f"label is {label.dtype} {list(label.shape)}; soft labels are floats {list(logits.shape)}", field="label"
@@ -109,8 +112,9 @@ def integers(tensor: Tensor, field: str) -> Tensor:
     """An integer tensor as int64.
 
     Raises:
-        InvalidArgument: it has another dtype.
+        InvalidArgument: it has another dtype, or is no tensor.
     """
+    check_tensor(tensor, field)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise InvalidArgument(f"{field} is {tensor.dtype}; class ids are integers", field=field)
     return tensor.detach().long()

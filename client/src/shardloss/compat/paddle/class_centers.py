@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.autograd import fresh_seed, to_numpy
+from shardloss.autograd import check_tensor, fresh_seed, to_numpy
 from shardloss.compat.paddle.arguments import check_group, integers, refuse_ids
 from shardloss.errors import InvalidArgument
 from shardloss.sampling import partial_fc
@@ -25,6 +25,7 @@ def class_center_sample(
         NotSupported: a group of ranks.
     """
     check_group(group)
+    check_tensor(label, "label")
     if label.dim() != 1 or len(label) == 0:
         raise InvalidArgument(f"label has shape {list(label.shape)}; [N] with N >= 1 is needed", field="label")
     if not 0 <= num_samples <= num_classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shardloss.autograd import check_tensor
 from shardloss.compat.head import IGNORED
 from shardloss.compat.paddle import dense, remote
 from shardloss.compat.paddle.arguments import (
@@ -76,6 +77,7 @@ def cross_entropy(
     """
     check_logits(input, "input")
     check_reduction(reduction)
+    check_tensor(label, "label")
     check_options(input, ignore_index, soft_label, use_softmax, label_smoothing)
     place = class_axis(input, axis)
     last = classes_last(input, place)
@@ -132,6 +134,7 @@ def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
     Raises:
         InvalidArgument: another shape, or no floats.
     """
+    check_tensor(weight, "weight")
     if weight.shape != (logits.shape[axis],) or not weight.is_floating_point():
         raise InvalidArgument(
             f"weight is {weight.dtype} {list(weight.shape)}; floats [{logits.shape[axis]}] are needed", field="weight"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardloss import sampling, types
-from shardloss.autograd import fresh_seed, to_numpy
+from shardloss.autograd import check_tensor, fresh_seed, to_numpy
 from shardloss.compat.head import head_of
 from shardloss.compat.paddle import remote
 from shardloss.compat.paddle.arguments import Logits, check_logits, device_of, integers, refuse_ids
@@ -54,6 +54,7 @@ def sampled_softmax_with_cross_entropy(
 
 def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
     """label [N, num_true] of logits [N, V], as int64."""
+    check_tensor(label, "label")
     if logits.dim() != 2 or list(label.shape) != [logits.shape[0], num_true] or num_true < 1:
         raise InvalidArgument(
             f"logits {list(logits.shape)} and label {list(label.shape)}; [N, V] and [N, num_true = {num_true}] "
@@ -78,15 +79,27 @@ def customized(
         raise InvalidArgument("use_customized_samples needs customized_samples and customized_probabilities")
     shape = [len(labels), labels.shape[1] + num_samples]
     for tensor, field in ((samples, "customized_samples"), (probabilities, "customized_probabilities")):
+        check_tensor(tensor, field)
         if list(tensor.shape) != shape:
             raise InvalidArgument(f"{field} has shape {list(tensor.shape)}; {shape} is needed", field=field)
     ids = integers(samples, "customized_samples").to(labels.device)
     refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "customized_samples")
     if not torch.equal(ids[:, : labels.shape[1]], labels):
         raise InvalidArgument("customized_samples must begin with the labels of its row", field="customized_samples")
-    if not (torch.isfinite(probabilities) & (probabilities > 0)).all():
-        raise InvalidArgument("an entry is not finite and > 0", field="customized_probabilities")
+    check_probabilities(probabilities)
     return ids, probabilities.detach().to(labels.device)
+
+
+def check_probabilities(probabilities: Tensor) -> None:
+    """Refuse expected counts [N, num_true + num_samples] that have no logarithm, naming the first."""
+    field = "customized_probabilities"
+    if not probabilities.is_floating_point():
+        raise InvalidArgument(f"{field} is {probabilities.dtype}; floats are needed", field=field)
+    wrong = (~(torch.isfinite(probabilities) & (probabilities > 0))).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        found, place = float(probabilities[row, column]), f"{row}, {column}"
+        raise InvalidArgument(f"{field}[{place}] = {found} must be finite and > 0", field=field, index=place)
 
 
 def remote_losses(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shardloss.autograd import check_tensor
 from shardloss.errors import InvalidArgument
 
 
@@ -67,6 +68,7 @@ def classes_of(true_classes: Tensor, num_true: int, num_classes: int) -> NDArray
 
 def matrix_of(true_classes: Tensor, num_true: int) -> NDArray[np.int64]:
     """true_classes [N, num_true], an integer tensor on any device, as an array."""
+    check_tensor(true_classes, "true_classes")
     if true_classes.dim() != 2 or true_classes.shape[1] != num_true:
         raise InvalidArgument(
             f"true_classes has shape {list(true_classes.shape)}; [N, num_true = {num_true}] is needed",

@@ -7,9 +7,11 @@ from typing import TypeAlias
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import to_numpy
-from shardloss.compat.head import head_of
+from shardloss.autograd import check_tensor, to_numpy
+from shardloss.compat.head import SharedHead, head_of
+from shardloss.compat.tensorflow.arguments import integer
 from shardloss.errors import InvalidArgument
+from shardloss.heads import check_values
 from shardloss.table import Table
 
 SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_expected_count [N, T], sampled_... [S])
@@ -33,17 +35,17 @@ def sampled_softmax_loss(
     weights is the remote table; biases is the same table, or None where it has none. labels [N, num_true].
     sampled_values None draws num_sampled distinct candidates log-uniformly, anew for each step of the optimizer; losses
     of one step share them. Only the last of repeated accidental hits is removed, as TensorFlow does. seed None is
-    drawn once a client and table from torch's generator. name is without effect. Under torch.no_grad the table is left
-    alone.
+    drawn once a client and table from torch's generator; others are taken modulo 2^64. name is without effect. Under
+    torch.no_grad the table is left alone.
 
     Raises:
-        InvalidArgument: biases, num_classes, num_true or num_sampled do not fit the table or the tensors.
+        InvalidArgument: weights is no table; biases, num_classes, num_true or num_sampled do not fit it or the tensors.
     """
-    check_arguments(weights, biases, labels, num_classes, num_true)
+    check_arguments(weights, biases, labels, inputs, num_classes, num_true)
     head = head_of(weights)
     loss = types.SampledSoftmax(
         num_sampled=num_sampled,
-        seed=head.seed if seed is None else seed,
+        seed=seed_of(seed, head),
         sampled_values=values_of(sampled_values, num_sampled),
         remove_accidental_hits=remove_accidental_hits,
         hit_removal="last",
@@ -71,7 +73,7 @@ def nce_loss(
     Raises:
         InvalidArgument: as `sampled_softmax_loss`.
     """
-    check_arguments(weights, biases, labels, num_classes, num_true)
+    check_arguments(weights, biases, labels, inputs, num_classes, num_true)
     head = head_of(weights)
     loss = types.SampledLogistic(
         num_sampled=num_sampled,
@@ -111,28 +113,59 @@ def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inpu
 
 
 def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.SampledValues | None:
-    """The caller's draw, once it is num_sampled long."""
+    """The caller's draw, once it is three tensors, the first of them [num_sampled]."""
     if sampled_values is None:
         return None
-    values = types.SampledValues(*map(to_numpy, sampled_values))
-    if len(values.sampled) != num_sampled:
-        raise InvalidArgument(f"num_sampled = {num_sampled} but {len(values.sampled)} sampled values were given")
-    return values
+    check_values(sampled_values)
+    if list(sampled_values[0].shape) != [num_sampled]:
+        raise InvalidArgument(
+            f"num_sampled = {num_sampled}, but sampled_values.sampled has shape {list(sampled_values[0].shape)}",
+            field="sampled_values.sampled",
+        )
+    return types.SampledValues(*map(to_numpy, sampled_values))
 
 
-def check_arguments(weights: Table, biases: Table | None, labels: Tensor, num_classes: int, num_true: int) -> None:
-    """Refuse arguments that contradict the table or the labels."""
+def seed_of(seed: int | None, head: SharedHead) -> int:
+    """A seed in [0, 2^64), as `CandidateSampler` takes it; None is the head's own."""
+    return head.seed if seed is None else integer(seed, "seed") % 2**64
+
+
+def check_arguments(
+    weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor, num_classes: int, num_true: int
+) -> None:
+    """Refuse arguments that contradict the table or the tensors."""
     check_biases(weights, biases)
+    check_tensor(labels, "labels")
+    check_tensor(inputs, "inputs")
+    if inputs.dim() != 2:
+        raise InvalidArgument(
+            f"inputs has shape {list(inputs.shape)}; [N, D = {weights.spec.dim}] is needed", field="inputs"
+        )
     if num_classes != weights.spec.num_classes:
-        raise InvalidArgument(f"num_classes = {num_classes}, but the table has {weights.spec.num_classes}")
+        raise InvalidArgument(
+            f"num_classes = {num_classes}, but the table has {weights.spec.num_classes}", field="num_classes"
+        )
     if labels.dim() != 2 or labels.shape[1] != num_true:
-        raise InvalidArgument(f"labels has shape {list(labels.shape)}; [N, num_true = {num_true}] is needed")
+        raise InvalidArgument(
+            f"labels has shape {list(labels.shape)}; [N, num_true = {num_true}] is needed", field="labels"
+        )
+
+
+def check_table(weights: Table) -> None:
+    """Refuse weights that are no table."""
+    if not isinstance(weights, Table):
+        raise InvalidArgument(
+            f"weights is a {type(weights).__name__}; a remote table, client.table(name), is needed", field="weights"
+        )
 
 
 def check_biases(weights: Table, biases: Table | None) -> None:
-    """Refuse biases that are not those of the table."""
+    """Refuse weights that are no table, and biases that are not those of the table."""
+    check_table(weights)
     spec = weights.spec
-    if (biases is not None and biases.name != weights.name) or (biases is None and spec.bias):
-        raise InvalidArgument("biases must be the table that weights is, or None where it has no biases")
+    if (biases is not None and getattr(biases, "name", None) != weights.name) or (biases is None and spec.bias):
+        raise InvalidArgument(
+            "biases must be the table that weights is, or None where it has no biases", field="biases"
+        )
     if biases is not None and not spec.bias:
-        raise InvalidArgument(f"table {spec.name!r} has no biases: pass biases=None")
+        raise InvalidArgument(f"table {spec.name!r} has no biases: pass biases=None", field="biases")

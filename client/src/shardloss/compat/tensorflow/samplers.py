@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardloss.autograd import check_tensor
 from shardloss.compat.tensorflow.arguments import ids_of, matrix_of, plain, real
 from shardloss.compat.tensorflow.candidate_sampler import (
     AllCandidateSampler,
@@ -174,6 +175,7 @@ def compute_accidental_hits(
         InvalidArgument: true_classes is not [N, num_true] of integers, or sampled_candidates not [S] of integers.
     """
     labels = matrix_of(true_classes, num_true)
+    check_tensor(sampled_candidates, "sampled_candidates")
     if sampled_candidates.dim() != 1:
         raise InvalidArgument(
             f"sampled_candidates has shape {list(sampled_candidates.shape)}; [S] is needed", field="sampled_candidates"

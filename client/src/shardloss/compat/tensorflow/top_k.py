@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardloss.autograd import check_tensor
 from shardloss.compat.tensorflow.arguments import ids_of, integer
 from shardloss.errors import InvalidArgument
 
@@ -23,6 +24,8 @@ def in_top_k(
     Raises:
         InvalidArgument: predictions are not floats [N, C], targets not integers [N], or k not an integer.
     """
+    check_tensor(predictions, "predictions")
+    check_tensor(targets, "targets")
     if predictions.dim() != 2 or not predictions.is_floating_point():
         raise InvalidArgument(
             f"predictions are {predictions.dtype} {list(predictions.shape)}; floats [N, C] are needed",

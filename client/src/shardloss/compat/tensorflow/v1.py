@@ -96,7 +96,8 @@ def nce_loss(
 
 
 def check_strategy(weights: Table, partition_strategy: str) -> None:
-    """Refuse a strategy that is not how the table is cut; one shard is cut either way."""
+    """Refuse weights that are no table, and a strategy that is not how it is cut; one shard is cut either way."""
+    sampled.check_table(weights)
     spec = weights.spec
     if partition_strategy not in ("div", "mod"):
         raise InvalidArgument(f"partition_strategy = {partition_strategy!r} must be 'div' or 'mod'")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import to_numpy
+from shardloss.autograd import check_tensor, to_numpy
 from shardloss.compat.head import head_of
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy_rows import LazyRows
@@ -133,6 +133,7 @@ def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
             f"table {candidates.table.name!r} has biases, which a score has not: create it with bias=False",
             field="candidate_embeddings",
         )
+    check_tensor(query_embeddings, "query_embeddings")
     if query_embeddings.dim() == 3:
         raise NotSupported("query_embeddings has several heads a query; [Q, D] is taken", field="query_embeddings")
     if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:

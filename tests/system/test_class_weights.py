@@ -1,0 +1,97 @@
+"""A softmax head with class weights is torch.nn.functional.cross_entropy with `weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import shardloss
+import torch
+from local_trainer import BATCH, DIM, NUM_CLASSES, table_of
+from shardloss.errors import InvalidArgument
+
+
+@pytest.fixture
+def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardloss.Table:
+    return client.create_table(fresh_name(), num_classes=NUM_CLASSES, dim=DIM, num_shards=3, dtype="float64")
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    """[N, D] that wants a gradient."""
+    return torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("num_ignored", [0, 2, BATCH], ids="ignored={}".format)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0], ids="smoothing={}".format)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_step_is_that_of_torchs_cross_entropy(
+    table: shardloss.Table, hidden: torch.Tensor, reduction: str, smoothing: float, num_ignored: int
+) -> None:
+    """Loss, hidden gradient, rows and biases; one class weighs 0, and where no row counts the mean is torch's nan."""
+    class_weights = torch.rand(NUM_CLASSES, dtype=torch.float64)
+    class_weights[1] = 0.0
+    labels = torch.randint(0, NUM_CLASSES, (BATCH,))
+    labels[BATCH - 1], labels[:num_ignored] = 1, -100
+    rows, biases = (value.clone().requires_grad_() for value in table_of(table))
+    head = table.softmax(class_weights=class_weights.numpy(), label_smoothing=smoothing, reduction=reduction)
+    optimizer = head.optimizer(0.5)
+    loss = head(hidden, labels)
+    expected = torch.nn.functional.cross_entropy(
+        hidden.detach().requires_grad_() @ rows.T + biases,
+        labels,
+        class_weights,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-12, equal_nan=True)
+    upstream = torch.rand_like(expected)
+    loss.backward(upstream)
+    expected.backward(upstream)
+    optimizer.step()
+    assert rows.grad is not None
+    assert biases.grad is not None
+    torch.testing.assert_close(table_of(table)[0], (rows - 0.5 * rows.grad).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(table_of(table)[1], (biases - 0.5 * biases.grad).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", [-1, NUM_CLASSES, 2**40])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_label_that_is_no_class_is_refused_by_its_place(
+    table: shardloss.Table, hidden: torch.Tensor, label: int, smoothing: float
+) -> None:
+    """As without class weights, whose lookup it must not break."""
+    labels = torch.zeros(BATCH, dtype=torch.int64)
+    labels[2] = label
+    with pytest.raises(InvalidArgument) as caught:
+        table.softmax(class_weights=np.ones(NUM_CLASSES), label_smoothing=smoothing)(hidden, labels)
+    assert (caught.value.field, caught.value.index) == ("labels", "2, 0")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.ones(NUM_CLASSES - 1),
+        np.ones((NUM_CLASSES, 1)),
+        np.ones(NUM_CLASSES, dtype=np.int64),
+        np.full(NUM_CLASSES, -1.0),
+        np.full(NUM_CLASSES, np.nan),
+        np.full(NUM_CLASSES, np.inf),
+    ],
+    ids=["short", "matrix", "integers", "negative", "nan", "inf"],
+)
+def test_class_weights_that_are_none_are_refused_when_the_head_is_made(
+    table: shardloss.Table, weights: np.ndarray
+) -> None:
+    """By their own name, not that of the label weights they become."""
+    with pytest.raises(InvalidArgument) as caught:
+        table.softmax(class_weights=weights)
+    assert caught.value.field == "class_weights"
+
+
+def test_class_weights_get_no_gradient(table: shardloss.Table, hidden: torch.Tensor) -> None:
+    """A parameter is taken by its value."""
+    weights = torch.nn.Parameter(torch.ones(NUM_CLASSES, dtype=torch.float64))
+    table.softmax(class_weights=weights)(hidden, torch.arange(BATCH) % NUM_CLASSES).backward()  # type: ignore[arg-type]
+    assert weights.grad is None
