@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from shardloss import LogitTransform
 from shardloss.errors import InvalidArgument, LimitExceeded
 from shardloss_server.evaluation import passes, slices
+from shardloss_server.numerics.transform import Transform
+from shardloss_server.shard import scan
+from shardloss_server.shard.table import ShardTable
+from torch import Tensor
 
 V, D, N = 23, 5, 9  # V is prime: no number of shards but 1 divides it
 IGNORED = -100
@@ -240,21 +244,50 @@ def test_answers_do_not_depend_on_the_slices(
     def answers() -> list[NDArray[np.number]]:
         evaluation = table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
         best = table.top_k(oracle.hidden, 6, logits=transform)
+        scores = table.score(oracle.hidden, np.arange(V)[::-1], want_log_probs=True, logits=transform)
         draws = [
             table.sample_classes(oracle.hidden, 10, top_k=k, want_log_probs=True, logits=transform) for k in (None, 6)
         ]
         return [
             *(evaluation.loss, evaluation.rank, evaluation.sigmoid, best.class_ids, best.logits),
+            *(scores.logits, scores.log_probs),
             *(array for drawn in draws for array in (drawn.class_ids, drawn.log_probs)),
         ]
 
     whole = answers()
-    for name, size in {"SLICE_MACS": 1, "SLICE_ROWS": 2, "SLICE_DRAWS": 3, "SLICE_BEST": 6}.items():
+    sizes = {"SLICE_MACS": 1, "SLICE_ROWS": 2, "SLICE_DRAWS": 3, "SLICE_BEST": 6, "SLICE_GATHERED": 7}
+    for name, size in sizes.items():
         monkeypatch.setattr(slices, name, size)
     monkeypatch.setattr(passes, "SLICE_ROWS", 2)
     monkeypatch.setattr(passes, "DRAWN_NOISE", 1)
     for found, expected in zip(answers(), whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "num_asked"), [(1, 20_000), (50, 300), (512, 1)])
+def test_no_slice_gathers_more_rows_than_a_training_step_may_wait_for(
+    client: shardloss.LossClient,
+    fresh_name: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    num_asked: int,
+) -> None:
+    """However many classes are asked of however few rows of hidden; and all of them are answered in their order."""
+    dim = 8
+    table = client.create_table(fresh_name(), num_classes=29, dim=dim, num_shards=3, initializer=shardloss.Zeros())
+    table.write_rows(np.arange(29), np.repeat(np.arange(29.0)[:, None], dim, axis=1).astype(np.float32))
+    asked_logits, gathered = scan.asked_logits, []
+
+    def recorded(shard: ShardTable, hidden: Tensor, class_ids: Tensor, transform: Transform) -> scan.AskedLogits:
+        gathered.append(class_ids.numel() * dim)
+        return asked_logits(shard, hidden, class_ids, transform)
+
+    monkeypatch.setattr(scan, "asked_logits", recorded)
+    monkeypatch.setattr(slices, "SLICE_GATHERED", 4096)
+    class_ids = np.arange(num_asked) * 7 % 29
+    logits = table.score(np.ones((num_rows, dim), np.float32), class_ids).logits
+    np.testing.assert_array_equal(logits, np.tile(dim * class_ids, (num_rows, 1)))
+    assert max(gathered) <= 4096
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

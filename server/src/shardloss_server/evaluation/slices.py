@@ -45,6 +45,11 @@ def asked_rows(num_asked: int, spec: TableSpec) -> int:
     return max(1, min(SLICE_ROWS, by_work, by_answer))
 
 
+def asked_classes(num_rows: int, spec: TableSpec) -> int:
+    """Asked classes of so many rows of hidden whose logits are one slice of work."""
+    return max(1, SLICE_GATHERED // (max(1, num_rows) * spec.dim))
+
+
 def ranked_rows(k: int) -> int:
     """Rows of hidden whose k best classes one slice finds."""
     return max(1, min(SLICE_ROWS, SLICE_BEST // k))
@@ -96,6 +101,13 @@ class Scan:
 
     def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
         """Logits and keys of class_ids [N, S]; 0 for padding."""
+        size = asked_classes(len(hidden), self._owner.spec)
+        pieces = [self._asked(hidden, ids.contiguous()) for ids in torch.split(class_ids, size, dim=1)]
+        logits, keys = ([getattr(piece, name) for piece in pieces] for name in ("logits", "keys"))
+        return AskedLogits(torch.cat(logits, 1), torch.cat(keys, 1), pieces[-1].version)
+
+    def _asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
+        """Those of one slice."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids, self.transform)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
         version = self._owner.same_version([a.version for a in answers])
