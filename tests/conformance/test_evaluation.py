@@ -177,6 +177,25 @@ def test_arrays_of_different_lengths_are_refused(table: shardloss.Table) -> None
         assert refused.value.field == field
 
 
+@pytest.mark.parametrize("number", [-3, -1, 0, 2.5, 1 << 70, "7"])
+def test_numbers_that_count_nothing_are_refused(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], number: int
+) -> None:
+    """As InvalidArgument whatever they are; with D = 2 a k of -1 would leave pages of width 0."""
+    table = client.create_table(fresh_name(), num_classes=V, dim=2)
+    hidden, labels = np.zeros((3, 2), np.float32), np.zeros(3, int)
+    asks: list[Callable[[], object]] = [
+        lambda: table.top_k(hidden, number),
+        lambda: table.sample_classes(hidden, number),
+        lambda: table.sample_classes(hidden, 1, top_k=number),
+    ]
+    if not isinstance(number, int) or number >> 63 > 0:
+        asks.append(lambda: table.evaluate(hidden, labels, ignore_index=number))
+    for ask in asks:
+        with pytest.raises(InvalidArgument):
+            ask()
+
+
 def test_rows_beyond_the_tables_dtype_are_refused_before_a_page_is_written(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
