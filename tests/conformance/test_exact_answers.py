@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -288,6 +289,28 @@ def test_no_slice_gathers_more_rows_than_a_training_step_may_wait_for(
     logits = table.score(np.ones((num_rows, dim), np.float32), class_ids).logits
     np.testing.assert_array_equal(logits, np.tile(dim * class_ids, (num_rows, 1)))
     assert max(gathered) <= 4096
+
+
+def test_a_pass_holds_no_answers_of_the_slices_behind_it(
+    make_table: MakeTable, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked, no more answers are alive than two slices of three shards gave, out of 23 slices."""
+    table, labels = make_table(oracle, 3), np.arange(N)
+    monkeypatch.setattr(slices, "SLICE_MACS", 1)
+    answers, given, most = slices.Scan.answers, list[weakref.ref[Tensor]](), [0]
+
+    def watched(self: slices.Scan, question: scan.Question) -> Iterator[scan.ScanAnswer]:
+        for answer in answers(self, question):
+            given.extend(weakref.ref(kept) for kept in (answer.lse, answer.num_before) if kept is not None)
+            most[0] = max(most[0], sum(ref() is not None for ref in given))
+            yield answer
+
+    monkeypatch.setattr(slices.Scan, "answers", watched)
+    table.evaluate(oracle.hidden, labels, want_sigmoid=True)
+    table.score(oracle.hidden, labels, want_log_probs=True)
+    table.top_k(oracle.hidden, 2)
+    assert len(given) > 40
+    assert most[0] <= 2 * 2 * 3
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

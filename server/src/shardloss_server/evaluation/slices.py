@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -128,6 +129,22 @@ def cat(pieces: list[Tensor]) -> Tensor:
 def sum_of(pieces: list[Tensor]) -> Tensor:
     """Sum of at least one tensor of one shape."""
     return torch.stack(pieces).sum(0)
+
+
+def folded(answers: Iterable[ScanAnswer]) -> list[ScanAnswer]:
+    """One answer for all in place of them, folded as they come: a big table has tens of thousands."""
+    return [reduce(of_both, answers)]
+
+
+def of_both(a: ScanAnswer, b: ScanAnswer) -> ScanAnswer:
+    """The answer over the classes of both; best and drawn are folded by `best_of` and `drawn_of`."""
+    return ScanAnswer(
+        b.version,
+        None if a.lse is None or b.lse is None else torch.logaddexp(a.lse, b.lse),
+        None if a.num_before is None or b.num_before is None else a.num_before + b.num_before,
+        None,
+        None if a.softplus is None or b.softplus is None else a.softplus + b.softplus,
+    )
 
 
 def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
