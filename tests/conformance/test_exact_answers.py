@@ -366,6 +366,18 @@ def test_vectors_of_zeros_have_cosine_zero(make_table: MakeTable) -> None:
     )
 
 
+def test_rows_of_one_direction_tie_whatever_their_lengths(make_table: MakeTable, rng: np.random.Generator) -> None:
+    """Under normalize their cosines are equal to rounding: by id, in rank and among the best, on any shard."""
+    lengths = np.array([7.0, 1.0, 3.0, 1 / 1024, 5.0, 11.0, 13.0, 1000.0, 17.0, 19.0, 23.0])
+    for direction in rng.integers(-64, 65, (20, 6)) / 16:
+        oracle = Oracle(lengths[:, None] * direction, np.zeros(11), rng.integers(-64, 65, (4, 6)) / 16)
+        table, transform = make_table(oracle, 3), LogitTransform(normalize=True)
+        best = table.top_k(oracle.hidden, 11, logits=transform).class_ids
+        assert best.tolist() == [list(range(11))] * 4
+        ranks = [table.evaluate(oracle.hidden, np.full(4, label), logits=transform).rank for label in range(11)]
+        assert np.array(ranks).tolist() == [[label + 1] * 4 for label in range(11)]
+
+
 def test_directions_do_not_overflow(make_table: MakeTable) -> None:
     """A hidden whose plain logits float32 cannot hold has cosines, and capped logits, that it can."""
     oracle = Oracle(np.array([[1e38, 0.0], [0.0, 1e38]]), np.zeros(2), np.array([[2e38, 2e38]]))
@@ -377,13 +389,14 @@ def test_directions_do_not_overflow(make_table: MakeTable) -> None:
     assert table.score(oracle.hidden, np.arange(2), logits=LogitTransform(soft_cap=7.0)).logits.tolist() == [[7.0, 7.0]]
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["inf - inf", "inf"])
 @pytest.mark.parametrize("transform", [None, LogitTransform(soft_cap=3.0), LogitTransform(scale=0.5)])
 def test_no_transform_hides_an_overflow(
-    client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None
+    client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None, sign: float
 ) -> None:
-    """inf - inf is refused by the row of hidden, capped or not."""
+    """A logit of inf - inf, or of inf, is refused by the row of hidden, capped or not."""
     table = client.create_table(fresh_name(), num_classes=6, dim=2, dtype="float64", num_shards=2)
-    table.write_rows(np.array([5]), np.array([[1e200, -1e200]]))
+    table.write_rows(np.array([5]), np.array([[1e200, sign * 1e200]]))
     hidden, labels = np.array([[0.0, 0.0], [1e200, 1e200]]), np.array([5, 5])
     for ask in (
         lambda: table.evaluate(hidden, labels, logits=transform),
