@@ -19,7 +19,8 @@ def partial_fc(
     3.3, class_center_sample; An et al., "Partial FC" (2021).
 
     Raises:
-        InvalidArgument: a label is not below num_classes, or num_sampled is negative.
+        InvalidArgument: a label is not below num_classes, num_sampled is negative, or seed or step is no integer in
+            [0, 2^64).
     """
     if num_sampled < 0:
         raise InvalidArgument(f"num_sampled = {num_sampled} is negative", field="num_sampled")

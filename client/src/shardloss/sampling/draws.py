@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardloss.errors import InvalidArgument
 from shardloss.sampling.distribution import Distribution
 
 MIN_BLOCK = 1 << 8  # draws made at once, at least
@@ -36,7 +37,14 @@ def max_tries(num_sampled: int) -> int:
 
 
 def generator(seed: int, step: int) -> np.random.Generator:
-    """The bits of a step: Philox with key (seed, step), both in [0, 2^64)."""
+    """The bits of a step: Philox with key (seed, step).
+
+    Raises:
+        InvalidArgument: one of both is no integer in [0, 2^64).
+    """
+    for number, field in ((seed, "seed"), (step, "step")):
+        if not (hasattr(number, "__index__") and 0 <= number < 1 << 64):
+            raise InvalidArgument(f"{field} = {number!r} is not an integer in [0, 2^64)", field=field)
     return np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
 
 
@@ -44,11 +52,14 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
     """Draw S candidates; cost O(S) with repeats and O(num_tries) where distinct, never O(V).
 
     Raises:
+        InvalidArgument: num_sampled is negative, or seed or step is no integer in [0, 2^64).
         TriesExhausted: distinct, and num_sampled is above distribution.num_possible (then at once), or so close to it
             that the rarest ids do not come.
     """
     bits = generator(seed, step)
-    if not unique:
+    if num_sampled < 0:
+        raise InvalidArgument(f"num_sampled = {num_sampled} is negative", field="num_sampled")
+    if not unique or num_sampled == 0:
         return Draw(distribution.draw(bits, num_sampled), num_sampled)
     if num_sampled > distribution.num_possible:
         raise TriesExhausted
