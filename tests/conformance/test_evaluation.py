@@ -64,6 +64,30 @@ def test_equal_rows_tie_at_any_size(
     assert (np.diff(best.reshape(N, 8, 5), axis=2) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "row_size", "bias_size"),
+    [(1e154, 1e150, 0.0), (1e-300, 1.79e308, 0.0), (1.0, 1.0, 1e304), (1e307, 0.0, 1e300), (1e200, 1e106, 1e306)],
+)
+def test_logits_near_the_largest_number_have_their_order(
+    client: shardloss.LossClient,
+    fresh_name: Callable[[], str],
+    rng: np.random.Generator,
+    hidden_size: float,
+    row_size: float,
+    bias_size: float,
+) -> None:
+    """Whatever is finite in a float64 table has its rank and its place among the best, by whatever grid."""
+    table = client.create_table(fresh_name(), num_classes=23, dim=D, dtype="float64", num_shards=3)
+    rows, biases = row_size * rng.uniform(-1, 1, (23, D)), bias_size * rng.uniform(-1, 1, 23)
+    table.write_rows(np.arange(23), rows, biases)
+    hidden = np.asarray(hidden_size * rng.uniform(-1, 1, (N, D)))
+    best = table.top_k(hidden, 23).class_ids
+    np.testing.assert_array_equal(best, np.argsort(-(hidden @ rows.T + biases), axis=1, kind="stable"))
+    for label in range(23):
+        ranks = table.evaluate(hidden, np.full(N, label)).rank
+        np.testing.assert_array_equal(ranks, 1 + np.argmax(best == label, axis=1))
+
+
 def test_a_dominant_class_has_no_negative_loss(
     client: shardloss.LossClient, fresh_name: Callable[[], str], rng: np.random.Generator
 ) -> None:
@@ -151,6 +175,25 @@ def test_arrays_of_different_lengths_are_refused(table: shardloss.Table) -> None
         with pytest.raises(InvalidArgument) as refused:
             ask()
         assert refused.value.field == field
+
+
+@pytest.mark.parametrize("number", [-3, -1, 0, 2.5, 1 << 70, "7"])
+def test_numbers_that_count_nothing_are_refused(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], number: int
+) -> None:
+    """As InvalidArgument whatever they are; with D = 2 a k of -1 would leave pages of width 0."""
+    table = client.create_table(fresh_name(), num_classes=V, dim=2)
+    hidden, labels = np.zeros((3, 2), np.float32), np.zeros(3, int)
+    asks: list[Callable[[], object]] = [
+        lambda: table.top_k(hidden, number),
+        lambda: table.sample_classes(hidden, number),
+        lambda: table.sample_classes(hidden, 1, top_k=number),
+    ]
+    if not isinstance(number, int) or number >> 63 > 0:
+        asks.append(lambda: table.evaluate(hidden, labels, ignore_index=number))
+    for ask in asks:
+        with pytest.raises(InvalidArgument):
+            ask()
 
 
 def test_rows_beyond_the_tables_dtype_are_refused_before_a_page_is_written(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 from shardloss import LogitTransform
 from shardloss.errors import InvalidArgument, LimitExceeded
 from shardloss_server.evaluation import passes, slices
+from shardloss_server.numerics.transform import Transform
+from shardloss_server.shard import scan
+from shardloss_server.shard.table import ShardTable
+from torch import Tensor
 
 V, D, N = 23, 5, 9  # V is prime: no number of shards but 1 divides it
 IGNORED = -100
@@ -240,21 +245,72 @@ def test_answers_do_not_depend_on_the_slices(
     def answers() -> list[NDArray[np.number]]:
         evaluation = table.evaluate(oracle.hidden, labels, want_sigmoid=True, logits=transform)
         best = table.top_k(oracle.hidden, 6, logits=transform)
+        scores = table.score(oracle.hidden, np.arange(V)[::-1], want_log_probs=True, logits=transform)
         draws = [
             table.sample_classes(oracle.hidden, 10, top_k=k, want_log_probs=True, logits=transform) for k in (None, 6)
         ]
         return [
             *(evaluation.loss, evaluation.rank, evaluation.sigmoid, best.class_ids, best.logits),
+            *(scores.logits, scores.log_probs),
             *(array for drawn in draws for array in (drawn.class_ids, drawn.log_probs)),
         ]
 
     whole = answers()
-    for name, size in {"SLICE_MACS": 1, "SLICE_ROWS": 2, "SLICE_DRAWS": 3, "SLICE_BEST": 6}.items():
+    sizes = {"SLICE_MACS": 1, "SLICE_ROWS": 2, "SLICE_DRAWS": 3, "SLICE_BEST": 6, "SLICE_GATHERED": 7}
+    for name, size in sizes.items():
         monkeypatch.setattr(slices, name, size)
     monkeypatch.setattr(passes, "SLICE_ROWS", 2)
     monkeypatch.setattr(passes, "DRAWN_NOISE", 1)
     for found, expected in zip(answers(), whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "num_asked"), [(1, 20_000), (50, 300), (512, 1)])
+def test_no_slice_gathers_more_rows_than_a_training_step_may_wait_for(
+    client: shardloss.LossClient,
+    fresh_name: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    num_asked: int,
+) -> None:
+    """However many classes are asked of however few rows of hidden; and all of them are answered in their order."""
+    dim = 8
+    table = client.create_table(fresh_name(), num_classes=29, dim=dim, num_shards=3, initializer=shardloss.Zeros())
+    table.write_rows(np.arange(29), np.repeat(np.arange(29.0)[:, None], dim, axis=1).astype(np.float32))
+    asked_logits, gathered = scan.asked_logits, []
+
+    def recorded(shard: ShardTable, hidden: Tensor, class_ids: Tensor, transform: Transform) -> scan.AskedLogits:
+        gathered.append(class_ids.numel() * dim)
+        return asked_logits(shard, hidden, class_ids, transform)
+
+    monkeypatch.setattr(scan, "asked_logits", recorded)
+    monkeypatch.setattr(slices, "SLICE_GATHERED", 4096)
+    class_ids = np.arange(num_asked) * 7 % 29
+    logits = table.score(np.ones((num_rows, dim), np.float32), class_ids).logits
+    np.testing.assert_array_equal(logits, np.tile(dim * class_ids, (num_rows, 1)))
+    assert max(gathered) <= 4096
+
+
+def test_a_pass_holds_no_answers_of_the_slices_behind_it(
+    make_table: MakeTable, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked, no more answers are alive than two slices of three shards gave, out of 23 slices."""
+    table, labels = make_table(oracle, 3), np.arange(N)
+    monkeypatch.setattr(slices, "SLICE_MACS", 1)
+    answers, given, most = slices.Scan.answers, list[weakref.ref[Tensor]](), [0]
+
+    def watched(self: slices.Scan, question: scan.Question) -> Iterator[scan.ScanAnswer]:
+        for answer in answers(self, question):
+            given.extend(weakref.ref(kept) for kept in (answer.lse, answer.num_before) if kept is not None)
+            most[0] = max(most[0], sum(ref() is not None for ref in given))
+            yield answer
+
+    monkeypatch.setattr(slices.Scan, "answers", watched)
+    table.evaluate(oracle.hidden, labels, want_sigmoid=True)
+    table.score(oracle.hidden, labels, want_log_probs=True)
+    table.top_k(oracle.hidden, 2)
+    assert len(given) > 40
+    assert most[0] <= 2 * 2 * 3
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -310,6 +366,18 @@ def test_vectors_of_zeros_have_cosine_zero(make_table: MakeTable) -> None:
     )
 
 
+def test_rows_of_one_direction_tie_whatever_their_lengths(make_table: MakeTable, rng: np.random.Generator) -> None:
+    """Under normalize their cosines are equal to rounding: by id, in rank and among the best, on any shard."""
+    lengths = np.array([7.0, 1.0, 3.0, 1 / 1024, 5.0, 11.0, 13.0, 1000.0, 17.0, 19.0, 23.0])
+    for direction in rng.integers(-64, 65, (20, 6)) / 16:
+        oracle = Oracle(lengths[:, None] * direction, np.zeros(11), rng.integers(-64, 65, (4, 6)) / 16)
+        table, transform = make_table(oracle, 3), LogitTransform(normalize=True)
+        best = table.top_k(oracle.hidden, 11, logits=transform).class_ids
+        assert best.tolist() == [list(range(11))] * 4
+        ranks = [table.evaluate(oracle.hidden, np.full(4, label), logits=transform).rank for label in range(11)]
+        assert np.array(ranks).tolist() == [[label + 1] * 4 for label in range(11)]
+
+
 def test_directions_do_not_overflow(make_table: MakeTable) -> None:
     """A hidden whose plain logits float32 cannot hold has cosines, and capped logits, that it can."""
     oracle = Oracle(np.array([[1e38, 0.0], [0.0, 1e38]]), np.zeros(2), np.array([[2e38, 2e38]]))
@@ -321,13 +389,14 @@ def test_directions_do_not_overflow(make_table: MakeTable) -> None:
     assert table.score(oracle.hidden, np.arange(2), logits=LogitTransform(soft_cap=7.0)).logits.tolist() == [[7.0, 7.0]]
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["inf - inf", "inf"])
 @pytest.mark.parametrize("transform", [None, LogitTransform(soft_cap=3.0), LogitTransform(scale=0.5)])
 def test_no_transform_hides_an_overflow(
-    client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None
+    client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None, sign: float
 ) -> None:
-    """inf - inf is refused by the row of hidden, capped or not."""
+    """A logit of inf - inf, or of inf, is refused by the row of hidden, capped or not."""
     table = client.create_table(fresh_name(), num_classes=6, dim=2, dtype="float64", num_shards=2)
-    table.write_rows(np.array([5]), np.array([[1e200, -1e200]]))
+    table.write_rows(np.array([5]), np.array([[1e200, sign * 1e200]]))
     hidden, labels = np.array([[0.0, 0.0], [1e200, 1e200]]), np.array([5, 5])
     for ask in (
         lambda: table.evaluate(hidden, labels, logits=transform),

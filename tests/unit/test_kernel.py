@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from shardloss_server.frontend.request import SampledSoftmax, SampledValues
-from shardloss_server.numerics import reference
+from shardloss_server.numerics import kernel, reference
 from torch import Tensor
 
 V, D, N = 211, 5, 7  # V is prime: its three shards have 71, 70 and 70 rows; D and N fit no vector register
@@ -392,3 +392,35 @@ def test_an_ignored_row_contributes_nothing_whatever_its_hidden(make_cut: MakeCu
     torch.testing.assert_close(cut.score(part).hidden_grad, cut.score(expected).hidden_grad)
     for actual, wanted in zip(cut.gradient(part, g), cut.gradient(expected, g), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_float32_probabilities_sum_to_one_at_logits_of_hundreds(make_cut: MakeCut) -> None:
+    """To 1e-6, what float32 logits alone miss; an lse that float32 held would miss it by 1.5e-5.
+
+    Seen in the biases of one row at a time, whose gradients are p - y.
+    """
+    weights, biases = (x.float() for x in table(num_classes=2011, scale=0.3))
+    batch = batch_of("one label", None).to(torch.float32)
+    cut = make_cut(weights, biases + 300, num_shards=3, dtype="float32")
+    part = cut.plan(**batch.arguments())
+    for g in torch.eye(N):
+        assert cut.gradient(part, g)[1].double().sum().abs() < 1e-6
+
+
+def test_a_label_without_weight_may_have_a_logit_below_every_number(make_cut: MakeCut) -> None:
+    """0 times a logit of -inf, which float32 makes of -3e39, is 0 in the loss."""
+    weights, biases = (x.float() for x in table(num_classes=11))
+    weights[3] = -3e38
+    batch = Batch(torch.full((2, D), 10.0), torch.tensor([[5, 3], [3, 7]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    without = replace(batch, labels=torch.tensor([[5], [7]]), label_weights=None)
+    cut = make_cut(weights, biases, num_shards=3, dtype="float32")
+    loss, expected = (cut.score(cut.plan(**asked.arguments())).loss for asked in (batch, without))
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_softplus_is_exact_where_it_is_nearly_its_argument() -> None:
+    """log(1 + exp(z)) = z + log1p(exp(-z)) at any z, also above torch's threshold of 20."""
+    logits = torch.tensor([-800.0, -30.0, 0.0, 19.9, 20.1, 25.0, 30.0, 800.0], dtype=torch.float64)
+    exact = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
+    torch.testing.assert_close(kernel.softplus(logits), exact, rtol=2.0**-52, atol=0)

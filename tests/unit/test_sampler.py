@@ -274,6 +274,33 @@ def test_folding_repeats_equals_keeping_all_columns(columns: list[tuple[int, flo
     np.testing.assert_allclose(folded.log_weight_after_hit.numpy(), after, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("unique", [False, True])
+def test_no_draws_are_no_candidates(unique: bool) -> None:
+    """S = 0 takes no try and gives no id; below it there is nothing to say."""
+    drawn = sampling.draw(sampling.uniform(7), 0, unique, 3, 0)
+    assert (drawn.sampled.tolist(), drawn.num_tries) == ([], 0)
+    with pytest.raises(InvalidArgument) as refused:
+        sampling.draw(sampling.uniform(7), -1, unique, 3, 0)
+    assert refused.value.field == "num_sampled"
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 64, 1.5, np.int64(-1), None])
+@pytest.mark.parametrize("field", ["seed", "step"])
+def test_a_key_is_two_numbers_of_64_bits(field: str, number: int) -> None:
+    """What is none is refused and shares no other key's draws; every kind of integer in range is one."""
+    key = {"seed": 1, "step": 1, field: number}
+    asks = (
+        lambda: sampling.draw(sampling.uniform(7), 3, True, **key),
+        lambda: sampling.partial_fc(np.array([2]), 7, 3, **key),
+    )
+    for ask in asks:
+        with pytest.raises(InvalidArgument) as refused:
+            ask()
+        assert refused.value.field == field
+    most = [sampling.draw(sampling.uniform(1 << 40), 3, True, of(2**63), 0) for of in (int, np.uint64)]
+    assert most[0].sampled.tolist() == most[1].sampled.tolist()
+
+
 @given(st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(-1, 20), min_size=3, max_size=3), max_size=7))
 def test_hits_are_the_pairs_of_row_and_candidate(candidates: set[int], labels: list[list[int]]) -> None:
     """(n, c) for each label of row n that equals candidate c: once for a label given twice, never for padding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -34,6 +35,18 @@ def check_length(array: Array, hidden: Array, field: str) -> None:
     """Refuse what is not as long as hidden: pages alone would not show it."""
     if len(array) != len(hidden):
         raise InvalidArgument(f"{field} has {len(array)} rows for {len(hidden)} of hidden", field=field)
+
+
+def count_of(number: int, field: str) -> int:
+    """What a number counts in a page: at least 1, for the server refuses less.
+
+    Raises:
+        InvalidArgument: it is not an integer.
+    """
+    try:
+        return max(1, operator.index(number))
+    except TypeError:
+        raise InvalidArgument(f"{field} = {number!r} is not an integer", field=field) from None
 
 
 def asked(ask: Callable[[slice], T], page: slice) -> T:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from shardloss import evaluation, messages, types
 from shardloss.errors import BadReply
 from shardloss.messages import numbers
-from shardloss.paging import asked, check_length, joined, of_rank, pages
+from shardloss.paging import asked, check_length, count_of, joined, of_rank, pages
 from shardloss.v1 import evaluation_pb2
 from shardloss.wire import Array
 
@@ -57,15 +57,16 @@ class Questions:
         transform = messages.logit_transform(logits)
 
         def ask(page: slice) -> types.Evaluation:
-            request = evaluation_pb2.EvaluateRequest(
-                table=self.name,
-                hidden=numbers(hidden[page], "hidden"),
-                labels=numbers(labels[page], "labels"),
-                want_rank=want_rank,
-                want_sigmoid=want_sigmoid,
-                ignore_index=ignore_index,
-                logits=transform,
-            )
+            with messages.writing_request():
+                request = evaluation_pb2.EvaluateRequest(
+                    table=self.name,
+                    hidden=numbers(hidden[page], "hidden"),
+                    labels=numbers(labels[page], "labels"),
+                    want_rank=want_rank,
+                    want_sigmoid=want_sigmoid,
+                    ignore_index=ignore_index,
+                    logits=transform,
+                )
             return messages.evaluation(self._ask(self.client.questions.Evaluate, request))
 
         found = [asked(ask, page) for page in self._pages(len(hidden))]
@@ -126,16 +127,17 @@ class Questions:
         hidden, transform = of_rank(hidden, 2, "hidden"), messages.logit_transform(logits)
 
         def ask(page: slice) -> types.TopK:
-            request = evaluation_pb2.TopKRequest(
-                table=self.name,
-                hidden=numbers(hidden[page], "hidden"),
-                k=k,
-                want_log_probs=want_log_probs,
-                logits=transform,
-            )
+            with messages.writing_request():
+                request = evaluation_pb2.TopKRequest(
+                    table=self.name,
+                    hidden=numbers(hidden[page], "hidden"),
+                    k=k,
+                    want_log_probs=want_log_probs,
+                    logits=transform,
+                )
             return messages.top_k(self._ask(self.client.questions.TopK, request))
 
-        found = [asked(ask, page) for page in self._pages(len(hidden), 3 * k)]
+        found = [asked(ask, page) for page in self._pages(len(hidden), 3 * count_of(k, "k"))]
         return types.TopK(
             np.concatenate([page.class_ids for page in found]),
             np.concatenate([page.logits for page in found]),
@@ -164,13 +166,14 @@ class Questions:
 
         def ask(page: slice) -> types.Scores:
             asked_ids = class_ids[page] if class_ids.ndim == 2 else class_ids
-            request = evaluation_pb2.ScoreRequest(
-                table=self.name,
-                hidden=numbers(hidden[page], "hidden"),
-                class_ids=numbers(asked_ids, "class_ids"),
-                want_log_probs=want_log_probs,
-                logits=transform,
-            )
+            with messages.writing_request():
+                request = evaluation_pb2.ScoreRequest(
+                    table=self.name,
+                    hidden=numbers(hidden[page], "hidden"),
+                    class_ids=numbers(asked_ids, "class_ids"),
+                    want_log_probs=want_log_probs,
+                    logits=transform,
+                )
             return messages.scores(self._ask(self.client.questions.Score, request))
 
         found = [asked(ask, page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
@@ -226,8 +229,8 @@ class Questions:
                 )
             return messages.class_samples(self._ask(self.client.questions.SampleClasses, request))
 
-        samples_a_row = max(1, num_samples)  # fewer are refused by the server
-        noise_a_row = samples_a_row * (self.spec.num_classes if top_k is None else max(1, top_k))
+        samples_a_row = count_of(num_samples, "num_samples")
+        noise_a_row = samples_a_row * (self.spec.num_classes if top_k is None else count_of(top_k, "top_k"))
         cut = pages(len(hidden), self.spec.dim + 1 + 2 * samples_a_row, max(1, PAGE_NOISE // noise_a_row))
         found = [asked(ask, page) for page in cut]
         return types.ClassSamples(

@@ -17,6 +17,7 @@ from shardloss_server.evaluation.slices import (
     cat,
     drawn_block,
     drawn_of,
+    folded,
     merged_lse,
     ranked_rows,
     sum_before,
@@ -107,7 +108,7 @@ class Evaluator:
             question = Question(
                 rows, y if want_rank else None, label_keys, 0, True, want_sigmoid, transform=ask.transform
             )
-            answers = list(scan.answers(question))
+            answers = folded(scan.answers(question))
             losses.append(excess(merged_lse(answers), asked.logits[:, 0]))
             before.append(sum_before(answers, len(y)))
             if want_sigmoid:
@@ -154,7 +155,7 @@ class Evaluator:
             logits.append(asked)
             if want_log_probs:
                 question = Question(rows, None, None, 0, True, transform=ask.transform)
-                log_probs.append(log_prob(asked, merged_lse(list(scan.answers(question)))))
+                log_probs.append(log_prob(asked, merged_lse(folded(scan.answers(question)))))
         shown = scan.result(torch.cat(log_probs)) if want_log_probs else None
         return Ranked(class_ids, scan.result(torch.cat(logits)), shown, *scan.versions())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def asked_rows(num_asked: int, spec: TableSpec) -> int:
     by_work = SLICE_GATHERED // (num_asked * spec.dim)
     by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
     return max(1, min(SLICE_ROWS, by_work, by_answer))
+
+
+def asked_classes(num_rows: int, spec: TableSpec) -> int:
+    """Asked classes of so many rows of hidden whose logits are one slice of work."""
+    return max(1, SLICE_GATHERED // (max(1, num_rows) * spec.dim))
 
 
 def ranked_rows(k: int) -> int:
@@ -96,6 +102,13 @@ class Scan:
 
     def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
         """Logits and keys of class_ids [N, S]; 0 for padding."""
+        size = asked_classes(len(hidden), self._owner.spec)
+        pieces = [self._asked(hidden, ids.contiguous()) for ids in torch.split(class_ids, size, dim=1)]
+        logits, keys = ([getattr(piece, name) for piece in pieces] for name in ("logits", "keys"))
+        return AskedLogits(torch.cat(logits, 1), torch.cat(keys, 1), pieces[-1].version)
+
+    def _asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
+        """Those of one slice."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids, self.transform)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
         version = self._owner.same_version([a.version for a in answers])
@@ -116,6 +129,22 @@ def cat(pieces: list[Tensor]) -> Tensor:
 def sum_of(pieces: list[Tensor]) -> Tensor:
     """Sum of at least one tensor of one shape."""
     return torch.stack(pieces).sum(0)
+
+
+def folded(answers: Iterable[ScanAnswer]) -> list[ScanAnswer]:
+    """One answer for all in place of them, folded as they come: a big table has tens of thousands."""
+    return [reduce(of_both, answers)]
+
+
+def of_both(a: ScanAnswer, b: ScanAnswer) -> ScanAnswer:
+    """The answer over the classes of both; best and drawn are folded by `best_of` and `drawn_of`."""
+    return ScanAnswer(
+        b.version,
+        None if a.lse is None or b.lse is None else torch.logaddexp(a.lse, b.lse),
+        None if a.num_before is None or b.num_before is None else a.num_before + b.num_before,
+        None,
+        None if a.softplus is None or b.softplus is None else a.softplus + b.softplus,
+    )
 
 
 def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:

@@ -23,6 +23,8 @@ from shardloss_server.shard.table import ShardTable
 
 ASKED_ELEMENTS = 1 << 20  # elements of asked rows held at once
 KEY_BITS = {torch.float32: 24, torch.float64: 33}
+MOST_POWER = 2.0**1023  # the largest power of two
+MOST_MAGIC = 1.5 * 2.0**1022  # what a larger one would round to its grid overflows beside it
 PLAIN = Transform()
 
 
@@ -79,8 +81,8 @@ class AskedLogits:
 
 
 def power_above(values: Tensor) -> Tensor:
-    """The power of two above each value's size, at most twice it; 0 for 0."""
-    return torch.where(values == 0, 0.0, torch.exp2(torch.frexp(values).exponent.double()))
+    """The power of two above each value's size, at most twice it; 0 for 0, MOST_POWER for what is larger."""
+    return torch.where(values == 0, 0.0, torch.exp2(torch.frexp(values).exponent.double()).clamp_(max=MOST_POWER))
 
 
 def norms(values: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def norms(values: Tensor) -> Tensor:
     """
     largest = power_above(values.abs().amax(1)) / 2
     scaled = values / torch.where(largest == 0, 1.0, largest)[:, None]
-    return power_above(torch.linalg.vector_norm(scaled, dim=1) * (1 - 2.0**-40)) * largest
+    return (power_above(torch.linalg.vector_norm(scaled, dim=1) * (1 - 2.0**-40)) * largest).clamp_(max=MOST_POWER)
 
 
 def directions(vectors: Tensor, transform: Transform) -> Tensor:
@@ -114,10 +116,12 @@ def transformed(raw: Tensor, transform: Transform) -> Tensor:
 def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dtype) -> Tensor:
     """What added to a logit, and subtracted again, rounds it to its grid: 1.5 * 2^52 steps of 2^-bits * scale.
 
-    The scale is the size of what the logit is the sum of: |hidden| |row| or |bias|, whichever is larger.
+    The scale is the size of what the logit is the sum of: |hidden| |row| or |bias|, whichever is larger. Beyond 1e302
+    there is one grid, that of MOST_MAGIC: a key is never nan where its logit is finite.
     """
     steps = 1.5 * 2.0 ** (52 - KEY_BITS[dtype])
-    return torch.maximum((steps * hidden_norms) * norms(rows), steps * power_above(biases))
+    of_hidden, of_biases = ((steps * size).clamp_(max=MOST_MAGIC) for size in (hidden_norms, power_above(biases)))
+    return torch.clamp(of_hidden * norms(rows), of_biases, torch.tensor(MOST_MAGIC, dtype=torch.float64))
 
 
 def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
