@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from shardloss.errors import (
     TableUnavailable,
 )
 from shardloss.v1 import loss_pb2
-from shardloss_server.cluster.group import WorkerLost
+from shardloss_server.cluster.group import Staged, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.rpc.serve import Server
@@ -250,8 +251,12 @@ def test_a_step_whose_sums_are_forgotten_streams_again(
 
 
 def stream(client: shardloss.LossClient, *pieces: loss_pb2.StreamLossRequest) -> Any:
-    """One try of a raw stream."""
-    return stream_of(client, iter(pieces))
+    """One try of a raw stream, whose last piece says so."""
+    last = loss_pb2.StreamLossRequest()
+    last.CopyFrom(pieces[-1])
+    if last.WhichOneof("piece") == "columns":
+        last.columns.last = True
+    return stream_of(client, iter([*pieces[:-1], last]))
 
 
 def stream_of(client: shardloss.LossClient, pieces: Iterator[loss_pb2.StreamLossRequest]) -> Any:
@@ -319,6 +324,31 @@ def test_bad_columns_are_refused_by_name(
     assert stream(client, commit, piece(0, np.ones((N, 3))))[0].header.committed.version == before.version + 1
 
 
+@pytest.mark.parametrize("num_pieces", [0, 1, 2])
+def test_a_stream_that_ends_in_the_middle_is_no_step(
+    client: shardloss.LossClient, make_table: Callable[..., shardloss.Table], num_pieces: int
+) -> None:
+    """A client that died between two pieces may look like one that has sent all: nothing changes without a last one."""
+    table = make_table()
+    pieces = [header(table, session="s", step=1), *(piece(3 * i, np.ones((N, 3))) for i in range(num_pieces))]
+    pieces[0].header.commit_now.learning_rate = RATE
+    with pytest.raises(InvalidArgument) as refused:
+        stream_of(client, iter(pieces))
+    assert refused.value.field == "columns.last"
+    assert (table.info().version, table.info().num_open_tickets) == (1, 0)  # the fixture's write
+
+
+def test_a_distribution_of_zeros_counts_no_row(
+    client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
+) -> None:
+    """Its one piece is there to be the last; also of no rows at all."""
+    table = make_table()
+    for num_rows in (N, 0):
+        hidden, y = np.ones((num_rows, D)), np.zeros((num_rows, V))
+        found = table.compute_loss(hidden, None, LOSSES[0], label_distribution=y)
+        np.testing.assert_array_equal(found.loss, np.zeros(num_rows))
+
+
 def test_a_piece_above_max_chunk_bytes_is_refused(
     client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
 ) -> None:
@@ -367,14 +397,28 @@ def test_a_session_needs_the_one_call_form(
 
 
 def test_a_commit_between_two_pieces_is_told(
-    client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
+    client: shardloss.LossClient,
+    faulty: FaultyGroup,
+    make_table: Callable[..., shardloss.Table],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The targets of two versions do not add up: TABLE_UNAVAILABLE, and a repeat of the stream is right."""
     table = make_table()
+    has_begun = threading.Event()
+    add_labels = faulty.add_labels
+
+    def adding(name: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None) -> Any:
+        pending = add_labels(name, staged, first_class, weights, g)
+        if weights.shape[1]:
+            has_begun.set()
+        return pending
+
+    monkeypatch.setattr(faulty, "add_labels", adding, raising=False)
 
     def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
         yield header(table)
         yield piece(0, np.ones((N, 3)))
+        assert has_begun.wait(30.0)
         table.write_rows(ALL[:2], np.ones((2, D)))
         yield piece(3, np.ones((N, 3)))
 
