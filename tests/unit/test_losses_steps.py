@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from shardloss.errors import TicketAborted, TicketUnknown
-from shardloss_server.frontend.request import LossRequest, PartialFc, SampledSoftmax, SampledValues
+from shardloss.errors import StepReused, TicketAborted, TicketUnknown
+from shardloss_server.frontend.request import CommitNow, LossRequest, PartialFc, SampledSoftmax, SampledValues
 from torch import Tensor
 
 from .cases import (
@@ -256,3 +256,18 @@ def test_a_ticket_accounts_for_its_hard_negatives(front: Front) -> None:
     table.open(request_of(randn(num_rows, D), torch.full((num_rows, 1), 3), sampled=sampled), 1)
     candidates_bytes = num_rows * num_hard * (8 + 8)  # a class id and a weight in float64
     assert front.catalog.budget.num_bytes - before >= candidates_bytes
+
+
+def test_a_refused_repeat_leaves_the_kept_reply(front: Front) -> None:
+    """Another payload under the key of an applied step is refused; the step's own repeat still has its tensors."""
+    table = table_of(front, 1)
+    now = CommitNow(RATE, 1.0, 0)
+    request = replace(request_of(randn(N, D), torch.full((N, 1), 3)), session="session", step=1, commit_now=now)
+    first = table.loss(replace(request, digest=b"one"))
+    with pytest.raises(StepReused):
+        table.loss(replace(request, digest=b"another"))
+    again = table.loss(replace(request, digest=b"one"))
+    assert again.replayed
+    assert again.loss is not None
+    assert first.loss is not None
+    assert torch.equal(again.loss, first.loss)

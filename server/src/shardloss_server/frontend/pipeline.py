@@ -180,7 +180,8 @@ class Pipeline:
         except StepTooOld:
             if owner.ledger.outcome(session, step) is None:
                 raise
-            reply = owner.last_replies.get((session, step), NO_REPLY)
+            kept = owner.last_replies.get((session, step), NO_REPLY)
+            return with_commit(kept, owner.commit(commit_of(request, kept.ticket), deadline))
         owner.last_replies.keep(
             (session, step), reply
         )  # before the commit, whose outcome may be settled by another call
