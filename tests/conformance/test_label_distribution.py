@@ -441,3 +441,10 @@ def test_a_refused_call_lets_the_next_distribution_in(
         with pytest.raises(ShardlossError):
             stream(client, header(table), piece(V, np.ones((N, 1))))
     table.compute_loss(np.ones((N, D)), None, LOSSES[0], label_distribution=Y)
+
+
+def test_a_head_refuses_hidden_without_a_dimension(make_table: Callable[..., shardloss.Table]) -> None:
+    """By name, beside a distribution as beside labels."""
+    head = make_table().softmax()
+    with pytest.raises(InvalidArgument, match="beside hidden"):
+        head(torch.tensor(1.0), torch.rand(V))

@@ -111,7 +111,7 @@ class Head(torch.nn.Module):
     ) -> Tensor:
         """As `apply_loss` of labels [..., V] that are weights of all classes: a step of their own."""
         num_classes = self.table.spec.num_classes
-        if labels.shape != (*hidden.shape[:-1], num_classes):
+        if hidden.dim() == 0 or labels.shape != (*hidden.shape[:-1], num_classes):
             raise InvalidArgument(
                 f"labels {list(labels.shape)} are floats: a distribution [..., {num_classes}] beside hidden "
                 f"{list(hidden.shape)} is needed",
