@@ -303,13 +303,16 @@ def loss_request(
 
 
 def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb2.LabelColumns]:
-    """A label distribution [N, V] in pieces of at most max_chunk_bytes, at least a column; zeros are left out."""
+    """A label distribution [N, V] in pieces of at most max_chunk_bytes, at least a column; zeros are left out.
+
+    There is always a last piece: by it the server knows that all have come.
+    """
     num_rows, num_classes = distribution.shape
     size = max(1, max_chunk_bytes // max(1, num_rows * distribution.itemsize))
-    for start in range(0, num_classes, size):
-        piece = distribution[:, start : start + size]
-        if num_rows and piece.any():
-            yield loss_pb2.LabelColumns(first_class=start, weights=numbers(piece, "label_distribution"))
+    starts = [start for start in range(0, num_classes, size) if distribution[:, start : start + size].any()] or [0]
+    for start in starts:
+        weights = numbers(distribution[:, start : start + size], "label_distribution")
+        yield loss_pb2.LabelColumns(first_class=start, weights=weights, last=start == starts[-1])
 
 
 @reading_reply()

@@ -281,12 +281,14 @@ class StreamLossRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[ComputeLossRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., columns: _Optional[_Union[LabelColumns, _Mapping]] = ...) -> None: ...
 
 class LabelColumns(_message.Message):
-    __slots__ = ("first_class", "weights")
+    __slots__ = ("first_class", "weights", "last")
     FIRST_CLASS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     first_class: int
     weights: _tensor_pb2.Tensor
-    def __init__(self, first_class: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    last: bool
+    def __init__(self, first_class: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., last: bool = ...) -> None: ...
 
 class StreamLossResponse(_message.Message):
     __slots__ = ("header", "chunk")

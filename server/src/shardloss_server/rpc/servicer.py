@@ -217,8 +217,10 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
                 message = f"columns of {len(piece.columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
                 raise LimitExceeded(message, field="columns.weights")
             yield wire.label_columns(piece.columns)
+            if piece.columns.last:
+                return
             stream.moved()
-        stream.working()
+        raise InvalidArgument("the stream ends before its last columns", field="columns.last")
 
     def _loss(
         self,
