@@ -389,6 +389,27 @@ def test_directions_do_not_overflow(make_table: MakeTable) -> None:
     assert table.score(oracle.hidden, np.arange(2), logits=LogitTransform(soft_cap=7.0)).logits.tolist() == [[7.0, 7.0]]
 
 
+def test_directions_do_not_overflow_in_float64(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
+    """Rows and hidden whose norms are beyond every number have cosines all the same."""
+    table = client.create_table(fresh_name(), num_classes=2, dim=2, dtype="float64", num_shards=2)
+    table.write_rows(np.arange(2), np.array([[1.7e308, 1.7e308], [1.7e308, 0.0]]))
+    hidden = np.array([[1.7e308, 1.7e308], [0.0, 1.7e308]])
+    cosines = table.score(hidden, np.arange(2), logits=LogitTransform(normalize=True)).logits
+    np.testing.assert_allclose(cosines, [[1.0, 0.5**0.5], [0.5**0.5, 0.0]], rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [("float32", 2.0**-22), ("bfloat16", 2.0**-7), ("float64", 2.0**-31)])
+def test_what_the_tables_dtype_tells_apart_does_not_tie(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], dtype: str, difference: float
+) -> None:
+    """The better of two neighbouring rows is the best class, though its id is the higher one."""
+    table = client.create_table(fresh_name(), num_classes=2, dim=1, dtype=dtype, num_shards=2)
+    table.write_rows(np.arange(2), np.array([[1.0], [1.0 + difference]]))
+    hidden = np.array([[1.0], [-1.0], [3e-5]])
+    assert table.top_k(hidden, 2).class_ids.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert table.evaluate(hidden, np.zeros(3, int)).rank.tolist() == [2, 1, 2]
+
+
 @pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["inf - inf", "inf"])
 @pytest.mark.parametrize("transform", [None, LogitTransform(soft_cap=3.0), LogitTransform(scale=0.5)])
 def test_no_transform_hides_an_overflow(
