@@ -13,7 +13,7 @@ import torch
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.cluster.local import LocalGroup
-from shardloss_server.frontend.pipeline import merge
+from shardloss_server.frontend.finish import merge
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
 from shardloss_server.numerics.optimizer import OptimizerSpec

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from shardloss import sampling
 from shardloss_server.frontend.counts import ClassCounts
-from shardloss_server.frontend.pipeline import merge
+from shardloss_server.frontend.finish import merge
 from shardloss_server.frontend.plan import plan
 from shardloss_server.frontend.request import LossRequest, SampledSoftmax, SamplerSpec, Want
 from shardloss_server.numerics import reference

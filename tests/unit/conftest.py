@@ -11,7 +11,7 @@ import torch
 from shardloss_server.cluster.group import Order
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.frontend.counts import ClassCounts
-from shardloss_server.frontend.pipeline import merge
+from shardloss_server.frontend.finish import merge
 from shardloss_server.frontend.plan import plan
 from shardloss_server.frontend.request import LossRequest, SampledSoftmax, Want
 from shardloss_server.numerics.initializer import Initializer

@@ -6,8 +6,7 @@ import pytest
 import torch
 from shardloss_server.cluster import worker as worker_module
 from shardloss_server.cluster.worker import Worker
-from shardloss_server.frontend.owner import KEPT_REPLIES, LastReplies
-from shardloss_server.frontend.pipeline import NO_REPLY
+from shardloss_server.frontend.replies import KEPT_REPLIES, NO_REPLY, LastReplies
 from shardloss_server.frontend.request import Cost, LossReply
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec

@@ -82,10 +82,10 @@ class LossServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamLoss(self, request_iterator, context):
-        """ComputeLoss for calls or replies above ServerLimits.max_message_bytes: the header first, then the chunks that
-        its tensors refer to; the reply has the same form. Same effect. Idempotent by the same key, for the same header: a
-        repeat through the other method is STEP_REUSED. Errors: as ComputeLoss; a stream that stands still for
-        ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
+        """ComputeLoss for calls or replies above ServerLimits.max_message_bytes: the header first, then the chunks that its
+        tensors refer to; the reply has the same form. Same effect. Idempotent by the same key, for the same header: a
+        repeat goes through the same method, else it may be STEP_REUSED. Errors: as ComputeLoss; a stream that stands still
+        for ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +112,8 @@ class LossServiceServicer(object):
 
     def SampleCandidates(self, request, context):
         """Draws the candidates that a ComputeLoss with the same sampler and step would use; changes nothing. Idempotent: the
-        reply depends on the request, V and the table's class counts alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
+        reply depends on the request, V and the table's class counts alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
+        LIMIT_EXCEEDED, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -33,7 +32,8 @@ from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.counts import ClassCounts
 from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
-from shardloss_server.frontend.request import CommitReply, CommitRequest, LossReply
+from shardloss_server.frontend.replies import LastReplies
+from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.numerics.partial import combine_all
 from shardloss_server.shard.ledger import Ledger, Outcome
@@ -51,46 +51,11 @@ from shardloss_server.shard.record import (
     Upstream,
 )
 
-KEPT_REPLIES = 16  # one-call replies a table keeps: a repeat comes within seconds of its first try
-KEPT_REPLY_BYTES = 64 * 2**20  # and the bytes that they may take together
-
 MAX_BACKLOG = 8  # reads that nobody waits for in front of a worker, before no more are started
 RETRY_AFTER_S = 0.1
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class LastReplies:
-    """The last replies of the one-call form, by (session, step), for a caller who lost his. Thread-safe."""
-
-    def __init__(self, max_bytes: int = KEPT_REPLY_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._replies: OrderedDict[tuple[str, int], LossReply] = OrderedDict()
-        self.num_bytes = 0
-
-    def forget(self, key: tuple[str, int]) -> None:
-        """The step was refused."""
-        with self._lock:
-            forgotten = self._replies.pop(key, None)
-            self.num_bytes -= forgotten.num_bytes if forgotten else 0
-
-    def get(self, key: tuple[str, int], default: LossReply) -> LossReply:
-        """The kept reply, or the default."""
-        with self._lock:
-            return self._replies.get(key, default)
-
-    def keep(self, key: tuple[str, int], reply: LossReply) -> None:
-        """Keep a reply that has tensors, unless it is larger than all that may be kept, and forget the oldest."""
-        with self._lock:
-            if key in self._replies or not 0 < reply.num_bytes <= self._max_bytes:
-                return
-            self._replies[key] = reply
-            self.num_bytes += reply.num_bytes
-            while len(self._replies) > KEPT_REPLIES or self.num_bytes > self._max_bytes:
-                _, forgotten = self._replies.popitem(last=False)
-                self.num_bytes -= forgotten.num_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,16 @@ from dataclasses import replace
 
 import torch
 from shardloss.errors import RequestError, SessionExpired, StepTooOld, TicketAborted
-from torch import Tensor
 
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.finish import added, finish, join, merge, num_candidates, upstream_of
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.frontend.plan import PADDING, mined_part, plan, unlabelled, with_mass
+from shardloss_server.frontend.replies import NO_REPLY, commit_of, kept_reply, with_commit
 from shardloss_server.frontend.request import (
-    CommitPart,
     CommitReply,
     CommitRequest,
     Cost,
@@ -30,10 +30,8 @@ from shardloss_server.frontend.request import (
 )
 from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.frontend.steepness import steepness
-from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
-from shardloss_server.numerics.partial import add_all, combine_all, spread_over
-from shardloss_server.numerics.transform import normalized, project
-from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec, Upstream
+from shardloss_server.numerics.partial import add_all
+from shardloss_server.shard.record import LabelTarget, Part, TableSpec, Upstream
 
 
 class Pipeline:
@@ -113,8 +111,8 @@ class Pipeline:
             upstream = Upstream(merged.statistics.lse, upstream_of(request, part.batch.mass))
             table_grad = join(owner.gradient(staged, upstream, version, deadline))
         cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates(part, owner.spec))
-        reply = finish(request, part, merged, table_grad, ticket, version, cost)
-        reply = replace(reply, has_bias=owner.spec.bias)
+        name = "" if ticket is None else ticket.name
+        reply = finish(request, part, merged, table_grad, name, version, cost, owner.spec.bias)
         if ticket is not None:
             ticket.staged, ticket.lse, ticket.num_rows = staged, merged.statistics.lse, len(request.hidden)
             ticket.version, ticket.reply = version, reply
@@ -195,17 +193,6 @@ class Pipeline:
         return with_commit(reply, committed)
 
 
-NO_REPLY = LossReply(None, None, None, None, "", 0, True, Cost(0, 0, 0))
-
-
-def commit_of(request: LossRequest, ticket: str) -> CommitRequest:
-    """The commit inside a one-call request."""
-    assert request.commit_now is not None
-    rate, scale = request.commit_now.learning_rate, request.commit_now.grad_scale
-    parts = (CommitPart(ticket, request.upstream),)
-    return CommitRequest(request.table, request.session, request.step, parts, rate, scale, None, request.digest, True)
-
-
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
     """What an open ticket keeps at most: the staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
@@ -215,111 +202,3 @@ def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
     if request.sampled is not None and request.sampled.num_hard_negatives:
         num_drawn = len(request.hidden) * min(request.sampled.num_hard_negatives, num_drawn)  # each row keeps its own
     return 8 * (elements + 3 * num_drawn) + validate.reply_bytes(request, spec)
-
-
-def kept_reply(ticket: Ticket, deadline: Deadline) -> LossReply | None:
-    """The reply of a ticket that another call is making or has made; None where that call failed."""
-    deadline.wait(ticket.ready.wait, "the first call with this key was done; repeat with the same key")
-    reply = ticket.reply
-    return None if reply is None else replayed(reply)
-
-
-def replayed(reply: LossReply) -> LossReply:
-    """The same reply, marked as kept."""
-    return replace(reply, replayed=True)
-
-
-def with_commit(reply: LossReply, committed: CommitReply) -> LossReply:
-    """The one-call reply: no ticket stays open."""
-    return replace(reply, ticket="", replayed=reply.replayed or committed.replayed, committed=committed)
-
-
-def upstream_of(request: LossRequest, like: Tensor) -> Tensor:
-    """g [N] in compute dtype: the request's, or ones."""
-    if request.upstream is None:
-        return torch.ones_like(like)
-    return request.upstream.to(like.dtype)
-
-
-def join(gradients: list[RowGradient]) -> RowGradient:
-    """One gradient of all shards, class ids ascending."""
-    class_ids = torch.cat([gradient.class_ids for gradient in gradients])
-    order = torch.argsort(class_ids)
-    rows = torch.cat([gradient.rows for gradient in gradients])
-    biases = torch.cat([gradient.biases for gradient in gradients])
-    return RowGradient(class_ids[order], rows[order], biases[order])
-
-
-def merge(scores: list[Score]) -> Merged:
-    """All shards' scores as one, in shard order."""
-    spreads = [score.spread for score in scores if score.spread is not None]
-    return Merged(
-        combine_all([score.statistics for score in scores]),
-        add_all([score.target for score in scores]),
-        spread_over(spreads) if spreads else None,
-    )
-
-
-def added(targets: list[LabelTarget]) -> LabelTarget:
-    """The sum of at least one target of a label distribution."""
-    mass = torch.stack([target.mass for target in targets]).sum(0)
-    return LabelTarget(add_all([target.target for target in targets]), mass, targets[0].version)
-
-
-def num_candidates(part: Part, spec: TableSpec) -> int:
-    """Candidates that are scored, over all shards, without the labels."""
-    return spec.num_classes if part.candidates is None else part.candidates.class_ids.numel()
-
-
-def finish(
-    request: LossRequest,
-    part: Part,
-    merged: Merged,
-    table_grad: RowGradient | None,
-    ticket: Ticket | None,
-    version: int,
-    cost: Cost,
-) -> LossReply:
-    """From merged statistics to what was wanted.
-
-    Raises:
-        InvalidArgument: a counted row has a loss or a gradient that is not finite.
-    """
-    want, batch, objective = request.want, part.batch, part.objective
-    mass = batch.mass
-    loss = per_example_loss(merged, mass, objective.z_loss, batch.spread, batch.hidden).to(mass.dtype)
-    gradient = gradient_of_hidden(request, part, merged) if want.hidden_grad else None
-    is_finite = torch.isfinite(loss)
-    if gradient is not None:
-        is_finite &= torch.isfinite(gradient).all(1)
-    scale_grad = None
-    if objective.learned_scale:
-        scale_grad = scale_gradient(
-            merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
-        ).to(mass.dtype)
-        is_finite &= torch.isfinite(scale_grad)
-    validate.finite_logits((mass == 0) | is_finite, "hidden")
-    if gradient is not None and want.grad_dtype is not None:
-        gradient = gradient.to(getattr(torch, want.grad_dtype))
-    return LossReply(
-        loss=loss if want.loss else None,
-        lse=torch.where(mass == 0, -torch.inf, merged.statistics.lse).to(mass.dtype) if want.lse else None,
-        hidden_grad=gradient,
-        table_grad=table_grad,
-        ticket="" if ticket is None else ticket.name,
-        version=version,
-        replayed=False,
-        cost=cost,
-        scale_grad=scale_grad,
-    )
-
-
-def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
-    """d loss / d hidden [N, D] of hidden as the request has it: back through scale and norms."""
-    transform, batch = part.objective.transform, part.batch
-    gradient = hidden_gradient(merged, batch.mass, part.objective.z_loss, batch.spread)
-    if transform.scale != 1.0:
-        gradient = gradient * transform.scale
-    if not transform.normalize:
-        return gradient
-    return project(gradient, *normalized(request.hidden.to(batch.hidden.dtype)))

@@ -1,0 +1,106 @@
+"""From all shards' answers to a reply: merge, join, finish. Pure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardloss_server.frontend import validate
+from shardloss_server.frontend.request import Cost, LossReply, LossRequest
+from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
+from shardloss_server.numerics.partial import add_all, combine_all, spread_over
+from shardloss_server.numerics.transform import normalized, project
+from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec
+
+
+def upstream_of(request: LossRequest, like: Tensor) -> Tensor:
+    """g [N] in compute dtype: the request's, or ones."""
+    if request.upstream is None:
+        return torch.ones_like(like)
+    return request.upstream.to(like.dtype)
+
+
+def join(gradients: list[RowGradient]) -> RowGradient:
+    """One gradient of all shards, class ids ascending."""
+    class_ids = torch.cat([gradient.class_ids for gradient in gradients])
+    order = torch.argsort(class_ids)
+    rows = torch.cat([gradient.rows for gradient in gradients])
+    biases = torch.cat([gradient.biases for gradient in gradients])
+    return RowGradient(class_ids[order], rows[order], biases[order])
+
+
+def merge(scores: list[Score]) -> Merged:
+    """All shards' scores as one, in shard order."""
+    spreads = [score.spread for score in scores if score.spread is not None]
+    return Merged(
+        combine_all([score.statistics for score in scores]),
+        add_all([score.target for score in scores]),
+        spread_over(spreads) if spreads else None,
+    )
+
+
+def added(targets: list[LabelTarget]) -> LabelTarget:
+    """The sum of at least one target of a label distribution."""
+    mass = torch.stack([target.mass for target in targets]).sum(0)
+    return LabelTarget(add_all([target.target for target in targets]), mass, targets[0].version)
+
+
+def num_candidates(part: Part, spec: TableSpec) -> int:
+    """Candidates that are scored, over all shards, without the labels."""
+    return spec.num_classes if part.candidates is None else part.candidates.class_ids.numel()
+
+
+def finish(
+    request: LossRequest,
+    part: Part,
+    merged: Merged,
+    table_grad: RowGradient | None,
+    ticket: str,
+    version: int,
+    cost: Cost,
+    has_bias: bool,
+) -> LossReply:
+    """From merged statistics to what was wanted; ticket is the open one's name, or "".
+
+    Raises:
+        InvalidArgument: a counted row has a loss or a gradient that is not finite.
+    """
+    want, batch, objective = request.want, part.batch, part.objective
+    mass = batch.mass
+    loss = per_example_loss(merged, mass, objective.z_loss, batch.spread, batch.hidden).to(mass.dtype)
+    gradient = gradient_of_hidden(request, part, merged) if want.hidden_grad else None
+    is_finite = torch.isfinite(loss)
+    if gradient is not None:
+        is_finite &= torch.isfinite(gradient).all(1)
+    scale_grad = None
+    if objective.learned_scale:
+        scale_grad = scale_gradient(
+            merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
+        ).to(mass.dtype)
+        is_finite &= torch.isfinite(scale_grad)
+    validate.finite_logits((mass == 0) | is_finite, "hidden")
+    if gradient is not None and want.grad_dtype is not None:
+        gradient = gradient.to(getattr(torch, want.grad_dtype))
+    return LossReply(
+        loss=loss if want.loss else None,
+        lse=torch.where(mass == 0, -torch.inf, merged.statistics.lse).to(mass.dtype) if want.lse else None,
+        hidden_grad=gradient,
+        table_grad=table_grad,
+        ticket=ticket,
+        version=version,
+        replayed=False,
+        cost=cost,
+        scale_grad=scale_grad,
+        has_bias=has_bias,
+    )
+
+
+def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
+    """d loss / d hidden [N, D] of hidden as the request has it: back through scale and norms."""
+    transform, batch = part.objective.transform, part.batch
+    gradient = hidden_gradient(merged, batch.mass, part.objective.z_loss, batch.spread)
+    if transform.scale != 1.0:
+        gradient = gradient * transform.scale
+    if not transform.normalize:
+        return gradient
+    return project(gradient, *normalized(request.hidden.to(batch.hidden.dtype)))
