@@ -317,6 +317,27 @@ def test_what_lazy_logits_cannot_do_is_a_named_error(
     assert table.info().version == 0
 
 
+@pytest.mark.parametrize("num_classes", [NUM_CLASSES, 1025], ids=["labels", "a distribution"])
+def test_soft_labels_that_do_not_sum_to_1_have_paddles_gradient(make_table: Make, num_classes: int) -> None:
+    """softmax - label, for hidden and for the rows, over lazy logits as over dense ones; rows of zeros have none."""
+    table = make_table(num_classes=num_classes)
+    weights = rows_of(table)[0].requires_grad_()
+    label = torch.rand(4, num_classes, dtype=torch.float64)
+    label[1] = 0
+    hidden = torch.randn(4, DIM, dtype=torch.float64, requires_grad=True)
+    twin = hidden.detach().clone().requires_grad_()
+    g = torch.rand(4, 1, dtype=torch.float64)
+    losses = paddle.softmax_with_cross_entropy(table.logits(hidden), label, soft_label=True)
+    expected = paddle.softmax_with_cross_entropy(twin @ weights.T, label, soft_label=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    losses.backward(g)
+    expected.backward(g)
+    torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-11, atol=1e-12)
+    paddle.optimizer(table, lr=0.5).step()
+    assert weights.grad is not None
+    torch.testing.assert_close(rows_of(table)[0], (weights - 0.5 * weights.grad).detach(), rtol=1e-11, atol=1e-12)
+
+
 def test_soft_labels_of_more_classes_than_a_row_has_labels_stream(make_table: Make) -> None:
     """Above max_num_true classes they are a label distribution: the loss, hidden's gradient and a step are the same."""
     num_classes = 1025

@@ -121,10 +121,19 @@ def test_probabilities_of_zero_do_no_harm_where_they_do_not_count() -> None:
     assert torch.autograd.grad(soft, masked)[0].isfinite().all()
 
 
-def test_the_gradient_of_soft_labels_is_that_of_the_loss() -> None:
-    """Also where they do not sum to 1, which Paddle takes for granted."""
+def test_the_gradient_of_soft_labels_is_softmax_minus_label() -> None:
+    """Also where they do not sum to 1, as in Paddle; where they do it is the slope of the loss. Rows of zeros: 0."""
     label = torch.rand(N, V, dtype=torch.float64)
+    label[2] = 0
     logits = logits_of(N, V).requires_grad_()
+    g = torch.rand(N, dtype=torch.float64)
+    loss = paddle.softmax_with_cross_entropy(logits, label, soft_label=True)[:, 0]
+    torch.testing.assert_close(loss, -(label * logits.log_softmax(-1)).sum(-1))
+    (gradient,) = torch.autograd.grad(loss, logits, g)
+    expected = g[:, None] * (logits.softmax(-1) - label)
+    expected[2] = 0
+    torch.testing.assert_close(gradient, expected)
+    label = label.softmax(-1)
     assert torch.autograd.gradcheck(lambda z: paddle.softmax_with_cross_entropy(z, label, soft_label=True), logits)
 
 

@@ -210,6 +210,7 @@ def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     if isinstance(loss, types.FullSoftmax):
         message.full_softmax.SetInParent()
         message.full_softmax.label_smoothing = loss.label_smoothing
+        message.full_softmax.unit_mass_gradient = loss.unit_mass_gradient
         if loss.class_weights is not None:
             message.full_softmax.class_weights.CopyFrom(numbers(loss.class_weights, "class_weights"))
         set_softmax(message, loss)

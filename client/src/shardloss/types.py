@@ -189,7 +189,8 @@ class FullSoftmax:
     """Softmax over all classes.
 
     label_smoothing and class_weights [V] are those of torch.nn.functional.cross_entropy. z_loss adds
-    z_loss * lse ** 2. A margin is for a table without biases and one label a row.
+    z_loss * lse ** 2. A margin is for a table without biases and one label a row. With unit_mass_gradient gradients
+    take label weights for a distribution whatever their sum, as TensorFlow's and Paddle's losses of soft labels do.
     """
 
     label_smoothing: float = 0.0
@@ -197,6 +198,7 @@ class FullSoftmax:
     margin: Margin | None = None
     z_loss: float = 0.0
     logits: LogitTransform = LogitTransform()
+    unit_mass_gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,12 +135,14 @@ class Margin(_message.Message):
     def __init__(self, m1: _Optional[float] = ..., m2: _Optional[float] = ..., m3: _Optional[float] = ...) -> None: ...
 
 class FullSoftmax(_message.Message):
-    __slots__ = ("label_smoothing", "class_weights")
+    __slots__ = ("label_smoothing", "class_weights", "unit_mass_gradient")
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_MASS_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     label_smoothing: float
     class_weights: _tensor_pb2.Tensor
-    def __init__(self, label_smoothing: _Optional[float] = ..., class_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    unit_mass_gradient: bool
+    def __init__(self, label_smoothing: _Optional[float] = ..., class_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., unit_mass_gradient: bool = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("name", "rank", "size", "denominator")

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.request import Cost, LossReply, LossRequest
-from shardloss_server.numerics.loss import Merged, hidden_gradient, per_example_loss, scale_gradient
+from shardloss_server.numerics.loss import (
+    Merged,
+    hidden_gradient,
+    mass_of_gradient,
+    per_example_loss,
+    scale_gradient,
+)
 from shardloss_server.numerics.partial import add_all, combine_all, spread_over
 from shardloss_server.numerics.transform import normalized, project
 from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec
@@ -74,9 +80,9 @@ def finish(
         is_finite &= torch.isfinite(gradient).all(1)
     scale_grad = None
     if objective.learned_scale:
-        scale_grad = scale_gradient(
-            merged, mass, objective.z_loss, objective.transform.scale, batch.spread, batch.hidden
-        ).to(mass.dtype)
+        scale, slope_mass = objective.transform.scale, mass_of_gradient(mass, objective.unit_mass_gradient)
+        scale_grad = scale_gradient(merged, slope_mass, objective.z_loss, scale, batch.spread, batch.hidden)
+        scale_grad = scale_grad.to(mass.dtype)
         is_finite &= torch.isfinite(scale_grad)
     validate.finite_logits((mass == 0) | is_finite, "hidden")
     if gradient is not None and want.grad_dtype is not None:
@@ -98,7 +104,8 @@ def finish(
 def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
     """d loss / d hidden [N, D] of hidden as the request has it: back through scale and norms."""
     transform, batch = part.objective.transform, part.batch
-    gradient = hidden_gradient(merged, batch.mass, part.objective.z_loss, batch.spread)
+    mass = mass_of_gradient(batch.mass, part.objective.unit_mass_gradient)
+    gradient = hidden_gradient(merged, mass, part.objective.z_loss, batch.spread)
     if transform.scale != 1.0:
         gradient = gradient * transform.scale
     if not transform.normalize:

@@ -19,6 +19,11 @@ class Merged:
     spread: Spread | None
 
 
+def mass_of_gradient(mass: Tensor, is_unit: bool) -> Tensor:
+    """The mass [N] that gradients go by: 1 for every row that counts where is_unit."""
+    return (mass != 0).to(mass.dtype) if is_unit else mass
+
+
 def weight_of_softmax(mass: Tensor, lse: Tensor, z_loss: float) -> Tensor:
     """Factor of p in d loss / d z [N]: mass * (1 + 2 z_loss lse); 0 where mass = 0, whatever lse is."""
     if not z_loss:

@@ -13,7 +13,8 @@ class Objective:
     """A loss without its tensors; docs/losses.md says which options combine.
 
     family is "softmax" or "logistic" (NCE, sampled logistic, full sigmoid). label_smoothing and z_loss are the
-    weights of these terms; learned_scale asks for the derivative of each loss in the transform's scale.
+    weights of these terms; learned_scale asks for the derivative of each loss in the transform's scale. With
+    unit_mass_gradient gradients take a row's weights for a distribution, whatever their sum.
     """
 
     family: str = "softmax"
@@ -22,3 +23,4 @@ class Objective:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     learned_scale: bool = False
+    unit_mass_gradient: bool = False

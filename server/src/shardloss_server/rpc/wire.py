@@ -149,6 +149,7 @@ def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
         message.full_softmax.label_smoothing,
         message.z_loss,
         message.want_scale_grad,
+        message.full_softmax.unit_mass_gradient,
     )
 
 

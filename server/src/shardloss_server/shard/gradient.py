@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
-from shardloss_server.numerics.loss import weight_of_softmax
+from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
 from shardloss_server.shard.distribution import Collected
@@ -146,6 +146,7 @@ def weight_of_columns(part: Part, lse: Tensor) -> Tensor:
     mass = part.batch.mass
     if part.objective.family == "logistic":
         return (mass != 0).to(mass.dtype)
+    mass = mass_of_gradient(mass, part.objective.unit_mass_gradient)
     return weight_of_softmax(mass, lse, part.objective.z_loss)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardloss.compat.head import IGNORED
 
@@ -24,7 +28,29 @@ def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_s
 
 
 def soft_losses(logits: Tensor, label: Tensor, use_softmax: bool = True) -> Tensor:
-    """-sum(label * log p) [...] of logits [..., V], or of probabilities; a class whose label is 0 adds nothing."""
+    """-sum(label * log p) [...] of logits [..., V], or of probabilities; a class whose label is 0 adds nothing.
+
+    The gradient in logits is that of Paddle, p - label, also where a row's labels do not sum to 1; 0 where all are 0.
+    """
+    if use_softmax:
+        return cast(Tensor, SoftLosses.apply(logits, label))  # type: ignore[no-untyped-call]
     there = label != 0
-    log_probs = logits.log_softmax(-1) if use_softmax else logits.where(there, 1.0).log()
-    return -(label.to(log_probs.dtype) * log_probs.where(there, 0.0)).sum(-1)
+    return -(label.to(logits.dtype) * logits.where(there, 1.0).log()).sum(-1)
+
+
+class SoftLosses(torch.autograd.Function):
+    """-sum(label * log softmax(logits)) [...], differentiable in logits alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
+        """The losses."""
+        label, log_probs = label.detach().to(logits.dtype), logits.detach().log_softmax(-1)
+        counts = (label != 0).any(-1, keepdim=True)
+        ctx.save_for_backward((log_probs.exp() - label).where(counts, 0.0))
+        return -(label * log_probs.where(label != 0, 0.0)).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        """g (p - label)."""
+        return g[..., None] * ctx.saved_tensors[0], None

@@ -28,7 +28,7 @@ def soft_losses(logits: LazyLogits, label: Tensor) -> Tensor:
     Up to the server's max_num_true classes they are labels like others; more stream as a label distribution, whose loss
     is a step of its own.
     """
-    loss, num_classes = types.FullSoftmax(logits=logits.transform), logits.shape[-1]
+    loss, num_classes = types.FullSoftmax(logits=logits.transform, unit_mass_gradient=True), logits.shape[-1]
     if num_classes > int(logits.table.client.info.limits["max_num_true"]):
         return head_of(logits.table).apply_distribution(logits.hidden, label, loss)
     return losses_of(logits, torch.arange(num_classes).expand(label.shape), loss, label)
