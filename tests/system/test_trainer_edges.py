@@ -227,9 +227,11 @@ def test_tensorflow_losses_find_their_table_by_name(
     assert table.info().num_commits == 1
     client.delete_table(table.name)
     wider = client.create_table(table.name, num_classes=NUM_CLASSES, dim=DIM + 1, dtype="float64")
-    optimizer = tensorflow.optimizer(wider, 0.1)
+    stale, optimizer = optimizer, tensorflow.optimizer(wider, 0.1)
     hidden = torch.randn(BATCH, DIM + 1, dtype=torch.float64)
     tensorflow.sampled_softmax_loss(wider, wider, labels[:, None], hidden, 5, NUM_CLASSES).sum().backward()
+    with pytest.raises(InvalidArgument, match="made anew with another shape"):
+        stale.step()
     optimizer.step()
     assert wider.info().num_commits == 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from shardloss import sampling
 from shardloss.compat import tensorflow
-from shardloss.errors import InvalidArgument
+from shardloss.errors import InvalidArgument, LimitExceeded
 from torch import Tensor
 
 LABELS = torch.tensor([[3, 0], [7, 3], [10, 3]])
@@ -323,4 +323,20 @@ def test_in_top_k_of_nothing_is_nothing() -> None:
 def test_in_top_k_refuses_what_fits_no_predictions(targets: Tensor, predictions: Tensor, k: int, field: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
         tensorflow.in_top_k(targets, predictions, k)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "draw, field",
+    [
+        (lambda: tensorflow.learned_unigram_candidate_sampler(LABELS, 2, 5, True, 10**15), "range_max"),
+        (lambda: tensorflow.all_candidate_sampler(LABELS, 2, 10**15, True), "num_sampled"),
+        (lambda: tensorflow.uniform_candidate_sampler(LABELS, 2, 10**15, False, 173), "num_sampled"),
+    ],
+    ids=["learned", "all", "uniform"],
+)
+def test_what_does_not_fit_in_memory_is_refused_by_name(draw: Callable[[], object], field: str) -> None:
+    """A petabyte of ids or counts."""
+    with pytest.raises(LimitExceeded) as refused:
+        draw()
     assert refused.value.field == field

@@ -47,6 +47,20 @@ class Pending:
         self._waiting: WeakSet[Part] = WeakSet()
         self._upstreams: dict[Part, Tensor] = {}
         self._has_accumulated = False
+        self._retired: str | None = None
+
+    def retire(self, reason: str) -> None:
+        """Another one has taken its place: nothing can be recorded any more, and the optimizer says so."""
+        self._retired = reason
+
+    def check_in_use(self) -> None:
+        """Refuse to step what nothing is recorded for.
+
+        Raises:
+            InvalidArgument: it was retired.
+        """
+        if self._retired is not None:
+            raise InvalidArgument(f"{self._retired}: make a new optimizer of it")
 
     def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
         """`Session.compute_loss` of the next part of the present step.
@@ -192,6 +206,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._pending.check_in_use()
         grad = self._pending.probe.grad
         if grad is None:  # as any optimizer passes over a parameter without a gradient
             self._pending.drop()

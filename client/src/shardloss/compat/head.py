@@ -24,7 +24,13 @@ def head_of(table: Table) -> SharedHead:
     def make() -> SharedHead:
         return SharedHead(table)
 
-    return table.client.attached(__name__, table.name, make, lambda head: shape_of(head.table) == shape_of(table))
+    def fits(head: SharedHead) -> bool:
+        if shape_of(head.table) == shape_of(table):
+            return True
+        head.pending.retire(f"table {table.name!r} was made anew with another shape")
+        return False
+
+    return table.client.attached(__name__, table.name, make, fits)
 
 
 def shape_of(table: Table) -> tuple[int, int, str, bool]:

@@ -20,7 +20,7 @@ from shardloss import sampling
 from shardloss.autograd import fresh_seed
 from shardloss.compat.tensorflow.arguments import at_least, classes_of, integer, real
 from shardloss.compat.tensorflow.vocabulary import Vocabulary
-from shardloss.errors import InvalidArgument
+from shardloss.errors import InvalidArgument, LimitExceeded
 
 
 class SampledCandidates(NamedTuple):
@@ -40,6 +40,7 @@ class CandidateSampler:
 
     Raises:
         InvalidArgument: true_classes is not [N, num_true] of ids in [0, range_max), or distinct ids do not come.
+        LimitExceeded: the draw does not fit in memory.
     """
 
     def __init__(
@@ -62,7 +63,12 @@ class CandidateSampler:
     def __call__(self, true_classes: Tensor) -> SampledCandidates:
         ids = classes_of(true_classes, self.num_true, self._distribution.num_classes)
         with self._lock:
-            draw = self._draw()
+            try:
+                draw = self._draw()
+            except MemoryError:
+                raise LimitExceeded(
+                    f"num_sampled = {self.num_sampled} ids do not fit in memory", field="num_sampled"
+                ) from None
             counts = [self._expected_count(class_ids, draw.num_tries) for class_ids in (ids, draw.sampled)]
             self._saw(ids)
             self._step += 1
@@ -109,7 +115,11 @@ class LearnedUnigramCandidateSampler(CandidateSampler):
     """p ~ 1 + how often a class stood in the true_classes of the calls before; a call learns after it has sampled."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
-        self._counts = sampling.LearnedCounts(at_least(1, range_max, "range_max"))
+        at_least(1, range_max, "range_max")
+        try:
+            self._counts = sampling.LearnedCounts(range_max)
+        except MemoryError:
+            raise LimitExceeded(f"counts of {range_max} classes do not fit in memory", field="range_max") from None
         super().__init__(self._counts, num_true, num_sampled, unique, seed)
 
     def _saw(self, true_classes: NDArray[np.int64]) -> None:
