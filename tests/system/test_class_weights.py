@@ -1,4 +1,4 @@
-"""A softmax head with class weights is torch.nn.functional.cross_entropy with `weight`."""
+"""A softmax head is torch.nn.functional.cross_entropy with `weight`, and with logits times a learned scale."""
 
 from __future__ import annotations
 
@@ -54,6 +54,37 @@ def test_a_step_is_that_of_torchs_cross_entropy(
     assert biases.grad is not None
     torch.testing.assert_close(table_of(table)[0], (rows - 0.5 * rows.grad).detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(table_of(table)[1], (biases - 0.5 * biases.grad).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["even", "given"])
+def test_several_labels_a_row_weigh_by_their_classes(table: shardloss.Table, hidden: torch.Tensor, given: bool) -> None:
+    """Each label's weight, given or even over those that are not ignored, times its class's."""
+    class_weights = torch.rand(NUM_CLASSES, dtype=torch.float64)
+    labels = torch.randint(0, NUM_CLASSES, (BATCH, 3))
+    labels[0, 1:], labels[1, 0] = -100, -100
+    counted = (labels != -100).double()
+    weights = torch.rand(BATCH, 3, dtype=torch.float64) if given else counted / counted.sum(1, keepdim=True)
+    rows, biases = table_of(table)
+    log_p = (hidden.detach() @ rows.T + biases).log_softmax(1).gather(1, labels.clamp(min=0))
+    expected = -(weights * counted * class_weights[labels.clamp(min=0)] * log_p).sum(1)
+    head = table.softmax(class_weights=class_weights.numpy(), reduction="none")
+    losses = head(hidden, labels, weights if given else None)
+    torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_learned_scale_multiplies_that_of_the_loss(table: shardloss.Table, hidden: torch.Tensor) -> None:
+    """logits = 2 * scale * (hidden . row + bias), and the gradient is in the learned factor alone."""
+    labels = torch.randint(0, NUM_CLASSES, (BATCH,))
+    scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    twin = scale.detach().clone().requires_grad_()
+    rows, biases = table_of(table)
+    logits = 2.0 * twin * (hidden.detach() @ rows.T + biases)
+    expected = torch.nn.functional.cross_entropy(logits, labels)
+    loss = table.softmax(logits=shardloss.LogitTransform(scale=2.0))(hidden, labels, scale=scale)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(scale.grad, twin.grad, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("label", [-1, NUM_CLASSES, 2**40])

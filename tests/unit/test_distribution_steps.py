@@ -11,10 +11,13 @@ import torch
 from shardloss.errors import DeadlineExceeded, LimitExceeded
 from shardloss_server.config import Limits
 from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.plan import unlabelled
 from shardloss_server.frontend.request import CommitNow, LabelColumns, LossReply, LossRequest, Want
 from shardloss_server.frontend.validate import loss_request
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.transform import Transform
+from shardloss_server.shard.distribution import Collected
+from shardloss_server.shard.gradient import labels_of
 from torch import Tensor
 
 from .cases import D, N, V, randn
@@ -130,3 +133,17 @@ def test_what_the_shards_answer_to_a_piece_is_bounded(front: Front) -> None:
     with pytest.raises(LimitExceeded) as refused:
         loss_request(request, table.spec, replace(limits, max_reply_bytes=limits.max_reply_bytes - 1))
     assert refused.value.field == "hidden"
+
+
+def test_what_was_collected_of_one_distribution_is_no_gradient_of_another(front: Front) -> None:
+    """A shard refuses instead: whoever orders the work mixed two of them up, or nothing was collected."""
+    table = front.table(randn(V, D))
+    part = unlabelled(step_of(randn(N, D), iter(())), table.spec, "second")
+    rows, biases = randn(V, D), randn(V)
+    for collected in (None, Collected("first", rows, biases)):
+        with pytest.raises(LookupError, match="second"):
+            labels_of(part, collected, 2, 7)
+    taken = labels_of(part, Collected("second", rows, biases), 2, 7)
+    assert taken is not None
+    assert torch.equal(taken[0], rows[2:7])
+    assert torch.equal(taken[1], biases[2:7])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from shardloss_server.frontend.request import SampledSoftmax, SampledValues
 from shardloss_server.numerics import kernel, reference
+from shardloss_server.numerics.margin import Margin, with_margin
 from torch import Tensor
 
 V, D, N = 211, 5, 7  # V is prime: its three shards have 71, 70 and 70 rows; D and N fit no vector register
@@ -424,3 +425,16 @@ def test_softplus_is_exact_where_it_is_nearly_its_argument() -> None:
     logits = torch.tensor([-800.0, -30.0, 0.0, 19.9, 20.1, 25.0, 30.0, 800.0], dtype=torch.float64)
     exact = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
     torch.testing.assert_close(kernel.softplus(logits), exact, rtol=2.0**-52, atol=0)
+
+
+@pytest.mark.parametrize("margin", [Margin(1.0, 0.5, 0.0), Margin(1.35, 0.0, 0.1), Margin(0.9, 0.4, 0.15)])
+def test_a_cosine_that_rounding_puts_beyond_1_has_no_slope(margin: Margin) -> None:
+    """Values and slopes of a margin are the reference's by autograd: those of a clamped cosine are 0 beyond +-1."""
+    scale = 16.0
+    logits = scale * torch.tensor([-1.0 - 1e-9, -0.999, -0.3, 0.0, 0.7, 0.999, 1.0 + 1e-9], dtype=torch.float64)
+    wanted = reference.with_margin(logits.requires_grad_(), margin, scale)
+    (wanted_slope,) = torch.autograd.grad(wanted.sum(), logits)
+    wanted_slope = torch.where(logits.abs() > scale, 0.0, wanted_slope)  # of the clamp; acos there makes it inf times 0
+    moved, slope = with_margin(logits.detach(), margin, scale)
+    torch.testing.assert_close(moved, wanted.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope, wanted_slope, rtol=1e-12, atol=1e-12)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from shardloss_server.numerics import reference
+from shardloss_server.numerics.objective import Objective
+from shardloss_server.numerics.transform import Transform
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,7 +31,7 @@ from .cases import (
     sampled_margin_cases,
     sigmoid_cases,
 )
-from .front import Front, Table
+from .front import Front, Table, request_of
 
 CUTS = [(1, "div"), (2, "mod"), (3, "div"), (7, "mod"), (1, "mod"), (2, "div"), (3, "mod"), (7, "div")]
 
@@ -112,6 +114,31 @@ def test_sampled_losses(biased: Cuts, kind: str) -> None:
 def test_margins_over_candidates(unbiased: Cuts, kind: str) -> None:
     """The true column alone has the margin."""
     assert unbiased.check(sampled_margin_cases(kind)) >= 6
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_a_unit_mass_has_the_gradients_of_softmax_minus_weights(biased: Cuts, z_loss: float) -> None:
+    """In hidden, rows, biases and scale, whatever a row's weights sum to; its loss stays, and an ignored row is 0."""
+    labels, weights, g = torch.randint(0, V, (N, 2)), 3.0 * torch.rand(N, 2).double(), randn(N)
+    labels[2], weights[2] = -1, 0.0
+    objective = Objective(transform=Transform(1.7), z_loss=z_loss, learned_scale=True, unit_mass_gradient=True)
+    request = request_of(randn(N, D), labels, label_weights=weights, objective=objective, upstream=g)
+    loss = expected(biased.weights, biased.biases, request, biased.tables[0].owner.counts, g).loss
+    inputs = (request.hidden, torch.full((N, 1), 1.7, dtype=torch.float64), biased.weights, biased.biases)
+    hidden, scale, rows, biases = (x.clone().requires_grad_() for x in inputs)
+    logits = reference.logits_of(rows, biases, hidden, scale)
+    lse, of_labels = logits.logsumexp(1), (weights * logits.gather(1, labels.clamp(min=0))).sum(1)
+    sloped = torch.where(weights.sum(1) == 0, 0.0, lse + z_loss * lse * lse - of_labels)
+    own = torch.autograd.grad(sloped.sum(), (hidden, scale), retain_graph=True)
+    of_table = torch.autograd.grad((g * sloped).sum(), (rows, biases))
+    for table in biased.tables:
+        reply = table.loss(request)
+        weights_grad, biases_grad = table.dense(reply.table_grad)
+        assert_close(reply.loss, loss, "loss")
+        assert_close(reply.hidden_grad, own[0], "hidden")
+        assert_close(reply.scale_grad, own[1][:, 0], "scale")
+        assert_close(weights_grad, of_table[0], "weights")
+        assert_close(biases_grad, of_table[1], "biases")
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
