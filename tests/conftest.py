@@ -10,6 +10,7 @@ import pytest
 import shardloss
 import torch
 from hypothesis import settings
+from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.rpc.serve import Server
@@ -40,6 +41,22 @@ def fresh_name() -> Callable[[], str]:
 
 
 @pytest.fixture(scope="session")
+def ray_workers() -> Iterator[ShardGroup]:
+    """Two Ray worker processes; the only Ray of the session."""
+    ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
+    group = ray_group.RayGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_before_grpc(request: pytest.FixtureRequest) -> None:
+    """Ray forks when it starts, which may hang where threads are inside gRPC: so it starts before any server."""
+    if any(item.get_closest_marker("ray") for item in request.session.items):
+        request.getfixturevalue("ray_workers")
+
+
+@pytest.fixture(scope="session")
 def local_server() -> Iterator[Server]:
     """A server over two worker threads, without Ray."""
     group = LocalGroup(2)
@@ -51,15 +68,12 @@ def local_server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def ray_server() -> Iterator[Server]:
-    """A server over two Ray worker processes; the only Ray of the session."""
-    ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
-    group = ray_group.RayGroup(2)
-    server = Server(group, ServerConfig(limits=MANY_TABLES))
+def ray_server(ray_workers: ShardGroup) -> Iterator[Server]:
+    """A server over the Ray workers."""
+    server = Server(ray_workers, ServerConfig(limits=MANY_TABLES))
     server.start()
     yield server
     server.stop(grace_s=1.0)
-    group.close()
 
 
 @pytest.fixture
