@@ -706,30 +706,8 @@ def connection(server: Server) -> Iterator[shardloss.LossClient]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def worlds(server: Server, connection: shardloss.LossClient) -> Iterator[list[World]]:
-    """The present world, if there is one."""
-    worlds: list[World] = []
-    yield worlds
-    for world in worlds:
-        world.close()
-
-
-@pytest.fixture
-def world(worlds: list[World], connection: shardloss.LossClient, server: Server, fresh_name: Any) -> Iterator[World]:
-    """A world that no test has touched: the last test's, if that test proved it to be as it was, else a new one."""
-    world = worlds.pop() if worlds else World(server, connection, fresh_name())
-    world.is_proven = False
-    yield world
-    if world.is_proven:
-        worlds.append(world)
-    else:
-        world.close()
-
-
-@pytest.mark.parametrize("row", TABLE, ids=str)
-def test_a_bad_request_is_refused_by_name_and_changes_nothing(world: World, row: Bad) -> None:
-    """The error's class, field and first index are those of the table above; rows, version and tickets stay."""
+def assert_refused(world: World, row: Bad) -> None:
+    """The row's error, naming its field and first index; what the world holds stays."""
     request = row.request(world)
     row.spoil(request)
     with pytest.raises(ShardlossError) as caught:
@@ -741,6 +719,12 @@ def test_a_bad_request_is_refused_by_name_and_changes_nothing(world: World, row:
         assert tuple(int(i) for i in error.index.split(",")) == row.index, error
     assert 0 < len(str(error)) <= 1024
     world.assert_untouched()
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_a_bad_request_is_refused_by_name_and_changes_nothing(world: World, row: Bad) -> None:
+    """The error's class, field and first index are those of the table above; rows, version and tickets stay."""
+    assert_refused(world, row)
 
 
 BASES = sorted({row.request for row in TABLE}, key=lambda request: request.__name__)

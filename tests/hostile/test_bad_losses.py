@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import shardloss
 from google.protobuf.message import Message
 from shardloss import wire
-from shardloss.errors import InvalidArgument, LimitExceeded, ShardlossError, TableNotFound
+from shardloss.errors import InvalidArgument, LimitExceeded, TableNotFound
 from shardloss.v1 import loss_pb2
 from shardloss_server.rpc.serve import Server
 
@@ -29,7 +28,24 @@ from .losses import (
     with_hit_ids,
     write_counts,
 )
-from .test_bad_input import BEYOND, INF, NAN, Bad, Edit, at, bad, both, cell, drop, let, not_finite, put, tensors, touch
+from .test_bad_input import (
+    BEYOND,
+    INF,
+    NAN,
+    Bad,
+    Edit,
+    assert_refused,
+    at,
+    bad,
+    both,
+    cell,
+    drop,
+    let,
+    not_finite,
+    put,
+    tensors,
+    touch,
+)
 from .world import LIMITS, MAX_SAMPLED, MAX_TOP_K, D, N, S, T, V, World, once, serving
 
 HUGE = 2**62
@@ -331,41 +347,10 @@ def connection(server: Server) -> Iterator[shardloss.LossClient]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def worlds(server: Server, connection: shardloss.LossClient) -> Iterator[list[World]]:
-    """The present world, if there is one."""
-    worlds: list[World] = []
-    yield worlds
-    for world in worlds:
-        world.close()
-
-
-@pytest.fixture
-def world(worlds: list[World], connection: shardloss.LossClient, server: Server, fresh_name: Any) -> Iterator[World]:
-    """A world that no test has touched: the last test's, if that test proved it to be as it was, else a new one."""
-    world = worlds.pop() if worlds else World(server, connection, fresh_name())
-    world.is_proven = False
-    yield world
-    if world.is_proven:
-        worlds.append(world)
-    else:
-        world.close()
-
-
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_bad_loss_is_refused_by_name_and_changes_nothing(world: World, row: Bad) -> None:
     """The error's class, field and first index are those of the table above; rows, version and tickets stay."""
-    request = row.request(world)
-    row.spoil(request)
-    with pytest.raises(ShardlossError) as caught:
-        once(world.method(request), request)
-    error = caught.value
-    assert (type(error), error.field) == (row.error, row.field), error
-    if row.index is not None:
-        assert error.index is not None
-        assert tuple(int(i) for i in error.index.split(",")) == row.index, error
-    assert 0 < len(str(error)) <= 1024
-    world.assert_untouched()
+    assert_refused(world, row)
 
 
 BASES = sorted({row.request for row in TABLE}, key=lambda request: request.__name__)

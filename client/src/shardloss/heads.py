@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -298,6 +298,25 @@ def class_weights_of(given: wire.Array | Tensor, num_classes: int) -> Tensor:
     return weights
 
 
+L = TypeVar("L", bound=types.Loss)
+
+
+class LossHead(Head, Generic[L]):
+    """A head of one loss, as it was given."""
+
+    def __init__(
+        self,
+        table: Table,
+        loss: L,
+        *,
+        reduction: str,
+        ignore_index: int | None,
+        learning_rate: float | None,
+    ) -> None:
+        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
+        self.loss = loss
+
+
 VALUES = ("sampled", "true_expected_count", "sampled_expected_count")
 
 
@@ -315,20 +334,8 @@ def check_values(sampled_values: Sequence[Tensor]) -> None:
         check_tensor(tensor, f"sampled_values.{name}")
 
 
-class SampledHead(Head):
+class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
     """What the sampled losses share. All parts of a step share their candidates, so micro-batches equal one batch."""
-
-    def __init__(
-        self,
-        table: Table,
-        loss: types.SampledSoftmax | types.SampledLogistic,
-        *,
-        reduction: str,
-        ignore_index: int | None,
-        learning_rate: float | None,
-    ) -> None:
-        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-        self.loss = loss
 
     def forward(
         self,
@@ -376,20 +383,8 @@ class SampledLogisticHead(SampledHead):
     """Noise-contrastive estimation and its relatives: as tf.nn.nce_loss, with candidates drawn for each step."""
 
 
-class SigmoidHead(Head):
+class SigmoidHead(LossHead[types.FullSigmoid]):
     """The logistic loss over all classes, summed a row."""
-
-    def __init__(
-        self,
-        table: Table,
-        loss: types.FullSigmoid,
-        *,
-        reduction: str,
-        ignore_index: int | None,
-        learning_rate: float | None,
-    ) -> None:
-        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-        self.loss = loss
 
     def forward(
         self,
@@ -403,20 +398,8 @@ class SigmoidHead(Head):
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
 
 
-class MarginSoftmaxHead(Head):
+class MarginSoftmaxHead(LossHead[types.FullSoftmax | types.SampledSoftmax]):
     """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over cosines of hidden and rows."""
-
-    def __init__(
-        self,
-        table: Table,
-        loss: types.FullSoftmax | types.SampledSoftmax,
-        *,
-        reduction: str,
-        ignore_index: int | None,
-        learning_rate: float | None,
-    ) -> None:
-        super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
-        self.loss = loss
 
     def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
         """loss = head(hidden [..., D], labels [...])."""
