@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from shardloss_server.frontend.request import (
     SamplerSpec,
 )
 from shardloss_server.numerics.correction import fold_repeats, in_id_order, row_hits
+from shardloss_server.numerics.ranking import Best, beside, ordered
 from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import Batch, Candidates, Mined, Part, RowCandidates, TableSpec
 
@@ -146,14 +148,11 @@ def row_candidates(sampled: SampledSoftmax, draw: SampledValues, labels: Tensor,
 def mined_part(part: Part, mined: list[Mined], k: int) -> Part:
     """The part whose candidates are the k best of each row over all shards."""
     assert part.candidates is not None
-    ids = torch.cat([one.class_ids for one in mined], dim=1)
-    logits = torch.cat([one.logits for one in mined], dim=1)
-    log_weight = torch.cat([one.log_weight for one in mined], dim=1)
-    by_id = torch.argsort(ids, dim=1, stable=True)
-    by_logit = torch.argsort(logits.gather(1, by_id), dim=1, descending=True, stable=True)[:, :k]
-    place = by_id.gather(1, by_logit)
-    candidates = RowCandidates(ids.gather(1, place), log_weight.gather(1, place), part.candidates.label_log_weight)
-    return Part(part.batch, candidates, part.objective)
+    found = reduce(beside, (Best(one.class_ids, one.logits, one.log_weight) for one in mined))
+    best = ordered(found, k)
+    return Part(
+        part.batch, RowCandidates(best.class_ids, best.logits, part.candidates.label_log_weight), part.objective
+    )
 
 
 def log_counts(expected_count: Tensor, sampled: SampledSoftmax) -> Tensor:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The k best of some classes, by key descending and then id ascending: each [N, <= k], float64 but for the ids."""
+    """The k best of some classes, by key descending and then id ascending: each [N, <= k].
+
+    logits go along with the keys; where the keys are logits themselves, as of hard negatives, log weights stand there.
+    """
 
     class_ids: Tensor
     keys: Tensor
