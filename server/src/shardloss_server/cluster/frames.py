@@ -56,7 +56,7 @@ def reduce_tensor(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...
     """How a tensor is pickled: its bytes as a buffer."""
     tensor = tensor.detach().cpu().contiguous()
     content = tensor.flatten().view(torch.uint8).numpy()
-    return rebuild, (pickle.PickleBuffer(content), tensor.dtype, tuple(tensor.shape))
+    return rebuild, (pickle.PickleBuffer(content.data), tensor.dtype, tuple(tensor.shape))
 
 
 def encode(value: object, name_of: Callable[[object], object] | None = None) -> list[Buffer]:
@@ -176,7 +176,7 @@ def receive(sock: socket.socket) -> Frame:
 
 def receive_bytes(sock: socket.socket, num_bytes: int) -> memoryview:
     """So many bytes, in memory of their own that was not zeroed first."""
-    content = memoryview(np.empty(num_bytes, dtype=np.uint8))
+    content = np.empty(num_bytes, dtype=np.uint8).data
     rest = content
     while rest.nbytes:
         came = sock.recv_into(rest)

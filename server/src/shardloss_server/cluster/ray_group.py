@@ -78,6 +78,12 @@ def is_spread() -> bool:
     return len([node for node in ray.nodes() if node["Alive"]]) > 1  # type: ignore[no-untyped-call]
 
 
+def own_address() -> str:
+    """The address of this node, as other nodes know it."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
 def resources() -> dict[str, float]:
     """What the cluster has."""
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -129,7 +135,7 @@ class RayGroup(FanoutGroup):
                 self._start_ray(address)
             register_tensors()
             if links:
-                self._links = Links(num_workers, ray.util.get_node_ip_address() if is_spread() else None)
+                self._links = Links(num_workers, own_address() if is_spread() else None)
             self._start_actors(num_threads)
         except BaseException:
             self.close()
