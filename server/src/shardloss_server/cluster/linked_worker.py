@@ -49,19 +49,24 @@ class LinkedWorker:
         """Read and answer; returns when the front end has gone."""
         reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
         reader.start()
-        while True:
-            with self._came:
-                self._came.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                number, (method, *args) = self._waiting.popleft()
-                if number in self._cancelled:
-                    self._cancelled.discard(number)
-                    continue
-            try:
-                self._answer(number, method, args)
-            except OSError:
-                return
+        while self._serve_one():
+            pass
+
+    def _serve_one(self) -> bool:
+        """Answer the next call, and hold nothing of it afterwards; False once the link is closed."""
+        with self._came:
+            self._came.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return False
+            number, (method, *args) = self._waiting.popleft()
+            if number in self._cancelled:
+                self._cancelled.discard(number)
+                return True
+        try:
+            self._answer(number, method, args)
+        except OSError:
+            return False
+        return True
 
     def _answer(self, number: int, method: str, args: list[Any]) -> None:
         try:
