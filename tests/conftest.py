@@ -49,6 +49,15 @@ def ray_workers() -> Iterator[ShardGroup]:
     group.close()
 
 
+@pytest.fixture(scope="session")
+def plain_workers(ray_workers: ShardGroup) -> Iterator[ShardGroup]:
+    """Two workers more on that Ray, without links: every verb an actor call."""
+    ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
+    group = ray_group.RayGroup(2, links=False)
+    yield group
+    group.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ray_before_grpc(request: pytest.FixtureRequest) -> None:
     """Ray forks when it starts, which may hang where threads are inside gRPC: so it starts before any server."""

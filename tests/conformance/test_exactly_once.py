@@ -40,6 +40,7 @@ from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.rpc.serve import Server
 from shardloss_server.shard import table as shard_table
+from shardloss_server.shard.kept import KEPT_BYTES
 
 from .faulty import FaultyGroup
 from .oracle import Batch, Replica, random_batch
@@ -53,13 +54,21 @@ KINDS = pytest.mark.parametrize("num_sampled", [0, 6], ids=["full", "sampled"])
 _sessions = itertools.count()
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)], scope="module")
+GROUPS = [
+    "local",
+    "nothing kept",
+    pytest.param("ray_workers", marks=pytest.mark.ray),
+    pytest.param("plain_workers", marks=pytest.mark.ray),
+]
+
+
+@pytest.fixture(params=GROUPS, scope="module")
 def faulty(request: pytest.FixtureRequest) -> Iterator[FaultyGroup]:
-    """A group over two workers that loses replies on demand."""
-    if request.param == "ray":
-        yield FaultyGroup(request.getfixturevalue("ray_server").catalog.group)
+    """A group over two workers that loses replies on demand, with each fast path on and off."""
+    if request.param.endswith("workers"):
+        yield FaultyGroup(request.getfixturevalue(request.param))
         return
-    group = LocalGroup(2)
+    group = LocalGroup(2, kept_bytes=KEPT_BYTES if request.param == "local" else 0)
     yield FaultyGroup(group)
     group.close()
 

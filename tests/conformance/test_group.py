@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement
-from shardloss_server.rpc.serve import Server
 from shardloss_server.shard.record import Batch, Candidates, Part, RowWrite, StepKey, TableSpec, Upstream
 from shardloss_server.shard.scan import Question
 from shardloss_server.shard.table import VersionGap
@@ -35,18 +35,19 @@ GROUPS = [
     pytest.param(1, id="local1"),
     pytest.param(2, id="local2"),
     pytest.param(3, id="local3"),
-    pytest.param(0, id="ray2", marks=pytest.mark.ray),
+    pytest.param("anew", id="local2-nothing-kept"),
+    pytest.param("links", id="ray2", marks=pytest.mark.ray),
+    pytest.param("calls", id="ray2-without-links", marks=pytest.mark.ray),
 ]
 
 
 @pytest.fixture(params=GROUPS, scope="module")
 def group(request: pytest.FixtureRequest) -> Iterator[FanoutGroup]:
-    """Every implementation of the port; the Ray one belongs to the session's server."""
-    if request.param == 0:
-        server: Server = request.getfixturevalue("ray_server")
-        yield server.catalog.group
+    """Every implementation of the port, with each fast path on and off; those of Ray are the session's."""
+    if request.param in ("links", "calls"):
+        yield request.getfixturevalue("ray_workers" if request.param == "links" else "plain_workers")
         return
-    local = LocalGroup(request.param)
+    local = LocalGroup(2, kept_bytes=0) if request.param == "anew" else LocalGroup(request.param)
     yield local
     local.close()
 
@@ -170,10 +171,10 @@ def test_a_group_says_where_it_computes(group: FanoutGroup) -> None:
 
 
 @pytest.mark.ray
-def test_ray_workers_are_processes_of_their_own(ray_server: Server) -> None:
+def test_ray_workers_are_processes_of_their_own(ray_workers: Any) -> None:
     """No worker shares a process with another or with the front end."""
-    pids = ray_server.catalog.group.pids
-    assert len({*pids, os.getpid()}) == ray_server.catalog.group.num_workers + 1
+    pids = ray_workers.pids
+    assert len({*pids, os.getpid()}) == ray_workers.num_workers + 1
 
 
 def test_tables_of_one_group_are_apart(make_shards: Callable[..., Shards], rng: np.random.Generator) -> None:

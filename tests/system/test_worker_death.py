@@ -27,11 +27,15 @@ def repeat_for(seconds: float, call: Callable[[], object]) -> None:
 
 
 @pytest.mark.ray
-def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path) -> None:
-    """ROWS_LOST, never a wrong number; a table made afterwards is whole; the lost one can be deleted."""
+@pytest.mark.parametrize("path", ["--links", "--no-links"])
+def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path, path: str) -> None:
+    """ROWS_LOST, never a wrong number; a table made afterwards is whole; the lost one can be deleted.
+
+    So it is over links, which the new worker makes again, and over plain calls.
+    """
     hidden, labels = np.ones((3, 4), np.float32), np.array([0, 5, 10])
     with (
-        serving(tmp_path, "--workers", "2") as (process, address),
+        serving(tmp_path, "--workers", "2", path) as (process, address),
         shardloss.connect(address, timeout_s=60, attempt_timeout_s=5) as client,
     ):
         table = client.create_table("lost", num_classes=11, dim=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from shardloss import messages, types
+from shardloss import allocator, messages, types
 from shardloss.channel import Channel
 from shardloss.errors import NotSupported
 from shardloss.table import Table
@@ -24,16 +24,21 @@ T = TypeVar("T")
 FILL_S = 600.0  # deadline of a call that fills a whole table
 
 
-def connect(address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0) -> LossClient:
-    """Connect to a server ("host:port") and read its limits.
+def connect(
+    address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0, keep_freed_memory: bool = True
+) -> LossClient:
+    """Connect to a server ("host:port", or "unix:/path" on its own machine) and read its limits.
 
     timeout_s bounds each request with all its retries: a paged call, as `Table.evaluate`, makes several, and
     `create_table` has a longer one of its own. attempt_timeout_s bounds the first try of a short request, so that a
-    lost reply is asked for again; each later try may take twice as long.
+    lost reply is asked for again; each later try may take twice as long. With keep_freed_memory glibc is told, for the
+    whole process, not to hand large freed blocks back to the kernel: a message of 2 MB costs a third then.
 
     Raises:
         ServerUnavailable, DeadlineExceeded: no server answers there.
     """
+    if keep_freed_memory:
+        allocator.keep_freed_memory()
     return LossClient(address, timeout_s=timeout_s, attempt_timeout_s=attempt_timeout_s)
 
 

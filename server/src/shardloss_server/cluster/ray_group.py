@@ -166,7 +166,8 @@ class RayGroup(FanoutGroup):
 
     def _start_actors(self, num_threads: int, kept_bytes: int) -> None:
         num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
-        actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
+        num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: nothing competes for its cores
+        actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         invitation = self._links.invitation if self._links else None
         shared = self._num_workers, num_threads, kept_bytes, invitation
         self._actors = [actor.remote(index, *shared) for index in range(self._num_workers)]

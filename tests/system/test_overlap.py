@@ -1,0 +1,165 @@
+"""A step that overlaps the trainer's next work: the same training, errors that are not lost, nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import shardloss
+import torch
+from shardloss.errors import RowsLost, TableNotFound, TransientError
+from torch import Tensor
+
+V, D, N = 53, 7, 11
+RATE = 0.3
+PATIENCE_S = 20.0
+
+
+@pytest.fixture
+def make_table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Callable[[], shardloss.Table]:
+    def make() -> shardloss.Table:
+        optimizer = shardloss.Adagrad()
+        return client.create_table(fresh_name(), num_classes=V, dim=D, dtype="float64", optimizer=optimizer)
+
+    return make
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, D, dtype=torch.float64, requires_grad=True), torch.randint(0, V, (N,))
+
+
+class Gate:
+    """Holds the commits of a session's table until it is opened, and can make them fail."""
+
+    def __init__(self, table: shardloss.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        commit = table.client.losses.Commit
+
+        def held(request: Any, timeout: float) -> Any:
+            self.entered.set()
+            assert self.open.wait(PATIENCE_S)
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+            return commit(request, timeout=timeout)
+
+        monkeypatch.setattr(table.client.losses, "Commit", held)
+
+
+@pytest.fixture
+def table(make_table: Callable[[], shardloss.Table]) -> shardloss.Table:
+    return make_table()
+
+
+@pytest.fixture
+def gate(table: shardloss.Table, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(table, monkeypatch)
+
+
+def test_training_is_the_same_to_the_bit(make_table: Callable[[], shardloss.Table]) -> None:
+    """Ten steps with a scheduler, an accumulated one and a skipped one among them, overlapped and not."""
+    ends = []
+    for overlap in (False, True):
+        torch.manual_seed(3)
+        table = make_table()
+        head = table.softmax()
+        optimizer = head.optimizer(lr=RATE, overlap=overlap)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        losses = []
+        for step in range(10):
+            for _ in range(2 if step == 4 else 1):
+                loss = head(*batch())
+                loss.backward()
+                losses.append(loss.detach())
+            if step != 6:
+                optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        optimizer.synchronize()
+        ends.append((torch.stack(losses), torch.from_numpy(table.read_rows(range(V)).rows)))
+        assert table.info().num_commits == 9
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_step_returns_while_its_commit_is_under_way(table: shardloss.Table, gate: Gate) -> None:
+    """The next loss waits for it; synchronize does so without one."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gate.entered.wait(PATIENCE_S)
+    assert table.info().version == 0
+    gate.open.set()
+    optimizer.synchronize()
+    assert table.info().version == 1
+
+
+def test_the_next_loss_waits_for_the_step_before(table: shardloss.Table, gate: Gate) -> None:
+    """It is scored at the version that the step made."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    hidden, labels = batch()
+    first = head(hidden, labels)
+    first.backward()
+    optimizer.step()
+    threading.Timer(0.05, gate.open.set).start()
+    second = head(hidden, labels)
+    assert second < first
+    head.eval()
+    assert head(hidden, labels) == second
+
+
+@pytest.mark.parametrize("asking", ["loss", "step", "synchronize"])
+def test_an_error_of_the_commit_is_raised_by_what_comes_next(
+    table: shardloss.Table, client: shardloss.LossClient, gate: Gate, asking: str
+) -> None:
+    """By the next loss, the next step or synchronize; never lost."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    client.delete_table(table.name)
+    gate.open.set()
+    ask = {"loss": lambda: head(*batch()), "step": optimizer.step, "synchronize": optimizer.synchronize}
+    with pytest.raises((TableNotFound, RowsLost)):
+        ask[asking]()
+
+
+def test_a_step_that_nobody_answered_can_be_repeated(table: shardloss.Table, gate: Gate) -> None:
+    """After a TransientError step() sends the same commit, as a blocking one would; it is applied once."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    gate.error = shardloss.errors.DeadlineExceeded("lost")
+    gate.open.set()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(TransientError):
+        optimizer.synchronize()
+    optimizer.step()
+    optimizer.synchronize()
+    assert table.info().version == 1
+    head(*batch()).backward()
+    optimizer.step()
+    optimizer.synchronize()
+    assert table.info().version == 2
+
+
+def test_the_trainer_does_not_wait_for_the_step(table: shardloss.Table, gate: Gate) -> None:
+    """step() and zero_grad() return though the commit stands still."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    began = time.monotonic()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert time.monotonic() - began < PATIENCE_S / 2
+    assert not gate.open.is_set()
+    gate.open.set()
+    optimizer.synchronize()

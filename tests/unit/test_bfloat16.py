@@ -1,0 +1,127 @@
+"""Tables of bfloat16: products of bfloat16 that lose little, and float32 where they cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from shardloss_server.numerics import kernel
+from shardloss_server.numerics.exponentials import largest_logits, narrow_exponentials
+from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.objective import Objective
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.transform import Transform
+from shardloss_server.placement import Placement
+from shardloss_server.shard import rows as shard_rows
+from shardloss_server.shard.columns import is_narrow
+from shardloss_server.shard.record import Batch, Part, Record, StepKey, TableSpec, Upstream
+from shardloss_server.shard.table import ShardTable
+from torch import Tensor
+
+V, D, N = 507, 33, 29  # blocks of 64 rows: seven whole ones and a rest; no size divides another
+STANDARD_DEVIATIONS = [0.5, 8.0, 60.0]
+RATE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor is: where it has no such products torch computes them slowly, and rounds alike."""
+    monkeypatch.setattr(shard_rows, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", 64 * N)
+
+
+def table_of(spread: float, bias: bool = False, dtype: str = "bfloat16") -> ShardTable:
+    """One shard whose logits against unit normal hidden have about this standard deviation."""
+    start = Initializer("normal", spread / D**0.5, 3)
+    spec = TableSpec("t", V, D, dtype, bias, Placement("div", V, 1), start, OptimizerSpec("sgd"))
+    return ShardTable(spec, 0, 8)
+
+
+def part_of(objective: Objective | None = None) -> Part:
+    labels = torch.randint(0, V, (N, 1))
+    batch = Batch(torch.randn(N, D).bfloat16().float(), labels, torch.ones(N, 1), torch.ones(N))
+    return Part(batch, None, objective or Objective())
+
+
+class Exact:
+    """Loss and gradients in float64 of the same rows and hidden."""
+
+    def __init__(self, table: ShardTable, part: Part, g: Tensor) -> None:
+        rows = table.weights.double().requires_grad_()
+        hidden = part.batch.hidden.double().requires_grad_()
+        logits = hidden @ rows.T
+        self.losses = torch.nn.functional.cross_entropy(logits, part.batch.labels[:, 0], reduction="none")
+        (self.losses * g.double()).sum().backward()
+        self.rows, self.hidden = rows.grad, hidden.grad
+        rounded = logits.detach().bfloat16().double()
+        self.plain = torch.nn.functional.cross_entropy(rounded, part.batch.labels[:, 0], reduction="none")
+
+
+def losses_of(table: ShardTable, part: Part) -> Tensor:
+    found = table.score(part, True)
+    return found.statistics.lse - found.target.target_logit
+
+
+@pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
+def test_losses_lose_a_third_of_what_rounded_logits_lose(spread: float) -> None:
+    """Root mean square over the rows, against float64 of the same bfloat16 rows."""
+    table, part = table_of(spread), part_of()
+    exact = Exact(table, part, torch.ones(N))
+    assert is_narrow(table, part)
+    error = (losses_of(table, part) - exact.losses).square().mean().sqrt()
+    plain = (exact.plain - exact.losses).square().mean().sqrt()
+    assert error <= plain / 3, (float(error), float(plain))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["anew", "kept"])
+@pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
+def test_gradients_are_those_of_float64_to_the_digits_of_bfloat16(spread: float, kept_bytes: int) -> None:
+    """Each is off by at most 2^-6 of its norm, with exponentials kept and computed anew."""
+    table, part, g = table_of(spread), part_of(), torch.rand(N)
+    table.kept._room._free = kept_bytes
+    exact = Exact(table, part, g)
+    score = table.score(part, True)
+    assert bool(table.kept.of(part).blocks) == bool(kept_bytes)
+    found = table.gradient(part, Upstream(score.statistics.lse, g))
+    hidden = (score.statistics.mean_row - score.target.target_row) * g[:, None]
+    for mine, truth in ((found.rows, exact.rows), (hidden, exact.hidden)):
+        assert torch.linalg.vector_norm(mine - truth) <= 2**-6 * torch.linalg.vector_norm(truth)
+
+
+def test_a_block_far_above_those_before_it_is_computed_again() -> None:
+    """e^300 above: the first reference would overflow, and the answer is right all the same."""
+    table, part = table_of(0.5), part_of()
+    table.weights[300:] *= 1000
+    exact = Exact(table, part, torch.ones(N))
+    torch.testing.assert_close(losses_of(table, part), exact.losses, rtol=2**-9, atol=0.05)
+    hidden, rows = part.batch.hidden.bfloat16(), table.weights
+    _, total = narrow_exponentials(hidden, rows, largest_logits(hidden, rows[:64]))
+    assert torch.isinf(total).any()  # so it was needed
+
+
+def test_a_step_moves_bfloat16_rows_by_the_gradient() -> None:
+    """Rows after a step are those before less lr times the gradient, rounded to a neighbour."""
+    table, part, g = table_of(8.0), part_of(), torch.rand(N)
+    before, exact = table.weights.double(), Exact(table, part, g)
+    lse = table.score(part, True).statistics.lse
+    table.apply_(Record(1, StepKey("s", 1, b""), RATE, 0, (part,), (Upstream(lse, g),)))
+    wanted = before - RATE * exact.rows
+    error = torch.linalg.vector_norm(table.weights.double() - wanted)
+    assert error <= 2**-7 * torch.linalg.vector_norm(wanted) * 0.6 + 2**-7 * RATE * torch.linalg.vector_norm(exact.rows)
+
+
+WIDE: list[tuple[str, Callable[[], tuple[ShardTable, Part]]]] = [
+    ("biases", lambda: (table_of(1.0, bias=True), part_of())),
+    ("float32", lambda: (table_of(1.0, dtype="float32"), part_of())),
+    ("soft cap", lambda: (table_of(1.0), part_of(Objective(transform=Transform(soft_cap=5.0))))),
+    ("cosines", lambda: (table_of(1.0), part_of(Objective(transform=Transform(normalize=True))))),
+    ("logistic", lambda: (table_of(1.0), part_of(Objective("logistic")))),
+    ("learned scale", lambda: (table_of(1.0), part_of(Objective(learned_scale=True)))),
+]
+
+
+@pytest.mark.parametrize("make", [case[1] for case in WIDE], ids=[case[0] for case in WIDE])
+def test_everything_else_is_computed_in_float32(make: Callable[[], tuple[ShardTable, Part]]) -> None:
+    """Biases, other losses and options, other dtypes."""
+    assert not is_narrow(*make())

@@ -1,0 +1,135 @@
+"""What scores leave behind for their steps: used while it is right, bounded, and gone with its part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shardloss_server.numerics import kernel
+from shardloss_server.numerics.exponentials import exponentials_
+from shardloss_server.numerics.initializer import Initializer
+from shardloss_server.numerics.kernel import Block
+from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.placement import Placement
+from shardloss_server.shard.kept import Kept, Room
+from shardloss_server.shard.record import Batch, Candidates, Part, Record, RowWrite, StepKey, TableSpec, Upstream
+from shardloss_server.shard.table import ShardTable
+from torch import Tensor
+
+V, D, N = 211, 5, 7
+EXACT = 1e-13
+LARGE = 1 << 30
+
+
+def table_of(max_bytes: int) -> tuple[ShardTable, Room]:
+    """One float64 shard that may keep so much."""
+    room = Room(max_bytes)
+    start = Initializer("normal", 0.7, 3)
+    spec = TableSpec("t", V, D, "float64", True, Placement("mod", V, 1), start, OptimizerSpec("adagrad", eps=1e-3))
+    return ShardTable(spec, 0, 8, room), room
+
+
+def part_of(num_sampled: int, num_rows: int = N) -> Part:
+    labels = torch.randint(0, V, (num_rows, 2))
+    weights = torch.full((num_rows, 2), 0.5, dtype=torch.float64)
+    batch = Batch(torch.randn(num_rows, D, dtype=torch.float64), labels, weights, weights.sum(1))
+    if not num_sampled:
+        return Part(batch, None)
+    ids = torch.randperm(V)[:num_sampled].sort().values
+    log_weight = torch.rand(num_sampled, dtype=torch.float64)
+    removed = torch.full_like(log_weight, -torch.inf)
+    return Part(batch, Candidates(ids, log_weight, removed, torch.rand(num_rows, 2, dtype=torch.float64)))
+
+
+def commit(table: ShardTable, parts: list[Part], lse: list[Tensor]) -> None:
+    upstreams = tuple(Upstream(one, torch.linspace(-1, 2, len(one), dtype=torch.float64)) for one in lse)
+    table.apply_(Record(table.version + 1, StepKey("s", table.version + 1, b""), 0.3, 0, tuple(parts), upstreams))
+
+
+@pytest.mark.parametrize("chunk_logits", [64 * N, 1 << 19], ids=["four chunks", "one"])
+@pytest.mark.parametrize("num_sampled", [0, 40])
+def test_steps_with_kept_exponentials_equal_steps_without(
+    num_sampled: int, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps, of one part and of several: equal to 1e-13 whether all is kept, nothing or a part."""
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", chunk_logits)
+    steps = [[part_of(num_sampled)], [part_of(num_sampled), part_of(0, 3), part_of(25)], [part_of(num_sampled)]]
+    ends = []
+    for max_bytes in (LARGE, 0, 5000):
+        table, _ = table_of(max_bytes)
+        for parts in steps:
+            commit(table, parts, [table.score(part, True).statistics.lse for part in parts])
+        ends.append((table.weights, table.biases, table.weight_state["sum"]))
+    for end in ends[1:]:
+        for mine, other in zip(ends[0], end, strict=True):
+            torch.testing.assert_close(mine, other, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("num_sampled", [0, 40])
+def test_what_was_kept_is_not_used_at_another_version(num_sampled: int) -> None:
+    """A part scored before another's step, or before a write, is computed anew at the present rows."""
+    first, second = part_of(num_sampled), part_of(num_sampled)
+    ends = []
+    for max_bytes in (LARGE, 0):
+        table, _ = table_of(max_bytes)
+        lse = table.score(first, True).statistics.lse
+        table.score(second, True)
+        commit(table, [first], [lse])
+        rows = torch.linspace(0, 1, 3 * D, dtype=torch.float64).view(3, D)
+        table.write_(RowWrite(2, torch.tensor([1, 2, 3]), rows, None))
+        commit(table, [second], [table.score(second, False).statistics.lse])
+        ends.append(table.weights)
+    torch.testing.assert_close(ends[0], ends[1], rtol=EXACT, atol=EXACT)
+
+
+def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
+    """A step frees what others kept, and a part that goes takes what was kept for it along."""
+    table, room = table_of(LARGE)
+    part, other = part_of(0), part_of(40)
+    lse = table.score(part, True).statistics.lse
+    table.score(other, True)
+    assert room._free < LARGE
+    commit(table, [part], [lse])
+    assert room._free == LARGE
+    table.score(other, True)
+    assert room._free < LARGE
+    del other
+    assert room._free == LARGE
+
+
+def test_a_score_without_gradient_keeps_nothing() -> None:
+    """No step follows it."""
+    table, room = table_of(LARGE)
+    table.score(part_of(0), False)
+    assert room._free == LARGE
+
+
+def test_shards_of_a_worker_share_their_room() -> None:
+    """What one took the other cannot have."""
+    room = Room(1000)
+    block = Block(torch.zeros(3, D), torch.zeros(3), None, None, None)
+    exponentials = exponentials_(torch.zeros(N, 11))  # 4 * (77 + 7) bytes
+    parts = [part_of(0) for _ in range(4)]
+    kept = [Kept(room).begin(part) for part in parts]
+    for one in kept:
+        one.keep(0, block, exponentials)
+    assert [len(one.blocks) for one in kept] == [1, 1, 0, 0]
+    kept[0].free()
+    kept[0].free()
+    kept[2].keep(0, block, exponentials)
+    assert len(kept[2].blocks) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponentials_are_those_of_the_logits(dtype: torch.dtype) -> None:
+    """exp(z - max z) to 4 units of the last place where it counts; a row of -inf has none."""
+    logits = torch.randn(N, 333, dtype=dtype) * 8
+    logits[2] = -torch.inf
+    logits[3, 5:] = -torch.inf
+    top = logits.amax(1, keepdim=True).double()
+    wanted = torch.exp(logits.double() - torch.where(torch.isneginf(top), 0.0, top))
+    found = exponentials_(logits.clone())
+    error = (found.values.double() - wanted).abs() / torch.where(wanted == 0, 1.0, wanted)
+    counts = wanted > 1e-3
+    assert error[counts].max() <= 8 * torch.finfo(dtype).eps
+    assert not found.values[2].any()
+    assert found.top[2] == 0
