@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
+MOST_ABOVE = math.exp(8.0)  # a logit 8 above its reference is rounded by up to 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +50,36 @@ def exponentials_(logits: Tensor) -> Exponentials:
     return Exponentials(exp_(logits.sub_(top[:, None])), top)
 
 
-def narrow_exponentials(hidden: Tensor, rows: Tensor, reference: Tensor) -> tuple[Exponentials, Tensor]:
-    """Exponentials [N, C] in bfloat16 of hidden [N, D] @ rows [C, D]^T, both bfloat16, and their sums [N] float32.
+class Narrow:
+    """Exponentials in bfloat16 of hidden [N, D] against one block of rows after another, both bfloat16.
 
-    reference [N] is near each row's log-sum-exp. It is subtracted inside the product, before a logit is rounded, so
-    what counts, logits near the top, keeps its digits: rounded first, a loss of 8-sigma logits was off by 0.17
-    (docs/design.md, "What was measured"). Sums are infinite where the reference is far too low.
+    A reference [N] is subtracted inside the product, before a logit is rounded: the largest logit of the blocks before.
+    So what counts, logits near the top, keeps its digits; rounded as it is, a loss of 8-sigma logits was off by 0.17
+    (docs/design.md, "What was measured"). A block with a logit far above its reference is taken again with its own.
     """
-    top = reference.to(torch.bfloat16)
-    logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), hidden, rows.T)
-    values = exp_(logits.float())
-    return Exponentials(logits.copy_(values), top.float()), values.sum(1)
 
+    def __init__(self, hidden: Tensor) -> None:
+        self._hidden = hidden.to(torch.bfloat16)
+        self._reference: Tensor | None = None
 
-def largest_logits(hidden: Tensor, rows: Tensor) -> Tensor:
-    """The maximum [N] of hidden @ rows^T, float32."""
-    return (hidden @ rows.T).amax(1).float()
+    def of(self, rows: Tensor) -> tuple[Exponentials, Tensor]:
+        """Of the next block of rows [C, D], C >= 1: exponentials and their sums [N] float32."""
+        if self._reference is None:
+            self._reference = self._largest_logits(rows)
+        exponentials, total, largest = self._exponentials(rows, self._reference)
+        if not bool((largest <= MOST_ABOVE).all()):  # or it overflowed
+            exponentials, total, largest = self._exponentials(rows, self._largest_logits(rows))
+        self._reference = torch.maximum(self._reference, exponentials.top + largest.log())
+        return exponentials, total
+
+    def _exponentials(self, rows: Tensor, reference: Tensor) -> tuple[Exponentials, Tensor, Tensor]:
+        top = reference.to(torch.bfloat16)
+        logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), self._hidden, rows.T)
+        values = exp_(logits.float())
+        return Exponentials(logits.copy_(values), top.float()), values.sum(1), values.amax(1)
+
+    def _largest_logits(self, rows: Tensor) -> Tensor:
+        return (self._hidden @ rows.T).amax(1).float()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel, ranking
-from shardloss_server.numerics.exponentials import Exponentials
+from shardloss_server.numerics.exponentials import Exponentials, Narrow
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
 from shardloss_server.numerics.transform import PLAIN
 from shardloss_server.shard.kept import Kept
@@ -33,11 +33,11 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
         columns = kernel.entry_columns(hidden, entries, objective)
         total = combine(total, kernel.entry_statistics(num_rows, entries, columns, with_gradient, family))
     of_part = kept.begin(part) if with_gradient else None
-    narrow = hidden.to(torch.bfloat16) if is_narrow(rows, part) else None
+    narrow = Narrow(hidden) if is_narrow(rows, part) else None
     for place, (_, block) in enumerate(blocks(rows, part)):
         found: tuple[Statistics, Exponentials | None]
         if narrow is not None:
-            found = kernel.narrow_statistics(narrow, block.rows, total.lse, with_gradient, rows.compute_dtype)
+            found = kernel.narrow_statistics(narrow, block.rows, with_gradient, rows.compute_dtype)
         else:
             columns = kernel.block_columns(hidden, block, objective)
             found = kernel.block_statistics(columns, block.rows, with_gradient, family)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
-from shardloss_server.numerics.exponentials import finite_lse, narrow_exponentials
+from shardloss_server.numerics.exponentials import Narrow
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
@@ -129,11 +129,6 @@ def block_gradient(
     if isinstance(scored, KeptBlock):
         block = scored.block
         gradient, bias = scored.exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
-    elif scored.rows.dtype == torch.bfloat16:
-        block = scored
-        narrow = hidden.to(torch.bfloat16)
-        exponentials, _ = narrow_exponentials(narrow, block.rows, finite_lse(up.lse))
-        gradient, bias = exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
     else:
         block = scored
         found = kernel.block_columns(hidden, block, objective)
@@ -167,11 +162,14 @@ def dense_gradient(
     weights = [weight_of_columns(part, up.lse) for part, up in full]
     row_index, order = torch.sort(touched[0])
     touched_rows_, touched_biases = touched[1][order], touched[2][order]
+    narrow = [Narrow(part.batch.hidden) if columns.is_narrow(rows, part) else None for part, _ in full]
     for place, (start, end) in enumerate(rows.chunks(max(len(part.batch.hidden) for part, _ in full))):
         pieces = []
-        for (part, up), weight in zip(full, weights, strict=True):
+        for (part, up), weight, of_part in zip(full, weights, narrow, strict=True):
             scored: KeptBlock | kernel.Block | None = kept_chunk(rows, part, kept.of(part), place, start, end)
             scored = scored or columns.dense_block(rows, part, start, end)[1]
+            if of_part is not None and isinstance(scored, kernel.Block):
+                scored = KeptBlock(scored, of_part.of(scored.rows)[0])
             of_classes = None
             if part.batch.spread is not None:
                 of_classes = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
