@@ -1,7 +1,7 @@
 """The rival's end of the protocol: a process that builds one trainer and runs steps on demand.
 
-Only the standard library, so that it runs in every rival's environment. The parent writes one JSON object a line on stdin and
-reads one a line on stdout; all else goes to stderr:
+Only the standard library, so that it runs in every rival's environment. The parent writes one JSON object a line on
+stdin and reads one a line on stdout; all else goes to stderr:
 
     (start)                     {"ready": true, "versions": {...}, "built_bytes": b, "rss_bytes": b}
     {"do": "step", "count": n}  {"ms": [n numbers], "extra": {"visible_ms": [n numbers], ...}}
@@ -69,6 +69,7 @@ def take_stdout() -> TextIO:
 
 
 def answer(answers: TextIO, value: Mapping[str, Any]) -> None:
+    """One line, at once."""
     answers.write(json.dumps(value) + "\n")
     answers.flush()
 

@@ -1,0 +1,135 @@
+"""The service as a process of its own: started, waited for, and always ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.side import ROOT, SideFailed, pinned
+
+START_S = 120.0
+STOP_S = 40.0
+TAIL_CHARS = 600
+WORKER = b"WorkerActor"  # in the process title that Ray gives an actor
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running service."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def is_alive(self) -> bool:
+        """Whether its front end still runs."""
+        return self.process.poll() is None
+
+    @property
+    def front_pid(self) -> int:
+        """The front end."""
+        descendants = [pid for pid in (self.process.pid, *descendants_of(self.process.pid)) if is_front(pid)]
+        return descendants[0]
+
+    def worker_pids(self) -> list[int]:
+        """The processes that hold shards, ascending."""
+        return sorted(pid for pid in descendants_of(self.process.pid) if WORKER in command_of(pid))
+
+
+@contextmanager
+def running(workers: int = 2, *, worker_threads: int = 1, cpus: str | None = None) -> Iterator[Service]:
+    """Start the service on a free port; it has ended, with its workers, when the block is left.
+
+    Raises:
+        SideFailed: it ended or was silent instead of serving.
+    """
+    with TemporaryDirectory(prefix="bench-") as directory:
+        ready, log = Path(directory) / "ready", Path(directory) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*pinned(cpus), *command(workers, worker_threads, ready)],
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(worker_threads)},
+            )
+            try:
+                yield Service(wait_ready(process, ready, log), process)
+            finally:
+                stop(process)
+
+
+def command(workers: int, worker_threads: int, ready: Path) -> list[str]:
+    """How to start the service; one thread a worker is its default."""
+    options = ["--workers", str(workers), "--port", "0", "--admin-port", "0", "--ready-file", str(ready)]
+    if worker_threads != 1:
+        options += ["--worker-threads", str(worker_threads)]
+    return [sys.executable, "-m", "shardloss_server", "serve", *options, "--drain-s", "1"]
+
+
+def wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
+    """The address that the service writes once it serves."""
+    deadline = time.monotonic() + START_S
+    while not ready.exists():
+        if process.poll() is not None:
+            raise SideFailed(f"the service ended with status {process.returncode}: {tail(log)}")
+        if time.monotonic() > deadline:
+            raise SideFailed(f"the service did not serve within {START_S:.0f} s: {tail(log)}")
+        time.sleep(0.02)
+    return ready.read_text()
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the service in order, then whatever is left in its process group; a second Ctrl-C does not cut this short."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def tail(log: Path) -> str:
+    """The end of the service's log."""
+    return log.read_text(errors="replace")[-TAIL_CHARS:].strip()
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process, with the title it gave itself; empty where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def is_front(pid: int) -> bool:
+    """Whether a process is the service itself and not what `taskset` or Ray started."""
+    return b"shardloss_server" in command_of(pid)
+
+
+def parent_of(pid: int) -> int:
+    """The parent's id; 0 where the process is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def descendants_of(root: int) -> list[int]:
+    """Every process below one, as /proc shows them now."""
+    parents = {int(entry.name): parent_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    found, frontier = [], {root}
+    while frontier:
+        frontier = {pid for pid, parent in parents.items() if parent in frontier}
+        found += sorted(frontier)
+    return found
