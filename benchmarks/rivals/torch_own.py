@@ -1,7 +1,7 @@
-"""The local sampled softmax in torch with candidates of each row's own: a sparse embedding, bmm and torch.optim.Adagrad.
+"""The local sampled softmax in torch, each row with its own candidates: sparse embedding, bmm, torch.optim.Adagrad.
 
-The shape: N, D, V, S. Each row has S uniform candidates, drawn anew for each step. log Q is the same for every class and
-so cancels; a candidate that is its row's label is masked. There are no biases.
+The shape: N, D, V, S. Each row has S uniform candidates, drawn anew for each step. log Q is the same for every class
+and so cancels; a candidate that is its row's label is masked. There are no biases.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The local sampled softmax in torch: a sparse embedding and torch.optim.Adagrad, one gather and one GEMM a step.
 
-The shape: N, D, V, S. Candidates are distinct and log-uniform, drawn anew for each step; logits are corrected by -log Q,
-and a candidate that is a row's label is masked in that row. There are no biases.
+The shape: N, D, V, S. Candidates are distinct and log-uniform, drawn anew for each step; logits are corrected by
+-log Q, and a candidate that is a row's label is masked in that row. There are no biases.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TorchSampled:
 
 
 def mask_hits(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tensor:
-    """logits [N, S] with -inf where a candidate is the row's label; sampled ascend and are distinct: one a row at most."""
+    """logits [N, S] with -inf where a candidate is the row's label; sampled ascend and are distinct: one hit a row."""
     places = torch.searchsorted(sampled, labels).clamp_(max=len(sampled) - 1)
     hit_rows = (sampled[places] == labels).nonzero()[:, 0]
     return logits.index_put_((hit_rows, places[hit_rows]), logits.new_tensor(float("-inf")))
