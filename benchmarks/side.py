@@ -82,9 +82,9 @@ class Side:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.shape, self.versions = name, dict(shape), dict[str, str]()
-        self._errors: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._unread, self._is_ready = b"", False
         command = [*pinned(cpus), python_of(environment), "-m", f"benchmarks.rivals.{name}", json.dumps(self.shape)]
+        self._errors: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -136,6 +136,8 @@ class Side:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         self._errors.close()
 
     def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

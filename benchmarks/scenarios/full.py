@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.context import Context
-from benchmarks.row import Row, compared, missing
+from benchmarks.row import Row, compared
 from benchmarks.server import Service
 from benchmarks.side import Side, SideFailed
 
@@ -27,20 +27,13 @@ def ours_of(shape: dict[str, Any]) -> dict[str, Any]:
 
 def full_100k(context: Context) -> list[Row]:
     """Eager, with the trainer-visible latency, and compiled."""
-    shape = shape_of(context, 256, 100_000)
-    with context.service() as service:
-        return [
-            *against_eager(context, "full-100k", shape, service),
-            *against_compiled(context, "full-100k", shape, service),
-        ]
+    return local(context, "full-100k", shape_of(context, 256, 100_000), want_visible=True)
 
 
 def full_100k_wide(context: Context) -> list[Row]:
     """Four times the rows."""
     shape = shape_of(context, 1024, 100_000)
-    with context.service() as service:
-        rows = against_eager(context, "full-100k-wide", shape, service, want_visible=False)
-        return rows if context.quick else [*rows, *against_compiled(context, "full-100k-wide", shape, service)]
+    return local(context, "full-100k-wide", shape, want_visible=False, want_compiled=not context.quick)
 
 
 def full_lce(context: Context) -> list[Row]:
@@ -66,27 +59,19 @@ def full_1m(context: Context) -> list[Row]:
     return rows
 
 
-def against_compiled(context: Context, scenario: str, shape: dict[str, Any], service: Service) -> list[Row]:
-    """torch.compile of the loss; a missing C++ compiler becomes the reason."""
-    with context.ours(service, ours_of(shape)) as ours:
-        rival = context.side("torch_full", {**shape, "form": "compile"})
-        return [context.row(scenario, "torch.compile", shape, ours, rival)]
-
-
-def against_eager(
-    context: Context, scenario: str, shape: dict[str, Any], service: Service, want_visible: bool = True
+def local(
+    context: Context, scenario: str, shape: dict[str, Any], *, want_visible: bool, want_compiled: bool = True
 ) -> list[Row]:
-    """Eager torch; with the latency that the trainer sees, measured against the same eager process."""
-    name = "eager torch"
-    try:
-        with (
-            context.side("torch_full", {**shape, "form": "eager"}) as eager,
-            context.ours(service, ours_of(shape)) as ours,
-        ):
-            row = context.row(scenario, name, shape, ours, nullcontext(eager))
-            return [with_visible(context, row, shape, service, eager) if want_visible else row]
-    except SideFailed as error:
-        return [missing(scenario, name, shape, str(error))]
+    """Eager torch; torch.compile of it, where a missing C++ compiler becomes the reason."""
+    with context.service() as service, context.ours(service, ours_of(shape)) as ours:
+        rows = []
+        with context.side("torch_full", {**shape, "form": "eager"}) as eager:
+            row = context.row(scenario, "eager torch", shape, ours, nullcontext(eager))
+            rows.append(with_visible(context, row, shape, service, eager) if want_visible else row)
+        if want_compiled:
+            rival = context.side("torch_full", {**shape, "form": "compile"})
+            rows.append(context.row(scenario, "torch.compile", shape, ours, rival))
+    return rows
 
 
 def with_visible(context: Context, row: Row, shape: dict[str, Any], service: Service, eager: Side) -> Row:
