@@ -35,7 +35,7 @@ def run(num_steps: int, directory: Path) -> dict[str, Any]:
 
 def sampled(steps: Callable[[], object], pids: Mapping[str, int], num_steps: int) -> dict[str, list[int]]:
     """Resident bytes of each process after every turn of steps."""
-    samples: dict[str, list[int]] = {"steps": []} | {name: [] for name in pids}
+    samples: dict[str, list[int]] = {name: [] for name in ("steps", *pids)}
     for done in range(SAMPLE_EVERY, num_steps + 1, SAMPLE_EVERY):
         steps()
         samples["steps"].append(done)

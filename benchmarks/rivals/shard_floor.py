@@ -57,7 +57,9 @@ class Gemms:
 
     def step(self, hidden: Tensor) -> None:
         """Three GEMMs a chunk."""
-        for rows, row_grad in zip(self.rows.split(self.chunk), self.row_grad.split(self.chunk), strict=True):
+        for rows, row_grad in zip(
+            torch.split(self.rows, self.chunk), torch.split(self.row_grad, self.chunk), strict=True
+        ):
             logits = self.logits[: self.n * len(rows)].view(self.n, len(rows))
             torch.mm(hidden, rows.T, out=logits)
             self.hidden_grad.addmm_(logits, rows)
