@@ -12,7 +12,7 @@ import typer
 from benchmarks import report, soak
 from benchmarks.context import Context
 from benchmarks.row import Row, missing
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios import NOT_IN_QUICK, SCENARIOS
 from benchmarks.side import ROOT
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -31,9 +31,10 @@ def run(
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(SCENARIOS)}")
     directory = out or (QUICK_OUT if quick else FULL_OUT)
+    names = only or [name for name in SCENARIOS if not (quick and name in NOT_IN_QUICK)]
     rows = report.read(directory) if only else []
     with Context(quick) as context:
-        for name in only or SCENARIOS:
+        for name in names:
             rows = report.merged(rows, name, rows_of(name, context))
             report.write(rows, directory, list(SCENARIOS), quick)
     typer.echo(f"wrote {directory / 'RESULTS.md'}")
