@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -172,8 +173,8 @@ def pair(ours: float | None, rival: float | None) -> str:
 
 
 def one_line(text: str) -> str:
-    """Fit for a cell."""
-    return " ".join(text.split()).replace("|", "/")
+    """Fit for a cell: no line ends, no bars, no frames drawn around an error."""
+    return " ".join(re.sub(r"[\u2500-\u257f]", " ", text).split()).replace("|", "/")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -187,15 +188,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.3 * len(shown)), layout="constrained")
     ratios = [row.ratio or 0.0 for row in shown]
     colours = [{True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met] for row in shown]
-    bars = axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+    axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
+    for place, row in enumerate(shown):
+        beside = max(ratios[place], row.goal.ratio or 0.0) + 0.02 * max(ratios)
+        axes.text(beside, place, f"{ratios[place]:.2f}", va="center", fontsize=8)
     goals = [(place, row.goal.ratio) for place, row in enumerate(shown) if row.goal.ratio is not None]
     if goals:
         places, marks = zip(*goals, strict=True)
         axes.plot(
             marks, places, linestyle="none", marker="|", markersize=14, markeredgewidth=2.5, color="black", label="goal"
         )
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=8)
     axes.set_xlabel("time of ours / time of the rival: shorter is better, 1 is the rival")
