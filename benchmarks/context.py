@@ -36,15 +36,15 @@ class Context:
         return QUICK if self.quick else FULL
 
     @contextmanager
-    def service(self, *, workers: int = 2, worker_threads: int = 1, fresh: bool = False) -> Iterator[Service]:
+    def service(self, *, workers: int = 2, worker_threads: int = 1, keep_mib: int | None = None) -> Iterator[Service]:
         """The service with so many workers.
 
-        The plain one is shared by all scenarios; another one, or a fresh one, ends it first and lives for the block,
-        so that no two are there at once.
+        The plain one is shared by all scenarios; one with other options ends it first and lives for the block, so that
+        no two are there at once.
         """
-        if fresh or (workers, worker_threads) != (2, 1):
+        if (workers, worker_threads, keep_mib) != (2, 1, None):
             self._stop_shared()
-            with running(workers, worker_threads=worker_threads) as service:
+            with running(workers, worker_threads=worker_threads, keep_mib=keep_mib) as service:
                 yield service
             return
         if self._shared is None or not self._shared.is_alive():

@@ -164,5 +164,7 @@ class Side:
         return line
 
     def _tail(self) -> str:
+        """The end of what it wrote to stderr: of a traceback its last line."""
         self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")[-TAIL_CHARS:].strip()
+        text = self._errors.read().decode(errors="replace").strip()
+        return text.splitlines()[-1] if "Traceback" in text[-4 * TAIL_CHARS :] else text[-TAIL_CHARS:]

@@ -20,11 +20,12 @@ SCENARIO, RIVAL = "full-1M-memory", "eager torch"
 def full_1m_memory(context: Context) -> list[Row]:
     """Highest resident memory of a worker in a step less its memory with the table made, against eager torch's alike.
 
-    The service is fresh, and a step of a tiny table comes first, which loads what any step loads.
+    The service is one that keeps nothing between a loss and its step, but computes anew. A step of a tiny table comes
+    first, which loads what any step loads.
     """
     shape = shape_of(context, 1024, 1_000_000)
     try:
-        with context.service(fresh=True) as service:
+        with context.service(keep_mib=0) as service:
             ours, note = extra_of_worker(context, service, shape)
         with context.side("torch_full", {**shape, "form": "eager", "warm_steps": 0}) as eager:
             eager.step(STEPS)
