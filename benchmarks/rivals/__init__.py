@@ -1,0 +1,1 @@
+"""One module a rival, each run as a process of its own that speaks `benchmarks.rivals.protocol`."""
