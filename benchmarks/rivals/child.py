@@ -48,9 +48,10 @@ class Child:
             self.process.wait()
 
 
-def serve_child(ready: Mapping[str, Any]) -> None:
-    """Say that the server is ready, and return when the parent is done with it."""
+def serve_child(ready: Mapping[str, Any], join: Callable[[], object] = lambda: None) -> None:
+    """Say that the server is ready, do what waits for the parent in turn, and return when the parent is done with it."""
     answer(take_stdout(), ready)
+    join()
     sys.stdin.read()
 
 
