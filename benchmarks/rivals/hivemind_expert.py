@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rivals.child import Child, main, serve_child
+from benchmarks.rivals.torch_batches import tensors
 
 MODULE = "benchmarks.rivals.hivemind_expert"
 NAME = "loss.0"
@@ -52,15 +53,15 @@ class RemoteLoss:
         self.server = Child(MODULE, {**shape, "peers": peers})
         peer = PeerID.from_base58(self.server.ready["peer"])
         (self.expert,) = create_remote_experts([ExpertInfo(NAME, peer)], self.dht)
-        self.hidden = torch.randn(shape["N"], shape["D"]).requires_grad_()
-        self.labels = torch.randint(0, shape["V"], (shape["N"], 1)).float()
+        self.batches = tensors(dict(shape))
 
     def versions(self) -> Mapping[str, str]:
         return {"hivemind": importlib.metadata.version("hivemind"), "torch": torch.__version__}
 
     def step(self) -> None:
-        self.hidden.grad = None
-        self.expert(torch.cat([self.hidden, self.labels], 1)).mean().backward()
+        hidden, labels = next(self.batches)
+        hidden.grad = None
+        self.expert(torch.cat([hidden, labels[:, None].float()], 1)).mean().backward()
 
     def close(self) -> None:
         """End the server, then this peer."""

@@ -18,6 +18,7 @@ from torch.distributed import rpc
 from torch.nn import functional as F
 
 from benchmarks.rivals.child import Child, main, serve_child
+from benchmarks.rivals.torch_batches import tensors
 
 MODULE = "benchmarks.rivals.parameter_server"
 SERVER, TRAINER = "server", "trainer"
@@ -79,11 +80,9 @@ class Trainer:
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         torch.set_num_threads(THREADS)
-        torch.manual_seed(0)
         self.num_sampled, self.num_classes = shape["S"], shape["V"]
         self.rng = np.random.default_rng(0)
-        self.hidden = torch.randn(shape["N"], shape["D"]).requires_grad_()
-        self.labels = torch.randint(0, self.num_classes, (shape["N"],))
+        self.batches = tensors(dict(shape))
         self.directory = tempfile.TemporaryDirectory()
         meeting = os.path.join(self.directory.name, "meeting")
         self.server = Child(MODULE, {**shape, "meeting": meeting})
@@ -93,22 +92,23 @@ class Trainer:
         return {"torch": torch.__version__}
 
     def step(self) -> Mapping[str, float]:
-        self.hidden.grad = None
+        hidden, labels = next(self.batches)
+        hidden.grad = None
         sampled, num_tries = distinct_log_uniform(self.rng, self.num_sampled, self.num_classes)
-        ids = torch.cat([sampled, self.labels])
+        ids = torch.cat([sampled, labels])
         rows, biases = rpc.rpc_sync(SERVER, pull, (ids,))
         rows.requires_grad_()
         biases.requires_grad_()
-        self._loss(ids, rows, biases, num_tries).backward()
+        self._loss(hidden, ids, rows, biases, num_tries).backward()
         rpc.rpc_sync(SERVER, push, (ids, rows.grad, biases.grad))
         return {"wire_bytes": 2 * (ids.nbytes + rows.nbytes + biases.nbytes)}
 
-    def _loss(self, ids: Tensor, rows: Tensor, biases: Tensor, num_tries: int) -> Tensor:
+    def _loss(self, hidden: Tensor, ids: Tensor, rows: Tensor, biases: Tensor, num_tries: int) -> Tensor:
         count = self.num_sampled
         corrected = biases - log_expected(ids, num_tries, self.num_classes)
-        true = (self.hidden * rows[count:]).sum(1) + corrected[count:]
-        sampled = torch.addmm(corrected[:count], self.hidden, rows[:count].T)
-        sampled = sampled.masked_fill(ids[:count] == self.labels[:, None], -math.inf)
+        true = (hidden * rows[count:]).sum(1) + corrected[count:]
+        sampled = torch.addmm(corrected[:count], hidden, rows[:count].T)
+        sampled = sampled.masked_fill(ids[:count] == ids[count:, None], -math.inf)
         logits = torch.cat([true[:, None], sampled], 1)
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
