@@ -54,6 +54,7 @@ class Context:
             self._shared = self._stack.enter_context(running(workers))
         yield self._shared
 
+    @contextmanager
     def side(
         self,
         name: str,
@@ -63,7 +64,7 @@ class Context:
         environment: str | None = None,
         cpus: str | None = None,
         variables: Mapping[str, str] | None = None,
-    ) -> AbstractContextManager[Side]:
+    ) -> Iterator[Side]:
         """Start `benchmarks.rivals.NAME` with a shape, in `.venv-ENVIRONMENT` if one is named; it ends with the block.
 
         Two sides may start at once: neither is waited for before the first comparison.
@@ -71,7 +72,8 @@ class Context:
         Raises:
             SideFailed: its environment is missing.
         """
-        return Side(name, shape, threads=threads, environment=environment, cpus=cpus, variables=variables)
+        with Side(name, shape, threads=threads, environment=environment, cpus=cpus, variables=variables) as side:
+            yield side
 
     def ours(self, service: Service, shape: Mapping[str, Any], cpus: str | None = None) -> AbstractContextManager[Side]:
         """Our trainer of a shape against a service: one thread of its own."""

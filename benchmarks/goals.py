@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Largest ratio of the medians, of the trainer-visible latency, of bytes on the wire; most extra bytes of a shard."""
+    """Largest ratios of times, of visible latency and of bytes on the wire; most extra bytes of a shard."""
 
     ratio: float | None = None
     visible: float | None = None

@@ -14,7 +14,7 @@ from benchmarks.side import Answer
 class Stepper(Protocol):
     """What runs steps: a `Side`, or a loop in this process."""
 
-    def step(self, count: int) -> Answer: ...  # noqa: D102
+    def step(self, count: int) -> Answer: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,7 @@ class Service:
     @property
     def front_pid(self) -> int:
         """The front end."""
-        descendants = [pid for pid in (self.process.pid, *descendants_of(self.process.pid)) if is_front(pid)]
-        return descendants[0]
+        return self.process.pid  # taskset, where it is used, turns into it
 
     def worker_pids(self) -> list[int]:
         """The processes that hold shards, ascending."""
@@ -111,11 +110,6 @@ def command_of(pid: int) -> bytes:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
-
-
-def is_front(pid: int) -> bool:
-    """Whether a process is the service itself and not what `taskset` or Ray started."""
-    return b"shardloss_server" in command_of(pid)
 
 
 def parent_of(pid: int) -> int:

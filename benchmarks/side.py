@@ -1,4 +1,4 @@
-"""The parent's end of the protocol: one measured side, a process that runs steps when asked, every wait with a deadline."""
+"""The parent's end of the protocol: a measured side is a process; every wait for it has a deadline."""
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""The local exact softmax in torch with SGD, as a trainer writes it.
+
+The shape: N, D, V, dtype, and form:
+
+- "eager": F.cross_entropy(h @ W.T, y);
+- "compile": torch.compile of the same function, forward and backward;
+- "lce": F.linear_cross_entropy as it is called without options, which is torch's reference path;
+- "lce_chunked": F.linear_cross_entropy with LinearCrossEntropyOptions() at its defaults, the path that holds no [N, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.rivals.protocol import serve
+from benchmarks.rivals.torch_batches import fresh_rows, tensors
+
+THREADS = 2
+LEARNING_RATE = 0.1
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """The loss of the table in the issue."""
+    return F.cross_entropy(hidden @ rows.T, labels)
+
+
+def chunked(hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """torch's own chunked loss."""
+    return F.linear_cross_entropy(hidden, rows, labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+FORMS: dict[str, Callable[[], LossOf]] = {
+    "eager": lambda: cross_entropy,
+    "compile": lambda: torch.compile(cross_entropy, dynamic=False),
+    "lce": lambda: F.linear_cross_entropy,
+    "lce_chunked": lambda: chunked,
+}
+
+
+class TorchFull:
+    """W [V, D] as a parameter, and one optimizer."""
+
+    def __init__(self, shape: dict[str, Any]) -> None:
+        torch.set_num_threads(int(shape.get("threads", THREADS)))
+        self.rows = torch.nn.Parameter(fresh_rows(shape))
+        self.optimizer = torch.optim.SGD([self.rows], lr=LEARNING_RATE)
+        self.loss = FORMS[str(shape["form"])]()
+        self.batches = tensors(shape)
+
+    def versions(self) -> Mapping[str, str]:
+        return {"torch": torch.__version__}
+
+    def step(self) -> None:
+        hidden, labels = next(self.batches)
+        hidden.grad = None
+        self.loss(hidden, self.rows, labels).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+if __name__ == "__main__":
+    serve(TorchFull)
