@@ -25,6 +25,7 @@ SERVER, TRAINER = "server", "trainer"
 LEARNING_RATE = 0.1
 EPSILON = 1e-10
 THREADS = 2
+TIMEOUT_S = 120
 TABLES: list[Table] = []  # of the server process; remote calls find it here
 
 
@@ -120,8 +121,13 @@ class Trainer:
 
 
 def start_rpc(name: str, rank: int, meeting: str) -> None:
-    """Join the two processes; the transport is the one that torch chooses."""
-    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{meeting}", rpc_timeout=120)
+    """Join the two processes over TCP: torch's first choice, shared memory, keeps a core busy in each while it waits.
+
+    It was slower for it, and would have slowed whoever is measured in between.
+    """
+    options = rpc.TensorPipeRpcBackendOptions(
+        init_method=f"file://{meeting}", rpc_timeout=TIMEOUT_S, _transports=["uv"], _channels=["basic"]
+    )
     rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
 
 
