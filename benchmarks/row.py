@@ -116,7 +116,7 @@ def compared(scenario: str, rival: str, shape: Mapping[str, Any], found: Compari
         wire_bytes=found.ours.median_of("wire_bytes"),
         wire_bytes_rival=found.rival.median_of("wire_bytes"),
         steps=min(len(found.ours.ms), len(found.rival.ms)),
-        note=found.note,
+        note="; ".join(filter(None, (more.pop("note", ""), found.note))),
     )
     return row.but(**more)
 

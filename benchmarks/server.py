@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.procfs import command_of, descendants_of
 from benchmarks.side import ROOT, SideFailed, pinned
 
 START_S = 120.0
@@ -103,27 +104,3 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def tail(log: Path) -> str:
     """The end of the service's log."""
     return log.read_text(errors="replace")[-TAIL_CHARS:].strip()
-
-
-def command_of(pid: int) -> bytes:
-    """The command line of a process, with the title it gave itself; empty where it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
-def parent_of(pid: int) -> int:
-    """The parent's id; 0 where the process is gone."""
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
-def descendants_of(root: int) -> list[int]:
-    """Every process below one, as /proc shows them now."""
-    parents = {int(entry.name): parent_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
-    found, frontier = [], {root}
-    while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier}
-        found += sorted(frontier)
-    return found

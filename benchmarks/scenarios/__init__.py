@@ -1,4 +1,4 @@
-"""The scenarios by name. Each is `run(context) -> rows`."""
+"""The scenarios by name, in the order they run. Each is `run(context) -> rows`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ from collections.abc import Callable
 
 from benchmarks.context import Context
 from benchmarks.row import Row
+from benchmarks.scenarios import floor, full, memory, sampled, scale, trainers
 
 Scenario = Callable[[Context], list[Row]]
-SCENARIOS: dict[str, Scenario] = {}
+
+SCENARIOS: dict[str, Scenario] = {
+    "full-100k": full.full_100k,
+    "full-100k-wide": full.full_100k_wide,
+    "full-lce": full.full_lce,
+    "full-1M": full.full_1m,
+    "sampled-1k": sampled.sampled_1k,
+    "sampled-4k": sampled.sampled_4k,
+    "sampled-16k": sampled.sampled_16k,
+    "sampled-own": sampled.sampled_own,
+    "many-trainers": trainers.many_trainers,
+    "overlap": trainers.overlap,
+    "scale-V": scale.scale_v,
+    "full-1M-memory": memory.full_1m_memory,
+    "scale-K": scale.scale_k,
+    "shard-floor": floor.shard_floor,
+}

@@ -1,0 +1,70 @@
+"""`python -m benchmarks run`: the scenarios. `python -m benchmarks soak`: memory over many steps."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import report, soak
+from benchmarks.context import Context
+from benchmarks.row import Row, missing
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.side import ROOT
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+FULL_OUT, QUICK_OUT = ROOT / "benchmarks", ROOT / "build" / "bench-quick"
+Only = Annotated[list[str] | None, typer.Option(help="This scenario alone, into the results there are; repeatable.")]
+
+
+@app.command()
+def run(
+    quick: Annotated[bool, typer.Option(help="Smaller shapes and few steps: does it all work?")] = False,
+    only: Only = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+) -> None:
+    """Measure, and write results.json, RESULTS.md and ratios.png after each scenario."""
+    unknown = set(only or ()) - set(SCENARIOS)
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(SCENARIOS)}")
+    directory = out or (QUICK_OUT if quick else FULL_OUT)
+    rows = report.read(directory) if only else []
+    with Context(quick) as context:
+        for name in only or SCENARIOS:
+            rows = report.merged(rows, name, rows_of(name, context))
+            report.write(rows, directory, list(SCENARIOS), quick)
+    typer.echo(f"wrote {directory / 'RESULTS.md'}")
+
+
+def rows_of(name: str, context: Context) -> list[Row]:
+    """The rows of a scenario, told as they come; where it raises, one row with the reason, and the run goes on."""
+    began = time.monotonic()
+    try:
+        rows = SCENARIOS[name](context)
+    except Exception as error:
+        traceback.print_exc()
+        rows = [missing(name, "(the scenario failed)", {}, f"{type(error).__name__}: {error}")]
+    for row in rows:
+        told = row.reason or f"ratio {report.number(row.ratio) or '-'} (goal {report.number(row.goal.ratio) or '-'})"
+        typer.echo(f"{row.scenario}, {row.rival}: {report.one_line(told)}")
+    typer.echo(f"{name} took {time.monotonic() - began:.0f} s")
+    return rows
+
+
+@app.command(name="soak")
+def soak_command(
+    steps: Annotated[int, typer.Option(min=100, help="Steps of the trainer.")] = 10_000,
+    out: Annotated[Path, typer.Option(help="Where soak.json goes.")] = FULL_OUT,
+) -> None:
+    """Train a small table for many steps; status 1 where the memory of any process, or /dev/shm, keeps growing."""
+    found = soak.run(steps, out)
+    typer.echo(report.one_line(str(found)))
+    if not found["met"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,209 @@
+"""The results as results.json, RESULTS.md and ratios.png; all three are written anew after each scenario."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+from benchmarks.row import Row, row_of_json
+
+HEADER = (
+    "scenario",
+    "rival",
+    "shape",
+    "ours ms (min)",
+    "rival ms (min)",
+    "ratio",
+    "goal",
+    "met",
+    "visible ms",
+    "visible ratio (goal)",
+    "wire MB ours / rival",
+    "peak MB ours / rival",
+    "steps",
+    "note",
+)
+CARRIED = ("N", "D", "V", "S", "K", "dtype")
+
+
+def write(rows: Sequence[Row], directory: Path, order: Sequence[str], is_quick: bool) -> None:
+    """All three files; rows in the order of their scenarios."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = in_order(rows, order)
+    finished(directory / "results.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    finished(directory / "RESULTS.md", markdown(rows, date.today(), machine(), is_quick))
+    draw(rows, directory / "ratios.png")
+
+
+def finished(path: Path, text: str) -> None:
+    """Replace a file at once: an interrupted run leaves the one before."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def read(directory: Path) -> list[Row]:
+    """The rows of an earlier run; none where there was no run."""
+    path = directory / "results.json"
+    return [row_of_json(found) for found in json.loads(path.read_text())] if path.exists() else []
+
+
+def merged(earlier: Iterable[Row], scenario: str, rows: Iterable[Row]) -> list[Row]:
+    """Earlier rows with those of one scenario replaced."""
+    return [*(row for row in earlier if row.scenario != scenario), *rows]
+
+
+def in_order(rows: Iterable[Row], order: Sequence[str]) -> list[Row]:
+    """Rows by the place of their scenario; unknown ones last."""
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(rows, key=lambda row: places.get(row.scenario, len(places)))
+
+
+def machine() -> str:
+    """Processor, cores and memory of this machine."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{processor}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB, {platform.system()}"
+
+
+def markdown(rows: Sequence[Row], day: date, of_machine: str, is_quick: bool) -> str:
+    """The whole page."""
+    kind = "quick run: smaller shapes and few steps, figures only show that it works" if is_quick else "full run"
+    lines = [
+        "# Results",
+        "",
+        f"{day.isoformat()}, {kind}. {of_machine}. Python {platform.python_version()}, {versions(rows)}.",
+        "How to read it: [README.md](README.md). Ratios are medians of ours by medians of the rival's.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{'---|' * len(HEADER)}",
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
+        "",
+        *misses(rows),
+        "",
+        "![ratios](ratios.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def versions(rows: Iterable[Row]) -> str:
+    """Every version that a side named, each name once."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, version in row.versions.items():
+            if name != "gemm_chunk":
+                found.setdefault(name, set()).add(version)
+    return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found))
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table."""
+    goal = row.goal
+    stretch = " (stretch)" if goal.is_stretch and goal.ratio is not None else ""
+    goal_text = number(goal.ratio) + stretch
+    if goal.peak_bytes is not None:
+        goal_text = f"{megabytes(goal.peak_bytes)} MB"
+    visible_goal = "" if goal.visible is None else f" ({goal.visible})"
+    note = "; ".join(filter(None, (row.note, row.reason and f"no figure: {row.reason}")))
+    return [
+        row.scenario,
+        row.rival,
+        " ".join(f"{key}={row.shape[key]}" for key in CARRIED if row.shape.get(key) is not None),
+        with_least(row.ours_ms, row.ours_min_ms),
+        with_least(row.rival_ms, row.rival_min_ms),
+        number(row.ratio),
+        goal_text,
+        {True: "yes", False: "**no**", None: ""}[row.met],
+        number(row.visible_ms),
+        number(row.visible_ratio) + visible_goal,
+        pair(row.wire_bytes, row.wire_bytes_rival),
+        pair(row.peak_bytes_ours, row.peak_bytes_rival),
+        str(row.steps or ""),
+        one_line(note),
+    ]
+
+
+def misses(rows: Sequence[Row]) -> list[str]:
+    """A line for each goal that is missed, by how much; and for each row without a figure."""
+    found = []
+    for row in rows:
+        for name, reached, most in row.measured():
+            if row.reason is not None:
+                found.append(f"- {row.scenario}, {row.rival}: no figure. {one_line(row.reason)}")
+                break
+            if reached is None:
+                found.append(f"- {row.scenario}, {row.rival}: {name} was not measured.")
+            elif reached > most:
+                stretch = ", a stretch goal" if row.goal.is_stretch else ""
+                over = 100 * (reached / most - 1)
+                found.append(
+                    f"- {row.scenario}, {row.rival}: {name} {reached:.3g}, goal {most:.3g}: {over:.0f}% over{stretch}."
+                )
+    return ["## Missed", "", *found] if found else ["Every goal is met."]
+
+
+def number(value: float | None) -> str:
+    """Three digits; empty for None."""
+    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def with_least(value: float | None, least: float | None) -> str:
+    """Median with the minimum in brackets."""
+    return "" if value is None else f"{number(value)} ({number(least)})"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as MB."""
+    return "" if value is None else number(value / 1e6)
+
+
+def pair(ours: float | None, rival: float | None) -> str:
+    """Both in MB; a dash for one that is not known."""
+    return "" if ours is None and rival is None else f"{megabytes(ours) or '-'} / {megabytes(rival) or '-'}"
+
+
+def one_line(text: str) -> str:
+    """Fit for a cell."""
+    return " ".join(text.split()).replace("|", "/")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A bar a ratio, with its goal as a mark; rows without a ratio are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.ratio is not None][::-1]
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.3 * len(shown)), layout="constrained")
+    ratios = [row.ratio or 0.0 for row in shown]
+    colours = [{True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met] for row in shown]
+    bars = axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+    goals = [(place, row.goal.ratio) for place, row in enumerate(shown) if row.goal.ratio is not None]
+    if goals:
+        places, marks = zip(*goals, strict=True)
+        axes.plot(
+            marks, places, linestyle="none", marker="|", markersize=14, markeredgewidth=2.5, color="black", label="goal"
+        )
+        axes.legend(loc="lower right")
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=8)
+    axes.set_xlabel("time of ours / time of the rival: shorter is better, 1 is the rival")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def label(row: Row) -> str:
+    """What stands beside a bar."""
+    wide = f" N={row.shape['N']} V={row.shape['V']}" if row.scenario == "shard-floor" else ""
+    return f"{row.scenario}{wide}: {row.rival}"

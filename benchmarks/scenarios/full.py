@@ -1,0 +1,102 @@
+"""The exact softmax with SGD against torch's local losses."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+from benchmarks.context import Context
+from benchmarks.row import Row, compared, missing
+from benchmarks.server import Service
+from benchmarks.side import Side, SideFailed
+
+QUICK_DIVISOR = 5
+D, K = 128, 2
+
+
+def shape_of(context: Context, n: int, v: int, dtype: str = "float32") -> dict[str, Any]:
+    """N, D, V, S, K, dtype of a row; quick mode has a fifth of the classes."""
+    return {"N": n, "D": D, "V": v // QUICK_DIVISOR if context.quick else v, "S": None, "K": K, "dtype": dtype}
+
+
+def ours_of(shape: dict[str, Any]) -> dict[str, Any]:
+    """Our trainer's shape of a row's."""
+    return {**shape, "kind": "full", "optimizer": "sgd"}
+
+
+def full_100k(context: Context) -> list[Row]:
+    """Eager, with the trainer-visible latency, and compiled."""
+    shape = shape_of(context, 256, 100_000)
+    with context.service() as service:
+        return [
+            *against_eager(context, "full-100k", shape, service),
+            *against_compiled(context, "full-100k", shape, service),
+        ]
+
+
+def full_100k_wide(context: Context) -> list[Row]:
+    """Four times the rows."""
+    shape = shape_of(context, 1024, 100_000)
+    with context.service() as service:
+        rows = against_eager(context, "full-100k-wide", shape, service, want_visible=False)
+        return rows if context.quick else [*rows, *against_compiled(context, "full-100k-wide", shape, service)]
+
+
+def full_lce(context: Context) -> list[Row]:
+    """torch's own linear_cross_entropy: chunked with its default options, and as called without options."""
+    shape = shape_of(context, 256, 100_000)
+    names = {"F.linear_cross_entropy, default options": "lce_chunked", "F.linear_cross_entropy, no options": "lce"}
+    with context.service() as service, context.ours(service, ours_of(shape)) as ours:
+        return [
+            context.row("full-lce", name, shape, ours, context.side("torch_full", {**shape, "form": form}))
+            for name, form in list(names.items())[: 1 if context.quick else None]
+        ]
+
+
+def full_1m(context: Context) -> list[Row]:
+    """Ten times the classes, in both dtypes."""
+    rows = []
+    for dtype, name in (("float32", "eager torch"), ("bfloat16", "eager torch bfloat16")):
+        shape = shape_of(context, 256, 200_000 if context.quick else 1_000_000, dtype)
+        with context.service() as service, context.ours(service, ours_of(shape)) as ours:
+            rows.append(
+                context.row("full-1M", name, shape, ours, context.side("torch_full", {**shape, "form": "eager"}))
+            )
+    return rows
+
+
+def against_compiled(context: Context, scenario: str, shape: dict[str, Any], service: Service) -> list[Row]:
+    """torch.compile of the loss; a missing C++ compiler becomes the reason."""
+    with context.ours(service, ours_of(shape)) as ours:
+        rival = context.side("torch_full", {**shape, "form": "compile"})
+        return [context.row(scenario, "torch.compile", shape, ours, rival)]
+
+
+def against_eager(
+    context: Context, scenario: str, shape: dict[str, Any], service: Service, want_visible: bool = True
+) -> list[Row]:
+    """Eager torch; with the latency that the trainer sees, measured against the same eager process."""
+    name = "eager torch"
+    try:
+        with (
+            context.side("torch_full", {**shape, "form": "eager"}) as eager,
+            context.ours(service, ours_of(shape)) as ours,
+        ):
+            row = context.row(scenario, name, shape, ours, nullcontext(eager))
+            return [with_visible(context, row, shape, service, eager) if want_visible else row]
+    except SideFailed as error:
+        return [missing(scenario, name, shape, str(error))]
+
+
+def with_visible(context: Context, row: Row, shape: dict[str, Any], service: Service, eager: Side) -> Row:
+    """The row with what a trainer waits for where the commit runs beside it; a note where that cannot be had."""
+    overlapped = {**ours_of(shape), "overlap": True, "settle": True}
+    try:
+        with context.ours(service, overlapped) as ours:
+            found = context.compare(ours, eager)
+    except SideFailed as error:
+        return row.but(note=f"{row.note} no visible latency: {error}".strip())
+    visible = compared(row.scenario, row.rival, shape, found)
+    assert visible.visible_ms is not None
+    return row.but(visible_ms=visible.visible_ms, visible_ratio=visible.visible_ms / median(found.rival.ms))

@@ -1,0 +1,63 @@
+"""What more classes cost a sampled step, and what more shards cost an exact one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.context import Context
+from benchmarks.row import Row, missing
+from benchmarks.scenarios import full
+from benchmarks.scenarios import sampled as sampled_scenarios
+from benchmarks.server import running
+from benchmarks.side import SideFailed
+
+CPUS = "0,1"
+
+
+def scale_v(context: Context) -> list[Row]:
+    """sampled-4k over ever more classes against itself over 100k."""
+    base, *larger = (20_000, 200_000) if context.quick else (100_000, 1_000_000, 10_000_000)
+    rows = []
+    for v in larger:
+        shape = {**sampled_scenarios.shape_of(context, 4096), "V": v}
+        name = f"itself at V={short(base)} (V={short(v)})"
+        ours = {**shape, "kind": "sampled", "optimizer": "adagrad"}
+        with context.service() as service, context.ours(service, ours) as many:
+            rows.append(context.row("scale-V", name, shape, many, context.ours(service, {**ours, "V": base})))
+    return rows
+
+
+def scale_k(context: Context) -> list[Row]:
+    """full-1M over K workers of one thread against one worker of two, all of them on the same two cores.
+
+    Both services are there at once and measured in turns. The overhead of a shard is the extra time by K.
+    """
+    rows = []
+    for k in (4,) if context.quick else (2, 4, 8):
+        shape = {**full.shape_of(context, 256, 100_000 if context.quick else 1_000_000), "K": k}
+        name = f"itself at K=1 (K={k})"
+        try:
+            rows.append(against_one_worker(context, name, shape))
+        except SideFailed as error:
+            rows.append(missing("scale-K", name, shape, str(error)))
+    return rows
+
+
+def against_one_worker(context: Context, name: str, shape: dict[str, Any]) -> Row:
+    """One row, with the overhead of a shard in its note."""
+    k, ours = shape["K"], full.ours_of(shape)
+    with (
+        context.service(workers=1, worker_threads=2, cpus=CPUS) as one,
+        running(k, cpus=CPUS) as many,
+        context.ours(many, ours, cpus=CPUS) as cut,
+    ):
+        row = context.row("scale-K", name, shape, cut, context.ours(one, {**ours, "K": 1}, cpus=CPUS))
+    if row.ours_ms is None or row.rival_ms is None:
+        return row
+    overhead = (row.ours_ms - row.rival_ms) / k
+    return row.but(note=f"{row.note} {overhead:+.2f} ms a shard".strip())
+
+
+def short(count: int) -> str:
+    """100k, 1M, 10M."""
+    return f"{count // 1_000_000}M" if count >= 1_000_000 else f"{count // 1000}k"
