@@ -49,7 +49,7 @@ class Child:
 
 
 def serve_child(ready: Mapping[str, Any], join: Callable[[], object] = lambda: None) -> None:
-    """Say that the server is ready, do what waits for the parent in turn, and return when the parent is done with it."""
+    """Say that the server is ready, do what waits for the parent in turn, and return when the parent is done."""
     answer(take_stdout(), ready)
     join()
     sys.stdin.read()

@@ -1,7 +1,7 @@
 """Hivemind: cross entropy over a weight of its own as a remote expert. Runs in .venv-hivemind.
 
-One step is the trainer's forward and backward; the expert runs its forward again in backward, as hivemind does, and then SGD. An
-expert takes one float tensor, so labels are a column of it: exact up to 2^24 classes.
+One step is the trainer's forward and backward; in backward the expert runs its forward again, as hivemind does, and
+then SGD. An expert takes one float tensor, so labels are a column of it: exact up to 2^24 classes.
 """
 
 from __future__ import annotations

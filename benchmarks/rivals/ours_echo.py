@@ -1,6 +1,6 @@
 """Hidden there and its gradient back: ComputeLoss of a table of 2 rows, so that all but nothing is computed.
 
-The shape: bytes, each way; and address, or local for a front end of its own whose one shard is a thread: then no worker
+The shape: N and D; and address, or local for a front end of its own whose one shard is a thread: then no worker
 process stands behind the socket.
 """
 
@@ -17,27 +17,26 @@ import shardloss
 from benchmarks.rivals.child import Child, main, serve_child
 
 MODULE = "benchmarks.rivals.ours_echo"
-DIM = 1024
 
 
 class Echo:
-    """Hidden [N, DIM] of the bytes asked for."""
+    """Hidden [N, D]."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         self.server = Child(MODULE, shape) if shape.get("local") else None
         self.client = shardloss.connect(self.server.ready["address"] if self.server else shape["address"])
         self.name = f"bench-{uuid4().hex[:12]}"
-        self.table = self.client.create_table(self.name, num_classes=2, dim=DIM, bias=False, num_shards=1)
-        num_rows = shape["bytes"] // (4 * DIM)
-        self.hidden = np.random.default_rng(0).standard_normal((num_rows, DIM), dtype=np.float32)
-        self.labels = np.zeros(num_rows, np.int64)
+        self.table = self.client.create_table(self.name, num_classes=2, dim=shape["D"], bias=False, num_shards=1)
+        self.hidden = np.random.default_rng(0).standard_normal((shape["N"], shape["D"]), dtype=np.float32)
+        self.labels = np.zeros(shape["N"], np.int64)
 
     def versions(self) -> Mapping[str, str]:
         return {"shardloss": shardloss.__version__, "grpcio": grpc.__version__}
 
     def step(self) -> None:
         result = self.table.compute_loss(self.hidden, self.labels, shardloss.FullSoftmax(), want_hidden_grad=True)
-        assert result.hidden_grad is not None and result.hidden_grad.shape == self.hidden.shape
+        assert result.hidden_grad is not None
+        assert result.hidden_grad.shape == self.hidden.shape
 
     def close(self) -> None:
         """Free the table, and end a server of its own."""

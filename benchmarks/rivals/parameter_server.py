@@ -1,4 +1,4 @@
-"""A parameter server over torch.distributed.rpc: pull the candidates' rows, compute at the trainer, push their gradients.
+"""A parameter server over torch.distributed.rpc: pull the candidates' rows, compute at the trainer, push gradients.
 
 Both processes have two threads, since they never compute at once. Candidates are distinct, as ours are.
 """

@@ -20,9 +20,9 @@ NUM_WORKERS = 2
 class Group(Protocol):
     """What both groups can do."""
 
-    def echo(self, tensor: Tensor) -> list[Tensor]: ...  # noqa: D102
+    def echo(self, tensor: Tensor) -> list[Tensor]: ...
 
-    def close(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...
 
 
 class Fanout:

@@ -1,7 +1,7 @@
 """TensorFlow's sampled softmax with sparse Adagrad, all in one tf.function. Runs in .venv-tensorflow.
 
-The update is TensorFlow's own sparse kernel after summing repeated rows, as its AdagradOptimizer of version 1 does. Keras 3's Adagrad
-takes the root of the whole accumulator each step: 3.5 times as slow at V = 300k, and more with V.
+The update is TensorFlow's own sparse kernel after summing repeated rows, as its AdagradOptimizer of version 1 does.
+Keras 3's Adagrad takes the root of the whole accumulator each step: 3.5 times as slow at V = 300k, and more with V.
 """
 
 from __future__ import annotations
