@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.context import Context
 from benchmarks.row import Row
-from benchmarks.scenarios import floor, foreign, full, memory, ray_naive, sampled, scale, trainers, transport
+from benchmarks.scenarios import floor, foreign, full, memory, nodes, ray_naive, sampled, scale, trainers, transport
 
 Scenario = Callable[[Context], list[Row]]
 
@@ -24,6 +24,7 @@ SCENARIOS: dict[str, Scenario] = {
     "remote-module": foreign.remote_module,
     "ray-naive": ray_naive.ray_naive,
     "transport": transport.transport,
+    "nodes": nodes.nodes,
     "many-trainers": trainers.many_trainers,
     "overlap": trainers.overlap,
     "scale-V": scale.scale_v,
