@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RIVALS := tensorflow hivemind  # one benchmarks/requirements-NAME.txt each
 PROTOS := $(wildcard proto/shardloss/v1/*.proto)
 STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask test test-long check format lint types protos protos-check clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak test test-long check format lint types protos protos-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +32,22 @@ demo-full: setup  ## As demo, evaluated on every held-out name
 
 demo-ask: setup  ## Ask the trained city finder: make demo-ask NAME="Koeln"
 	$(BIN)/python -m examples.cities ask "$(NAME)"
+
+bench: setup  ## Measure the service against its rivals (an hour or more); writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks run
+
+bench-quick: setup  ## The same with small shapes and few steps (3 minutes); writes build/bench-quick/RESULTS.md
+	$(BIN)/python -m benchmarks run --quick
+
+bench-soak: setup  ## 10,000 steps: resident memory and /dev/shm must not grow; writes benchmarks/soak.json
+	$(BIN)/python -m benchmarks soak --steps 10000
+
+bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rivals that do not fit .venv
+
+.venv-%/.ready: benchmarks/requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 test: setup  ## All tests that fit 12 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -59,4 +76,4 @@ protos-check: setup  ## Fail where the stubs are not what the contract generates
 	diff -r --exclude=__init__.py --exclude=__pycache__ build/protos/shardloss/v1 client/src/shardloss/v1
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(RIVALS:%=.venv-%) build

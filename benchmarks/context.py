@@ -36,17 +36,15 @@ class Context:
         return QUICK if self.quick else FULL
 
     @contextmanager
-    def service(
-        self, *, workers: int = 2, worker_threads: int = 1, cpus: str | None = None, fresh: bool = False
-    ) -> Iterator[Service]:
+    def service(self, *, workers: int = 2, worker_threads: int = 1, fresh: bool = False) -> Iterator[Service]:
         """The service with so many workers.
 
         The plain one is shared by all scenarios; another one, or a fresh one, ends it first and lives for the block,
         so that no two are there at once.
         """
-        if fresh or (workers, worker_threads, cpus) != (2, 1, None):
+        if fresh or (workers, worker_threads) != (2, 1):
             self._stop_shared()
-            with running(workers, worker_threads=worker_threads, cpus=cpus) as service:
+            with running(workers, worker_threads=worker_threads) as service:
                 yield service
             return
         if self._shared is None or not self._shared.is_alive():
@@ -62,7 +60,6 @@ class Context:
         *,
         threads: int = 2,
         environment: str | None = None,
-        cpus: str | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> Iterator[Side]:
         """Start `benchmarks.rivals.NAME` with a shape, in `.venv-ENVIRONMENT` if one is named; it ends with the block.
@@ -72,12 +69,12 @@ class Context:
         Raises:
             SideFailed: its environment is missing.
         """
-        with Side(name, shape, threads=threads, environment=environment, cpus=cpus, variables=variables) as side:
+        with Side(name, shape, threads=threads, environment=environment, variables=variables) as side:
             yield side
 
-    def ours(self, service: Service, shape: Mapping[str, Any], cpus: str | None = None) -> AbstractContextManager[Side]:
+    def ours(self, service: Service, shape: Mapping[str, Any]) -> AbstractContextManager[Side]:
         """Our trainer of a shape against a service: one thread of its own."""
-        return self.side("ours", {**shape, "address": service.address}, threads=1, cpus=cpus)
+        return self.side("ours", {**shape, "address": service.address}, threads=1)
 
     def compare(self, ours: Stepper, rival: Stepper, plan: Plan | None = None) -> Comparison:
         """Alternate two sides, once both are ready.

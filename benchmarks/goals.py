@@ -51,6 +51,9 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("overlap", "blocking commit"): Goal(0.85),
 }
 
+# Why a goal is missed, as far as it is known; RESULTS.md says it beside by how much.
+WHY_MISSED: dict[tuple[str, str], str] = {}
+
 
 def goal_of(scenario: str, rival: str) -> Goal:
     """The goal of a row, by the names it carries."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Sequence
-from datetime import date
 from pathlib import Path
 
+from benchmarks.goals import WHY_MISSED
 from benchmarks.row import Row, row_of_json
 
 HEADER = (
@@ -35,7 +36,7 @@ def write(rows: Sequence[Row], directory: Path, order: Sequence[str], is_quick: 
     directory.mkdir(parents=True, exist_ok=True)
     rows = in_order(rows, order)
     finished(directory / "results.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
-    finished(directory / "RESULTS.md", markdown(rows, date.today(), machine(), is_quick))
+    finished(directory / "RESULTS.md", markdown(rows, machine(), is_quick))
     draw(rows, directory / "ratios.png")
 
 
@@ -74,13 +75,13 @@ def machine() -> str:
     return f"{processor}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB, {platform.system()}"
 
 
-def markdown(rows: Sequence[Row], day: date, of_machine: str, is_quick: bool) -> str:
+def markdown(rows: Sequence[Row], of_machine: str, is_quick: bool) -> str:
     """The whole page."""
     kind = "quick run: smaller shapes and few steps, figures only show that it works" if is_quick else "full run"
     lines = [
         "# Results",
         "",
-        f"{day.isoformat()}, {kind}. {of_machine}. Python {platform.python_version()}, {versions(rows)}.",
+        f"{days(rows)}, {kind}. {of_machine}. Python {platform.python_version()}, {versions(rows)}.",
         "How to read it: [README.md](README.md). Ratios are medians of ours by medians of the rival's.",
         "",
         f"| {' | '.join(HEADER)} |",
@@ -100,9 +101,14 @@ def versions(rows: Iterable[Row]) -> str:
     found: dict[str, set[str]] = {}
     for row in rows:
         for name, version in row.versions.items():
-            if name != "gemm_chunk":
-                found.setdefault(name, set()).add(version)
+            found.setdefault(name, set()).add(version)
     return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found))
+
+
+def days(rows: Iterable[Row]) -> str:
+    """The first day and the last."""
+    found = sorted({row.day for row in rows if row.day})
+    return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
 
 def cells(row: Row) -> list[str]:
@@ -145,9 +151,11 @@ def misses(rows: Sequence[Row]) -> list[str]:
             elif reached > most:
                 stretch = ", a stretch goal" if row.goal.is_stretch else ""
                 over = 100 * (reached / most - 1)
-                found.append(
+                why = WHY_MISSED.get((row.scenario, row.rival), "")
+                line = (
                     f"- {row.scenario}, {row.rival}: {name} {reached:.3g}, goal {most:.3g}: {over:.0f}% over{stretch}."
                 )
+                found.append(f"{line} {why}".strip())
     return ["## Missed", "", *found] if found else ["Every goal is met."]
 
 
@@ -172,8 +180,8 @@ def pair(ours: float | None, rival: float | None) -> str:
 
 
 def one_line(text: str) -> str:
-    """Fit for a cell."""
-    return " ".join(text.split()).replace("|", "/")
+    """Fit for a cell: no line ends, no bars, no frames drawn around an error."""
+    return " ".join(re.sub(r"[\u2500-\u257f]", " ", text).split()).replace("|", "/")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -187,15 +195,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.3 * len(shown)), layout="constrained")
     ratios = [row.ratio or 0.0 for row in shown]
     colours = [{True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met] for row in shown]
-    bars = axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+    axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
+    for place, row in enumerate(shown):
+        beside = max(ratios[place], row.goal.ratio or 0.0) + 0.02 * max(ratios)
+        axes.text(beside, place, f"{ratios[place]:.2f}", va="center", fontsize=8)
     goals = [(place, row.goal.ratio) for place, row in enumerate(shown) if row.goal.ratio is not None]
     if goals:
         places, marks = zip(*goals, strict=True)
         axes.plot(
             marks, places, linestyle="none", marker="|", markersize=14, markeredgewidth=2.5, color="black", label="goal"
         )
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=8)
     axes.set_xlabel("time of ours / time of the rival: shorter is better, 1 is the rival")

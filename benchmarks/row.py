@@ -38,6 +38,7 @@ class Row:
     note: str = ""
     reason: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    day: str = ""  # when it was measured
 
     @property
     def key(self) -> tuple[str, str, str]:

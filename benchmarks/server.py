@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.procfs import command_of, descendants_of
-from benchmarks.side import ROOT, SideFailed, pinned
+from benchmarks.side import ROOT, SideFailed
 
 START_S = 120.0
 STOP_S = 40.0
@@ -36,7 +36,7 @@ class Service:
     @property
     def front_pid(self) -> int:
         """The front end."""
-        return self.process.pid  # taskset, where it is used, turns into it
+        return self.process.pid
 
     def worker_pids(self) -> list[int]:
         """The processes that hold shards, ascending."""
@@ -44,7 +44,7 @@ class Service:
 
 
 @contextmanager
-def running(workers: int = 2, *, worker_threads: int = 1, cpus: str | None = None) -> Iterator[Service]:
+def running(workers: int = 2, *, worker_threads: int = 1) -> Iterator[Service]:
     """Start the service on a free port; it has ended, with its workers, when the block is left.
 
     Raises:
@@ -54,7 +54,7 @@ def running(workers: int = 2, *, worker_threads: int = 1, cpus: str | None = Non
         ready, log = Path(directory) / "ready", Path(directory) / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [*pinned(cpus), *command(workers, worker_threads, ready)],
+                command(workers, worker_threads, ready),
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,

@@ -16,6 +16,7 @@ SHAPE = {"kind": "sampled", "N": 64, "D": 32, "V": 20_000, "S": 256, "dtype": "f
 SAMPLE_EVERY = 100
 COUNTED_SHARE = 0.8  # the first fifth fills caches, pools and records
 MOST_BYTES_A_STEP = 1000.0
+SHARED = "/dev/shm"
 
 
 def run(num_steps: int, directory: Path) -> dict[str, Any]:
@@ -24,29 +25,31 @@ def run(num_steps: int, directory: Path) -> dict[str, Any]:
         trainer.ready()
         pids = {"client": trainer.process.pid, "front end": service.front_pid}
         pids |= {f"worker {place}": pid for place, pid in enumerate(service.worker_pids())}
-        shared_before = shared_memory_bytes()
         samples = sampled(lambda: trainer.step(SAMPLE_EVERY), pids, num_steps)
-        shared_after = shared_memory_bytes()
-    found = judged(samples, shared_before, shared_after)
+    found = judged(samples)
     directory.mkdir(parents=True, exist_ok=True)
     report.finished(directory / "soak.json", json.dumps({**found, "samples": samples}, indent=1) + "\n")
     return found
 
 
 def sampled(steps: Callable[[], object], pids: Mapping[str, int], num_steps: int) -> dict[str, list[int]]:
-    """Resident bytes of each process after every turn of steps."""
-    samples: dict[str, list[int]] = {"steps": []} | {name: [] for name in pids}
+    """Resident bytes of each process, and what /dev/shm holds, after every turn of steps."""
+    samples: dict[str, list[int]] = {name: [] for name in ("steps", SHARED, *pids)}
     for done in range(SAMPLE_EVERY, num_steps + 1, SAMPLE_EVERY):
         steps()
         samples["steps"].append(done)
+        samples[SHARED].append(shared_memory_bytes())
         for name, pid in pids.items():
             samples[name].append(memory_of(pid))
     return samples
 
 
-def judged(samples: Mapping[str, Sequence[int]], shared_before: int, shared_after: int) -> dict[str, Any]:
-    """Slopes in bytes a step, and whether all are below the bound and /dev/shm has not grown."""
-    slopes = {name: slope(samples["steps"], values) for name, values in samples.items() if name != "steps"}
+def judged(samples: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Slopes in bytes a step, and whether all are below the bound and /dev/shm has not grown meanwhile."""
+    slopes = {
+        name: slope(samples["steps"], values) for name, values in samples.items() if name not in ("steps", SHARED)
+    }
+    shared_before, *_, shared_after = counted(samples[SHARED])
     met = all(value < MOST_BYTES_A_STEP for value in slopes.values()) and shared_after <= shared_before
     return {
         "num_steps": max(samples["steps"]),
@@ -58,8 +61,10 @@ def judged(samples: Mapping[str, Sequence[int]], shared_before: int, shared_afte
 
 
 def slope(steps: Sequence[int], values: Sequence[int]) -> float:
-    """Least-squares slope over the last COUNTED_SHARE of the samples; 0 where these are fewer than two."""
-    first = len(steps) - round(COUNTED_SHARE * len(steps))
-    if len(steps) - first < 2:
-        return 0.0
-    return linear_regression(steps[first:], values[first:]).slope
+    """Least-squares slope over the counted samples."""
+    return linear_regression(counted(steps), counted(values)).slope
+
+
+def counted(samples: Sequence[int]) -> Sequence[int]:
+    """The last COUNTED_SHARE of them, two at least."""
+    return samples[len(samples) - max(2, round(COUNTED_SHARE * len(samples))) :]

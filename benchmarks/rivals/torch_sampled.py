@@ -27,7 +27,7 @@ class TorchSampled:
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.set_num_threads(int(shape.get("threads", THREADS)))
         self.n, self.s, self.v = (int(shape[name]) for name in ("N", "S", "V"))
-        self.embedding = torch.nn.Embedding.from_pretrained(fresh_rows(shape), freeze=False, sparse=True)
+        self.embedding = torch.nn.Embedding(self.v, int(shape["D"]), sparse=True, _weight=fresh_rows(shape))
         self.optimizer = torch.optim.Adagrad(self.embedding.parameters(), lr=LEARNING_RATE)
         self.batches = tensors(shape)
         self.target = torch.zeros(self.n, dtype=torch.int64)  # the true class is column 0

@@ -31,7 +31,8 @@ def connection_bytes(fd: int, port: int) -> int | None:
         if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.getpeername()[1] != port:
             return None
         counted = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED + COUNTERS.size)
-        return sum(COUNTERS.unpack_from(counted, BYTES_ACKED))
+        sent, received = COUNTERS.unpack_from(counted, BYTES_ACKED)
+        return int(sent + received)
     except OSError:
         return None  # it listens, or has just gone
     finally:

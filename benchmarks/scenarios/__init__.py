@@ -32,3 +32,4 @@ SCENARIOS: dict[str, Scenario] = {
     "scale-K": scale.scale_k,
     "shard-floor": floor.shard_floor,
 }
+NOT_IN_QUICK = {"full-100k-wide", "sampled-1k", "sampled-16k"}  # the code of full-100k and sampled-4k at other sizes

@@ -26,7 +26,8 @@ def floor(context: Context, n: int, v: int, dtype: str) -> Row:
     try:
         with context.side("shard_floor", shape, threads=1) as side:
             found = alternated(side, context.plan.counted)
-            return compared("shard-floor", NAMES[dtype], shape, found, versions=side.versions)
+            note = f"the GEMMs in chunks of {found.rival.median_of('gemm_chunk'):.0f} rows"
+            return compared("shard-floor", NAMES[dtype], shape, found, versions=side.versions, note=note)
     except SideFailed as error:
         return missing("shard-floor", NAMES[dtype], shape, str(error))
 
@@ -34,4 +35,4 @@ def floor(context: Context, n: int, v: int, dtype: str) -> Row:
 def alternated(side: Side, count: int) -> Comparison:
     """The two halves of what such a process tells."""
     answer = side.step(count)
-    return Comparison(Steps(answer.ms), Steps(answer.extra["gemm_ms"]))
+    return Comparison(Steps(answer.ms), Steps(answer.extra["gemm_ms"], answer.extra))

@@ -7,17 +7,18 @@ from statistics import median
 from typing import Any
 
 from benchmarks.context import Context
-from benchmarks.row import Row, compared, missing
+from benchmarks.row import Row, compared
 from benchmarks.server import Service
 from benchmarks.side import Side, SideFailed
 
-QUICK_DIVISOR = 5
+QUICK_DIVISOR, QUICK_MOST = 5, 40_000
 D, K = 128, 2
 
 
 def shape_of(context: Context, n: int, v: int, dtype: str = "float32") -> dict[str, Any]:
-    """N, D, V, S, K, dtype of a row; quick mode has a fifth of the classes."""
-    return {"N": n, "D": D, "V": v // QUICK_DIVISOR if context.quick else v, "S": None, "K": K, "dtype": dtype}
+    """N, D, V, S, K, dtype of a row; quick mode has fewer classes."""
+    num_classes = min(v // QUICK_DIVISOR, QUICK_MOST) if context.quick else v
+    return {"N": n, "D": D, "V": num_classes, "S": None, "K": K, "dtype": dtype}
 
 
 def ours_of(shape: dict[str, Any]) -> dict[str, Any]:
@@ -27,25 +28,18 @@ def ours_of(shape: dict[str, Any]) -> dict[str, Any]:
 
 def full_100k(context: Context) -> list[Row]:
     """Eager, with the trainer-visible latency, and compiled."""
-    shape = shape_of(context, 256, 100_000)
-    with context.service() as service:
-        return [
-            *against_eager(context, "full-100k", shape, service),
-            *against_compiled(context, "full-100k", shape, service),
-        ]
+    return local(context, "full-100k", shape_of(context, 256, 100_000), want_visible=True)
 
 
 def full_100k_wide(context: Context) -> list[Row]:
     """Four times the rows."""
     shape = shape_of(context, 1024, 100_000)
-    with context.service() as service:
-        rows = against_eager(context, "full-100k-wide", shape, service, want_visible=False)
-        return rows if context.quick else [*rows, *against_compiled(context, "full-100k-wide", shape, service)]
+    return local(context, "full-100k-wide", shape, want_visible=False)
 
 
 def full_lce(context: Context) -> list[Row]:
     """torch's own linear_cross_entropy: chunked with its default options, and as called without options."""
-    shape = shape_of(context, 256, 100_000)
+    shape = shape_of(context, 256, 20_000 if context.quick else 100_000)  # a slow rival
     names = {"F.linear_cross_entropy, default options": "lce_chunked", "F.linear_cross_entropy, no options": "lce"}
     with context.service() as service, context.ours(service, ours_of(shape)) as ours:
         return [
@@ -55,10 +49,11 @@ def full_lce(context: Context) -> list[Row]:
 
 
 def full_1m(context: Context) -> list[Row]:
-    """Ten times the classes, in both dtypes."""
+    """Ten times the classes, in both dtypes; in a quick run in bfloat16 alone."""
     rows = []
-    for dtype, name in (("float32", "eager torch"), ("bfloat16", "eager torch bfloat16")):
-        shape = shape_of(context, 256, 200_000 if context.quick else 1_000_000, dtype)
+    dtypes = {"float32": "eager torch", "bfloat16": "eager torch bfloat16"}
+    for dtype, name in list(dtypes.items())[1 if context.quick else 0 :]:
+        shape = shape_of(context, 256, 1_000_000, dtype)
         with context.service() as service, context.ours(service, ours_of(shape)) as ours:
             rows.append(
                 context.row("full-1M", name, shape, ours, context.side("torch_full", {**shape, "form": "eager"}))
@@ -66,27 +61,15 @@ def full_1m(context: Context) -> list[Row]:
     return rows
 
 
-def against_compiled(context: Context, scenario: str, shape: dict[str, Any], service: Service) -> list[Row]:
-    """torch.compile of the loss; a missing C++ compiler becomes the reason."""
-    with context.ours(service, ours_of(shape)) as ours:
+def local(context: Context, scenario: str, shape: dict[str, Any], *, want_visible: bool) -> list[Row]:
+    """Eager torch; torch.compile of it, where a missing C++ compiler becomes the reason."""
+    with context.service() as service, context.ours(service, ours_of(shape)) as ours:
+        rows = []
+        with context.side("torch_full", {**shape, "form": "eager"}) as eager:
+            row = context.row(scenario, "eager torch", shape, ours, nullcontext(eager))
+            rows.append(with_visible(context, row, shape, service, eager) if want_visible else row)
         rival = context.side("torch_full", {**shape, "form": "compile"})
-        return [context.row(scenario, "torch.compile", shape, ours, rival)]
-
-
-def against_eager(
-    context: Context, scenario: str, shape: dict[str, Any], service: Service, want_visible: bool = True
-) -> list[Row]:
-    """Eager torch; with the latency that the trainer sees, measured against the same eager process."""
-    name = "eager torch"
-    try:
-        with (
-            context.side("torch_full", {**shape, "form": "eager"}) as eager,
-            context.ours(service, ours_of(shape)) as ours,
-        ):
-            row = context.row(scenario, name, shape, ours, nullcontext(eager))
-            return [with_visible(context, row, shape, service, eager) if want_visible else row]
-    except SideFailed as error:
-        return [missing(scenario, name, shape, str(error))]
+        return [*rows, context.row(scenario, "torch.compile", shape, ours, rival)]
 
 
 def with_visible(context: Context, row: Row, shape: dict[str, Any], service: Service, eager: Side) -> Row:

@@ -22,7 +22,7 @@ def full_1m_memory(context: Context) -> list[Row]:
 
     The service is fresh, and a step of a tiny table comes first, which loads what any step loads.
     """
-    shape = shape_of(context, 1024, 200_000 if context.quick else 1_000_000)
+    shape = shape_of(context, 1024, 1_000_000)
     try:
         with context.service(fresh=True) as service:
             ours, note = extra_of_worker(context, service, shape)

@@ -11,8 +11,6 @@ from benchmarks.scenarios import sampled as sampled_scenarios
 from benchmarks.server import running
 from benchmarks.side import SideFailed
 
-CPUS = "0,1"
-
 
 def scale_v(context: Context) -> list[Row]:
     """sampled-4k over ever more classes against itself over 100k."""
@@ -28,13 +26,13 @@ def scale_v(context: Context) -> list[Row]:
 
 
 def scale_k(context: Context) -> list[Row]:
-    """full-1M over K workers of one thread against one worker of two, all of them on the same two cores.
+    """full-1M over K workers of one thread against one worker of two, all of them on the two cores of the run.
 
     Both services are there at once and measured in turns. The overhead of a shard is the extra time by K.
     """
     rows = []
     for k in (4,) if context.quick else (2, 4, 8):
-        shape = {**full.shape_of(context, 256, 100_000 if context.quick else 1_000_000), "K": k}
+        shape = {**full.shape_of(context, 256, 1_000_000), "K": k}
         name = f"itself at K=1 (K={k})"
         try:
             rows.append(against_one_worker(context, name, shape))
@@ -47,11 +45,11 @@ def against_one_worker(context: Context, name: str, shape: dict[str, Any]) -> Ro
     """One row, with the overhead of a shard in its note."""
     k, ours = shape["K"], full.ours_of(shape)
     with (
-        context.service(workers=1, worker_threads=2, cpus=CPUS) as one,
-        running(k, cpus=CPUS) as many,
-        context.ours(many, ours, cpus=CPUS) as cut,
+        context.service(workers=1, worker_threads=2) as one,
+        running(k) as many,
+        context.ours(many, ours) as cut,
     ):
-        row = context.row("scale-K", name, shape, cut, context.ours(one, {**ours, "K": 1}, cpus=CPUS))
+        row = context.row("scale-K", name, shape, cut, context.ours(one, {**ours, "K": 1}))
     if row.ours_ms is None or row.rival_ms is None:
         return row
     overhead = (row.ours_ms - row.rival_ms) / k

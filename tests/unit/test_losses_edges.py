@@ -16,6 +16,7 @@ from shardloss_server.frontend.request import LossReply, LossRequest, PartialFc,
 from shardloss_server.numerics.margin import Margin
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.transform import Transform
+from shardloss_server.shard.kept import KEPT_BYTES
 from torch import Tensor
 
 from .cases import (
@@ -355,7 +356,7 @@ def test_float32_is_about_as_exact_as_the_naive_float32(front: Front, loss: str)
 
 @pytest.mark.slow
 def test_more_logits_than_32_bits_count(front: Front) -> None:
-    """4097 rows x 2^20 classes: right losses and gradient in little memory, as no N x V is ever held."""
+    """4097 rows x 2^20 classes: right losses and gradient in little memory beside what workers may keep."""
     num_classes, num_rows = 1 << 20, 4097
     biases = torch.linspace(-1, 1, num_classes)
     table = front.table(torch.zeros(num_classes, 2), biases, num_shards=2, dtype="float32")
@@ -366,5 +367,5 @@ def test_more_logits_than_32_bits_count(front: Front) -> None:
     wanted = biases.double().logsumexp(0) - biases[labels[:, 0]].double()
     torch.testing.assert_close(reply.loss.double(), wanted, rtol=1e-6, atol=0)
     assert not reply.hidden_grad.any()
-    assert grown_mib < 200, grown_mib  # N x V float32 would be 16 GiB
+    assert grown_mib < 200 + 2 * KEPT_BYTES / 2**20, grown_mib  # N x V float32 would be 16 GiB
     assert time.monotonic() - began < 300

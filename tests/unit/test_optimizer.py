@@ -10,7 +10,7 @@ import pytest
 import torch
 from shardloss_server.frontend.request import SampledSoftmax, SampledValues
 from shardloss_server.numerics import reference
-from shardloss_server.numerics.optimizer import OptimizerSpec, initial_state, updated
+from shardloss_server.numerics.optimizer import OptimizerSpec, initial_state, update_
 from torch import Tensor
 
 V, D, NUM_STEPS = 11, 5, 50
@@ -96,7 +96,7 @@ def test_steps_equal_torch_optim(name: str) -> None:
         parameter.grad = gradient.clone()
         optimizer.param_groups[0]["lr"] = rate_at(step)
         optimizer.step()
-        rows, state = updated(spec, rows, gradient, state, rate_at(step), step)
+        update_(spec, rows, gradient, state, rate_at(step), step)
         assert_close(rows, parameter.detach())
 
 
@@ -114,7 +114,9 @@ def test_sparse_steps_equal_torch_optim(name: str) -> None:
             parameter.grad = torch.sparse_coo_tensor(index[None], gradient, (V, D))
             optimizer.step()
         of_rows = {name: value[index] for name, value in state.items()}
-        rows[index], of_rows = updated(spec, rows[index], gradient, of_rows, RATE, step)
+        changed = rows[index]
+        update_(spec, changed, gradient, of_rows, RATE, step)
+        rows[index] = changed
         for entry, value in of_rows.items():
             state[entry][index] = value
         assert_close(rows, parameter.detach())
@@ -130,22 +132,11 @@ def test_row_adagrad_holds_one_sum_a_row(initial: float) -> None:
     assert {name: tuple(value.shape) for name, value in state.items()} == {"sum": (V, 1)}
     for step in range(1, NUM_STEPS + 1):
         gradient = randn(V, D)
-        rows, state = updated(spec, rows, gradient, state, RATE, step)
+        update_(spec, rows, gradient.clone(), state, RATE, step)
         for row, g in enumerate(gradient.tolist()):
             sums[row] += sum(x * x for x in g) / D
             expected[row] = [w - RATE * x / (sums[row] ** 0.5 + 1e-3) for w, x in zip(expected[row], g, strict=True)]
     assert_close(rows, torch.tensor(expected, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_arguments_are_not_changed(name: str) -> None:
-    """A step returns new rows and state; what it was given stays."""
-    spec, _ = DENSE[name]
-    rows, gradient = randn(V, D), randn(V, D)
-    _, state = updated(spec, rows, gradient, initial_state(spec, V, D, torch.float64), RATE, 1)
-    before = [x.clone() for x in (rows, gradient, *state.values())]
-    updated(spec, rows, gradient, state, RATE, 2)
-    assert all(torch.equal(a, b) for a, b in zip((rows, gradient, *state.values()), before, strict=True))
 
 
 # Through a table

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardloss_server.cluster import linked_worker
 from shardloss_server.cluster.allocator import keep_freed_memory
-from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.fanout import FanoutGroup, Gathered
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.link import Invitation, Links
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import OutOfMemory, Part
 
@@ -28,6 +30,8 @@ from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError
 
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 START_TIMEOUT_S = 120.0
+LINK_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
 
 
 def _tensor_to_numpy(tensor: torch.Tensor) -> tuple[Any, str]:
@@ -49,14 +53,16 @@ def register_tensors() -> None:
 
 
 class WorkerActor:
-    """`Worker` behind an actor: one thread, one device."""
+    """`Worker` behind an actor: it answers over its link, or where there is none as plain actor calls; never both."""
 
-    def __init__(self, index: int, num_workers: int) -> None:
+    def __init__(self, index: int, num_workers: int, num_threads: int, invitation: Invitation | None) -> None:
         keep_freed_memory()
         register_tensors()
-        torch.set_num_threads(1)
+        torch.set_num_threads(num_threads)
         self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"
         self._worker = Worker(index, num_workers, self._device)
+        if invitation is not None:
+            linked_worker.start(self.call, invitation, index, num_threads)
 
     def call(self, method: str, *args: Any) -> Any:
         """Answer one verb of `Worker`."""
@@ -65,6 +71,17 @@ class WorkerActor:
     def whoami(self) -> tuple[int, str]:
         """Process id and device."""
         return os.getpid(), self._device
+
+
+def is_spread() -> bool:
+    """Whether workers may run on other nodes than this one."""
+    return len([node for node in ray.nodes() if node["Alive"]]) > 1  # type: ignore[no-untyped-call]
+
+
+def own_address() -> str:
+    """The address of this node, as other nodes know it."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def resources() -> dict[str, float]:
@@ -97,23 +114,29 @@ class RayPending:
 
 
 class RayGroup(FanoutGroup):
-    """W actors on an embedded Ray (address None) or on the cluster at `address`.
+    """W actors on an embedded Ray (address None) or on the cluster at `address`, each with a link to this process.
 
-    A worker that dies is started anew, empty: its tables answer ShardMissing and others go on.
+    A worker that dies is started anew, empty: its tables answer ShardMissing and others go on. links = False is the
+    plain path: every verb an actor call. So it is, too, where a worker cannot reach this process.
     """
 
-    def __init__(self, num_workers: int, address: str | None = None) -> None:
+    def __init__(
+        self, num_workers: int, address: str | None = None, *, links: bool = True, num_threads: int = 1
+    ) -> None:
         super().__init__(num_workers)
         self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
         self._actors: list[Any] = []
         self._abandoned: list[Any] = []
+        self._links: Links | None = None
         self._counting = threading.Lock()
         self._owns_ray = not ray.is_initialized()
         try:
             if self._owns_ray:
                 self._start_ray(address)
             register_tensors()
-            self._start_actors()
+            if links:
+                self._links = Links(num_workers, own_address() if is_spread() else None)
+            self._start_actors(num_threads)
         except BaseException:
             self.close()
             raise
@@ -132,13 +155,24 @@ class RayGroup(FanoutGroup):
             _temp_dir=self._temp_dir,
         )
 
-    def _start_actors(self) -> None:
+    def _start_actors(self, num_threads: int) -> None:
         num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
-        self._actors = [actor.remote(index, self._num_workers) for index in range(self._num_workers)]
+        invitation = self._links.invitation if self._links else None
+        workers = range(self._num_workers)
+        self._actors = [actor.remote(index, self._num_workers, num_threads, invitation) for index in workers]
         answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)
         self._pids = [pid for pid, _ in answers]
         self._devices = [device for _, device in answers]
+        if self._links and not self._links.wait(LINK_TIMEOUT_S):
+            log.warning("not every worker can reach this process: every call goes through Ray, at some 8 ms each")
+            self._links.close()
+            self._links = None
+
+    @property
+    def has_links(self) -> bool:
+        """Whether calls go over links."""
+        return self._links is not None
 
     @property
     def num_workers(self) -> int:
@@ -154,7 +188,14 @@ class RayGroup(FanoutGroup):
         return self._pids
 
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+        if self._links:
+            return self._links.call([worker], method, *args)[0]
         return RayPending(self._actors[worker].call.remote(method, *args), self._abandoned)
+
+    def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
+        if self._links:
+            return Gathered(self._links.call(self._hosts(table), method, table, *args))
+        return super().on_all(method, table, *args)
 
     def backlog(self) -> int:
         with self._counting:
@@ -166,11 +207,13 @@ class RayGroup(FanoutGroup):
             return len(self._abandoned)
 
     def stage(self, part: Part) -> Staged:
-        """The part in the object store: each node fetches it once, and it is freed with the last reference.
+        """The part, which workers get with the first call and keep; without links, in the object store.
 
         Raises:
             OutOfMemory: the store is full, and so is the disk it spills to.
         """
+        if self._links:
+            return self._links.keep(part)
         try:
             return ray.put(part)
         except (ObjectStoreFullError, OutOfDiskError) as error:
@@ -180,6 +223,8 @@ class RayGroup(FanoutGroup):
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+        if self._links:
+            self._links.close()
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
         if self._temp_dir:

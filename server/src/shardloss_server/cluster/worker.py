@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard import scan
+from shardloss_server.shard.kept import KEPT_BYTES, Room
 from shardloss_server.shard.record import (
     LabelTarget,
     Mined,
@@ -44,15 +46,17 @@ class Worker:
         OutOfMemory: a new table, or the gradient of a step, does not fit; nothing changed.
     """
 
-    def __init__(self, index: int, num_workers: int, device: str = "cpu") -> None:
+    def __init__(self, index: int, num_workers: int, device: str = "cpu", kept_bytes: int = KEPT_BYTES) -> None:
         self.index, self.num_workers, self.device = index, num_workers, device
+        self._room = Room(kept_bytes)
+        self._parts: dict[int, tuple[Part, weakref.ref[Part]]] = {}  # on the device, by the id of what came
         self._tables: dict[str, dict[int, ShardTable]] = {}
 
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
         """Allocate and fill this worker's shards."""
         shards = range(self.index, spec.placement.num_shards, self.num_workers)
         with allocating(f"the shards of {spec.name!r} on worker {self.index}"), self._computing():
-            self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions) for k in shards}
+            self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions, self._room) for k in shards}
         return dict.fromkeys(shards, 0)
 
     def drop(self, table: str) -> dict[int, int]:
@@ -85,7 +89,10 @@ class Worker:
         return self._each(table, ShardTable.gradient, part, upstream)
 
     def apply(self, table: str, order: Order, *parts: Part) -> dict[int, int]:
-        return self._each(table, ShardTable.apply_, order.record(parts))
+        def apply(shard: ShardTable, order: Order, *parts: Part) -> int:
+            return shard.apply_(order.record(parts))
+
+        return self._each(table, apply, order, *parts)
 
     def write(self, table: str, write: RowWrite) -> dict[int, int]:
         return self._each(table, ShardTable.write_, write)
@@ -117,8 +124,21 @@ class Worker:
             raise ShardMissing(f"worker {self.index} holds no shard of table {table!r}")
         with self._computing():
             with allocating("what a call brings"):
-                here = [moved(value, self.device) for value in values]
-            return {k: moved(ask(shard, *here), "cpu") for k, shard in self._tables[table].items()}
+                here = [self._here(value) for value in values]
+            answers = {k: ask(shard, *here) for k, shard in self._tables[table].items()}
+            return answers if self.device == "cpu" else {k: moved(answer, "cpu") for k, answer in answers.items()}
+
+    def _here(self, value: Any) -> Any:
+        """A value on the worker's device; a part that came before is the same object again, so what was kept fits."""
+        if self.device == "cpu":
+            return value
+        if not isinstance(value, Part):
+            return moved(value, self.device)
+        place = id(value)
+        if place not in self._parts:
+            forget = weakref.ref(value, lambda _: self._parts.pop(place, None))
+            self._parts[place] = moved(value, self.device), forget
+        return self._parts[place][0]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

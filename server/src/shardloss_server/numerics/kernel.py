@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics.correction import find_hits, grouped_logsumexp
+from shardloss_server.numerics.exponentials import Exponentials, exp_, exponentials_, finite_lse
 from shardloss_server.numerics.margin import with_margin
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
 from shardloss_server.numerics.transform import cap_, cap_slope
 
-CHUNK_LOGITS = 1 << 20  # logits held at once by the full softmax: 4 MiB of float32 stay near the cache
+CHUNK_LOGITS = 1 << 19  # logits held at once by the full softmax: 2 MiB of float32 stay near the cache
 SAMPLED_LOGITS = 1 << 25  # and by a sampled loss, whose usual N x S fits; a larger one goes in ranges of candidates
 ENTRY_ELEMENTS = 1 << 24  # elements of the rows of entries gathered at once
 
@@ -140,24 +141,26 @@ def softplus(logits: Tensor) -> Tensor:
 # Statistics
 
 
-def block_statistics(columns: Columns, rows: Tensor, with_gradient: bool, family: str) -> Statistics:
-    """Statistics of a block's columns [N, C] (its logits are overwritten), rows [C, D]. A row may be all -inf."""
+def block_statistics(
+    columns: Columns, rows: Tensor, with_gradient: bool, family: str
+) -> tuple[Statistics, Exponentials | None]:
+    """Statistics of a block's columns [N, C] (its logits are overwritten), rows [C, D]. A row may be all -inf.
+
+    With them come the exponentials, where a step can use them: of a softmax whose logits have slope 1.
+    """
     if family == "logistic":
-        return block_sums(columns, rows, with_gradient)
+        return block_sums(columns, rows, with_gradient), None
     logits = columns.logits
     if logits.shape[1] == 0:
         with_pull = columns.pull is not None
-        return Partial.empty(logits.shape[0], rows.shape[1], logits.dtype, with_gradient, with_pull)
-    top = logits.amax(1)
-    safe_top = torch.where(torch.isneginf(top), 0.0, top)
-    exps = logits.sub_(safe_top[:, None]).exp_()
-    total = exps.sum(1)
-    lse = safe_top.double() + total.double().log()
+        return Partial.empty(logits.shape[0], rows.shape[1], logits.dtype, with_gradient, with_pull), None
+    exps = exponentials_(logits)
+    total = exps.values.sum(1)
+    lse = exps.top.double() + total.double().log()
     total = torch.where(total == 0, 1.0, total)
-    mean_pull = None if columns.pull is None else ((exps * columns.pull).sum(1) / total).double()
-    if not with_gradient:
-        return Partial(lse, None, mean_pull)
-    return Partial(lse, (sloped(exps, columns.slope) @ rows) / total[:, None], mean_pull)
+    mean_pull = None if columns.pull is None else ((exps.values * columns.pull).sum(1) / total).double()
+    mean_row = (sloped(exps.values, columns.slope) @ rows).div_(total[:, None]) if with_gradient else None
+    return Partial(lse, mean_row, mean_pull), exps if columns.slope is None else None
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:
@@ -205,11 +208,6 @@ def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: 
 # Gradients
 
 
-def finite_lse(lse: Tensor) -> Tensor:
-    """lse with 0 in place of -inf: a row without a column has exp(-inf - 0) = 0 everywhere, never nan."""
-    return torch.where(torch.isneginf(lse), 0.0, lse)
-
-
 def block_gradient(columns: Columns, lse: Tensor, scale: Tensor, family: str) -> Tensor:
     """dz [N, C] before the slope's argument: scale * p * slope, in place of the logits; scale [N] = g * weight.
 
@@ -222,7 +220,7 @@ def block_gradient(columns: Columns, lse: Tensor, scale: Tensor, family: str) ->
         lse = finite_lse(lse)
         held = lse.to(columns.logits.dtype)
         scale = scale * torch.exp(held.double() - lse).to(scale.dtype)
-        probability = columns.logits.sub_(held[:, None]).exp_()
+        probability = exp_(columns.logits.sub_(held[:, None]))
     dz = probability.mul_(scale[:, None])
     return dz if columns.slope is None else dz.mul_(columns.slope)
 

@@ -42,85 +42,76 @@ def initial_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dty
     return {name: torch.zeros(num_rows, dim, dtype=dtype) for name in ("first_moment", "second_moment")}
 
 
-def updated(
-    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
-    """New rows [M, D] and their new state after one step.
+def update_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int) -> None:
+    """Change rows [M, D] and their state by one step, in place; gradient [M, D] is overwritten.
 
-    gradient [M, D] is summed over everything that touched a row; step counts the table's commits from 1.
+    gradient is summed over everything that touched a row; step counts the table's commits from 1.
     """
-    return UPDATES[spec.kind](spec, rows, gradient, state, learning_rate, step)
+    UPDATES[spec.kind](spec, rows, gradient, state, learning_rate, step)
 
 
-def sgd(
-    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
+def sgd_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int) -> None:
     """buf = momentum * buf + grad; p -= lr * buf (torch.optim.SGD, dampening 0; nesterov: grad + momentum * buf)."""
     if spec.weight_decay:
-        gradient = gradient + spec.weight_decay * rows
-    if not spec.momentum:
-        return rows - learning_rate * gradient, {}
-    momentum = spec.momentum * state["momentum"] + gradient
-    direction = gradient + spec.momentum * momentum if spec.nesterov else momentum
-    return rows - learning_rate * direction, {"momentum": momentum}
+        gradient.add_(rows, alpha=spec.weight_decay)
+    if spec.momentum:
+        momentum = state["momentum"].mul_(spec.momentum).add_(gradient)
+        gradient = gradient.add_(momentum, alpha=spec.momentum) if spec.nesterov else momentum
+    rows.sub_(gradient, alpha=learning_rate)
 
 
-def adagrad(
-    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
+def adagrad_(
+    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int
+) -> None:
     """sum += grad^2; p -= lr * grad / (sqrt(sum) + eps) (torch.optim.Adagrad)."""
-    total = state["sum"] + gradient * gradient
-    return rows - learning_rate * gradient / (total.sqrt() + spec.eps), {"sum": total}
+    total = state["sum"].addcmul_(gradient, gradient)
+    rows.addcdiv_(gradient, total.sqrt().add_(spec.eps), value=-learning_rate)
 
 
-def row_adagrad(
-    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
+def row_adagrad_(
+    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int
+) -> None:
     """As adagrad with sum [M, 1] += mean over D of grad^2 (row-wise Adagrad of FBGEMM, "exact_row_wise_adagrad")."""
-    total = state["sum"] + (gradient * gradient).mean(1, keepdim=True)
-    return rows - learning_rate * gradient / (total.sqrt() + spec.eps), {"sum": total}
+    total = state["sum"].add_((gradient * gradient).mean(1, keepdim=True))
+    rows.addcmul_(gradient, total.sqrt().add_(spec.eps).reciprocal_(), value=-learning_rate)
 
 
-def moments(spec: OptimizerSpec, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
+def moments_(spec: OptimizerSpec, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """m = b1 m + (1 - b1) grad; v = b2 v + (1 - b2) grad^2."""
-    first = spec.beta1 * state["first_moment"] + (1 - spec.beta1) * gradient
-    second = spec.beta2 * state["second_moment"] + (1 - spec.beta2) * gradient * gradient
+    first = state["first_moment"].mul_(spec.beta1).add_(gradient, alpha=1 - spec.beta1)
+    second = state["second_moment"].mul_(spec.beta2).addcmul_(gradient, gradient, value=1 - spec.beta2)
     return first, second
 
 
-def adam(
-    spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
+def adam_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int) -> None:
     """p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
 
     adam adds weight_decay * p to the gradient, adamw scales p by 1 - lr * weight_decay first.
     """
     if spec.kind == "adam" and spec.weight_decay:
-        gradient = gradient + spec.weight_decay * rows
+        gradient.add_(rows, alpha=spec.weight_decay)
     if spec.kind == "adamw":
-        rows = rows * (1 - learning_rate * spec.weight_decay)
-    first, second = moments(spec, gradient, state)
-    denominator = second.sqrt() / (1 - spec.beta2**step) ** 0.5 + spec.eps
-    rows = rows - learning_rate / (1 - spec.beta1**step) * first / denominator
-    return rows, {"first_moment": first, "second_moment": second}
+        rows.mul_(1 - learning_rate * spec.weight_decay)
+    first, second = moments_(spec, gradient, state)
+    denominator = second.sqrt().div_((1 - spec.beta2**step) ** 0.5).add_(spec.eps)
+    rows.addcdiv_(first, denominator, value=-learning_rate / (1 - spec.beta1**step))
 
 
-def sparse_adam(
+def sparse_adam_(
     spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
-) -> tuple[Tensor, State]:
+) -> None:
     """p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps) (torch.optim.SparseAdam)."""
-    first, second = moments(spec, gradient, state)
+    first, second = moments_(spec, gradient, state)
     step_size = learning_rate * (1 - spec.beta2**step) ** 0.5 / (1 - spec.beta1**step)
-    rows = rows - step_size * first / (second.sqrt() + spec.eps)
-    return rows, {"first_moment": first, "second_moment": second}
+    rows.addcdiv_(first, second.sqrt().add_(spec.eps), value=-step_size)
 
 
-Update = Callable[[OptimizerSpec, Tensor, Tensor, State, float, int], tuple[Tensor, State]]
+Update = Callable[[OptimizerSpec, Tensor, Tensor, State, float, int], None]
 UPDATES: dict[str, Update] = {
-    "sgd": sgd,
-    "adagrad": adagrad,
-    "row_adagrad": row_adagrad,
-    "adam": adam,
-    "adamw": adam,
-    "sparse_adam": sparse_adam,
+    "sgd": sgd_,
+    "adagrad": adagrad_,
+    "row_adagrad": row_adagrad_,
+    "adam": adam_,
+    "adamw": adam_,
+    "sparse_adam": sparse_adam_,
 }

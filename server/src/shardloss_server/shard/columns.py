@@ -9,12 +9,16 @@ from torch import Tensor
 
 from shardloss_server.numerics import kernel, ranking
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
+from shardloss_server.shard.kept import Kept
 from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
 from shardloss_server.shard.rows import ShardRows
 
 
-def score(rows: ShardRows, part: Part, with_gradient: bool, version: int) -> Score:
-    """What the shard's columns say of a part; rows of D only where a gradient is wanted."""
+def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: Kept) -> Score:
+    """What the shard's columns say of a part; rows of D only where a gradient is wanted.
+
+    What a step can use of it is kept, where one can be expected: where a gradient is wanted.
+    """
     hidden, objective = part.batch.hidden, part.objective
     num_rows, family = len(hidden), objective.family
     labels = label_entries(rows, part)
@@ -26,9 +30,15 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int) -> Sco
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, objective)
         total = combine(total, kernel.entry_statistics(num_rows, entries, columns, with_gradient, family))
-    for _, block in blocks(rows, part):
+    of_part = kept.begin(part) if with_gradient else None
+    for place, (_, block) in enumerate(blocks(rows, part)):
         columns = kernel.block_columns(hidden, block, objective)
-        total = combine(total, kernel.block_statistics(columns, block.rows, with_gradient, family))
+        statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, family)
+        total = combine(total, statistics)
+        if of_part is not None:
+            of_part.keep(place, block, exponentials)
+    if of_part is not None:
+        of_part.labels = labels
     return Score(total, target, spread(rows, part), version)
 
 
@@ -107,15 +117,24 @@ def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tens
 
 
 def candidate_blocks(rows: ShardRows, part: Part, candidates: Candidates) -> Iterator[tuple[Tensor, kernel.Block]]:
-    """Owned candidates in ranges whose logits stay within SAMPLED_LOGITS; usually one."""
+    """Class ids and columns of the owned candidates, in ranges."""
+    for place in candidate_places(rows, part, candidates):
+        yield candidates.class_ids[place], candidate_block(rows, part, candidates, place)
+
+
+def candidate_places(rows: ShardRows, part: Part, candidates: Candidates) -> tuple[Tensor, ...]:
+    """Places of the owned candidates, in ranges whose logits stay within SAMPLED_LOGITS; usually one."""
     mine = torch.nonzero(rows.spec.placement.owned(rows.shard, candidates.class_ids))[:, 0]
-    size = max(64, kernel.SAMPLED_LOGITS // max(1, len(part.batch.hidden)))
-    for place in torch.split(mine, size):
-        class_ids = candidates.class_ids[place]
-        row_index = rows.spec.placement.rows(rows.shard, class_ids)
-        gathered, biases, norms = rows.gather(row_index, part.objective.transform)
-        hits = hits_of(part.batch.labels, candidates, place)
-        yield class_ids, kernel.Block(gathered, biases, norms, candidates.log_weight[place], hits)
+    return torch.split(mine, max(64, kernel.SAMPLED_LOGITS // max(1, len(part.batch.hidden))))
+
+
+def candidate_block(rows: ShardRows, part: Part, candidates: Candidates, place: Tensor) -> kernel.Block:
+    """Columns of the candidates at place [C]."""
+    row_index = rows.spec.placement.rows(rows.shard, candidates.class_ids[place])
+    gathered, biases, norms = rows.gather(row_index, part.objective.transform)
+    return kernel.Block(
+        gathered, biases, norms, candidates.log_weight[place], hits_of(part.batch.labels, candidates, place)
+    )
 
 
 def hits_of(labels: Tensor, candidates: Candidates, place: Tensor) -> kernel.Hits | None:

@@ -12,26 +12,65 @@ from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
 from shardloss_server.shard.distribution import Collected
+from shardloss_server.shard.kept import Kept, KeptBlock, KeptPart
 from shardloss_server.shard.record import Candidates, Part, Upstream
 from shardloss_server.shard.rows import BLOCK_ROWS, Index, ShardRows
 
-Touched = tuple[Tensor, Tensor, Tensor]  # row index [M] ascending and distinct, gradient of rows [M, D], of biases [M]
+Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of rows [M, D], of biases [M]
 
 
-def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...]) -> Touched:
+class Touch:
+    """The rows that parts touch, each at one place: first a block of candidates as it is, then the others, ascending.
+
+    The gradient of that block, which is nearly all of it, is added where it stands; index_add_ would run at 2 GB/s.
+    """
+
+    def __init__(self, rows: ShardRows, parts: tuple[Part, ...]) -> None:
+        self._block = first_block(rows, parts)
+        touched = torch.cat([touched_rows(rows, part) for part in parts])
+        self._others = torch.unique(touched[~self._in_block(touched)[0]])
+        self.index = torch.cat([self._block, self._others])
+
+    def _in_block(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows stand in the block, and where."""
+        if len(self._block) == 0:
+            return torch.zeros_like(index, dtype=torch.bool), index
+        place = torch.searchsorted(self._block, index).clamp_(max=len(self._block) - 1)
+        return self._block[place] == index, place
+
+    def add_(self, total: Tensor, index: Tensor, piece: Tensor) -> None:
+        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`."""
+        if torch.equal(index, self._block):
+            total[: len(index)] += piece
+            return
+        is_in_block, place = self._in_block(index)
+        elsewhere = len(self._block) + torch.searchsorted(self._others, index)
+        total.index_add_(0, torch.where(is_in_block, place, elsewhere), piece)
+
+
+def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
     """Gradient through candidate and label columns.
 
     Gradients that hit the same row are summed, one piece at a time.
     """
-    distinct = torch.unique(torch.cat([touched_rows(rows, part) for part in parts]))
-    gradient = torch.zeros(len(distinct), rows.spec.dim, dtype=rows.compute_dtype)
-    biases = torch.zeros(len(distinct), dtype=rows.compute_dtype)
+    touch = Touch(rows, parts)
+    gradient = torch.zeros(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
+    biases = torch.zeros(len(touch.index), dtype=rows.compute_dtype)
     for part, up in zip(parts, upstreams, strict=True):
-        for index, piece_rows, piece_biases in column_gradients(rows, part, up):
-            place = torch.searchsorted(distinct, index)
-            gradient.index_add_(0, place, piece_rows)
-            biases.index_add_(0, place, piece_biases)
-    return distinct, gradient, biases
+        for index, piece_rows, piece_biases in column_gradients(rows, part, up, kept.of(part)):
+            touch.add_(gradient, index, piece_rows)
+            touch.add_(biases, index, piece_biases)
+    return touch.index, gradient, biases
+
+
+def first_block(rows: ShardRows, parts: tuple[Part, ...]) -> Tensor:
+    """Rows [C] of the first block of candidates of any part, where they are distinct; else none."""
+    for part in parts:
+        if isinstance(part.candidates, Candidates):
+            for place in columns.candidate_places(rows, part, part.candidates):
+                index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
+                return index if bool((index[1:] > index[:-1]).all()) else index[:0]
+    return torch.zeros(0, dtype=torch.int64)
 
 
 def touched_rows(rows: ShardRows, part: Part) -> Tensor:
@@ -43,17 +82,20 @@ def touched_rows(rows: ShardRows, part: Part) -> Tensor:
     return placement.rows(rows.shard, class_ids[placement.owned(rows.shard, class_ids)])
 
 
-def column_gradients(rows: ShardRows, part: Part, up: Upstream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def column_gradients(
+    rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(row index, gradient of rows, gradient of biases) of each piece of a part's sparse columns."""
     weight = weight_of_columns(part, up.lse)
-    labels = columns.label_entries(rows, part)
+    labels = kept.labels or columns.label_entries(rows, part)
     yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart)
     for entries in columns.row_entries(rows, part):
         yield entries.row_index, *entry_gradient(part, entries, up, weight, True)
     if isinstance(part.candidates, Candidates):
-        for class_ids, block in columns.candidate_blocks(rows, part, part.candidates):
-            row_index = rows.spec.placement.rows(rows.shard, class_ids)
-            yield row_index, *block_gradient(part, block, up, weight)
+        for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
+            row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
+            scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
+            yield row_index, *block_gradient(part, scored, up, weight, rows.spec.bias)
 
 
 def entry_gradient(
@@ -71,20 +113,26 @@ def entry_gradient(
 
 def block_gradient(
     part: Part,
-    block: kernel.Block,
+    scored: KeptBlock | kernel.Block,
     up: Upstream,
     weight: Tensor,
+    with_bias: bool,
     class_weights: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows [C, D] and biases [C] of a block.
+    """Gradient of the rows [C, D] and biases [C] of a block, from its exponentials where they were kept.
 
     class_weights [C] where labels are smoothed; labels: sums of g y hidden [C, D] and g y [C] of a distribution.
     """
     hidden, objective = part.batch.hidden, part.objective
-    found = kernel.block_columns(hidden, block, objective)
-    dz = kernel.block_gradient(found, up.lse, up.g * weight, objective.family)
-    gradient, bias = dz.T @ hidden, dz.sum(0)
+    if isinstance(scored, KeptBlock):
+        block = scored.block
+        gradient, bias = scored.exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
+    else:
+        block = scored
+        found = kernel.block_columns(hidden, block, objective)
+        dz = kernel.block_gradient(found, up.lse, up.g * weight, objective.family)
+        gradient, bias = dz.T @ hidden, dz.sum(0)
     if class_weights is not None and part.batch.spread is not None:
         g = up.g * part.batch.spread
         gradient -= class_weights[:, None] * (g @ hidden)
@@ -103,29 +151,41 @@ def dense_gradient(
     upstreams: tuple[Upstream, ...],
     touched: Touched,
     collected: Collected | None,
+    kept: Kept,
 ) -> Iterator[tuple[Index, Tensor, Tensor]]:
     """Gradient of every row, in chunks of rows: the parts over all classes plus what the columns touched.
 
     A chunk's logits depend on its own rows alone, so the caller may update a chunk before asking for the next.
     """
     full = [(part, up) for part, up in zip(parts, upstreams, strict=True) if part.is_full]
-    row_index, touched_rows_, touched_biases = touched
-    for start, end in rows.chunks(max(len(part.batch.hidden) for part, _ in full)):
-        gradient = torch.zeros(end - start, rows.spec.dim, dtype=rows.compute_dtype)
-        biases = torch.zeros(end - start, dtype=rows.compute_dtype)
-        for part, up in full:
-            _, block = columns.dense_block(rows, part, start, end)
-            weights = None
+    weights = [weight_of_columns(part, up.lse) for part, up in full]
+    row_index, order = torch.sort(touched[0])
+    touched_rows_, touched_biases = touched[1][order], touched[2][order]
+    for place, (start, end) in enumerate(rows.chunks(max(len(part.batch.hidden) for part, _ in full))):
+        pieces = []
+        for (part, up), weight in zip(full, weights, strict=True):
+            scored: KeptBlock | kernel.Block | None = kept_chunk(rows, part, kept.of(part), place, start, end)
+            scored = scored or columns.dense_block(rows, part, start, end)[1]
+            of_classes = None
             if part.batch.spread is not None:
-                weights = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
+                of_classes = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
             labels = labels_of(part, collected, start, end)
-            piece = block_gradient(part, block, up, weight_of_columns(part, up.lse), weights, labels)
+            pieces.append(block_gradient(part, scored, up, weight, rows.spec.bias, of_classes, labels))
+        gradient, biases = pieces[0]
+        for piece in pieces[1:]:
             gradient += piece[0]
             biases += piece[1]
         low, high = torch.searchsorted(row_index, torch.tensor([start, end])).tolist()
-        gradient[row_index[low:high] - start] += touched_rows_[low:high]
-        biases[row_index[low:high] - start] += touched_biases[low:high]
+        gradient.index_add_(0, row_index[low:high] - start, touched_rows_[low:high])
+        biases.index_add_(0, row_index[low:high] - start, touched_biases[low:high])
         yield slice(start, end), gradient, biases
+
+
+def kept_chunk(rows: ShardRows, part: Part, kept: KeptPart, place: int, start: int, end: int) -> KeptBlock | None:
+    """The chunk's exponentials, where the part was scored in the same chunks."""
+    scored = kept.blocks.get(place)
+    own = rows.chunk_rows(len(part.batch.hidden))
+    return scored if scored is not None and start == place * own and len(scored.block.rows) == end - start else None
 
 
 def labels_of(part: Part, collected: Collected | None, start: int, end: int) -> tuple[Tensor, Tensor] | None:

@@ -101,7 +101,7 @@ class RowCandidates:
     label_log_weight: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Part:
     """One planned batch, complete in itself: candidates None means every class.
 

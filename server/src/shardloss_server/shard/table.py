@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics.initializer import round_stochastically
-from shardloss_server.numerics.optimizer import State, initial_state, updated
+from shardloss_server.numerics.optimizer import State, initial_state, update_
 from shardloss_server.shard import columns, distribution
 from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.gradient import dense_gradient, in_blocks, touched_gradient
+from shardloss_server.shard.kept import KEPT_BYTES, Kept, Room
 from shardloss_server.shard.ledger import Ledger, Outcome
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -27,7 +28,7 @@ from shardloss_server.shard.record import (
     Upstream,
     allocating,
 )
-from shardloss_server.shard.rows import Index, ShardRows
+from shardloss_server.shard.rows import Index, ShardRows, taken
 
 KEPT_RECORDS = 1  # a peer lags by the one record in flight: the owner settles it before it starts another
 
@@ -43,12 +44,13 @@ class ShardTable(ShardRows):
     repeat of the present version is a no-op.
     """
 
-    def __init__(self, spec: TableSpec, shard: int, max_sessions: int) -> None:
+    def __init__(self, spec: TableSpec, shard: int, max_sessions: int, room: Room | None = None) -> None:
         super().__init__(spec, shard)
         self.version = 0
         self.num_commits = 0
         self.ledger = Ledger(max_sessions)
         self.collected: Collected | None = None
+        self.kept = Kept(room or Room(KEPT_BYTES))
         self._records: deque[Record | RowWrite] = deque(maxlen=KEPT_RECORDS)
         self.weight_state = initial_state(spec.optimizer, self.num_rows, spec.dim, self.compute_dtype)
         self.bias_state = initial_state(spec.optimizer, self.num_rows if spec.bias else 0, 1, self.compute_dtype)
@@ -57,17 +59,18 @@ class ShardTable(ShardRows):
 
     def score(self, part: Part, with_gradient: bool) -> Score:
         """What this shard's columns say of a part; rows of D only where a gradient is wanted."""
-        return columns.score(self, part, with_gradient, self.version)
+        return columns.score(self, part, with_gradient, self.version, self.kept)
 
     def mine(self, part: Part, k: int) -> Mined:
         """The k best candidates of each row among this shard's, accidental hits left out."""
         return columns.mine(self, part, k, self.version)
 
     def gradient(self, part: Part, upstream: Upstream) -> RowGradient:
-        """Gradient of sum(g * loss) in this shard's touched rows, class ids ascending; all rows for a full softmax."""
-        row_index, rows, biases = touched_gradient(self, (part,), (upstream,))
+        """Gradient of sum(g * loss) in this shard's touched rows, each once; all rows for a full softmax."""
+        row_index, rows, biases = touched_gradient(self, (part,), (upstream,), self.kept)
         if part.is_full:
-            chunks = list(dense_gradient(self, (part,), (upstream,), (row_index, rows, biases), self.collected))
+            touched = row_index, rows, biases
+            chunks = list(dense_gradient(self, (part,), (upstream,), touched, self.collected, self.kept))
             row_index = torch.arange(self.num_rows)
             rows = torch.cat([chunk[1] for chunk in chunks]) if chunks else rows[:0]
             biases = torch.cat([chunk[2] for chunk in chunks]) if chunks else biases[:0]
@@ -114,9 +117,9 @@ class ShardTable(ShardRows):
             return self.version
         step = self.num_commits + 1
         with allocating("the gradient of a step"):  # nothing has changed until its first block is there
-            touched = touched_gradient(self, record.parts, record.upstreams)
+            touched = touched_gradient(self, record.parts, record.upstreams, self.kept)
             if any(part.is_full for part in record.parts):
-                blocks = dense_gradient(self, record.parts, record.upstreams, touched, self.collected)
+                blocks = dense_gradient(self, record.parts, record.upstreams, touched, self.collected, self.kept)
             else:
                 blocks = in_blocks(touched)
             first = list(islice(blocks, 1))
@@ -154,20 +157,22 @@ class ShardTable(ShardRows):
 
     def _advance_(self, record: Record | RowWrite) -> None:
         self.version = record.version
+        self.kept.clear()
         self._records.append(record)
 
     def _update_rows_(self, index: Index, gradient: Tensor, bias_gradient: Tensor, record: Record, step: int) -> None:
         optimizer, lr = self.spec.optimizer, record.learning_rate
-        state = {name: value[index] for name, value in self.weight_state.items()}
-        rows, state = updated(optimizer, self.weights[index].to(self.compute_dtype), gradient, state, lr, step)
-        self.weights[index] = self._stored(rows, index, record.version)
-        _put(self.weight_state, index, state)
+        rows = taken(self.weights, index).to(self.compute_dtype)
+        state = {name: taken(value, index) for name, value in self.weight_state.items()}
+        update_(optimizer, rows, gradient, state, lr, step)
+        put_(self.weights, index, self._stored(rows, index, record.version))
+        put_all_(self.weight_state, index, state)
         if self.spec.bias:
-            state = {name: value[index] for name, value in self.bias_state.items()}
-            column, gradient_column = self.biases[index][:, None], bias_gradient[:, None]
-            column, state = updated(optimizer, column, gradient_column, state, lr, step)
-            self.biases[index] = column[:, 0]
-            _put(self.bias_state, index, state)
+            biases = taken(self.biases, index)
+            state = {name: taken(value, index) for name, value in self.bias_state.items()}
+            update_(optimizer, biases[:, None], bias_gradient[:, None], state, lr, step)
+            put_(self.biases, index, biases)
+            put_all_(self.bias_state, index, state)
 
     def _stored(self, rows: Tensor, index: Index, version: int) -> Tensor:
         if self.weights.dtype != torch.bfloat16:
@@ -175,6 +180,15 @@ class ShardTable(ShardRows):
         return round_stochastically(rows, self.spec.initializer.seed, version, self.class_ids(index))
 
 
-def _put(state: State, index: Index, new: State) -> None:
+def put_(values: Tensor, index: Index, new: Tensor) -> None:
+    """values[index] = new; nothing to do where new is that very range."""
+    if isinstance(index, Tensor):
+        values.index_copy_(0, index, new)
+    elif new.data_ptr() != values[index].data_ptr():
+        values[index] = new
+
+
+def put_all_(state: State, index: Index, new: State) -> None:
+    """`put_` of every entry."""
     for name, value in new.items():
-        state[name][index] = value
+        put_(state[name], index, value)

@@ -1,0 +1,191 @@
+"""Frames on a socket between the front end and a worker: a number, a kind, and one value.
+
+    frame    kind u8, 7 bytes of 0, number u64, body length u64 (little-endian), body
+    body     pickle length u64, count of buffers u64, their lengths u64 each, pickle, buffers; each of the last two
+             begins at a multiple of ALIGNMENT from the body's start
+
+The value is pickled, its large tensors beside the pickle, so that they are neither copied to be sent nor after they
+came. A pickle can run code: only `handshake` decides whose frames are read.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HEADER = struct.Struct("<B7xQQ")
+COUNTS = struct.Struct("<QQ")
+ALIGNMENT = 64
+SMALL_BYTES = 1 << 12  # tensors below it stay inside the pickle
+VECTORS = 64  # buffers handed to one sendmsg; the kernel takes 1024
+PADDING = bytes(ALIGNMENT)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class LinkClosed(Exception):
+    """The other side has gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What came."""
+
+    kind: int
+    number: int
+    body: memoryview
+
+
+def rebuild(content: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over the bytes that came."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).view(shape)
+
+
+def reduce_tensor(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """How a tensor is pickled: its bytes as a buffer."""
+    tensor = tensor.detach().cpu().contiguous()
+    content = tensor.flatten().view(torch.uint8).numpy()
+    return rebuild, (pickle.PickleBuffer(content.data), tensor.dtype, tuple(tensor.shape))
+
+
+def encode(value: object, name_of: Callable[[object], object] | None = None) -> list[Buffer]:
+    """The body of a value, in pieces; name_of says what to send in place of an object, or None to send the object."""
+    buffers: list[memoryview] = []
+
+    def beside(buffer: pickle.PickleBuffer) -> bool:
+        content = buffer.raw()
+        if content.nbytes < SMALL_BYTES:
+            return True
+        buffers.append(content)
+        return False
+
+    stream = io.BytesIO()
+    pickler = Pickler(stream, beside, name_of)
+    pickler.dump(value)
+    content = stream.getbuffer()
+    sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
+    pieces: list[Buffer] = [COUNTS.pack(content.nbytes, len(buffers)) + sizes]
+    pieces[0] = padded(pieces[0])
+    for piece in (content, *buffers):
+        pieces.append(piece)
+        pieces.append(PADDING[: -piece.nbytes % ALIGNMENT])
+    return pieces
+
+
+class Pickler(pickle.Pickler):
+    """Protocol 5 with tensors as buffers, and with names in place of some objects."""
+
+    dispatch_table = {Tensor: reduce_tensor}  # noqa: RUF012  (what pickle looks for)
+
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        beside: Callable[[pickle.PickleBuffer], bool],
+        name_of: Callable[[object], object] | None,
+    ) -> None:
+        super().__init__(stream, protocol=5, buffer_callback=beside)
+        self._name_of = name_of
+
+    def persistent_id(self, value: object) -> object:
+        """None: pickle the object itself."""
+        return None if self._name_of is None else self._name_of(value)
+
+
+class Unpickler(pickle.Unpickler):
+    """The other side of `Pickler`."""
+
+    def __init__(
+        self, stream: io.BytesIO, buffers: Sequence[Buffer], named: Callable[[Any], object] | None = None
+    ) -> None:
+        super().__init__(stream, buffers=buffers)
+        self._named = named
+
+    def persistent_load(self, name: Any) -> object:
+        """What a name stands for."""
+        if self._named is None:
+            raise pickle.UnpicklingError(f"nothing is named {name!r} here")
+        return self._named(name)
+
+
+def decode(body: memoryview, named: Callable[[Any], object] | None = None) -> Any:
+    """The value of a body; its large tensors share the body's memory."""
+    pickle_bytes, num_buffers = COUNTS.unpack_from(body)
+    sizes = struct.unpack_from(f"<{num_buffers}Q", body, COUNTS.size)
+    at = aligned(COUNTS.size + 8 * num_buffers)
+    content, at = body[at : at + pickle_bytes], aligned(at + pickle_bytes)
+    buffers = []
+    for size in sizes:
+        buffers.append(body[at : at + size])
+        at = aligned(at + size)
+    return Unpickler(io.BytesIO(content), buffers, named).load()
+
+
+def aligned(offset: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def padded(content: Buffer) -> bytes:
+    """Content up to the next multiple of ALIGNMENT."""
+    return bytes(content) + PADDING[: -len(content) % ALIGNMENT]
+
+
+def send(sock: socket.socket, kind: int, number: int, body: Sequence[Buffer] = ()) -> None:
+    """Send one frame; who sends on a socket must be alone.
+
+    Raises:
+        OSError: the other side is gone, or does not read.
+    """
+    pieces = [memoryview(piece) for piece in body]
+    length = sum(piece.nbytes for piece in pieces)
+    send_all(sock, [memoryview(HEADER.pack(kind, number, length)), *(piece for piece in pieces if piece.nbytes)])
+
+
+def send_all(sock: socket.socket, pieces: list[memoryview]) -> None:
+    """Every byte of the pieces, in order."""
+    first = 0
+    while first < len(pieces):
+        sent = sock.sendmsg(pieces[first : first + VECTORS])
+        while first < len(pieces) and sent >= pieces[first].nbytes:
+            sent -= pieces[first].nbytes
+            first += 1
+        if sent:
+            pieces[first] = pieces[first][sent:]
+
+
+def receive(sock: socket.socket) -> Frame:
+    """Wait for the next frame.
+
+    Raises:
+        LinkClosed, OSError: the other side is gone.
+    """
+    kind, number, length = HEADER.unpack(receive_bytes(sock, HEADER.size))
+    return Frame(kind, number, receive_bytes(sock, length))
+
+
+def receive_bytes(sock: socket.socket, num_bytes: int) -> memoryview:
+    """So many bytes, in memory of their own that was not zeroed first."""
+    content = np.empty(num_bytes, dtype=np.uint8).data
+    rest = content
+    while rest.nbytes:
+        came = sock.recv_into(rest)
+        if came == 0:
+            raise LinkClosed("the other side closed the link")
+        rest = rest[came:]
+    return content
+
+
+def timeval(seconds: int) -> bytes:
+    """struct timeval of the C library, for socket options."""
+    return struct.pack("@ll", seconds, 0)

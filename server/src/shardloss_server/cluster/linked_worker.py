@@ -1,0 +1,146 @@
+"""The worker's end of a link: one thread reads what comes, another answers it in that order."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardloss_server.cluster import frames, handshake
+from shardloss_server.cluster.frames import LinkClosed
+from shardloss_server.cluster.link import (
+    ANSWER,
+    CALL,
+    CANCEL,
+    FAILURE,
+    FREE,
+    KEEP,
+    SOCKET_BYTES,
+    Failure,
+    Invitation,
+)
+from shardloss_server.shard.record import Part
+
+log = logging.getLogger(__name__)
+
+Call = Callable[..., Any]  # (method, *args) -> answer
+RECONNECT_S, GIVE_UP_S = 0.1, 60.0
+
+
+class LinkedWorker:
+    """Answers the calls of one front end until it goes."""
+
+    def __init__(self, call: Call, sock: socket.socket) -> None:
+        self._call, self._sock = call, sock
+        self._parts: dict[int, Part] = {}
+        self._waiting: deque[tuple[int, tuple[Any, ...]]] = deque()
+        self._cancelled: set[int] = set()
+        self._came = threading.Condition()
+        self._closed = False
+
+    def run(self) -> None:
+        """Read and answer; returns when the front end has gone."""
+        reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
+        reader.start()
+        while True:
+            with self._came:
+                self._came.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                number, (method, *args) = self._waiting.popleft()
+                if number in self._cancelled:
+                    self._cancelled.discard(number)
+                    continue
+            try:
+                self._answer(number, method, args)
+            except OSError:
+                return
+
+    def _answer(self, number: int, method: str, args: list[Any]) -> None:
+        try:
+            kind, body = ANSWER, frames.encode(self._call(method, *args))
+        except Exception as error:  # whatever it is, the caller is told
+            kind, body = FAILURE, frames.encode(Failure.of(error))
+        frames.send(self._sock, kind, number, body)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._take(frames.receive(self._sock))
+        except (LinkClosed, OSError):
+            pass
+        except Exception:
+            log.exception("a frame cannot be read; the link is closed")
+        with self._came:
+            self._closed = True
+            self._came.notify()
+        self._sock.close()
+
+    def _take(self, frame: frames.Frame) -> None:
+        if frame.kind == KEEP:
+            self._parts[frame.number] = frames.decode(frame.body)
+        elif frame.kind == FREE:
+            self._parts.pop(frame.number, None)
+        elif frame.kind == CALL:
+            asked = frames.decode(frame.body, self._parts.__getitem__)
+            with self._came:
+                self._waiting.append((frame.number, asked))
+                self._came.notify()
+        elif frame.kind == CANCEL:
+            with self._came:
+                if any(number == frame.number for number, _ in self._waiting):
+                    self._cancelled.add(frame.number)
+
+
+def connect(invitation: Invitation, index: int) -> socket.socket:
+    """An admitted socket to the front end.
+
+    Raises:
+        NotOurs, LinkClosed, OSError: nobody is there, or not the one that made the invitation.
+    """
+    address = invitation.address
+    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    try:
+        sock.settimeout(handshake.TIMEOUT_S)
+        sock.connect(address)
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        handshake.introduce(sock, invitation.key, index)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def serve(call: Call, invitation: Invitation, index: int) -> None:
+    """Answer the front end, over a new link wherever one breaks, until it has been gone for GIVE_UP_S.
+
+    Ray ends this process with its front end; a link that breaks while both live costs the calls under way alone.
+    """
+    gone_since = time.monotonic()
+    while time.monotonic() - gone_since < GIVE_UP_S:
+        try:
+            sock = connect(invitation, index)
+        except (OSError, LinkClosed, handshake.NotOurs):
+            time.sleep(RECONNECT_S)
+            continue
+        LinkedWorker(call, sock).run()
+        gone_since = time.monotonic()
+
+
+def start(call: Call, invitation: Invitation, index: int, num_threads: int) -> None:
+    """`serve` in a thread of its own, which is the one that computes, with so many threads beside it."""
+
+    def run() -> None:
+        torch.set_num_threads(num_threads)  # counts for the thread that sets it
+        serve(call, invitation, index)
+
+    threading.Thread(target=run, name="link", daemon=True).start()

@@ -1,0 +1,102 @@
+"""What the scores of the present version leave behind for their steps: a cache, never a semantics.
+
+A step whose part is found here takes the exponentials from its score, which saves one of its two products of matrices
+and the exponentials themselves; any other computes them again. What is kept is of one version of the shard alone, and
+goes with its part.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+from shardloss_server.numerics.exponentials import Exponentials
+from shardloss_server.numerics.kernel import Block, Entries
+from shardloss_server.shard.record import Part
+
+KEPT_BYTES = 512 * 2**20  # exponentials and gathered rows that a worker keeps between scores and their steps
+
+
+class Room:
+    """Bytes that all shards of a worker may keep together. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free = max_bytes
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether there was room, which is taken now."""
+        with self._lock:
+            if num_bytes > self._free:
+                return False
+            self._free -= num_bytes
+            return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """Room is free again."""
+        with self._lock:
+            self._free += num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBlock:
+    """A block that was scored."""
+
+    block: Block
+    exponentials: Exponentials
+
+
+class KeptPart:
+    """The blocks of one part by their place in it, and its labels' columns."""
+
+    def __init__(self, room: Room, is_full: bool) -> None:
+        self.labels: Entries | None = None
+        self.blocks: dict[int, KeptBlock] = {}
+        self._room, self._is_full, self._num_bytes = room, is_full, 0
+
+    def keep(self, place: int, block: Block, exponentials: Exponentials | None) -> None:
+        """Keep a block, where there is room."""
+        if exponentials is None:
+            return
+        num_bytes = exponentials.num_bytes + (0 if self._is_full else block.rows.nbytes)
+        if self._room.take(num_bytes):
+            self._num_bytes += num_bytes
+            self.blocks[place] = KeptBlock(block, exponentials)
+
+    def free(self) -> None:
+        """Forget it all. Idempotent."""
+        self.blocks, self.labels = {}, None
+        num_bytes, self._num_bytes = self._num_bytes, 0
+        self._room.give_back(num_bytes)
+
+
+class Kept:
+    """All that one shard keeps."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._parts: dict[int, tuple[weakref.ref[Part], KeptPart]] = {}  # by id, which stays a part's while it lives
+
+    def begin(self, part: Part) -> KeptPart:
+        """A part is being scored."""
+        self.forget(id(part))
+        place, kept = id(part), KeptPart(self._room, part.is_full)
+        self._parts[place] = weakref.ref(part, lambda _: self.forget(place)), kept
+        return kept
+
+    def of(self, part: Part) -> KeptPart:
+        """What there is of a part; an empty one where it was not scored at this version."""
+        known = self._parts.get(id(part))
+        return known[1] if known else KeptPart(self._room, part.is_full)
+
+    def forget(self, place: int) -> None:
+        """The part is gone."""
+        known = self._parts.pop(place, None)
+        if known:
+            known[1].free()
+
+    def clear(self) -> None:
+        """The version has passed."""
+        for place in list(self._parts):
+            self.forget(place)
