@@ -81,7 +81,7 @@ class NaiveGroup(FanoutGroup):
         )
         register_tensors()
         actor = ray.remote(num_cpus=1)(Actor)
-        self._actors = [actor.remote(index, num_workers) for index in range(num_workers)]
+        self._actors: list[Any] = [actor.remote(index, num_workers) for index in range(num_workers)]
         self.echo(torch.zeros(1))
 
     @property

@@ -100,7 +100,7 @@ class Trainer:
         rows, biases = rpc.rpc_sync(SERVER, pull, (ids,))
         rows.requires_grad_()
         biases.requires_grad_()
-        self._loss(hidden, ids, rows, biases, num_tries).backward()
+        self._loss(hidden, ids, rows, biases, num_tries).backward()  # type: ignore[no-untyped-call]
         rpc.rpc_sync(SERVER, push, (ids, rows.grad, biases.grad))
         return {"wire_bytes": 2 * (ids.nbytes + rows.nbytes + biases.nbytes)}
 
@@ -128,7 +128,7 @@ def start_rpc(name: str, rank: int, meeting: str) -> None:
     options = rpc.TensorPipeRpcBackendOptions(
         init_method=f"file://{meeting}", rpc_timeout=TIMEOUT_S, _transports=["uv"], _channels=["basic"]
     )
-    rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
+    rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)  # type: ignore[no-untyped-call]
 
 
 def run_server(shape: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ The shape: group; bytes of the tensor.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ NUM_WORKERS = 2
 class Group(Protocol):
     """What both groups can do."""
 
-    def echo(self, tensor: Tensor) -> list[Tensor]: ...
+    def echo(self, tensor: Tensor) -> Sequence[Tensor]: ...
 
     def close(self) -> None: ...
 

@@ -28,7 +28,7 @@ THREADS = 2  # inside an op; ops one after another: two at once were no faster
 class SampledSoftmax:
     """[V, D] and [V] with their accumulators."""
 
-    def __init__(self, shape: Mapping[str, Any]) -> None:
+    def __init__(self, shape: dict[str, Any]) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.random.set_seed(0)
