@@ -6,10 +6,9 @@ The shape: address; kind "full", "sampled" or "own" (S uniform candidates a row,
 - trainers: so many, each with a connection and a head of its own, all of one table; a step is one step of each, in
   threads at once where concurrent is true, else one after another.
 - overlap: `optimizer(overlap=True)`, so step() returns before the commit is applied.
-- settle: after such a step wait until the commit is applied, by asking the table for its number of commits without a
-  pause between two questions. So the next loss never queues behind the last commit, and visible_ms, the time of head,
-  backward and step(), is what a trainer waits for whose backbone takes at least as long as a commit. The whole step,
-  ms, then holds the questions too: take ms from a side with a blocking commit.
+- settle: after such a step wait, by optimizer.synchronize(), until the commit is applied. So the next loss never queues
+  behind the last commit, and visible_ms, the time of head, backward and step(), is what a trainer waits for whose
+  backbone takes at least as long as a commit. ms is the whole step, with the commit.
 - sleep_ms: sleep so long at the end of a step, as a trainer does whose backbone is on a GPU.
 """
 
@@ -106,7 +105,7 @@ class Ours:
         torch.set_num_threads(1)
         self.shape, self.name = shape, f"bench-{uuid4().hex[:12]}"
         self.client = shardloss.connect(shape["address"], timeout_s=TIMEOUT_S)
-        self.table = self.client.create_table(
+        self.client.create_table(
             self.name,
             num_classes=int(shape["V"]),
             dim=int(shape["D"]),
@@ -118,7 +117,6 @@ class Ours:
         num_trainers = int(shape.get("trainers", 1))
         self.trainers = [Trainer(shape, self.name, seed) for seed in range(num_trainers)]
         self.threads = ThreadPoolExecutor(num_trainers) if shape.get("concurrent") else None
-        self.num_commits = 0
         self.port = int(shape["address"].rpartition(":")[2]) if not shape["address"].startswith("unix") else 0
 
     def versions(self) -> Mapping[str, str]:
@@ -132,9 +130,9 @@ class Ours:
             told = [trainer.step() for trainer in self.trainers]
         else:
             told = [future.result() for future in [self.threads.submit(trainer.step) for trainer in self.trainers]]
-        self.num_commits += len(told)
         if self.shape.get("settle"):
-            self.wait_applied()
+            for trainer in self.trainers:
+                trainer.optimizer.synchronize()
         time.sleep(self.shape.get("sleep_ms", 0.0) / 1e3)
         found = {"ms": 1e3 * (time.perf_counter() - start)}
         found |= {name: sum(one[name] for one in told) / len(told) for name in told[0]}
@@ -143,13 +141,6 @@ class Ours:
         if carried is not None:
             found["wire_bytes"] = float((bytes_to(self.port) or 0) - carried)
         return found
-
-    def wait_applied(self) -> None:
-        """Until the table counts all commits of this process."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while self.table.info().num_commits < self.num_commits:
-            if time.monotonic() > deadline:
-                raise TimeoutError("a commit was not applied")
 
     def close(self) -> None:
         """Free the table: the next side may need its memory."""

@@ -68,8 +68,10 @@ def local(context: Context, scenario: str, shape: dict[str, Any], *, want_visibl
         with context.side("torch_full", {**shape, "form": "eager"}) as eager:
             row = context.row(scenario, "eager torch", shape, ours, nullcontext(eager))
             rows.append(with_visible(context, row, shape, service, eager) if want_visible else row)
-        rival = context.side("torch_full", {**shape, "form": "compile"})
-        return [*rows, context.row(scenario, "torch.compile", shape, ours, rival)]
+        if not context.quick:  # compiling is most of what a quick run has time for
+            rival = context.side("torch_full", {**shape, "form": "compile"})
+            rows.append(context.row(scenario, "torch.compile", shape, ours, rival))
+    return rows
 
 
 def with_visible(context: Context, row: Row, shape: dict[str, Any], service: Service, eager: Side) -> Row:
