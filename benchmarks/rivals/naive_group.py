@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Pending, Staged
 from shardloss_server.cluster.worker import Worker
@@ -39,7 +38,6 @@ class Actor:
     """`Worker` with one thread."""
 
     def __init__(self, index: int, num_workers: int) -> None:
-        keep_freed_memory()
         register_tensors()
         torch.set_num_threads(1)
         self._worker = Worker(index, num_workers)

@@ -48,12 +48,10 @@ class Echo:
 
 def run_server(_shape: Mapping[str, Any]) -> None:
     """A front end whose one shard is a thread, until stdin ends."""
-    from shardloss_server.cluster.allocator import keep_freed_memory
     from shardloss_server.cluster.local import LocalGroup
     from shardloss_server.config import ServerConfig
     from shardloss_server.rpc.serve import Server
 
-    keep_freed_memory()
     group = LocalGroup(1)
     server = Server(group, ServerConfig())
     server.start()

@@ -29,13 +29,11 @@ class OursNaive(Ours):
 
 def run_server(_shape: Mapping[str, Any]) -> None:
     """A front end over plain Ray, until stdin ends."""
-    from shardloss_server.cluster.allocator import keep_freed_memory
     from shardloss_server.config import ServerConfig
     from shardloss_server.rpc.serve import Server
 
     from benchmarks.rivals.naive_group import NaiveGroup
 
-    keep_freed_memory()
     group = NaiveGroup(NUM_WORKERS)
     server = Server(group, ServerConfig())
     server.start()

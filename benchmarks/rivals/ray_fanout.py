@@ -45,10 +45,8 @@ def make_group(name: str) -> Group:
         from benchmarks.rivals.naive_group import NaiveGroup
 
         return NaiveGroup(NUM_WORKERS)
-    from shardloss_server.cluster.allocator import keep_freed_memory
     from shardloss_server.cluster.ray_group import RayGroup
 
-    keep_freed_memory()
     return RayGroup(NUM_WORKERS)
 
 

@@ -10,6 +10,9 @@ from benchmarks.context import Context
 from benchmarks.row import Row, missing
 from benchmarks.side import Side, SideFailed
 
+# What the service sets at its start, for processes that hold its parts in another house, and for all that they start.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
 
 def against(
     context: Context,
