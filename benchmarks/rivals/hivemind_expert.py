@@ -6,7 +6,9 @@ then SGD. An expert takes one float tensor, so labels are a column of it: exact 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +30,16 @@ MODULE = "benchmarks.rivals.hivemind_expert"
 NAME = "loss.0"
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 LEARNING_RATE = 0.1
+PR_SET_PDEATHSIG = 1  # prctl.h
 THREADS = 2
+
+
+class Peer(DHT):
+    """A peer whose process, a fork of this one, ends with it: hivemind's own would stay where this one is killed."""
+
+    def run(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        super().run()
 
 
 class Loss(torch.nn.Module):
@@ -48,7 +59,7 @@ class RemoteLoss:
     def __init__(self, shape: Mapping[str, Any]) -> None:
         torch.set_num_threads(1)
         # Before the child: the processes that a DHT forks would keep the child's stdin open.
-        self.dht = DHT(start=True, host_maddrs=LOOPBACK)
+        self.dht = Peer(start=True, host_maddrs=LOOPBACK)
         peers = [str(address) for address in self.dht.get_visible_maddrs()]
         self.server = Child(MODULE, {**shape, "peers": peers})
         peer = PeerID.from_base58(self.server.ready["peer"])
@@ -72,7 +83,7 @@ class RemoteLoss:
 def run_server(shape: Mapping[str, Any]) -> None:
     """Serve the expert until stdin ends."""
     torch.set_num_threads(THREADS)
-    dht = DHT(initial_peers=shape["peers"], start=True, host_maddrs=LOOPBACK)
+    dht = Peer(initial_peers=shape["peers"], start=True, host_maddrs=LOOPBACK)
     loss = Loss(shape["V"], shape["D"])
     backend = ModuleBackend(
         NAME,
