@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import traceback
 from datetime import date
@@ -21,6 +22,12 @@ NUM_CORES = 2
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 FULL_OUT, QUICK_OUT = ROOT / "benchmarks", ROOT / "build" / "bench-quick"
 Only = Annotated[list[str] | None, typer.Option(help="This scenario alone, into the results there are; repeatable.")]
+
+
+@app.callback()
+def main() -> None:
+    """SIGTERM ends a run as Ctrl-C does: with the service and every side."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @app.command()

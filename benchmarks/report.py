@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.goals import WHY_MISSED
+from benchmarks.goals import GOALS, WHY_MISSED
 from benchmarks.row import Row, row_of_json
 
 HEADER = (
@@ -88,7 +88,7 @@ def markdown(rows: Sequence[Row], of_machine: str, is_quick: bool) -> str:
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(cells(row))} |" for row in rows),
         "",
-        *misses(rows),
+        *missed(rows, is_quick),
         "",
         "![ratios](ratios.png)",
         "",
@@ -138,6 +138,18 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def missed(rows: Sequence[Row], is_quick: bool) -> list[str]:
+    """The section on what is missed; a quick run has not all rows."""
+    lines = misses(rows) if is_quick else [*misses(rows), *absent(rows)]
+    return ["## Missed", "", *lines] if lines else ["Every goal is met."]
+
+
+def absent(rows: Iterable[Row]) -> list[str]:
+    """A line for each goal that has no row."""
+    there = {(row.scenario, row.rival) for row in rows}
+    return [f"- {scenario}, {rival}: no row." for scenario, rival in GOALS if (scenario, rival) not in there]
+
+
 def misses(rows: Sequence[Row]) -> list[str]:
     """A line for each goal that is missed, by how much; and for each row without a figure."""
     found = []
@@ -156,7 +168,7 @@ def misses(rows: Sequence[Row]) -> list[str]:
                     f"- {row.scenario}, {row.rival}: {name} {reached:.3g}, goal {most:.3g}: {over:.0f}% over{stretch}."
                 )
                 found.append(f"{line} {why}".strip())
-    return ["## Missed", "", *found] if found else ["Every goal is met."]
+    return found
 
 
 def number(value: float | None) -> str:

@@ -44,7 +44,7 @@ class Service:
 
 
 @contextmanager
-def running(workers: int = 2, *, worker_threads: int = 1) -> Iterator[Service]:
+def running(workers: int = 2, *, worker_threads: int = 1, keep_mib: int | None = None) -> Iterator[Service]:
     """Start the service on a free port; it has ended, with its workers, when the block is left.
 
     Raises:
@@ -54,7 +54,7 @@ def running(workers: int = 2, *, worker_threads: int = 1) -> Iterator[Service]:
         ready, log = Path(directory) / "ready", Path(directory) / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command(workers, worker_threads, ready),
+                command(workers, worker_threads, keep_mib, ready),
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,
@@ -67,11 +67,12 @@ def running(workers: int = 2, *, worker_threads: int = 1) -> Iterator[Service]:
                 stop(process)
 
 
-def command(workers: int, worker_threads: int, ready: Path) -> list[str]:
-    """How to start the service; one thread a worker is its default."""
-    options = ["--workers", str(workers), "--port", "0", "--admin-port", "0", "--ready-file", str(ready)]
-    if worker_threads != 1:
-        options += ["--worker-threads", str(worker_threads)]
+def command(workers: int, worker_threads: int, keep_mib: int | None, ready: Path) -> list[str]:
+    """How to start the service; keep_mib None is its default."""
+    options = ["--workers", str(workers), "--worker-threads", str(worker_threads)]
+    options += ["--port", "0", "--admin-port", "0", "--ready-file", str(ready)]
+    if keep_mib is not None:
+        options += ["--keep-mib", str(keep_mib)]
     return [sys.executable, "-m", "shardloss_server", "serve", *options, "--drain-s", "1"]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from shardloss_server.cluster.allocator import keep_freed_memory
+from shardloss.allocator import keep_freed_memory
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement

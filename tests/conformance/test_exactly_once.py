@@ -38,8 +38,8 @@ from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.frontend.deadline import Deadline
-from shardloss_server.numerics import kernel
 from shardloss_server.rpc.serve import Server
+from shardloss_server.shard import table as shard_table
 
 from .faulty import FaultyGroup
 from .oracle import Batch, Replica, random_batch
@@ -1288,7 +1288,7 @@ def test_a_step_without_memory_changes_nothing(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "block_gradient", fail)
+            patch.setattr(shard_table, "touched_gradient", fail)
             with pytest.raises(TableUnavailable):
                 trainer.send(request)
             assert_same_bits(table, before)

@@ -14,8 +14,8 @@ from shardloss.v1 import loss_pb2
 from shardloss_server.cluster.group import WorkerLost
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import ServerConfig
-from shardloss_server.numerics import kernel
 from shardloss_server.rpc.serve import Server
+from shardloss_server.shard import table as shard_table
 
 from .faulty import FaultyGroup
 from .oracle import Batch, random_batch
@@ -157,7 +157,7 @@ def test_a_step_without_memory_is_not_counted(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "block_gradient", fail)
+        patch.setattr(shard_table, "touched_gradient", fail)
         with pytest.raises(TableUnavailable):
             trainer.send(request)
         assert not counts_of(table).any()

@@ -58,9 +58,12 @@ class Head(torch.nn.Module):
         twin.pending = Pending(self.table.session(), self.pending.learning_rate)
         return twin
 
-    def optimizer(self, lr: float) -> RemoteOptimizer:
-        """The optimizer of the remote table: step() commits, zero_grad() drops what was not committed."""
-        return RemoteOptimizer(self.pending, lr)
+    def optimizer(self, lr: float, *, overlap: bool = False) -> RemoteOptimizer:
+        """The optimizer of the remote table: step() commits, zero_grad() drops what was not committed.
+
+        With overlap step() does not wait: the table takes the step while the trainer goes on.
+        """
+        return RemoteOptimizer(self.pending, lr, overlap)
 
     def extra_repr(self) -> str:
         """The table in repr(head)."""
@@ -103,6 +106,7 @@ class Head(torch.nn.Module):
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
+        self.pending.join()
         step = self.pending.session.step
         compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
         result = compute(
@@ -141,6 +145,7 @@ class Head(torch.nn.Module):
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
+        self.pending.join()
         if training:
             distribution = distribution.copy()  # the step sends it again: the caller's batch may have changed by then
         kind = loss if scale is None else scaled(loss, scale)

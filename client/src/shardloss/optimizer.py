@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
@@ -48,6 +49,8 @@ class Pending:
         self._upstreams: dict[Part, Tensor] = {}
         self._has_accumulated = False
         self._retired: str | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
 
     def retire(self, reason: str) -> None:
         """Another one has taken its place: nothing can be recorded any more, and the optimizer says so."""
@@ -69,6 +72,7 @@ class Pending:
         so is a validation loop that forgot no_grad. Where the server has done the step,
         as after a commit whose replies were lost, what it held is forgotten and the loss belongs to the next one.
         """
+        self.join()
         if not self._upstreams:
             self._leave_if_nobody_waits()
             if self.session.num_parts - len(self._waiting) > MAX_DEAD_PARTS:
@@ -96,6 +100,7 @@ class Pending:
             InvalidArgument: the head commits by itself, and g is not finite or another loss waits for its backward in
                 this step, which is given up.
         """
+        self.join()
         if self._has_accumulated and self.probe.grad is None:
             self._forget_recorded()
         is_first = not self._upstreams
@@ -112,17 +117,37 @@ class Pending:
         self.commit(self.learning_rate, 1.0)
         return float(is_first)
 
-    def commit(self, learning_rate: float, grad_scale: float) -> None:
+    def commit(self, learning_rate: float, grad_scale: float, overlap: bool = False) -> None:
         """Commit what was recorded as one step; nothing recorded is no step.
 
         Losses of the step whose backward has not run are given up with it. After a TransientError the recorded parts
         stay, so a second call repeats the same commit; only a head with a learning rate of its own cannot repeat, and
-        gives the step up. So does a commit that is refused.
+        gives the step up. So does a commit that is refused. With overlap the commit is under way when this returns, and
+        what becomes of it is told by `join`.
         """
+        self.join()
         if not self._upstreams:
             return
+        if not overlap:
+            self._finish(lambda: self._commit_recorded(learning_rate, grad_scale))
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "shardloss-commit")
+        self._under_way = self._thread.submit(self._commit_recorded, learning_rate, grad_scale)
+
+    def join(self) -> None:
+        """Wait until no commit is under way; whatever touches the step does so first.
+
+        Raises:
+            ShardlossError: as the commit itself would have.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._finish(under_way.result)
+
+    def _finish(self, commit: Callable[[], None]) -> None:
         try:
-            self._commit_recorded(learning_rate, grad_scale)
+            commit()
         except ShardlossError as error:
             if isinstance(error, RequestError) or self.learning_rate is not None:
                 self._give_up()
@@ -141,7 +166,12 @@ class Pending:
             self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
 
     def drop(self) -> None:
-        """Forget what was recorded, and give the step up unless a loss still waits for its backward."""
+        """Forget what was recorded, and give the step up unless a loss still waits for its backward.
+
+        A commit under way goes on: nothing was recorded since.
+        """
+        if self._under_way is not None:
+            return
         self._forget_recorded()
         self._leave_if_nobody_waits()
 
@@ -179,12 +209,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
     step does to the rows is the table's own optimizer; its state lives with the table, and state_dict holds lr alone.
     Leave the probe out of gradient clipping: its gradient is the scale of the step, not a norm. Neither copies nor
     pickles: a second optimizer would commit the same step.
+
+    With overlap step() returns at once, and the table takes the step while the trainer goes on. The head's next loss
+    waits for it, so training is the same to the bit; an error of the commit is raised there, by the next step() or by
+    synchronize(). Other readers of the table see the step once it is applied: synchronize() waits for that.
     """
 
-    def __init__(self, pending: Pending, lr: float) -> None:
+    def __init__(self, pending: Pending, lr: float, overlap: bool = False) -> None:
         if not lr >= 0.0:
             raise ValueError(f"lr = {lr} must be >= 0")
-        self._pending = pending
+        self._pending, self._overlap = pending, overlap
         super().__init__([pending.probe], {"lr": lr})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -211,8 +245,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if grad is None:  # as any optimizer passes over a parameter without a gradient
             self._pending.drop()
         else:
-            self._pending.commit(float(self.param_groups[0]["lr"]), float(grad))
+            self._pending.commit(float(self.param_groups[0]["lr"]), float(grad), self._overlap)
         return loss
+
+    def synchronize(self) -> None:
+        """Wait until the last step is applied.
+
+        Raises:
+            ShardlossError: what became of it instead; after a TransientError step() repeats it.
+        """
+        self._pending.join()
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)
         """Drop what was recorded and not committed; losses whose backward has not run yet stay valid."""

@@ -8,17 +8,20 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+import torch
 import typer
+from shardloss.allocator import keep_freed_memory
 
 from shardloss_server import __version__
-from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import ServerConfig
 from shardloss_server.rpc.serve import PortTaken, Server
+from shardloss_server.shard.kept import KEPT_BYTES
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
 log = logging.getLogger("shardloss_server")
@@ -38,6 +41,11 @@ def version() -> None:
 @app.command()
 def serve(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes: one a GPU, or one a core.")] = 2,
+    worker_threads: Annotated[int, typer.Option(min=1, help="Threads that each worker computes with.")] = 1,
+    keep_mib: Annotated[
+        int, typer.Option(min=0, help="MiB that each worker may keep between a loss and its step; 0: compute anew.")
+    ] = KEPT_BYTES // 2**20,
+    links: Annotated[bool, typer.Option(help="Workers answer over links; --no-links: as plain Ray calls.")] = True,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Data port; 0 takes a free one.")] = 7070,
     admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of health and reflection; 0: free.")] = 0,
@@ -56,21 +64,25 @@ def serve(
     # thread that started them.
     with futures.ThreadPoolExecutor(1, "serve") as thread:
         try:
-            thread.submit(run, lambda: make_group(workers, ray_address, local), config, ready_file, stop).result()
+            make = partial(make_group, workers, ray_address, local, worker_threads, keep_mib * 2**20, links)
+            thread.submit(run, make, config, ready_file, stop).result()
         except PortTaken as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None
 
 
-def make_group(workers: int, ray_address: str | None, local: bool) -> ShardGroup:
+def make_group(
+    workers: int, ray_address: str | None, local: bool, num_threads: int, kept_bytes: int, links: bool
+) -> ShardGroup:
     """The shard group; Ray is only imported where it is used, and started before any gRPC thread."""
+    torch.set_num_threads(1)  # the front end's own work is small, and the cores are the workers'
     if local:
         from shardloss_server.cluster.local import LocalGroup
 
-        return LocalGroup(workers)
+        return LocalGroup(workers, kept_bytes)
     from shardloss_server.cluster.ray_group import RayGroup
 
-    return RayGroup(workers, ray_address)
+    return RayGroup(workers, ray_address, links=links, num_threads=num_threads, kept_bytes=kept_bytes)
 
 
 def run(make: Callable[[], ShardGroup], config: ServerConfig, ready_file: Path | None, stop: threading.Event) -> None:

@@ -55,7 +55,7 @@ def rebuild(content: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tens
 def reduce_tensor(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """How a tensor is pickled: its bytes as a buffer."""
     tensor = tensor.detach().cpu().contiguous()
-    content = tensor.flatten().view(torch.uint8).numpy()
+    content = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
     return rebuild, (pickle.PickleBuffer(content.data), tensor.dtype, tuple(tensor.shape))
 
 

@@ -12,7 +12,6 @@ import select
 import socket
 import tempfile
 import threading
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,8 +25,8 @@ from typing import Any
 
 from shardloss_server.cluster import frames, handshake
 from shardloss_server.cluster.frames import Buffer, LinkClosed
-from shardloss_server.cluster.group import ShardMissing, WorkerLost
-from shardloss_server.shard.record import OutOfMemory, Part
+from shardloss_server.cluster.group import WorkerLost
+from shardloss_server.shard.record import Part
 
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE = range(1, 7)
 SOCKET_BYTES = 4 << 20
@@ -46,28 +45,8 @@ class Invitation:
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What a call ended with, as it crosses a link."""
-
-    kind: str
-    message: str
-
-    @staticmethod
-    def of(error: Exception) -> Failure:
-        """An error of a worker; one that nobody foresaw with its trace."""
-        if isinstance(error, (ShardMissing, OutOfMemory)):
-            return Failure(type(error).__name__, str(error))
-        return Failure("", "".join(traceback.format_exception(error)))
-
-    def error(self) -> Exception:
-        """The error as the port has it."""
-        kinds = {"ShardMissing": ShardMissing, "OutOfMemory": OutOfMemory}
-        return kinds.get(self.kind, WorkerFailed)(self.message)
-
-
 class WorkerFailed(Exception):
-    """A worker's code raised what no port foresees; the message is its trace."""
+    """A worker raised what cannot be sent; the message is its trace."""
 
 
 class KeptPart:
@@ -215,7 +194,7 @@ class Link:
             return
         value = frames.decode(frame.body)
         if frame.kind == FAILURE:
-            answer.set_exception(value.error())
+            answer.set_exception(value)
         else:
             answer.set_result(value)
 

@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from shardloss_server.cluster import frames, handshake
-from shardloss_server.cluster.frames import LinkClosed
+from shardloss_server.cluster.frames import Buffer, LinkClosed
 from shardloss_server.cluster.link import (
     ANSWER,
     CALL,
@@ -22,8 +23,8 @@ from shardloss_server.cluster.link import (
     FREE,
     KEEP,
     SOCKET_BYTES,
-    Failure,
     Invitation,
+    WorkerFailed,
 )
 from shardloss_server.shard.record import Part
 
@@ -48,25 +49,30 @@ class LinkedWorker:
         """Read and answer; returns when the front end has gone."""
         reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
         reader.start()
-        while True:
-            with self._came:
-                self._came.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                number, (method, *args) = self._waiting.popleft()
-                if number in self._cancelled:
-                    self._cancelled.discard(number)
-                    continue
-            try:
-                self._answer(number, method, args)
-            except OSError:
-                return
+        while self._serve_one():
+            pass
+
+    def _serve_one(self) -> bool:
+        """Answer the next call, and hold nothing of it afterwards; False once the link is closed."""
+        with self._came:
+            self._came.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return False
+            number, (method, *args) = self._waiting.popleft()
+            if number in self._cancelled:
+                self._cancelled.discard(number)
+                return True
+        try:
+            self._answer(number, method, args)
+        except OSError:
+            return False
+        return True
 
     def _answer(self, number: int, method: str, args: list[Any]) -> None:
         try:
             kind, body = ANSWER, frames.encode(self._call(method, *args))
         except Exception as error:  # whatever it is, the caller is told
-            kind, body = FAILURE, frames.encode(Failure.of(error))
+            kind, body = FAILURE, failure(error)
         frames.send(self._sock, kind, number, body)
 
     def _read(self) -> None:
@@ -96,6 +102,16 @@ class LinkedWorker:
             with self._came:
                 if any(number == frame.number for number, _ in self._waiting):
                     self._cancelled.add(frame.number)
+
+
+def failure(error: Exception) -> list[Buffer]:
+    """An error to send: itself, with its trace as a note, or where it cannot be sent the trace alone."""
+    trace = "".join(traceback.format_exception(error))
+    error.add_note(trace)
+    try:
+        return frames.encode(error)
+    except Exception:
+        return frames.encode(WorkerFailed(trace))
 
 
 def connect(invitation: Invitation, index: int) -> socket.socket:

@@ -10,6 +10,7 @@ from typing import Any
 from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Pending, Staged
 from shardloss_server.cluster.worker import Worker
+from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import Part
 
 
@@ -29,9 +30,9 @@ class LocalPending:
 class LocalGroup(FanoutGroup):
     """Workers as threads of this process, one each, so that a worker's calls keep their order."""
 
-    def __init__(self, num_workers: int = 1) -> None:
+    def __init__(self, num_workers: int = 1, kept_bytes: int = KEPT_BYTES) -> None:
         super().__init__(num_workers)
-        self._workers = [Worker(index, num_workers) for index in range(num_workers)]
+        self._workers = [Worker(index, num_workers, kept_bytes=kept_bytes) for index in range(num_workers)]
         self._threads = [ThreadPoolExecutor(1, f"shard-worker-{index}") for index in range(num_workers)]
 
     @property

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from shardloss.allocator import keep_freed_memory
 
 from shardloss_server.cluster import linked_worker
-from shardloss_server.cluster.allocator import keep_freed_memory
 from shardloss_server.cluster.fanout import FanoutGroup, Gathered
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.link import Invitation, Links
 from shardloss_server.cluster.worker import Worker
+from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import OutOfMemory, Part
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,12 +56,14 @@ def register_tensors() -> None:
 class WorkerActor:
     """`Worker` behind an actor: it answers over its link, or where there is none as plain actor calls; never both."""
 
-    def __init__(self, index: int, num_workers: int, num_threads: int, invitation: Invitation | None) -> None:
+    def __init__(
+        self, index: int, num_workers: int, num_threads: int, kept_bytes: int, invitation: Invitation | None
+    ) -> None:
         keep_freed_memory()
         register_tensors()
         torch.set_num_threads(num_threads)
         self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"
-        self._worker = Worker(index, num_workers, self._device)
+        self._worker = Worker(index, num_workers, self._device, kept_bytes)
         if invitation is not None:
             linked_worker.start(self.call, invitation, index, num_threads)
 
@@ -121,7 +124,13 @@ class RayGroup(FanoutGroup):
     """
 
     def __init__(
-        self, num_workers: int, address: str | None = None, *, links: bool = True, num_threads: int = 1
+        self,
+        num_workers: int,
+        address: str | None = None,
+        *,
+        links: bool = True,
+        num_threads: int = 1,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         super().__init__(num_workers)
         self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
@@ -136,7 +145,7 @@ class RayGroup(FanoutGroup):
             register_tensors()
             if links:
                 self._links = Links(num_workers, own_address() if is_spread() else None)
-            self._start_actors(num_threads)
+            self._start_actors(num_threads, kept_bytes)
         except BaseException:
             self.close()
             raise
@@ -155,12 +164,12 @@ class RayGroup(FanoutGroup):
             _temp_dir=self._temp_dir,
         )
 
-    def _start_actors(self, num_threads: int) -> None:
+    def _start_actors(self, num_threads: int, kept_bytes: int) -> None:
         num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         invitation = self._links.invitation if self._links else None
-        workers = range(self._num_workers)
-        self._actors = [actor.remote(index, self._num_workers, num_threads, invitation) for index in workers]
+        shared = self._num_workers, num_threads, kept_bytes, invitation
+        self._actors = [actor.remote(index, *shared) for index in range(self._num_workers)]
         answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)
         self._pids = [pid for pid, _ in answers]
         self._devices = [device for _, device in answers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from shardloss.sampling import draws
 from torch import Tensor
 
 
@@ -22,6 +23,12 @@ class Folded:
     log_weight_after_hit: Tensor | None
 
 
+def in_order(class_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [S] ascending and the order [S] that sorted them, copies in their order."""
+    ordered, place = draws.in_order(class_ids.numpy())
+    return torch.from_numpy(ordered), torch.from_numpy(place)
+
+
 def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) -> Folded:
     """Fold a draw into distinct candidates: C ids from S draws.
 
@@ -29,9 +36,12 @@ def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) 
     keeps all copies but the last drawn, as TensorFlow 2.21 does: golden case tf_ss_dupsampled_rah). Scoring the
     folded candidates equals scoring the S columns: logsumexp_c(z - log Q_c) = z + logsumexp_c(-log Q_c).
     """
-    order = torch.argsort(sampled, stable=True)
-    class_ids, inverse, counts = torch.unique_consecutive(sampled[order], return_inverse=True, return_counts=True)
+    ordered, order = in_order(sampled)
     column = -log_expected_count[order]
+    if bool((ordered[1:] > ordered[:-1]).all()):  # as every distinct draw
+        after_hit = None if hit_removal == "none" else torch.full_like(column, -torch.inf)
+        return Folded(ordered, column, after_hit)
+    class_ids, inverse, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     log_weight = grouped_logsumexp(column, inverse, len(class_ids))
     if hit_removal == "none":
         return Folded(class_ids, log_weight, None)
@@ -50,8 +60,8 @@ def in_id_order(
     For losses that are no log-sum-exp over columns. hit_removal as in `fold_repeats`; copies are those of hit_ids [S]
     where hits are found by them.
     """
-    order = torch.argsort(sampled, stable=True)
-    class_ids, log_weight = sampled[order], -log_expected_count[order]
+    class_ids, order = in_order(sampled)
+    log_weight = -log_expected_count[order]
     if hit_removal == "none":
         return Folded(class_ids, log_weight, None), order
     after_hit = torch.full_like(log_weight, -torch.inf)

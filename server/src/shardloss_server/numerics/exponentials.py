@@ -17,7 +17,10 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Exponentials:
-    """values [N, C] = exp(z - top) of a block's logits z, with top [N] their maximum (0 for a row of -inf)."""
+    """values [N, C] = exp(z - top) of a block's logits z, with top [N] their maximum (0 for a row of -inf).
+
+    Narrow ones have values in bfloat16, so their products are of bfloat16, and top [N] is near the maximum.
+    """
 
     values: Tensor
     top: Tensor
@@ -30,12 +33,12 @@ class Exponentials:
     def gradient(self, hidden: Tensor, lse: Tensor, scale: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
         """dz^T hidden [C, D] and the sums of dz [C] (zeros without with_bias), where dz = scale exp(z - lse).
 
-        lse [N] float64, scale [N] = g * weight. Only hidden is rescaled, by scale exp(top - lse): nothing of the
-        block's size is computed but the product. Source: docs/design.md, "What was measured".
+        In hidden's dtype; lse [N] float64, scale [N] = g * weight. Only hidden is rescaled, by scale exp(top - lse):
+        nothing of the block's size is computed but the product. Source: docs/design.md, "What was measured".
         """
         factor = (scale.double() * torch.exp(self.top.double() - finite_lse(lse))).to(hidden.dtype)
-        rows = self.values.T @ (hidden * factor[:, None])
-        bias = self.values.T @ factor if with_bias else torch.zeros(len(rows), dtype=rows.dtype)
+        rows = (self.values.T @ (hidden * factor[:, None]).to(self.values.dtype)).to(hidden.dtype)
+        bias = self.values.T.to(hidden.dtype) @ factor if with_bias else torch.zeros(len(rows), dtype=rows.dtype)
         return rows, bias
 
 
@@ -44,6 +47,32 @@ def exponentials_(logits: Tensor) -> Exponentials:
     top = logits.amax(1)
     top = torch.where(torch.isneginf(top), 0.0, top)
     return Exponentials(exp_(logits.sub_(top[:, None])), top)
+
+
+def narrow_exponentials(hidden: Tensor, rows: Tensor, reference: Tensor) -> tuple[Exponentials, Tensor]:
+    """Exponentials [N, C] in bfloat16 of hidden [N, D] @ rows [C, D]^T, both bfloat16, and their sums [N] float32.
+
+    reference [N] is near each row's log-sum-exp. It is subtracted inside the product, before a logit is rounded, so
+    what counts, logits near the top, keeps its digits: rounded first, a loss of 8-sigma logits was off by 0.17
+    (docs/design.md, "What was measured"). Sums are infinite where the reference is far too low.
+    """
+    top = reference.to(torch.bfloat16)
+    logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), hidden, rows.T)
+    values = exp_(logits.float())
+    return Exponentials(logits.copy_(values), top.float()), values.sum(1)
+
+
+def largest_logits(hidden: Tensor, rows: Tensor) -> Tensor:
+    """The maximum [N] of hidden @ rows^T, float32."""
+    return (hidden @ rows.T).amax(1).float()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices are fast there; elsewhere they are slower than those of float32."""
+    if device.type == "cuda":
+        return True
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def exp_(values: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics.correction import find_hits, grouped_logsumexp
-from shardloss_server.numerics.exponentials import Exponentials, exp_, exponentials_, finite_lse
+from shardloss_server.numerics.exponentials import (
+    Exponentials,
+    exp_,
+    exponentials_,
+    finite_lse,
+    largest_logits,
+    narrow_exponentials,
+)
 from shardloss_server.numerics.margin import with_margin
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
@@ -161,6 +168,23 @@ def block_statistics(
     mean_pull = None if columns.pull is None else ((exps.values * columns.pull).sum(1) / total).double()
     mean_row = (sloped(exps.values, columns.slope) @ rows).div_(total[:, None]) if with_gradient else None
     return Partial(lse, mean_row, mean_pull), exps if columns.slope is None else None
+
+
+def narrow_statistics(
+    hidden: Tensor, rows: Tensor, lse: Tensor, with_gradient: bool, dtype: torch.dtype
+) -> tuple[Partial, Exponentials]:
+    """Statistics of plain logits hidden [N, D] @ rows [C, D]^T, both bfloat16, C >= 1; mean_row is of `dtype`.
+
+    lse [N] of the columns before, -inf where there were none, is what exponentials are relative to.
+    """
+    reference = largest_logits(hidden, rows) if torch.isneginf(lse).any() else lse
+    exps, total = narrow_exponentials(hidden, rows, reference)
+    if not torch.isfinite(total).all():  # a block that is e^88 above those before it
+        exps, total = narrow_exponentials(hidden, rows, largest_logits(hidden, rows))
+    sums = exps.top.double() + total.double().log()
+    safe_total = torch.where(total == 0, 1.0, total)
+    mean_row = (exps.values @ rows).to(dtype).div_(safe_total[:, None]) if with_gradient else None
+    return Partial(sums, mean_row), exps
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:

@@ -19,6 +19,9 @@ class Transform:
     normalize: bool = False
 
 
+PLAIN = Transform()
+
+
 def normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """v / |v| [M, D] and |v| [M] of vectors [M, D], with |v| at least LEAST_NORM.
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel, ranking
+from shardloss_server.numerics.exponentials import Exponentials
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
+from shardloss_server.numerics.transform import PLAIN
 from shardloss_server.shard.kept import Kept
 from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
 from shardloss_server.shard.rows import ShardRows
@@ -31,9 +33,15 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
         columns = kernel.entry_columns(hidden, entries, objective)
         total = combine(total, kernel.entry_statistics(num_rows, entries, columns, with_gradient, family))
     of_part = kept.begin(part) if with_gradient else None
+    narrow = hidden.to(torch.bfloat16) if is_narrow(rows, part) else None
     for place, (_, block) in enumerate(blocks(rows, part)):
-        columns = kernel.block_columns(hidden, block, objective)
-        statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, family)
+        found: tuple[Statistics, Exponentials | None]
+        if narrow is not None:
+            found = kernel.narrow_statistics(narrow, block.rows, total.lse, with_gradient, rows.compute_dtype)
+        else:
+            columns = kernel.block_columns(hidden, block, objective)
+            found = kernel.block_statistics(columns, block.rows, with_gradient, family)
+        statistics, exponentials = found
         total = combine(total, statistics)
         if of_part is not None:
             of_part.keep(place, block, exponentials)
@@ -106,9 +114,21 @@ def blocks(rows: ShardRows, part: Part) -> Iterator[tuple[Tensor, kernel.Block]]
         yield from candidate_blocks(rows, part, part.candidates)
 
 
+def is_narrow(rows: ShardRows, part: Part) -> bool:
+    """Whether a part over all classes is computed from products of bfloat16: plain logits of a table of bfloat16.
+
+    Everything else, and all of it where such products are slow, is computed in float32 from the same rows.
+    """
+    objective = part.objective
+    plain = objective.family == "softmax" and objective.transform == PLAIN and objective.margin is None
+    return rows.multiplies_bfloat16 and part.is_full and plain and not objective.learned_scale
+
+
 def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tensor, kernel.Block]:
     """A range of all rows; labels that are columns of their own are left out of their rows."""
     class_ids = rows.class_ids(slice(start, end))
+    if is_narrow(rows, part):
+        return class_ids, kernel.Block(rows.weights[start:end], rows.biases[start:end], None, None, None)
     gathered, biases, norms = rows.gather(slice(start, end), part.objective.transform)
     hits = None
     if part.has_columns_apart:

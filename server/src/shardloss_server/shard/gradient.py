@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
+from shardloss_server.numerics.exponentials import finite_lse, narrow_exponentials
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
@@ -128,6 +129,11 @@ def block_gradient(
     if isinstance(scored, KeptBlock):
         block = scored.block
         gradient, bias = scored.exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
+    elif scored.rows.dtype == torch.bfloat16:
+        block = scored
+        narrow = hidden.to(torch.bfloat16)
+        exponentials, _ = narrow_exponentials(narrow, block.rows, finite_lse(up.lse))
+        gradient, bias = exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
     else:
         block = scored
         found = kernel.block_columns(hidden, block, objective)

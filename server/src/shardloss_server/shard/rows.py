@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
+from shardloss_server.numerics.exponentials import multiplies_bfloat16
 from shardloss_server.numerics.initializer import fill_rows_
 from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import TableSpec
@@ -26,6 +27,8 @@ class ShardRows:
         self.compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.weights = torch.empty(self.num_rows, spec.dim, dtype=getattr(torch, spec.dtype))
         self.biases = torch.zeros(self.num_rows, dtype=self.compute_dtype)
+        is_plain = self.weights.dtype == torch.bfloat16 and not spec.bias
+        self.multiplies_bfloat16 = is_plain and multiplies_bfloat16(self.weights.device)
         for start, end in self.blocks():
             class_ids = spec.placement.class_ids(shard, start, end)
             fill_rows_(spec.initializer, class_ids, self.weights[start:end])

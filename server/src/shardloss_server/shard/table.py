@@ -66,7 +66,7 @@ class ShardTable(ShardRows):
         return columns.mine(self, part, k, self.version)
 
     def gradient(self, part: Part, upstream: Upstream) -> RowGradient:
-        """Gradient of sum(g * loss) in this shard's touched rows, each once; all rows for a full softmax."""
+        """Gradient of sum(g * loss) in this shard's touched rows, class ids ascending; all rows for a full softmax."""
         row_index, rows, biases = touched_gradient(self, (part,), (upstream,), self.kept)
         if part.is_full:
             touched = row_index, rows, biases
@@ -74,7 +74,8 @@ class ShardTable(ShardRows):
             row_index = torch.arange(self.num_rows)
             rows = torch.cat([chunk[1] for chunk in chunks]) if chunks else rows[:0]
             biases = torch.cat([chunk[2] for chunk in chunks]) if chunks else biases[:0]
-        return RowGradient(self.class_ids(row_index), rows, biases)
+        row_index, order = torch.sort(row_index)
+        return RowGradient(self.class_ids(row_index), rows[order], biases[order])
 
     def begin_labels_(self, name: str) -> int:
         """Collect the gradient of a label distribution; of another one before nothing is kept."""
