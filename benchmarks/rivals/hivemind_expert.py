@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1  # prctl.h
 THREADS = 2
 
 
-class Peer(DHT):
+class Peer(DHT):  # type: ignore[misc]  # hivemind has no types
     """A peer whose process, a fork of this one, ends with it: hivemind's own would stay where this one is killed."""
 
     def run(self) -> None:

@@ -53,7 +53,7 @@ def serving_on(made: Cluster) -> Iterator[Service]:
         ready, log = Path(directory) / "ready", Path(directory) / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [*made.nodes[0].inside(), *command(K, 1, ready), "--ray-address", made.ray_address],
+                [*made.nodes[0].inside(), *command(K, 1, None, ready), "--ray-address", made.ray_address],
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,
