@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.context import Context
 from benchmarks.row import Row
-from benchmarks.scenarios import floor, full, memory, sampled, scale, trainers
+from benchmarks.scenarios import floor, foreign, full, memory, nodes, ray_naive, sampled, scale, trainers, transport
 
 Scenario = Callable[[Context], list[Row]]
 
@@ -18,7 +18,13 @@ SCENARIOS: dict[str, Scenario] = {
     "sampled-1k": sampled.sampled_1k,
     "sampled-4k": sampled.sampled_4k,
     "sampled-16k": sampled.sampled_16k,
+    "sampled-tf": foreign.sampled_tf,
     "sampled-own": sampled.sampled_own,
+    "parameter-server": foreign.parameter_server,
+    "remote-module": foreign.remote_module,
+    "ray-naive": ray_naive.ray_naive,
+    "transport": transport.transport,
+    "nodes": nodes.nodes,
     "many-trainers": trainers.many_trainers,
     "overlap": trainers.overlap,
     "scale-V": scale.scale_v,

@@ -1,0 +1,110 @@
+"""The workers' own code behind plain Ray: `actor.call.remote(...)` and `ray.get`, a part through `ray.put`.
+
+What the service does more on its way to the workers is what ray-naive measures.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.group import Pending, Staged
+from shardloss_server.cluster.worker import Worker
+from shardloss_server.shard.record import Part
+from torch import Tensor
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # reads the variables above
+
+OBJECT_STORE_BYTES = 512 * 2**20
+TIMEOUT_S = 120.0
+
+
+def register_tensors() -> None:
+    """Have Ray carry tensors as NumPy buffers, outside the pickle: slower without."""
+    ray.util.register_serializer(
+        Tensor, serializer=lambda tensor: tensor.numpy(), deserializer=lambda array: torch.from_numpy(array.copy())
+    )
+
+
+class Actor:
+    """`Worker` with one thread."""
+
+    def __init__(self, index: int, num_workers: int) -> None:
+        register_tensors()
+        torch.set_num_threads(1)
+        self._worker = Worker(index, num_workers)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Answer one verb of `Worker`."""
+        return getattr(self._worker, method)(*args)
+
+    def echo(self, tensor: Tensor) -> Tensor:
+        """The same tensor back."""
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of one actor call."""
+
+    ref: Any
+
+    def result(self, timeout_s: float) -> Any:
+        return ray.get(self.ref, timeout=timeout_s)
+
+    def abandon(self) -> None:
+        """Ray does not take it back."""
+
+
+class NaiveGroup(FanoutGroup):
+    """W actors on an embedded Ray."""
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__(num_workers)
+        ray.init(
+            address="local",
+            num_cpus=max(num_workers, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        register_tensors()
+        actor = ray.remote(num_cpus=1)(Actor)
+        self._actors: list[Any] = [actor.remote(index, num_workers) for index in range(num_workers)]
+        self.echo(torch.zeros(1))
+
+    @property
+    def num_workers(self) -> int:
+        return self._num_workers
+
+    @property
+    def devices(self) -> Sequence[str]:
+        return ["cpu"] * self._num_workers
+
+    def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+        return Answer(self._actors[worker].call.remote(method, *args))
+
+    def backlog(self) -> int:
+        return 0  # nothing is abandoned while nothing fails
+
+    def stage(self, part: Part) -> Staged:
+        staged: Staged = ray.put(part)
+        return staged
+
+    def echo(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor to every worker, and every worker's copy back."""
+        placed = ray.put(tensor)  # once for all: as fast as an argument of each call, or faster
+        found: list[Tensor] = ray.get([actor.echo.remote(placed) for actor in self._actors], timeout=TIMEOUT_S)
+        return found
+
+    def close(self) -> None:
+        ray.shutdown()

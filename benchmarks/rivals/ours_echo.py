@@ -1,0 +1,64 @@
+"""Hidden there and its gradient back: ComputeLoss of a table of 2 rows, so that all but nothing is computed.
+
+The shape: N and D; and address, or local for a front end of its own whose one shard is a thread: then no worker
+process stands behind the socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import numpy as np
+import shardloss
+
+from benchmarks.rivals.child import Child, main, serve_child
+
+MODULE = "benchmarks.rivals.ours_echo"
+
+
+class Echo:
+    """Hidden [N, D]."""
+
+    def __init__(self, shape: Mapping[str, Any]) -> None:
+        self.server = Child(MODULE, shape) if shape.get("local") else None
+        self.client = shardloss.connect(self.server.ready["address"] if self.server else shape["address"])
+        self.name = f"bench-{uuid4().hex[:12]}"
+        self.table = self.client.create_table(self.name, num_classes=2, dim=shape["D"], bias=False, num_shards=1)
+        self.hidden = np.random.default_rng(0).standard_normal((shape["N"], shape["D"]), dtype=np.float32)
+        self.labels = np.zeros(shape["N"], np.int64)
+
+    def versions(self) -> Mapping[str, str]:
+        return {"shardloss": shardloss.__version__, "grpcio": grpc.__version__}
+
+    def step(self) -> None:
+        result = self.table.compute_loss(self.hidden, self.labels, shardloss.FullSoftmax(), want_hidden_grad=True)
+        assert result.hidden_grad is not None
+        assert result.hidden_grad.shape == self.hidden.shape
+
+    def close(self) -> None:
+        """Free the table, and end a server of its own."""
+        self.client.delete_table(self.name)
+        self.client.close()
+        if self.server is not None:
+            self.server.stop()
+
+
+def run_server(_shape: Mapping[str, Any]) -> None:
+    """A front end whose one shard is a thread, until stdin ends."""
+    from shardloss_server.cluster.local import LocalGroup
+    from shardloss_server.config import ServerConfig
+    from shardloss_server.rpc.serve import Server
+
+    group = LocalGroup(1)
+    server = Server(group, ServerConfig())
+    server.start()
+    serve_child({"address": server.address})
+    server.stop(grace_s=1.0)
+    group.close()
+
+
+if __name__ == "__main__":
+    main(Echo, run_server)

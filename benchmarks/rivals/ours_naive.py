@@ -1,0 +1,46 @@
+"""Our trainer against our front end, whose workers stand behind plain Ray (`benchmarks.rivals.naive_group`).
+
+The shape is that of `benchmarks.rivals.ours`, without an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.rivals.child import Child, main, serve_child
+from benchmarks.rivals.ours import Ours
+
+MODULE = "benchmarks.rivals.ours_naive"
+NUM_WORKERS = 2
+
+
+class OursNaive(Ours):
+    """The trainer, with the front end in a child."""
+
+    def __init__(self, shape: Mapping[str, Any]) -> None:
+        self.server = Child(MODULE, shape)
+        super().__init__({**shape, "address": self.server.ready["address"]})
+
+    def close(self) -> None:
+        super().close()
+        self.server.stop()
+
+
+def run_server(_shape: Mapping[str, Any]) -> None:
+    """A front end over plain Ray, until stdin ends."""
+    from shardloss_server.config import ServerConfig
+    from shardloss_server.rpc.serve import Server
+
+    from benchmarks.rivals.naive_group import NaiveGroup
+
+    group = NaiveGroup(NUM_WORKERS)
+    server = Server(group, ServerConfig())
+    server.start()
+    serve_child({"address": server.address})
+    server.stop(grace_s=1.0)
+    group.close()
+
+
+if __name__ == "__main__":
+    main(OursNaive, run_server)
