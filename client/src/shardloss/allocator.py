@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(one_arena: bool = False) -> bool:
     """Let glibc keep large freed blocks, so that the next message does not page-fault; False on another libc.
 
-    Took the echo of a 2 MB message from 13.6 to 4.4 ms (docs/design.md, "What was measured").
+    Took the echo of a 2 MB message from 13.6 to 4.4 ms (docs/design.md, "What was measured"). With one_arena threads
+    that have not allocated yet share the main one: an arena of a thread's own gives its blocks back all the same.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = bool(mallopt(M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return kept and (not one_arena or bool(mallopt(M_ARENA_MAX, 1)))

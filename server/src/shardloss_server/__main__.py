@@ -56,7 +56,7 @@ def serve(
 ) -> None:
     """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    keep_freed_memory()
+    keep_freed_memory(one_arena=True)
     config = ServerConfig(host=host, port=port, admin_port=admin_port, drain_s=drain_s)
     stop = threading.Event()
     install_signals(stop)

@@ -81,6 +81,10 @@ class FanoutGroup(ABC):
         self._num_hosts.pop(table, None)
         return pending
 
+    def echo(self, tensor: Tensor) -> Gathered[Tensor]:
+        """The tensor, from every worker: what a fan-out costs where nothing is computed."""
+        return Gathered([self.start(worker, "echo", tensor) for worker in range(self._num_workers)])
+
     def score(self, table: str, staged: Staged, with_gradient: bool) -> Gathered[Score]:
         return self.on_all("score", table, with_gradient, staged)
 

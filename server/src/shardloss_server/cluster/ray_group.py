@@ -25,6 +25,7 @@ from shardloss_server.shard.record import OutOfMemory, Part
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # workers are no background work: a trainer waits for them
 
 import ray  # reads the variables above
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
@@ -59,7 +60,7 @@ class WorkerActor:
     def __init__(
         self, index: int, num_workers: int, num_threads: int, kept_bytes: int, invitation: Invitation | None
     ) -> None:
-        keep_freed_memory()
+        keep_freed_memory(one_arena=True)
         register_tensors()
         torch.set_num_threads(num_threads)
         self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"

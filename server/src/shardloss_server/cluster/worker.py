@@ -64,6 +64,10 @@ class Worker:
         self._tables.pop(table, None)
         return {}
 
+    def echo(self, tensor: Tensor) -> dict[int, Tensor]:
+        """The tensor itself: what a call costs where nothing is computed."""
+        return {self.index: tensor}
+
     def score(self, table: str, with_gradient: bool, part: Part) -> dict[int, Score]:
         return self._each(table, lambda shard, part: shard.score(part, with_gradient), part)
 
