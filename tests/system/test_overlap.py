@@ -131,8 +131,14 @@ def test_an_error_of_the_commit_is_raised_by_what_comes_next(
         ask[asking]()
 
 
-def test_a_step_that_nobody_answered_can_be_repeated(table: shardloss.Table, gate: Gate) -> None:
-    """After a TransientError step() sends the same commit, as a blocking one would; it is applied once."""
+@pytest.mark.parametrize("asking", ["loss", "step", "synchronize"])
+def test_a_step_that_nobody_answered_is_sent_again(table: shardloss.Table, gate: Gate, asking: str) -> None:
+    """After a TransientError whatever comes next sends the same commit first; it is applied once."""
+    again: dict[str, Callable[[Any, Any], object]] = {
+        "loss": lambda _, head: head(*batch()),
+        "step": lambda optimizer, _: optimizer.step(),
+        "synchronize": lambda optimizer, _: optimizer.synchronize(),
+    }
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()
@@ -142,13 +148,31 @@ def test_a_step_that_nobody_answered_can_be_repeated(table: shardloss.Table, gat
     optimizer.zero_grad()
     with pytest.raises(TransientError):
         optimizer.synchronize()
-    optimizer.step()
-    optimizer.synchronize()
+    again[asking](optimizer, head)
     assert table.info().version == 1
     head(*batch()).backward()
     optimizer.step()
     optimizer.synchronize()
     assert table.info().version == 2
+
+
+def test_a_refused_step_lets_go_of_the_loss_that_follows_it(table: shardloss.Table, gate: Gate) -> None:
+    """The loss is under way when the commit is refused: it ends with the commit's error, long before its deadline."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    gate.error = shardloss.errors.TicketExpired("too late")
+    optimizer.step()
+    optimizer.zero_grad()
+    threading.Timer(0.1, gate.open.set).start()
+    began = time.monotonic()
+    with pytest.raises(shardloss.errors.TicketExpired):
+        head(*batch())
+    assert time.monotonic() - began < PATIENCE_S / 2
+    head(*batch()).backward()
+    optimizer.step()
+    optimizer.synchronize()
+    assert table.info().version == 1
 
 
 def test_the_trainer_does_not_wait_for_the_step(table: shardloss.Table, gate: Gate) -> None:

@@ -106,7 +106,8 @@ class Head(torch.nn.Module):
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
-        self.pending.join()
+        if not training:
+            self.pending.join()
         step = self.pending.session.step
         compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
         result = compute(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld
+from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld, TransientError
 from shardloss.session import Session
 
 MAX_DEAD_PARTS = 16  # losses of one step that were let go before the others are taken for forgotten, too
@@ -50,7 +50,8 @@ class Pending:
         self._has_accumulated = False
         self._retired: str | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._under_way: Future[None] | None = None
+        self._under_way: Future[object] | None = None
+        self._send: Callable[[], object] | None = None  # the commit under way; kept while it may have to be repeated
 
     def retire(self, reason: str) -> None:
         """Another one has taken its place: nothing can be recorded any more, and the optimizer says so."""
@@ -72,16 +73,20 @@ class Pending:
         so is a validation loop that forgot no_grad. Where the server has done the step,
         as after a commit whose replies were lost, what it held is forgotten and the loss belongs to the next one.
         """
-        self.join()
+        if self._under_way is None or self._under_way.done():
+            self.join()
         if not self._upstreams:
             self._leave_if_nobody_waits()
             if self.session.num_parts - len(self._waiting) > MAX_DEAD_PARTS:
                 self._give_up()
         try:
             return self.session.compute_loss(*args, **options)
-        except StepTooOld:
-            self._clear()
-            return self.session.compute_loss(*args, **options)
+        except ShardlossError as error:
+            self.join()  # the step before may have failed, which is told first
+            if not isinstance(error, StepTooOld):
+                raise
+        self._clear()
+        return self.session.compute_loss(*args, **options)
 
     def part(self, ticket: str, alone: Alone | None = None) -> Part:
         """The part of a ticket, or a step of its own, for the graph of its loss to hold."""
@@ -100,7 +105,6 @@ class Pending:
             InvalidArgument: the head commits by itself, and g is not finite or another loss waits for its backward in
                 this step, which is given up.
         """
-        self.join()
         if self._has_accumulated and self.probe.grad is None:
             self._forget_recorded()
         is_first = not self._upstreams
@@ -122,37 +126,52 @@ class Pending:
 
         Losses of the step whose backward has not run are given up with it. After a TransientError the recorded parts
         stay, so a second call repeats the same commit; only a head with a learning rate of its own cannot repeat, and
-        gives the step up. So does a commit that is refused. With overlap the commit is under way when this returns, and
-        what becomes of it is told by `join`.
+        gives the step up. So does a commit that is refused.
+
+        With overlap the commit is under way when this returns: the next loss follows it on the server, and what becomes
+        of it is told by whatever comes next, `join` at the latest.
         """
         self.join()
         if not self._upstreams:
             return
-        if not overlap:
-            self._finish(lambda: self._commit_recorded(learning_rate, grad_scale))
+        if overlap and all(part.alone is None for part in self._upstreams):
+            self._begin_commit(learning_rate, grad_scale)
             return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "shardloss-commit")
-        self._under_way = self._thread.submit(self._commit_recorded, learning_rate, grad_scale)
-
-    def join(self) -> None:
-        """Wait until no commit is under way; whatever touches the step does so first.
-
-        Raises:
-            ShardlossError: as the commit itself would have.
-        """
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            self._finish(under_way.result)
-
-    def _finish(self, commit: Callable[[], None]) -> None:
         try:
-            commit()
+            self._commit_recorded(learning_rate, grad_scale)
         except ShardlossError as error:
             if isinstance(error, RequestError) or self.learning_rate is not None:
                 self._give_up()
             raise
         self._clear()
+
+    def join(self) -> None:
+        """Wait until no commit is under way; one that nobody answered is sent again first.
+
+        Raises:
+            TransientError: nobody answered again; the next call repeats it.
+            RequestError, ServiceError: the step was refused.
+        """
+        send, self._send = self._send, None
+        under_way, self._under_way = self._under_way, None
+        if send is None:
+            return
+        try:
+            under_way.result() if under_way is not None else send()
+        except TransientError:
+            self._send = send
+            raise
+        finally:
+            if self._send is None:
+                self.session.follows = None
+
+    def _begin_commit(self, learning_rate: float, grad_scale: float) -> None:
+        tickets = [(part.ticket, wire_array(g)) for part, g in self._upstreams.items()]
+        self._send = self.session.begin_commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
+        self._clear()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "shardloss-commit")
+        self._under_way = self._thread.submit(self._send)
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
         parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
@@ -166,12 +185,7 @@ class Pending:
             self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
 
     def drop(self) -> None:
-        """Forget what was recorded, and give the step up unless a loss still waits for its backward.
-
-        A commit under way goes on: nothing was recorded since.
-        """
-        if self._under_way is not None:
-            return
+        """Forget what was recorded, and give the step up unless a loss still waits for its backward."""
         self._forget_recorded()
         self._leave_if_nobody_waits()
 
@@ -211,8 +225,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     pickles: a second optimizer would commit the same step.
 
     With overlap step() returns at once, and the table takes the step while the trainer goes on. The head's next loss
-    waits for it, so training is the same to the bit; an error of the commit is raised there, by the next step() or by
-    synchronize(). Other readers of the table see the step once it is applied: synchronize() waits for that.
+    follows it on the server, so training is the same to the bit. An error of the commit is raised by the next loss, the
+    next step() or synchronize(); after a TransientError each of them sends the same commit again first. Other readers
+    of the table see the step once it is applied: synchronize() waits for that.
     """
 
     def __init__(self, pending: Pending, lr: float, overlap: bool = False) -> None:
@@ -241,6 +256,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._pending.check_in_use()
+        self._pending.join()
         grad = self._pending.probe.grad
         if grad is None:  # as any optimizer passes over a parameter without a gradient
             self._pending.drop()
@@ -252,7 +268,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Wait until the last step is applied.
 
         Raises:
-            ShardlossError: what became of it instead; after a TransientError step() repeats it.
+            ShardlossError: what became of it instead; after a TransientError this repeats it.
         """
         self._pending.join()
 

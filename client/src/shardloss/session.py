@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from shardloss import messages, types
-from shardloss.errors import ShardlossError, StepReused, StepTooOld
+from shardloss.errors import RequestError, ShardlossError, StepReused, StepTooOld
 from shardloss.messages import Numbers, numbers
 from shardloss.v1 import loss_pb2
 from shardloss.wire import Array
@@ -23,6 +23,7 @@ class Session:
         self.table, self.name, self.opened_at_version = table, name, opened_at_version
         self.step = 1
         self.num_parts = 0
+        self.follows: int | None = None  # a step whose commit may be under way
 
     def compute_loss(
         self,
@@ -76,6 +77,41 @@ class Session:
             StepTooOld, StepReused: the server has done this step already; the next call is a new step.
             TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
+        request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
+        with self._passing(StepTooOld, StepReused):
+            result = self._send_commit(request)
+        self._next_step()
+        return result
+
+    def begin_commit(
+        self, parts: Sequence[tuple[str, Array]], *, learning_rate: float, grad_scale: float
+    ) -> Callable[[], types.CommitResult]:
+        """What sends the commit of the present step, once or again after a TransientError, from any thread.
+
+        The session is at its next step from now on. Its losses follow this one while `follows` says so: the server
+        scores them behind it, though its reply has not come.
+        """
+        request = self._commit_request(parts, learning_rate, grad_scale, None)
+        self._next_step()
+        self.follows = request.step
+
+        def send() -> types.CommitResult:
+            try:
+                return self._send_commit(request)
+            except RequestError:
+                with suppress(ShardlossError):  # so that a loss which waits for the step is told
+                    self._send_abort(request.step)
+                raise
+
+        return send
+
+    def _commit_request(
+        self,
+        parts: Sequence[tuple[types.LossResult | str, Array | None]],
+        learning_rate: float,
+        grad_scale: float,
+        max_staleness: int | None,
+    ) -> loss_pb2.CommitRequest:
         with messages.writing_request():
             request = loss_pb2.CommitRequest(
                 table=self.table.name,
@@ -90,11 +126,11 @@ class Session:
             message = request.parts.add(ticket=ticket)
             if g is not None:
                 message.g.CopyFrom(numbers(g, f"parts[{len(request.parts) - 1}].g"))
-        channel = self.table.client.channel
-        with self._passing(StepTooOld, StepReused):
-            result = messages.commit_result(channel.unary(self.table.client.losses.Commit, request, None))
-        self._next_step()
-        return result
+        return request
+
+    def _send_commit(self, request: loss_pb2.CommitRequest) -> types.CommitResult:
+        client = self.table.client
+        return messages.commit_result(client.channel.unary(client.losses.Commit, request, None))
 
     def train_step(
         self,
@@ -144,13 +180,15 @@ class Session:
         """Give up the present step's tickets, as if its losses had never been computed; the number given up."""
         if self.num_parts == 0:
             return 0
-        request = loss_pb2.AbortRequest(table=self.table.name, session=self.name, step=self.step)
         try:
-            reply: loss_pb2.AbortResponse = self.table.client.channel.unary(
-                self.table.client.losses.Abort, request, None
-            )
+            return self._send_abort(self.step)
         finally:
             self._next_step()  # whatever became of it: the next commit gives up what is below its step
+
+    def _send_abort(self, step: int) -> int:
+        client = self.table.client
+        request = loss_pb2.AbortRequest(table=self.table.name, session=self.name, step=step)
+        reply: loss_pb2.AbortResponse = client.channel.unary(client.losses.Abort, request, None)
         return reply.num_aborted
 
     @contextmanager
@@ -167,6 +205,8 @@ class Session:
 
     def _key(self, request: loss_pb2.ComputeLossRequest) -> None:
         request.session, request.step, request.part = self.name, self.step, self.num_parts
+        if self.follows is not None:
+            request.after_step = self.follows
 
     def _next_step(self) -> None:
         self.step += 1

@@ -119,10 +119,15 @@ class TableOwner:
         """Place a part where the shards can read it."""
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
-    def score(self, staged: Staged, with_gradient: bool, deadline: Deadline) -> list[Score]:
-        """Score a staged part on every shard at one version."""
+    def score(self, staged: Staged, with_gradient: bool, deadline: Deadline, least_version: int = 0) -> list[Score]:
+        """Score a staged part on every shard at one version.
+
+        Raises:
+            TableUnavailable: that version is below least_version: the step that makes it failed; repeat.
+        """
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient), deadline)
-        self.same_version([score.version for score in scores])
+        if self.same_version([score.version for score in scores]) < least_version:
+            raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
         return scores
 
     def mine(self, staged: Staged, k: int, deadline: Deadline) -> list[Mined]:
@@ -207,30 +212,45 @@ class TableOwner:
             raise TableUnavailable("the shards are being brought to one version; repeat the call")
         return versions[0]
 
-    def wait_for_step(self, session: str, step: int, deadline: Deadline) -> None:
-        """Wait until a step of a session, or a later one, is applied.
+    def wait_for_step(self, session: str, step: int, deadline: Deadline) -> int:
+        """Wait until a step of a session, or a later one, is applied or on its way to every shard.
+
+        Returns the version that it makes: what is asked of the shards from now on comes behind it, and must be answered
+        at that version or a later one, else the step has failed after all.
 
         Raises:
             DeadlineExceeded: it was not, in time.
             StepTooOld: it was given up.
             TableNotFound, RowsLost, ServerUnavailable: it will not be applied any more.
         """
+        found: list[int] = []
 
         def is_over() -> bool:
             self._refuse_lost()
             if self._closing:
                 raise ServerUnavailable("the server is shutting down")
-            if self.ledger.highest(session) >= step:
-                return True
-            if self.sessions.given_up(session) >= step:
+            if self.sessions.given_up(session) >= step > self.ledger.highest(session):
                 raise StepTooOld(f"after_step = {step} was given up", field="after_step")
-            return False
+            version = self._version_of(session, step)
+            found[:] = [] if version is None else [version]
+            return version is not None
 
         with self._applied:
             deadline.wait(
                 lambda seconds: self._applied.wait_for(is_over, seconds),
                 f"step {step} of session {session!r} was applied",
             )
+        return found[0]
+
+    def _version_of(self, session: str, step: int) -> int | None:
+        """The version that holds a step that was applied, or that one under way makes; else None."""
+        if self.ledger.highest(session) >= step:
+            return self.version
+        doubt, under_way = self._doubtful, self._under_way
+        if doubt is None or not under_way or not isinstance(doubt.change, Order):
+            return None
+        key = doubt.change.key
+        return doubt.change.version if key.session == session and key.step >= step else None
 
     def _wake_waiting(self) -> None:
         with self._applied:
@@ -344,6 +364,7 @@ class TableOwner:
                 self._refuse_lost()
                 self._doubtful, self._under_way = doubt, True
                 pending = start()
+            self._wake_waiting()
             self._wait(pending, deadline, changing=True)
             self._note(doubt)
         finally:

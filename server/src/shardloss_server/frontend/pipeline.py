@@ -25,13 +25,17 @@ from shardloss_server.frontend.request import (
     CommitReply,
     CommitRequest,
     Cost,
+    InBatch,
     LossReply,
     LossRequest,
+    SamplerSpec,
 )
 from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.frontend.steepness import steepness
 from shardloss_server.numerics.partial import add_all
 from shardloss_server.shard.record import LabelTarget, Part, TableSpec, Upstream
+
+LEARNED_KINDS = ("learned_unigram", "mixture")  # a mixture may hold learned counts
 
 
 class Pipeline:
@@ -84,8 +88,6 @@ class Pipeline:
 
     def _fill(self, owner: TableOwner, request: LossRequest, ticket: Ticket, deadline: Deadline) -> LossReply:
         try:
-            if request.after_step is not None:
-                owner.wait_for_step(request.session, request.after_step, deadline)
             reply = self._score(owner, request, ticket, deadline)
         except BaseException:
             owner.sessions.discard(ticket)
@@ -95,12 +97,16 @@ class Pipeline:
         return reply
 
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
-        """plan -> fan out -> merge -> finish."""
+        """plan -> fan out -> merge -> finish; where the loss follows a step, that step is on its way before it."""
         began = time.monotonic()
-        part, targets = self._planned(owner, request, ticket, deadline)
+        ready = None if depends_on_steps(request) else plan(request, owner.spec, owner.counts)
+        waiting = time.monotonic()
+        version = self._after_step(owner, request, deadline)
+        began += time.monotonic() - waiting
+        part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
-        scores = owner.score(staged, request.want.hidden_grad, deadline)
+        scores = owner.score(staged, request.want.hidden_grad, deadline, version)
         scored = time.monotonic()
         merged, version = merge(scores), scores[0].version
         if targets:
@@ -120,6 +126,12 @@ class Pipeline:
             ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
         return reply
+
+    def _after_step(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> int:
+        """The least version to score at: that of the step that the loss follows; 0 where it follows none."""
+        if request.after_step is None or request.label_columns is not None:  # which has waited already
+            return 0
+        return owner.wait_for_step(request.session, request.after_step, deadline)
 
     def _planned(
         self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
@@ -191,6 +203,17 @@ class Pipeline:
             owner.last_replies.forget((session, step))
             raise
         return with_commit(reply, committed)
+
+
+def depends_on_steps(request: LossRequest) -> bool:
+    """Whether the plan of a loss depends on the steps before it: by learned counts, or by a fan-out of its own."""
+    if request.label_columns is not None:
+        return True
+    if request.sampled is None:
+        return False
+    drawn = request.sampled.candidates
+    by_counts = isinstance(drawn, InBatch) or (isinstance(drawn, SamplerSpec) and drawn.kind in LEARNED_KINDS)
+    return by_counts or request.sampled.num_hard_negatives > 0
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
