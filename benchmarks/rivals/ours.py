@@ -5,7 +5,9 @@ The shape: address; kind "full", "sampled" or "own" (S uniform candidates a row,
 
 - trainers: so many, each with a connection and a head of its own, all of one table; a step is one step of each, in
   threads at once where concurrent is true, else one after another.
-- overlap: `optimizer(overlap=True)`, so step() returns before the commit is applied.
+- overlap: `optimizer(overlap=True)`, the default here: step() returns before the commit is applied, and the next loss
+  follows it. A step's time is then that of one turn of the loop; the last commit ends within the last step's.
+- bias: the table has biases.
 - settle: after such a step wait, by optimizer.synchronize(), until the commit is applied. So the next loss never queues
   behind the last commit, and visible_ms, the time of head, backward and step(), is what a trainer waits for whose
   backbone takes at least as long as a commit. ms is the whole step, with the commit.
@@ -53,8 +55,7 @@ class Trainer:
         self.table = self.client.table(table)
         self.batches: Iterator[tuple[Tensor, Tensor]] = tensors(shape, seed)
         head, self.loss = make_loss(shape, self.table)
-        options = {"overlap": True} if shape.get("overlap") else {}
-        self.optimizer = head.optimizer(lr=LEARNING_RATE, **options)
+        self.optimizer = head.optimizer(lr=LEARNING_RATE, overlap=shape.get("overlap", True))
 
     def step(self) -> dict[str, float]:
         """One step, and how long each of its three calls took."""
@@ -110,7 +111,8 @@ class Ours:
             num_classes=int(shape["V"]),
             dim=int(shape["D"]),
             dtype=shape.get("dtype", "float32"),
-            bias=shape["kind"] == "sampled",
+            bias=bool(shape.get("bias")),
+            placement="mod",  # drawn ids are small ones mostly: so each shard owns as many of them
             num_shards=int(shape.get("K", 0)),
             optimizer=OPTIMIZERS[shape.get("optimizer", "sgd")],
         )
@@ -136,11 +138,16 @@ class Ours:
         time.sleep(self.shape.get("sleep_ms", 0.0) / 1e3)
         found = {"ms": 1e3 * (time.perf_counter() - start)}
         found |= {name: sum(one[name] for one in told) / len(told) for name in told[0]}
-        if not self.shape.get("overlap"):
+        if not self.shape.get("settle"):
             del found["visible_ms"]
         if carried is not None:
             found["wire_bytes"] = float((bytes_to(self.port) or 0) - carried)
         return found
+
+    def finish(self) -> None:
+        """End the commits that are under way."""
+        for trainer in self.trainers:
+            trainer.optimizer.synchronize()
 
     def close(self) -> None:
         """Free the table: the next side may need its memory."""

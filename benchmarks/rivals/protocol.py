@@ -98,6 +98,11 @@ def run_steps(rival: Rival, count: int) -> dict[str, Any]:
         times.append(returned.pop("ms", 1e3 * (time.perf_counter() - start)))
         for name, value in returned.items():
             extra.setdefault(name, []).append(float(value))
+    finish = getattr(rival, "finish", None)  # what steps leave under way ends within the last one's time
+    if finish is not None:
+        start = time.perf_counter()
+        finish()
+        times[-1] += 1e3 * (time.perf_counter() - start)
     return {"ms": times, "extra": extra}
 
 

@@ -26,7 +26,8 @@ def sampled_tf(context: Context) -> list[Row]:
     for n, d, s in TF_SHAPES[: 1 if context.quick else None]:
         shape = shape_of(n, d, 100_000 if context.quick else 1_000_000, s)
         start = partial(context.side, "tf_sampled", shape, environment="tensorflow")
-        rows.append(against(context, "sampled-tf", f"tensorflow N={n} D={d} S={s}", shape, ADAGRAD, start))
+        name = f"tensorflow N={n} D={d} S={s}"
+        rows.append(against(context, "sampled-tf", name, shape, {**ADAGRAD, "bias": True}, start))
     return rows
 
 
@@ -42,4 +43,4 @@ def parameter_server(context: Context) -> list[Row]:
     shape = shape_of(256, 128, 100_000 if context.quick else 1_000_000, 4096)
     start = partial(context.side, "parameter_server", shape)
     rival = "torch.distributed.rpc"
-    return [against(context, "parameter-server", rival, shape, ADAGRAD, start, note=PAYLOAD)]
+    return [against(context, "parameter-server", rival, shape, {**ADAGRAD, "bias": True}, start, note=PAYLOAD)]

@@ -11,7 +11,6 @@ from benchmarks.side import SideFailed
 
 N, D, V, K = 256, 128, 1_000_000, 2
 QUICK_V = 100_000
-BIASES = "ours also trains biases, the rival has none"
 
 
 def shape_of(context: Context, s: int) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def sampled(context: Context, scenario: str, s: int) -> list[Row]:
         with context.service() as service, context.side("torch_sampled", shape) as rival:
             for name, optimizer in list(forms.items())[: 1 if context.quick else None]:
                 with context.ours(service, {**shape, "kind": "sampled", "optimizer": optimizer}) as ours:
-                    rows.append(context.row(scenario, name, shape, ours, nullcontext(rival), note=BIASES))
+                    rows.append(context.row(scenario, name, shape, ours, nullcontext(rival)))
     except SideFailed as error:
         rows.append(missing(scenario, next(iter(forms)), shape, str(error)))
     return rows
