@@ -43,11 +43,11 @@ def overlap(context: Context) -> list[Row]:
         ours = {**full.ours_of(shape), "sleep_ms": commit_ms}
         with context.ours(service, {**ours, "overlap": True}) as overlapped:
             note = f"the trainer sleeps {commit_ms:.1f} ms a step, the median time of a blocking commit"
-            rival = context.ours(service, ours)
+            rival = context.ours(service, {**ours, "overlap": False})
             return [context.row("overlap", "blocking commit", shape, overlapped, rival, note=note)]
 
 
 def time_of_commit(context: Context, address: str, shape: dict[str, Any]) -> float:
     """Median of a blocking optimizer.step() in ms."""
-    with context.side("ours", {**shape, "address": address}, threads=1) as side:
+    with context.side("ours", {**shape, "address": address, "overlap": False}, threads=1) as side:
         return median(side.step(PROBE_STEPS).extra["commit_ms"])

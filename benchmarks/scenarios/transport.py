@@ -18,20 +18,34 @@ SIZES = {
     "16.8 MB": 1 << 24,
 }
 DIM = 1024
-QUICK_SIZES = ("2.1 MB",)
+QUICK_SIZES = WITHOUT_WORKERS = ("2.1 MB",)
 RIVALS = {"unary call": "grpc_echo", "bare Unix socket": "unix_echo"}
 WHOLE = "ours is a ComputeLoss over 2 classes: validation and a fan-out to one worker are in it, little is computed"
 SOCKET = "ours without Ray: its one shard is a thread of the front end"
+LEG = "not the service: the rival's own call, with the allocator settings that client and server set at their start"
 
 
 def transport(context: Context) -> list[Row]:
-    """Each size against each rival; then the same without a worker process behind the front end."""
+    """Each size against each rival; what the wire alone takes; one size without a worker process."""
     rows: list[Row] = []
     for size in QUICK_SIZES if context.quick else SIZES:
         with context.service() as service:
             rows += echoes(context, size, {"address": service.address}, "", WHOLE)
-        rows += echoes(context, size, {"local": True}, ", no worker process", SOCKET)
+        rows.append(settings_alone(context, size))
+        if size in WITHOUT_WORKERS:
+            rows += echoes(context, size, {"local": True}, ", no worker process", SOCKET)
     return rows
+
+
+def settings_alone(context: Context, size: str) -> Row:
+    """The plain call with our allocator settings against itself without them."""
+    shape = {"bytes": SIZES[size]}
+    name = f"unary call, {size}, settings alone"
+    try:
+        with context.side("grpc_echo", shape, variables=KEEP_FREED_MEMORY) as tuned:
+            return context.row("transport", name, shape, tuned, context.side("grpc_echo", shape), note=LEG)
+    except SideFailed as error:
+        return missing("transport", name, shape, str(error))
 
 
 def echoes(context: Context, size: str, where: dict[str, Any], suffix: str, note: str) -> list[Row]:

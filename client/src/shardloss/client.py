@@ -108,7 +108,7 @@ class LossClient:
         dtype: str = "float32",
         bias: bool = True,
         num_shards: int = 0,
-        placement: str = "div",
+        placement: str = "mod",
         initializer: types.Initializer | None = None,
         optimizer: types.Optimizer | None = None,
         count_labels: bool = False,
@@ -116,8 +116,9 @@ class LossClient:
     ) -> Table:
         """Make a table of num_classes V rows of dim D, or take the one that exists with an equal spec.
 
-        dtype is how rows are stored: "float32", "float64" or "bfloat16". placement "div" cuts the classes in ranges,
-        "mod" deals them out in turn; num_shards 0 is one shard a worker. initializer None is uniform on +-1/sqrt(D);
+        dtype is how rows are stored: "float32", "float64" or "bfloat16". placement "mod" deals the
+        classes out in turn, so that frequent ones, which samplers and labels hit, are on all shards alike; "div" cuts
+        them in ranges. num_shards 0 is one shard a worker. initializer None is uniform on +-1/sqrt(D);
         optimizer None is plain SGD. count_labels counts the labels of commits, for the learned_unigram sampler and
         corrected in-batch candidates. timeout_s is for the whole filling.
 

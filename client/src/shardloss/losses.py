@@ -16,7 +16,6 @@ from shardloss.v1 import loss_pb2
 from shardloss.wire import Array
 
 GAP_TRIES = 3
-REPLY_BYTES = 8  # an element of a reply takes this much at most
 
 
 class Losses(Questions):
@@ -121,11 +120,13 @@ class Losses(Questions):
         return distribution
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
+        """At most so many: lse and class ids take 8 bytes, the rest is in the table's compute dtype."""
         num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
-        elements = 3 * num_rows + (num_rows * dim if request.want_hidden_grad else 0)
+        width = 8 if self.spec.dtype == "float64" else 4
+        num_bytes = 24 * num_rows + (num_rows * dim * width if request.want_hidden_grad else 0)
         if request.want_table_grad:
-            elements += self._num_touched(request) * (dim + 2)
-        return elements * REPLY_BYTES + 4096
+            num_bytes += self._num_touched(request) * ((dim + 1) * width + 8)
+        return num_bytes + 4096
 
     def _num_touched(self, request: loss_pb2.ComputeLossRequest) -> int:
         """At most so many rows have a gradient."""

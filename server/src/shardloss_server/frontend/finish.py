@@ -76,7 +76,7 @@ def finish(
     loss = per_example_loss(merged, mass, objective.z_loss, batch.spread, batch.hidden).to(mass.dtype)
     gradient = gradient_of_hidden(request, part, merged) if want.hidden_grad else None
     is_finite = torch.isfinite(loss)
-    if gradient is not None:
+    if gradient is not None and not validate.all_finite(gradient):
         is_finite &= torch.isfinite(gradient).all(1)
     scale_grad = None
     if objective.learned_scale:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from shardloss_server.numerics import kernel, ranking
 from shardloss_server.numerics.exponentials import Exponentials, Narrow
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
 from shardloss_server.numerics.transform import PLAIN
-from shardloss_server.shard.kept import Kept
+from shardloss_server.shard.kept import Kept, KeptPart
 from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
 from shardloss_server.shard.rows import ShardRows
 
@@ -21,33 +23,48 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
 
     What a step can use of it is kept, where one can be expected: where a gradient is wanted.
     """
-    hidden, objective = part.batch.hidden, part.objective
-    num_rows, family = len(hidden), objective.family
     labels = label_entries(rows, part)
-    columns = kernel.entry_columns(hidden, labels, objective)
-    target = kernel.target_of(num_rows, labels, columns, with_gradient)
-    total = no_columns(rows, part, with_gradient)
-    if part.has_columns_apart:
-        total = combine(total, kernel.entry_statistics(num_rows, labels, columns, with_gradient, family))
-    for entries in row_entries(rows, part):
-        columns = kernel.entry_columns(hidden, entries, objective)
-        total = combine(total, kernel.entry_statistics(num_rows, entries, columns, with_gradient, family))
+    found = kernel.entry_columns(part.batch.hidden, labels, part.objective)
+    target = kernel.target_of(len(part.batch.hidden), labels, found, with_gradient)
     of_part = kept.begin(part) if with_gradient else None
-    narrow = Narrow(hidden) if is_narrow(rows, part) else None
-    for place, (_, block) in enumerate(blocks(rows, part)):
-        found: tuple[Statistics, Exponentials | None]
-        if narrow is not None:
-            found = kernel.narrow_statistics(narrow, block.rows, with_gradient, rows.compute_dtype)
-        else:
-            columns = kernel.block_columns(hidden, block, objective)
-            found = kernel.block_statistics(columns, block.rows, with_gradient, family)
-        statistics, exponentials = found
-        total = combine(total, statistics)
-        if of_part is not None:
-            of_part.keep(place, block, exponentials)
     if of_part is not None:
         of_part.labels = labels
+    pieces = chain(
+        entry_pieces(rows, part, labels, found, with_gradient), block_pieces(rows, part, with_gradient, of_part)
+    )
+    first = next(pieces, None)
+    total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
     return Score(total, target, spread(rows, part), version)
+
+
+def entry_pieces(
+    rows: ShardRows, part: Part, labels: kernel.Entries, of_labels: kernel.Columns, with_gradient: bool
+) -> Iterator[Statistics]:
+    """Statistics of the true columns, where they stand apart, and of the candidates of single rows."""
+    hidden, family = part.batch.hidden, part.objective.family
+    if part.has_columns_apart:
+        yield kernel.entry_statistics(len(hidden), labels, of_labels, with_gradient, family)
+    for entries in row_entries(rows, part):
+        columns = kernel.entry_columns(hidden, entries, part.objective)
+        yield kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family)
+
+
+def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Iterator[Statistics]:
+    """Statistics of each block, whose exponentials are kept."""
+    hidden, objective = part.batch.hidden, part.objective
+    narrow = Narrow(hidden) if is_narrow(rows, part) else None
+    statistics: Statistics
+    exponentials: Exponentials | None
+    for place, (_, block) in enumerate(blocks(rows, part)):
+        if narrow is not None:
+            dtype = rows.compute_dtype
+            statistics, exponentials = kernel.narrow_statistics(narrow, block.rows, with_gradient, dtype)
+        else:
+            columns, family = kernel.block_columns(hidden, block, objective), objective.family
+            statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, family)
+        if of_part is not None:
+            of_part.keep(place, block, exponentials)
+        yield statistics
 
 
 def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:

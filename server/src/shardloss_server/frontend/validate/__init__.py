@@ -5,6 +5,7 @@ from shardloss_server.frontend.validate.changes import class_counts, commit_requ
 from shardloss_server.frontend.validate.loss import label_columns, label_list, labels, loss_request, reply_bytes
 from shardloss_server.frontend.validate.objective import objective, transform
 from shardloss_server.frontend.validate.tensors import (
+    all_finite,
     answered_bytes,
     at_least,
     class_ids,
@@ -18,6 +19,7 @@ from shardloss_server.frontend.validate.tensors import (
 
 __all__ = [
     "answered_bytes",
+    "all_finite",
     "at_least",
     "candidates",
     "class_counts",
