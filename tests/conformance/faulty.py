@@ -45,10 +45,10 @@ class FaultyGroup:
         """Lose the reply of one more change."""
         self._lost.append((extent, error))
 
-    def score(self, table: str, staged: Staged, with_gradient: bool) -> Pending[list[Score]]:
+    def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Pending[list[Score]]:
         """Score a part on every shard."""
         self.before_score()
-        return self.inner.score(table, staged, with_gradient)
+        return self.inner.score(table, staged, with_gradient, keep)
 
     def apply(self, table: str, order: Order, staged: Sequence[Staged]) -> Pending[list[int]]:
         """Apply one step, or lose its reply."""

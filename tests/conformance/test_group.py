@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from shardloss_server.cluster.fanout import FanoutGroup
-from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.cluster.group import Order, ShardMissing, Staged
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.frontend.finish import merge
 from shardloss_server.numerics.initializer import Initializer
@@ -58,6 +58,7 @@ class Shards:
     def __init__(self, group: FanoutGroup, spec: TableSpec) -> None:
         self.group, self.spec, self.name = group, spec, spec.name
         self.version = 0
+        self._staged: dict[int, tuple[Part, Staged]] = {}
 
     def read(self) -> oracle.Replica:
         """All rows and biases, by class id."""
@@ -66,17 +67,23 @@ class Shards:
         rows, biases = torch.cat([p.rows for p in pieces]), torch.cat([p.biases for p in pieces])
         return oracle.Replica(rows[order].double().numpy(), biases[order].double().numpy())
 
+    def staged(self, part: Part) -> Staged:
+        """The part as it was staged before, so that its step finds what its score kept."""
+        if id(part) not in self._staged:
+            self._staged[id(part)] = part, self.group.stage(part)
+        return self._staged[id(part)][1]
+
     def versions(self) -> list[int]:
         return self.group.applied_versions(self.name).result(TIMEOUT_S)
 
     def loss(self, part: Part) -> torch.Tensor:
         """Per-example losses of a part."""
-        scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
+        scores = self.group.score(self.name, self.group.stage(part), False, False).result(TIMEOUT_S)
         return per_example_loss(merge(scores), part.batch.mass)
 
     def order(self, part: Part, g: np.ndarray, step: int, version: int | None = None) -> Order:
         """The next step, with the lse of the present version."""
-        scores = self.group.score(self.name, self.group.stage(part), False).result(TIMEOUT_S)
+        scores = self.group.score(self.name, self.staged(part), False, True).result(TIMEOUT_S)
         lse = merge(scores).statistics.lse
         version = scores[0].version + 1 if version is None else version
         key = StepKey("trainer", step, b"payload")
@@ -212,7 +219,7 @@ def test_merged_scores_are_the_loss(
     """Partials and targets in shard order give the reference's loss and hidden gradient, whatever the cut."""
     shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
     part, replica = part_of(batch), shards.read()
-    scores = shards.group.score(shards.name, shards.group.stage(part), True).result(TIMEOUT_S)
+    scores = shards.group.score(shards.name, shards.group.stage(part), True, False).result(TIMEOUT_S)
     assert len(scores) == num_shards
     assert {score.version for score in scores} == {0}
     loss = per_example_loss(merge(scores), part.batch.mass)
@@ -276,7 +283,7 @@ def step(shards: Shards, batch: oracle.Batch, number: int) -> list[int]:
     """Apply one step over one batch on all shards."""
     part = part_of(batch)
     order = shards.order(part, batch.g, number)
-    return shards.group.apply(shards.name, order, [shards.group.stage(part)]).result(TIMEOUT_S)
+    return shards.group.apply(shards.name, order, [shards.staged(part)]).result(TIMEOUT_S)
 
 
 @KINDS
@@ -301,7 +308,7 @@ def test_parts_of_one_step_add_up(shards: Shards, rng: np.random.Generator) -> N
     orders = [shards.order(part, batch.g, 1) for part, batch in zip(parts, batches, strict=True)]
     upstreams = tuple(order.upstreams[0] for order in orders)
     whole = Order(1, orders[0].key, LEARNING_RATE, 0, upstreams)
-    shards.group.apply(shards.name, whole, [shards.group.stage(part) for part in parts]).result(TIMEOUT_S)
+    shards.group.apply(shards.name, whole, [shards.staged(part) for part in parts]).result(TIMEOUT_S)
     found = shards.read()
     expected.assert_close(found.rows, found.biases, EXACT)
 
@@ -313,7 +320,7 @@ def test_a_repeated_step_of_the_present_version_is_not_applied_again(
     """A shard that has a version already answers it and keeps its bits."""
     batch = batch_of(kind, rng)
     part = part_of(batch)
-    order, staged = shards.order(part, batch.g, 1), shards.group.stage(part)
+    order, staged = shards.order(part, batch.g, 1), shards.staged(part)
     shards.group.apply(shards.name, order, [staged]).result(TIMEOUT_S)
     once = shards.read()
     assert shards.group.apply(shards.name, order, [staged]).result(TIMEOUT_S) == [1] * NUM_SHARDS
@@ -332,7 +339,7 @@ def test_only_the_next_version_is_applied(shards: Shards, rng: np.random.Generat
     before, part = shards.read(), part_of(batch)
     order = shards.order(part, batch.g, 9, version=version)
     with pytest.raises(VersionGap):
-        shards.group.apply(shards.name, order, [shards.group.stage(part)]).result(TIMEOUT_S)
+        shards.group.apply(shards.name, order, [shards.staged(part)]).result(TIMEOUT_S)
     np.testing.assert_array_equal(shards.read().rows, before.rows)
     assert shards.versions() == [present] * NUM_SHARDS
 
@@ -401,16 +408,16 @@ def test_work_is_done_in_the_order_it_was_started(shards: Shards, rng: np.random
     """Verbs started one after another, without waiting, see each other's effect: every fan-out reads one version."""
     batch = batch_of("full", rng)
     part = part_of(batch)
-    order, staged = shards.order(part, batch.g, 1), shards.group.stage(part)
+    order, staged = shards.order(part, batch.g, 1), shards.staged(part)
     before = shards.read()
     after = before.step([batch], LEARNING_RATE)
     ids = torch.tensor([2])
     pending = [
-        shards.group.score(shards.name, staged, False),
+        shards.group.score(shards.name, staged, False, False),
         shards.group.apply(shards.name, order, [staged]),
-        shards.group.score(shards.name, staged, False),
+        shards.group.score(shards.name, staged, False, False),
         shards.group.write(shards.name, RowWrite(2, ids, torch.zeros(1, DIM), torch.zeros(1))),
-        shards.group.score(shards.name, staged, False),
+        shards.group.score(shards.name, staged, False, False),
     ]
     scored_0, applied, scored_1, written, scored_2 = (work.result(TIMEOUT_S) for work in pending)
     assert (applied, written) == ([1] * NUM_SHARDS, [2] * NUM_SHARDS)
@@ -427,9 +434,9 @@ def test_a_staged_part_serves_many_verbs(shards: Shards, rng: np.random.Generato
     batch = batch_of("sampled", rng)
     staged, part = shards.group.stage(part_of(batch)), part_of(batch)
     order = shards.order(part, batch.g, 1)
-    first = shards.group.score(shards.name, staged, True).result(TIMEOUT_S)
+    first = shards.group.score(shards.name, staged, True, True).result(TIMEOUT_S)
     shards.group.gradient(shards.name, staged, order.upstreams[0]).result(TIMEOUT_S)
-    again = shards.group.score(shards.name, staged, True).result(TIMEOUT_S)
+    again = shards.group.score(shards.name, staged, True, True).result(TIMEOUT_S)
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.statistics.lse, other.statistics.lse)
         assert torch.equal(one.statistics.mean_row, other.statistics.mean_row)
@@ -461,7 +468,7 @@ def test_an_answer_that_is_late_is_a_timeout_and_the_work_goes_on(
 
 
 VERBS = {
-    "score": lambda group, part: group.score("nowhere", group.stage(part), False),
+    "score": lambda group, part: group.score("nowhere", group.stage(part), False, False),
     "gradient": lambda group, part: group.gradient(
         "nowhere", group.stage(part), Upstream(torch.zeros(7), torch.zeros(7))
     ),

@@ -56,7 +56,7 @@ def answers(worker: Worker, dtype: str, is_sampled: bool) -> list[Any]:
     question = Question(hidden, labels[:, 0], torch.zeros(N, dtype=torch.float64), 3, True)
     found: list[Any] = [worker.create(spec, 4)]
     found.append(worker.write("t", RowWrite(1, ids, torch.ones(3, D), torch.ones(3))))
-    found.append(worker.score("t", True, part))
+    found.append(worker.score("t", True, True, part))
     found.append(worker.gradient("t", upstream, part))
     found.append(worker.apply("t", Order(2, StepKey("s", 1, b""), 0.1, 0, (upstream,)), part))
     found.append(worker.read("t", torch.arange(V)))

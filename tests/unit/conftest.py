@@ -102,7 +102,7 @@ class Cut:
 
     def score(self, part: Part) -> Answer:
         """Loss [N], gradient of hidden [N, D] and lse [N]."""
-        scores = self.ask("score", True, part)
+        scores = self.ask("score", True, True, part)
         merged, mass = merge(scores), part.batch.mass
         return Answer(per_example_loss(merged, mass), hidden_gradient(merged, mass), merged.statistics.lse)
 

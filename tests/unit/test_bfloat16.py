@@ -80,7 +80,7 @@ def test_gradients_are_those_of_float64_to_the_digits_of_bfloat16(spread: float,
     table, part, g = table_of(spread), part_of(), torch.rand(N)
     table.kept._room._free = kept_bytes
     exact = Exact(table, part, g)
-    score = table.score(part, True)
+    score = table.score(part, True, keep=True)
     assert bool(table.kept.of(part).blocks) == bool(kept_bytes)
     found = table.gradient(part, Upstream(score.statistics.lse, g))
     hidden = (score.statistics.mean_row - score.target.target_row) * g[:, None]

@@ -57,7 +57,7 @@ def test_steps_with_kept_exponentials_equal_steps_without(
     for max_bytes in (LARGE, 0, 5000):
         table, _ = table_of(max_bytes)
         for parts in steps:
-            commit(table, parts, [table.score(part, True).statistics.lse for part in parts])
+            commit(table, parts, [table.score(part, True, keep=True).statistics.lse for part in parts])
         ends.append((table.weights, table.biases, table.weight_state["sum"]))
     for end in ends[1:]:
         for mine, other in zip(ends[0], end, strict=True):
@@ -71,12 +71,12 @@ def test_what_was_kept_is_not_used_at_another_version(num_sampled: int) -> None:
     ends = []
     for max_bytes in (LARGE, 0):
         table, _ = table_of(max_bytes)
-        lse = table.score(first, True).statistics.lse
-        table.score(second, True)
+        lse = table.score(first, True, keep=True).statistics.lse
+        table.score(second, True, keep=True)
         commit(table, [first], [lse])
         rows = torch.linspace(0, 1, 3 * D, dtype=torch.float64).view(3, D)
         table.write_(RowWrite(2, torch.tensor([1, 2, 3]), rows, None))
-        commit(table, [second], [table.score(second, False).statistics.lse])
+        commit(table, [second], [table.score(second, False, keep=True).statistics.lse])
         ends.append(table.weights)
     torch.testing.assert_close(ends[0], ends[1], rtol=EXACT, atol=EXACT)
 
@@ -85,21 +85,21 @@ def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
     """A step frees what others kept, and a part that goes takes what was kept for it along."""
     table, room = table_of(LARGE)
     part, other = part_of(0), part_of(40)
-    lse = table.score(part, True).statistics.lse
-    table.score(other, True)
+    lse = table.score(part, True, keep=True).statistics.lse
+    table.score(other, True, keep=True)
     assert room._free < LARGE
     commit(table, [part], [lse])
     assert room._free == LARGE
-    table.score(other, True)
+    table.score(other, True, keep=True)
     assert room._free < LARGE
     del other
     assert room._free == LARGE
 
 
-def test_a_score_without_gradient_keeps_nothing() -> None:
-    """No step follows it."""
+def test_a_score_that_no_step_follows_keeps_nothing() -> None:
+    """Unless it is told to."""
     table, room = table_of(LARGE)
-    table.score(part_of(0), False)
+    table.score(part_of(0), True)
     assert room._free == LARGE
 
 

@@ -85,8 +85,8 @@ class FanoutGroup(ABC):
         """The tensor, from every worker: what a fan-out costs where nothing is computed."""
         return Gathered([self.start(worker, "echo", tensor) for worker in range(self._num_workers)])
 
-    def score(self, table: str, staged: Staged, with_gradient: bool) -> Gathered[Score]:
-        return self.on_all("score", table, with_gradient, staged)
+    def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Gathered[Score]:
+        return self.on_all("score", table, with_gradient, keep, staged)
 
     def mine(self, table: str, staged: Staged, k: int) -> Gathered[Mined]:
         return self.on_all("mine", table, k, staged)

@@ -96,8 +96,8 @@ class ShardGroup(Protocol):
     def stage(self, part: Part) -> Staged:
         """Place a part for later verbs."""
 
-    def score(self, table: str, staged: Staged, with_gradient: bool) -> Pending[list[Score]]:
-        """Score a part on every shard."""
+    def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Pending[list[Score]]:
+        """Score a part on every shard; keep what its step can use, where there is room."""
 
     def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
         """The k best candidates of each row on every shard."""

@@ -68,8 +68,8 @@ class Worker:
         """The tensor itself: what a call costs where nothing is computed."""
         return {self.index: tensor}
 
-    def score(self, table: str, with_gradient: bool, part: Part) -> dict[int, Score]:
-        return self._each(table, lambda shard, part: shard.score(part, with_gradient), part)
+    def score(self, table: str, with_gradient: bool, keep: bool, part: Part) -> dict[int, Score]:
+        return self._each(table, lambda shard, part: shard.score(part, with_gradient, keep), part)
 
     def mine(self, table: str, k: int, part: Part) -> dict[int, Mined]:
         return self._each(table, lambda shard, part: shard.mine(part, k), part)

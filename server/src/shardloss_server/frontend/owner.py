@@ -119,13 +119,15 @@ class TableOwner:
         """Place a part where the shards can read it."""
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
-    def score(self, staged: Staged, with_gradient: bool, deadline: Deadline, least_version: int = 0) -> list[Score]:
-        """Score a staged part on every shard at one version.
+    def score(
+        self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline, least_version: int = 0
+    ) -> list[Score]:
+        """Score a staged part on every shard at one version; keep what its step can use.
 
         Raises:
             TableUnavailable: that version is below least_version: the step that makes it failed; repeat.
         """
-        scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient), deadline)
+        scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient, keep), deadline)
         if self.same_version([score.version for score in scores]) < least_version:
             raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
         return scores
@@ -351,7 +353,7 @@ class TableOwner:
             raise TableUnavailable("the ticket was closed meanwhile; repeat the call")
         if ticket.version == self.version:
             return lse
-        scores = self.ask(lambda: self._group.score(self.key, staged, False), deadline, settled=True)
+        scores = self.ask(lambda: self._group.score(self.key, staged, False, True), deadline, settled=True)
         self.same_version([score.version for score in scores])
         return combine_all([score.statistics for score in scores]).lse
 

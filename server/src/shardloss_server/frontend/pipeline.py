@@ -106,7 +106,7 @@ class Pipeline:
         part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
-        scores = owner.score(staged, request.want.hidden_grad, deadline, version)
+        scores = owner.score(staged, request.want.hidden_grad, ticket is not None, deadline, version)
         scored = time.monotonic()
         merged, version = merge(scores), scores[0].version
         if targets:

@@ -18,15 +18,15 @@ from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates
 from shardloss_server.shard.rows import ShardRows
 
 
-def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: Kept) -> Score:
+def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: Kept | None) -> Score:
     """What the shard's columns say of a part; rows of D only where a gradient is wanted.
 
-    What a step can use of it is kept, where one can be expected: where a gradient is wanted.
+    kept takes what a step can use of it.
     """
     labels = label_entries(rows, part)
     found = kernel.entry_columns(part.batch.hidden, labels, part.objective)
     target = kernel.target_of(len(part.batch.hidden), labels, found, with_gradient)
-    of_part = kept.begin(part) if with_gradient else None
+    of_part = kept.begin(part) if kept is not None else None
     if of_part is not None:
         of_part.labels = labels
     pieces = chain(

@@ -57,9 +57,12 @@ class ShardTable(ShardRows):
 
     # Reading
 
-    def score(self, part: Part, with_gradient: bool) -> Score:
-        """What this shard's columns say of a part; rows of D only where a gradient is wanted."""
-        return columns.score(self, part, with_gradient, self.version, self.kept)
+    def score(self, part: Part, with_gradient: bool, keep: bool = False) -> Score:
+        """What this shard's columns say of a part; rows of D only where a gradient is wanted.
+
+        keep: a step is expected to follow at this version, and finds what it can use again.
+        """
+        return columns.score(self, part, with_gradient, self.version, self.kept if keep else None)
 
     def mine(self, part: Part, k: int) -> Mined:
         """The k best candidates of each row among this shard's, accidental hits left out."""
