@@ -69,7 +69,7 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
         block = distribution.draw(bits, block_size)
         class_ids, first = first_copies(block)
         if len(found):
-            first = first[~np.isin(class_ids, found, assume_unique=True)]
+            first = first[~is_among(class_ids, found)]
         first = np.sort(first)[: num_sampled - len(found)]
         found = np.concatenate([found, block[first]])
         if len(found) == num_sampled:
@@ -83,6 +83,13 @@ def first_copies(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArr
     is_first = np.ones(len(ordered), dtype=bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
     return ordered[is_first], place[is_first]
+
+
+def is_among(class_ids: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which ids are among found, at least one: np.isin(class_ids, found) by one fast sort."""
+    ordered = np.sort(found)
+    place = np.searchsorted(ordered, class_ids)
+    return np.asarray(ordered[np.minimum(place, len(ordered) - 1)] == class_ids)
 
 
 def in_order(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
