@@ -45,6 +45,9 @@ bench-soak: setup  ## 10,000 steps: resident memory and /dev/shm must not grow; 
 bench-profile: setup  ## Where the time of one step goes: writes docs/performance.png and build/profile.json
 	$(BIN)/python -m benchmarks profile
 
+bench-gpu: setup  ## The shard kernels on a CUDA GPU against local losses there; writes benchmarks/RESULTS-gpu.md
+	$(BIN)/python -m benchmarks gpu
+
 bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rivals that do not fit .venv
 
 .venv-%/.ready: benchmarks/requirements-%.txt

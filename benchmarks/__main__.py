@@ -1,4 +1,7 @@
-"""`python -m benchmarks run`: the scenarios; `soak`: memory over many steps; `profile`: where a step's time goes."""
+"""`python -m benchmarks run` measures the scenarios, `soak` memory over many steps.
+
+`profile` tells where a step's time goes, and `gpu` compares the shard kernels on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,14 @@ def profile_command(
     keep_to_cores()
     profile.run(picture, out, steps)
     typer.echo(f"wrote {picture} and {out / 'profile.json'}")
+
+
+@app.command(name="gpu")
+def gpu_command(out: Annotated[Path, typer.Option(help="Where results-gpu.json goes.")] = FULL_OUT) -> None:
+    """Compare the shard kernels with local losses on a CUDA GPU; without one, say so and write nothing."""
+    from benchmarks import gpu  # imports torch, which other commands leave to their sides
+
+    typer.echo(gpu.run(out))
 
 
 @app.command(name="soak")
