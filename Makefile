@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak test test-long check format lint types protos protos-check clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long check format lint types protos protos-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,12 @@ bench-quick: setup  ## The same with small shapes and few steps (3 minutes); wri
 
 bench-soak: setup  ## 10,000 steps: resident memory and /dev/shm must not grow; writes benchmarks/soak.json
 	$(BIN)/python -m benchmarks soak --steps 10000
+
+bench-profile: setup  ## Where the time of one step goes: writes docs/performance.png and build/profile.json
+	$(BIN)/python -m benchmarks profile
+
+bench-gpu: setup  ## The shard kernels on a CUDA GPU against local losses there; writes benchmarks/RESULTS-gpu.md
+	$(BIN)/python -m benchmarks gpu
 
 bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rivals that do not fit .venv
 

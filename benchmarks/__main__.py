@@ -1,4 +1,7 @@
-"""`python -m benchmarks run`: the scenarios. `python -m benchmarks soak`: memory over many steps."""
+"""`python -m benchmarks run` measures the scenarios, `soak` memory over many steps.
+
+`profile` tells where a step's time goes, and `gpu` compares the shard kernels on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def run(
     unknown = set(only or ()) - set(SCENARIOS)
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(SCENARIOS)}")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])  # all that starts here keeps to them
+    keep_to_cores()
     directory = out or (QUICK_OUT if quick else FULL_OUT)
     names = only or [name for name in SCENARIOS if not (quick and name in NOT_IN_QUICK)]
     rows = report.read(directory) if only else []
@@ -49,6 +52,11 @@ def run(
             rows = report.merged(rows, name, rows_of(name, context))
             report.write(rows, directory, list(SCENARIOS), quick)
     typer.echo(f"wrote {directory / 'RESULTS.md'}")
+
+
+def keep_to_cores() -> None:
+    """This process, and all that it starts, keep to so many cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
 
 
 def rows_of(name: str, context: Context) -> list[Row]:
@@ -75,6 +83,28 @@ def report_command(
     """Write RESULTS.md and ratios.png anew from results.json, measuring nothing."""
     directory = out or (QUICK_OUT if quick else FULL_OUT)
     report.write(report.read(directory), directory, list(SCENARIOS), quick)
+
+
+@app.command(name="profile")
+def profile_command(
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each shape.")] = 40,
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "docs" / "performance.png",
+    out: Annotated[Path, typer.Option(help="Where profile.json goes.")] = ROOT / "build",
+) -> None:
+    """Tell where the time of one training step goes, as figures and a picture."""
+    from benchmarks import profile  # starts Ray's import, which other commands leave to the service
+
+    keep_to_cores()
+    profile.run(picture, out, steps)
+    typer.echo(f"wrote {picture} and {out / 'profile.json'}")
+
+
+@app.command(name="gpu")
+def gpu_command(out: Annotated[Path, typer.Option(help="Where results-gpu.json goes.")] = FULL_OUT) -> None:
+    """Compare the shard kernels with local losses on a CUDA GPU; without one, say so and write nothing."""
+    from benchmarks import gpu  # imports torch, which other commands leave to their sides
+
+    typer.echo(gpu.run(out))
 
 
 @app.command(name="soak")

@@ -35,6 +35,7 @@ SWEEP_MS = 1000
 
 log = logging.getLogger(__name__)
 Address = str | tuple[str, int]  # a Unix socket's path, or a host and a port
+Timed = tuple[float, dict[int, Any]]  # seconds that a worker computed, and its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,18 @@ class LinkPending:
 
     link: Link
     number: int
-    future: Future[dict[int, Any]]
+    future: Future[Timed]
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         try:
-            return self.future.result(timeout_s)
+            return self.future.result(timeout_s)[1]
         except FutureTimeout as error:
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that the worker computed, once `result` has returned: the rest of the wait is the way."""
+        return self.future.result(0)[0]
 
     def abandon(self) -> None:
         """Have the worker pass it over, unless it has begun."""
@@ -85,8 +91,8 @@ class Link:
         self._sending = threading.RLock()
         self._sock: socket.socket | None = None
         self._kept: set[int] = set()
-        self._answers: dict[int, Future[dict[int, Any]]] = {}
-        self._early: list[tuple[int, Future[dict[int, Any]], list[Buffer], Sequence[KeptPart]]] = []
+        self._answers: dict[int, Future[Timed]] = {}
+        self._early: list[tuple[int, Future[Timed], list[Buffer], Sequence[KeptPart]]] = []
         self._freed: deque[int] = deque()
         self.linked = threading.Event()
 
@@ -103,7 +109,7 @@ class Link:
 
     def call(self, number: int, body: list[Buffer], parts: Sequence[KeptPart]) -> LinkPending:
         """Start a call; its body names the parts by number, and they go before it where the worker lacks them."""
-        answer: Future[dict[int, Any]] = Future()
+        answer: Future[Timed] = Future()
         with self._sending:
             if self._sock is None:
                 self._early.append((number, answer, body, parts))
@@ -135,9 +141,7 @@ class Link:
         with self._sending:
             self._lose()
 
-    def _send_call(
-        self, number: int, answer: Future[dict[int, Any]], body: list[Buffer], parts: Sequence[KeptPart]
-    ) -> None:
+    def _send_call(self, number: int, answer: Future[Timed], body: list[Buffer], parts: Sequence[KeptPart]) -> None:
         if self._freed:
             self.sweep()
         self._answers[number] = answer

@@ -70,7 +70,9 @@ class LinkedWorker:
 
     def _answer(self, number: int, method: str, args: list[Any]) -> None:
         try:
-            kind, body = ANSWER, frames.encode(self._call(method, *args))
+            began = time.perf_counter()
+            value = self._call(method, *args)
+            kind, body = ANSWER, frames.encode((time.perf_counter() - began, value))
         except Exception as error:  # whatever it is, the caller is told
             kind, body = FAILURE, failure(error)
         frames.send(self._sock, kind, number, body)
