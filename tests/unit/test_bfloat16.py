@@ -14,6 +14,7 @@ from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import Placement
 from shardloss_server.shard import rows as shard_rows
 from shardloss_server.shard.columns import is_narrow
+from shardloss_server.shard.kept import Kept, Room
 from shardloss_server.shard.record import Batch, Part, Record, StepKey, TableSpec, Upstream
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
@@ -78,7 +79,7 @@ def test_losses_lose_a_third_of_what_rounded_logits_lose(spread: float) -> None:
 def test_gradients_are_those_of_float64_to_the_digits_of_bfloat16(spread: float, kept_bytes: int) -> None:
     """Each is off by at most 2^-6 of its norm, with exponentials kept and computed anew."""
     table, part, g = table_of(spread), part_of(), torch.rand(N)
-    table.kept._room._free = kept_bytes
+    table.kept = Kept(Room(kept_bytes))
     exact = Exact(table, part, g)
     score = table.score(part, True, keep=True)
     assert bool(table.kept.of(part).blocks) == bool(kept_bytes)

@@ -87,20 +87,20 @@ def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
     part, other = part_of(0), part_of(40)
     lse = table.score(part, True, keep=True).statistics.lse
     table.score(other, True, keep=True)
-    assert room._free < LARGE
+    assert room.free_bytes < LARGE
     commit(table, [part], [lse])
-    assert room._free == LARGE
+    assert room.free_bytes == LARGE
     table.score(other, True, keep=True)
-    assert room._free < LARGE
+    assert room.free_bytes < LARGE
     del other
-    assert room._free == LARGE
+    assert room.free_bytes == LARGE
 
 
 def test_a_score_that_no_step_follows_keeps_nothing() -> None:
     """Unless it is told to."""
     table, room = table_of(LARGE)
     table.score(part_of(0), True)
-    assert room._free == LARGE
+    assert room.free_bytes == LARGE
 
 
 def test_shards_of_a_worker_share_their_room() -> None:

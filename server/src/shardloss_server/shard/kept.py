@@ -7,7 +7,6 @@ goes with its part.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass
 
@@ -19,24 +18,30 @@ KEPT_BYTES = 512 * 2**20  # exponentials and gathered rows that a worker keeps b
 
 
 class Room:
-    """Bytes that all shards of a worker may keep together. Thread-safe."""
+    """Bytes that all shards of a worker may keep together.
+
+    One thread takes; another may give back, as a part goes wherever its last reference does.
+    """
 
     def __init__(self, max_bytes: int) -> None:
-        self._free = max_bytes
-        self._lock = threading.Lock()
+        self._max_bytes = max_bytes
+        self._taken: dict[int, int] = {}
 
-    def take(self, num_bytes: int) -> bool:
+    @property
+    def free_bytes(self) -> int:
+        """What is left."""
+        return self._max_bytes - sum(tuple(self._taken.values()))
+
+    def take(self, owner: int, num_bytes: int) -> bool:
         """Whether there was room, which is taken now."""
-        with self._lock:
-            if num_bytes > self._free:
-                return False
-            self._free -= num_bytes
-            return True
+        if num_bytes > self.free_bytes:
+            return False
+        self._taken[owner] = self._taken.get(owner, 0) + num_bytes
+        return True
 
-    def give_back(self, num_bytes: int) -> None:
-        """Room is free again."""
-        with self._lock:
-            self._free += num_bytes
+    def give_back(self, owner: int) -> None:
+        """All that an owner took is free again. Idempotent."""
+        self._taken.pop(owner, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +58,20 @@ class KeptPart:
     def __init__(self, room: Room, is_full: bool) -> None:
         self.labels: Entries | None = None
         self.blocks: dict[int, KeptBlock] = {}
-        self._room, self._is_full, self._num_bytes = room, is_full, 0
+        self._room, self._is_full = room, is_full
 
     def keep(self, place: int, block: Block, exponentials: Exponentials | None) -> None:
         """Keep a block, where there is room."""
         if exponentials is None:
             return
         num_bytes = exponentials.num_bytes + (0 if self._is_full else block.rows.nbytes)
-        if self._room.take(num_bytes):
-            self._num_bytes += num_bytes
+        if self._room.take(id(self), num_bytes):
             self.blocks[place] = KeptBlock(block, exponentials)
 
     def free(self) -> None:
         """Forget it all. Idempotent."""
         self.blocks, self.labels = {}, None
-        num_bytes, self._num_bytes = self._num_bytes, 0
-        self._room.give_back(num_bytes)
+        self._room.give_back(id(self))
 
 
 class Kept:
