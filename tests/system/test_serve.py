@@ -193,3 +193,16 @@ def test_nobody_at_the_address_is_a_named_error() -> None:
     """connect gives up within its deadline with ServerUnavailable or DeadlineExceeded."""
     with pytest.raises(shardloss.errors.TransientError):
         shardloss.connect("127.0.0.1:1", timeout_s=0.5)
+
+
+def test_a_unix_socket_serves_its_owner(tmp_path: Path) -> None:
+    """Beside the data port, for nobody else; gone with the server."""
+    path = tmp_path / "shardloss"
+    with serving(tmp_path, "--local", "--workers", "1", "--socket", str(path)):
+        assert path.stat().st_mode & 0o777 == 0o600
+        with shardloss.connect(f"unix:{path}", timeout_s=30.0) as client:
+            table = client.create_table("words", num_classes=5, dim=3)
+            result = table.compute_loss(np.ones((2, 3), np.float32), np.array([0, 4]), shardloss.FullSoftmax())
+        assert result.loss is not None
+        assert result.loss.shape == (2,)
+    assert not path.exists()

@@ -48,6 +48,7 @@ def serve(
     links: Annotated[bool, typer.Option(help="Workers answer over links; --no-links: as plain Ray calls.")] = True,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Data port; 0 takes a free one.")] = 7070,
+    socket: Annotated[str, typer.Option(help="Path of a Unix socket to listen on as well, for unix:PATH.")] = "",
     admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of health and reflection; 0: free.")] = 0,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster; default: an embedded Ray.")] = None,
     local: Annotated[bool, typer.Option("--local", help="Shards as threads of this process, without Ray.")] = False,
@@ -57,7 +58,7 @@ def serve(
     """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory(one_arena=True)
-    config = ServerConfig(host=host, port=port, admin_port=admin_port, drain_s=drain_s)
+    config = ServerConfig(host=host, port=port, socket=socket, admin_port=admin_port, drain_s=drain_s)
     stop = threading.Event()
     install_signals(stop)
     # In a thread of its own: on the main one Ray would replace the signal handlers, and its processes end with the

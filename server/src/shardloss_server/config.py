@@ -45,10 +45,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where to listen and with how many threads."""
+    """Where to listen and with how many threads; socket is the path of a Unix socket beside the data port."""
 
     host: str = "127.0.0.1"
     port: int = 0
+    socket: str = ""
     admin_port: int = 0
     num_threads: int = (
         102  # above max_calls_in_flight: a sixth is for streams, a sixth for commits, and refusals need some

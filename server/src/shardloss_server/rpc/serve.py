@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from concurrent import futures
@@ -74,6 +75,8 @@ class Server:
         self._admin = self._make_server(ADMIN_THREADS)
         self._register()
         self.address = self._bind(self._data, config.port)
+        if config.socket:
+            self._bind_socket(config.socket)
         self.admin_address = self._bind(self._admin, config.admin_port)
         self._stopping = threading.Event()
         self._stopped = threading.Lock()
@@ -108,6 +111,16 @@ class Server:
         except RuntimeError:
             raise PortTaken(f"cannot listen on {self.config.host} port {port}: is another server there?") from None
         return f"{self.config.host}:{bound}"
+
+    def _bind_socket(self, path: str) -> None:
+        """Listen on a Unix socket, which this user alone may connect to; one that nobody listens on is replaced."""
+        mask = os.umask(0o177)
+        try:
+            self._data.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            raise PortTaken(f"cannot listen on {path}: is another server there, and its folder yours?") from None
+        finally:
+            os.umask(mask)
 
     def start(self) -> None:
         """Serve until `stop`."""
