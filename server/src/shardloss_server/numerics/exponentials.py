@@ -62,19 +62,19 @@ class Narrow:
         self._hidden = hidden.to(torch.bfloat16)
         self._reference: Tensor | None = None
 
-    def of(self, rows: Tensor) -> tuple[Exponentials, Tensor]:
-        """Of the next block of rows [C, D], C >= 1: exponentials and their sums [N] float32."""
+    def of(self, rows: Tensor, out: Tensor | None = None) -> tuple[Exponentials, Tensor]:
+        """Of the next block of rows [C, D], C >= 1: exponentials (in `out`) and their sums [N] float32."""
         if self._reference is None:
             self._reference = self._largest_logits(rows)
-        exponentials, total, largest = self._exponentials(rows, self._reference)
+        exponentials, total, largest = self._exponentials(rows, self._reference, out)
         if not bool((largest <= MOST_ABOVE).all()):  # or it overflowed
-            exponentials, total, largest = self._exponentials(rows, self._largest_logits(rows))
+            exponentials, total, largest = self._exponentials(rows, self._largest_logits(rows), out)
         self._reference = torch.maximum(self._reference, exponentials.top + largest.log())
         return exponentials, total
 
-    def _exponentials(self, rows: Tensor, reference: Tensor) -> tuple[Exponentials, Tensor, Tensor]:
+    def _exponentials(self, rows: Tensor, reference: Tensor, out: Tensor | None) -> tuple[Exponentials, Tensor, Tensor]:
         top = reference.to(torch.bfloat16)
-        logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), self._hidden, rows.T)
+        logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), self._hidden, rows.T, out=out)
         values = exp_(logits.float())
         return Exponentials(logits.copy_(values), top.float()), values.sum(1), values.amax(1)
 

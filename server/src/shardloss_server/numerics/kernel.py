@@ -101,11 +101,11 @@ def transformed(logits: Tensor, log_weight: Tensor | None, objective: Objective)
     return Columns(logits if log_weight is None else logits.add_(log_weight), slope, pull)
 
 
-def block_columns(hidden: Tensor, block: Block, objective: Objective) -> Columns:
-    """Columns [N, C] of a block, accidental hits removed."""
+def block_columns(hidden: Tensor, block: Block, objective: Objective, out: Tensor | None = None) -> Columns:
+    """Columns [N, C] of a block, accidental hits removed; plain logits are written to `out`, if there is one."""
     if objective.transform.soft_cap is None and not objective.learned_scale:
         offset = block.biases if block.log_weight is None else block.biases + block.log_weight
-        columns = Columns(torch.addmm(offset, hidden, block.rows.T), None, None)
+        columns = Columns(torch.addmm(offset, hidden, block.rows.T, out=out), None, None)
     else:
         columns = transformed(torch.addmm(block.biases, hidden, block.rows.T), block.log_weight, objective)
     if block.hits is not None:
@@ -170,10 +170,10 @@ def block_statistics(
 
 
 def narrow_statistics(
-    narrow: Narrow, rows: Tensor, with_gradient: bool, dtype: torch.dtype
+    narrow: Narrow, rows: Tensor, with_gradient: bool, dtype: torch.dtype, out: Tensor | None = None
 ) -> tuple[Partial, Exponentials]:
     """Statistics of the next block of plain logits, rows [C, D] of bfloat16, C >= 1; mean_row is of `dtype`."""
-    exps, total = narrow.of(rows)
+    exps, total = narrow.of(rows, out)
     lse = exps.top.double() + total.double().log()
     safe_total = torch.where(total == 0, 1.0, total)
     mean_row = (exps.values @ rows).to(dtype).div_(safe_total[:, None]) if with_gradient else None

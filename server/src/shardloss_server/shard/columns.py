@@ -55,12 +55,14 @@ def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: Kept
     narrow = Narrow(hidden) if is_narrow(rows, part) else None
     statistics: Statistics
     exponentials: Exponentials | None
+    dtype = torch.bfloat16 if narrow is not None else rows.compute_dtype
     for place, (_, block) in enumerate(blocks(rows, part)):
+        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), dtype)
         if narrow is not None:
-            dtype = rows.compute_dtype
-            statistics, exponentials = kernel.narrow_statistics(narrow, block.rows, with_gradient, dtype)
+            wide = rows.compute_dtype
+            statistics, exponentials = kernel.narrow_statistics(narrow, block.rows, with_gradient, wide, out)
         else:
-            columns, family = kernel.block_columns(hidden, block, objective), objective.family
+            columns, family = kernel.block_columns(hidden, block, objective, out), objective.family
             statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, family)
         if of_part is not None:
             of_part.keep(place, block, exponentials)
