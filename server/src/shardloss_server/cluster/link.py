@@ -32,6 +32,7 @@ CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE = range(1, 7)
 SOCKET_BYTES = 4 << 20
 SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
 SWEEP_MS = 1000
+MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
 
 log = logging.getLogger(__name__)
 Address = str | tuple[str, int]  # a Unix socket's path, or a host and a port
@@ -166,8 +167,7 @@ class Link:
         if sock is None:
             return
         self.linked.clear()
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+        shut(sock)
         sock.close()
         self._kept.clear()
         for number in list(self._answers):
@@ -212,6 +212,8 @@ class Links:
     def __init__(self, num_workers: int, host: str | None = None) -> None:
         self.links = [Link(index) for index in range(num_workers)]
         self._numbers = count(1)
+        self._closed = threading.Event()
+        self._admitting = threading.Semaphore(num_workers + MOST_STRANGERS)
         self._key = secrets.token_bytes(32)
         self._folder = tempfile.TemporaryDirectory(prefix="shardloss-link-")
         self._listener = socket.socket(socket.AF_INET if host else socket.AF_UNIX)
@@ -242,6 +244,7 @@ class Links:
 
     def close(self) -> None:
         """Let go of every worker. Idempotent."""
+        self._closed.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -254,16 +257,22 @@ class Links:
             link.free(number)
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if not self._closed.wait(ACCEPT_AGAIN_S):
+                    log.warning("no link can be accepted: %s", error)
+                continue
+            self._admitting.acquire()  # a stranger holds a place for handshake.TIMEOUT_S at most
             threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
 
     def _admit(self, sock: socket.socket) -> None:
+        too_long = threading.Timer(handshake.TIMEOUT_S, shut, (sock,))
+        too_long.start()
         try:
             index = handshake.admit(sock, self._key)
+            too_long.cancel()
             if sock.family == socket.AF_INET:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -273,6 +282,15 @@ class Links:
         except (handshake.NotOurs, LinkClosed, OSError, IndexError) as error:
             log.warning("a link was refused: %s", error)
             sock.close()
+        finally:
+            too_long.cancel()
+            self._admitting.release()
+
+
+def shut(sock: socket.socket) -> None:
+    """End both directions; whoever waits on the socket sees it closed."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def number_of(value: object) -> object:
