@@ -61,7 +61,7 @@ def ours(given: Problem) -> Step:
         with torch.inference_mode(), on(device):
             # A part of its own in each step, as batches come.
             part = Part(Batch(hidden, given.labels[:, None], ones[:, None], ones), None)
-            score = table.score(part, True)
+            score = table.score(part, True, keep=True)
             lse, version = score.statistics.lse, table.version + 1
             key = StepKey("gpu", version, b"")
             table.apply_(Record(version, key, LEARNING_RATE, 0, (part,), (Upstream(lse, g),)))

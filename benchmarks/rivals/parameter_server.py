@@ -88,6 +88,7 @@ class Trainer:
         meeting = os.path.join(self.directory.name, "meeting")
         self.server = Child(MODULE, {**shape, "meeting": meeting})
         start_rpc(TRAINER, 1, meeting)
+        self.pushed: Any = None
 
     def versions(self) -> Mapping[str, str]:
         return {"torch": torch.__version__}
@@ -97,12 +98,19 @@ class Trainer:
         hidden.grad = None
         sampled, num_tries = distinct_log_uniform(self.rng, self.num_sampled, self.num_classes)
         ids = torch.cat([sampled, labels])
+        self.finish()
         rows, biases = rpc.rpc_sync(SERVER, pull, (ids,))
         rows.requires_grad_()
         biases.requires_grad_()
         self._loss(hidden, ids, rows, biases, num_tries).backward()  # type: ignore[no-untyped-call]
-        rpc.rpc_sync(SERVER, push, (ids, rows.grad, biases.grad))
+        self.pushed = rpc.rpc_async(SERVER, push, (ids, rows.grad, biases.grad))
         return {"wire_bytes": 2 * (ids.nbytes + rows.nbytes + biases.nbytes)}
+
+    def finish(self) -> None:
+        """Wait for the push under way: the next pull must see it."""
+        if self.pushed is not None:
+            self.pushed.wait()
+            self.pushed = None
 
     def _loss(self, hidden: Tensor, ids: Tensor, rows: Tensor, biases: Tensor, num_tries: int) -> Tensor:
         count = self.num_sampled

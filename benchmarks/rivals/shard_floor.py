@@ -111,7 +111,7 @@ class ShardFloor:
         n = len(labels)
         ones = torch.ones(n)
         part = Part(Batch(hidden, labels[:, None], ones[:, None], ones), None)
-        lse = self.table.score(part, True).statistics.lse
+        lse = self.table.score(part, True, keep=True).statistics.lse
         version = self.table.version + 1
         upstream = Upstream(lse, torch.full((n,), 1.0 / n))
         self.table.apply_(Record(version, StepKey("floor", version, b""), LEARNING_RATE, 0, (part,), (upstream,)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import shardloss
 import torch
 from shardloss.errors import RowsLost, TableNotFound, TransientError
+from shardloss_server.rpc.serve import Server
 from torch import Tensor
 
 V, D, N = 53, 7, 11
@@ -83,6 +85,101 @@ def test_training_is_the_same_to_the_bit(make_table: Callable[[], shardloss.Tabl
         ends.append((torch.stack(losses), torch.from_numpy(table.read_rows(range(V)).rows)))
         assert table.info().num_commits == 9
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_candidates_by_learned_counts_are_those_of_waiting_steps(
+    client: shardloss.LossClient, fresh_name: Callable[[], str]
+) -> None:
+    """Labels of a step count before the next loss draws by them, overlapped as not."""
+    ends = []
+    for overlap in (False, True):
+        torch.manual_seed(3)
+        table = client.create_table(fresh_name(), num_classes=V, dim=D, dtype="float64", count_labels=True)
+        head = table.sampled_softmax(9, sampler="learned_unigram", seed=1)
+        optimizer = head.optimizer(lr=RATE, overlap=overlap)
+        losses = []
+        for _ in range(12):
+            loss = head(*batch())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        optimizer.synchronize()
+        ends.append(torch.stack(losses))
+    assert torch.equal(*ends)
+
+
+def test_zero_grad_does_not_give_up_a_step_that_is_to_be_sent_again(table: shardloss.Table, gate: Gate) -> None:
+    """A loss was begun and failed since; the step is applied all the same, once the server answers."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    head(*batch()).backward()
+    gate.error = shardloss.errors.DeadlineExceeded("lost")
+    optimizer.step()
+    loss = head.table.client.losses.ComputeLoss
+    failing = Failing(gate)
+    head.table.client.losses.ComputeLoss = failing
+    with pytest.raises(TransientError):
+        head(*batch())
+    head.table.client.losses.ComputeLoss = loss
+    optimizer.zero_grad()
+    optimizer.synchronize()
+    assert table.info().version == 1
+    head(*batch()).backward()
+    optimizer.step()
+    optimizer.synchronize()
+    assert table.info().version == 2
+
+
+class Failing:
+    """A loss that nobody answers; the commit before it goes on then, and is lost, too."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(self, request: Any, timeout: float) -> Any:
+        self.gate.open.set()
+        raise shardloss.errors.DeadlineExceeded("lost")
+
+
+def test_an_interrupt_while_waiting_loses_nothing(
+    table: shardloss.Table, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C inside synchronize: the commit goes on, and the next call waits for it again."""
+    head = table.softmax()
+    optimizer = head.optimizer(lr=RATE, overlap=True)
+    hidden, labels = batch()
+    first = head(hidden, labels)
+    first.backward()
+    optimizer.step()
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.synchronize()
+    gate.open.set()
+    assert head(hidden, labels) < first
+    assert table.info().version == 1
+
+
+def test_closing_the_client_waits_for_the_commit(
+    local_server: Server, fresh_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of a program is not lost with its connection."""
+    client = shardloss.connect(local_server.address)
+    table = client.create_table(fresh_name(), num_classes=V, dim=D)
+    gate = Gate(table, monkeypatch)
+    head = table.softmax()
+    head(torch.randn(N, D, requires_grad=True), torch.randint(0, V, (N,))).backward()
+    head.optimizer(lr=RATE, overlap=True).step()
+    assert gate.entered.wait(PATIENCE_S)
+    threading.Timer(0.1, gate.open.set).start()
+    client.close()
+    with shardloss.connect(local_server.address) as other:
+        assert other.table(table.name).spec.version == 1
 
 
 def test_a_step_returns_while_its_commit_is_under_way(table: shardloss.Table, gate: Gate) -> None:

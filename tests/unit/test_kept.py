@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from shardloss_server.numerics import kernel
 from shardloss_server.numerics.exponentials import exponentials_
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.kernel import Block
+from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import Placement
 from shardloss_server.shard.kept import Kept, Room
 from shardloss_server.shard.record import Batch, Candidates, Part, Record, RowWrite, StepKey, TableSpec, Upstream
@@ -76,7 +80,7 @@ def test_what_was_kept_is_not_used_at_another_version(num_sampled: int) -> None:
         commit(table, [first], [lse])
         rows = torch.linspace(0, 1, 3 * D, dtype=torch.float64).view(3, D)
         table.write_(RowWrite(2, torch.tensor([1, 2, 3]), rows, None))
-        commit(table, [second], [table.score(second, False, keep=True).statistics.lse])
+        commit(table, [second], [table.score(second, False).statistics.lse])
         ends.append(table.weights)
     torch.testing.assert_close(ends[0], ends[1], rtol=EXACT, atol=EXACT)
 
@@ -87,20 +91,51 @@ def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
     part, other = part_of(0), part_of(40)
     lse = table.score(part, True, keep=True).statistics.lse
     table.score(other, True, keep=True)
-    assert room.free_bytes < LARGE
+    assert room.taken_bytes > 0
     commit(table, [part], [lse])
-    assert room.free_bytes == LARGE
+    assert room.taken_bytes == 0
     table.score(other, True, keep=True)
-    assert room.free_bytes < LARGE
+    assert room.taken_bytes > 0
     del other
-    assert room.free_bytes == LARGE
+    assert room.taken_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "unit vectors", "many labels"])
+def test_what_is_held_is_what_is_counted(kind: str) -> None:
+    """All tensors that a shard keeps, the rows of labels and unit vectors among them, are within its room."""
+    max_bytes = 20_000
+    table, room = table_of(max_bytes)
+    parts = [part_of(0 if kind != "many labels" else 40, num_rows=3) for _ in range(9)]
+    if kind == "unit vectors":
+        unit = Objective(transform=Transform(normalize=True))
+        parts = [dataclasses.replace(part, objective=unit) for part in parts]
+    for part in parts:
+        table.score(part, True, keep=True)
+    held = [table.kept.of(part) for part in parts]
+    tensors = [b.exponentials.values for one in held for b in one.blocks.values()]
+    tensors += [b.rows for one in held for b in one.blocks.values() if b.rows is not None]
+    tensors += [one.labels.rows for one in held if one.labels is not None]
+    assert tensors
+    assert sum(tensor.nbytes for tensor in tensors) <= room.taken_bytes <= max_bytes
+
+
+def test_lent_memory_counts_as_room() -> None:
+    """Steps over all classes, then sampled ones of every size: taken and spare together stay within the budget."""
+    max_bytes = 60_000
+    table, room = table_of(max_bytes)
+    for num_sampled in (0, 0, 7, 30, 90, 150, 0, 210):
+        part = part_of(num_sampled)
+        commit(table, [part], [table.score(part, True, keep=True).statistics.lse])
+        assert room.taken_bytes + room.spare_bytes <= max_bytes
+    room.take(1, max_bytes)
+    assert room.spare_bytes == 0
 
 
 def test_a_score_that_no_step_follows_keeps_nothing() -> None:
     """Unless it is told to."""
     table, room = table_of(LARGE)
     table.score(part_of(0), True)
-    assert room.free_bytes == LARGE
+    assert room.taken_bytes == 0
 
 
 def test_shards_of_a_worker_share_their_room() -> None:

@@ -129,7 +129,7 @@ def test_the_size_of_the_ranges_of_candidates_does_not_show(
     batch = {"hidden": torch.randn(7, D).double(), "labels": labels, "sampled": SampledSoftmax(values, hit_removal)}
     problem, table = {"batch": batch, "g": torch.randn(7).double()}, (torch.randn(407, D).double(), torch.randn(407))
     whole = answers(make_cut(*table, num_shards=2), problem)
-    monkeypatch.setattr(kernel, "SAMPLED_LOGITS", 1)
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", 1)
     assert_all_close(answers(make_cut(*table, num_shards=2), problem), whole)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shardloss_server.cluster import frames, handshake, linked_worker
 from shardloss_server.cluster.frames import LinkClosed
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
-from shardloss_server.cluster.link import KeptPart, Links, WorkerFailed
+from shardloss_server.cluster.link import KeptPart, Links, WorkerFailed, shut
 from shardloss_server.shard.record import Batch, Candidates, OutOfMemory, Part
 from torch import Tensor
 
@@ -217,9 +217,20 @@ def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: 
 def test_a_link_that_breaks_is_made_anew_by_its_worker(links: Links, worker: Worker) -> None:
     """The rows are still there: only calls under way are lost."""
     assert ask(links, "echo", 1) == (1,)
-    link = links.links[0]
-    link.close()
+    sock = links.links[0]._sock
+    assert sock is not None
+    shut(sock)
+    eventually(lambda: links.links[0]._sock is not sock and links.links[0].linked.is_set(), "a new link")
     assert ask(links, "echo", 2) == (2,)
+
+
+def test_a_closed_group_answers_at_once(links: Links) -> None:
+    """Calls that wait for a worker which never came, and calls after the end."""
+    early = links.call([0], "echo")[0]
+    links.close()
+    for pending in (early, links.call([0], "echo")[0]):
+        with pytest.raises(WorkerLost):
+            pending.result(PATIENCE_S)
 
 
 def test_a_stranger_is_not_admitted(links: Links, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:

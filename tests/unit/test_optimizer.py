@@ -222,3 +222,26 @@ def test_biases_of_a_row_wise_table_have_a_sum_of_their_own(make_cut: MakeCut, i
         cut.apply([cut.plan(hidden, labels)], [torch.ones(7)], RATE)
     assert torch.equal(cut.read()[0], weights)
     assert_close(cut.read()[1], biases.detach())
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adam", "sparse_adam"])
+def test_squares_that_overflow_or_vanish_leave_rows_finite(name: str) -> None:
+    """As in torch: a gradient whose square is inf moves nothing, and 0 and denormal squares are no trouble."""
+    spec = OptimizerSpec(name, beta1=0.9, beta2=0.999, eps=1e-8)
+    rows = torch.ones(4, 3)
+    gradient = torch.tensor([1e30, 1e-30, 0.0, 1.0])[:, None].expand(4, 3).clone()
+    state = initial_state(spec, 4, 3, torch.float32)
+    for step in (1, 2):
+        update_(spec, rows, gradient.clone(), state, RATE, step)
+    assert torch.isfinite(rows).all()
+    assert (rows[0] == 1).all()
+    assert (rows[2] == 1).all()
+    assert (rows[3] < 1).all()
+
+
+def test_a_rate_near_the_largest_number_does_not_raise() -> None:
+    """Where bias correction would overflow it, the step goes through: rows without gradient stay."""
+    spec = OptimizerSpec("adam", beta1=0.9, beta2=0.999, eps=1e-8)
+    rows, state = torch.ones(2, 3), initial_state(spec, 2, 3, torch.float32)
+    update_(spec, rows, torch.zeros(2, 3), state, 1e38, 1)
+    assert (rows == 1).all()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -21,6 +23,7 @@ from shardloss.v1 import (
 )
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 FILL_S = 600.0  # deadline of a call that fills a whole table
 
 
@@ -57,6 +60,7 @@ class LossClient:
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)
         self._attached: dict[tuple[str, str], object] = {}
         self._attaching = threading.Lock()
+        self._under_way: set[Future[object]] = set()
         try:
             self.info = self.server_info()
             self.channel.max_message_bytes = int(self.info.limits["max_message_bytes"])
@@ -79,8 +83,20 @@ class LossClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Open tickets stay with the server until they expire. Idempotent."""
+        """Close the connection, once commits under way have ended; open tickets stay until they expire. Idempotent."""
+        wait(tuple(self._under_way), self.channel.timeout_s)
         self.channel.close()
+
+    def watch(self, commit: Future[object]) -> None:
+        """Have `close` wait for a commit under way, and log where it fails: who started it may never ask."""
+        self._under_way.add(commit)
+        commit.add_done_callback(self._ended)
+
+    def _ended(self, commit: Future[object]) -> None:
+        self._under_way.discard(commit)
+        error = commit.exception()
+        if error is not None:
+            log.warning("a commit that was under way ended with %s: %s", type(error).__name__, error)
 
     def attached(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
         """What shardloss.compat keeps with a table: the one that was made before, while it fits."""

@@ -152,18 +152,21 @@ class Pending:
             TransientError: nobody answered again; the next call repeats it.
             RequestError, ServiceError: the step was refused.
         """
-        send, self._send = self._send, None
-        under_way, self._under_way = self._under_way, None
-        if send is None:
+        if self._send is None:
             return
         try:
-            under_way.result() if under_way is not None else send()
+            self._send() if self._under_way is None else self._under_way.result()
         except TransientError:
-            self._send = send
+            self._under_way = None  # it is sent again next time
             raise
-        finally:
-            if self._send is None:
-                self.session.follows = None
+        except ShardlossError:
+            self._forget_commit()
+            raise
+        self._forget_commit()
+
+    def _forget_commit(self) -> None:
+        """What became of it is known."""
+        self._send = self._under_way = self.session.follows = None
 
     def _begin_commit(self, learning_rate: float, grad_scale: float) -> None:
         tickets = [(part.ticket, wire_array(g)) for part, g in self._upstreams.items()]
@@ -172,6 +175,7 @@ class Pending:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "shardloss-commit")
         self._under_way = self._thread.submit(self._send)
+        self.session.table.client.watch(self._under_way)
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
         parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
@@ -195,6 +199,9 @@ class Pending:
 
     def _give_up(self) -> None:
         self._clear()
+        if self._send is not None:  # an abort would take the tickets of that step along, and the next commit does this
+            self.session.skip()
+            return
         with suppress(ShardlossError):  # a lost abort costs nothing: the next commit gives up what is below its step
             self.session.abort()
 

@@ -176,6 +176,11 @@ class Session:
         self._next_step()
         return result
 
+    def skip(self) -> None:
+        """Leave the present step to the next commit, which gives up what is below its own."""
+        if self.num_parts:
+            self._next_step()
+
     def abort(self) -> int:
         """Give up the present step's tickets, as if its losses had never been computed; the number given up."""
         if self.num_parts == 0:

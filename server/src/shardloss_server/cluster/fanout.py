@@ -128,7 +128,7 @@ class FanoutGroup(ABC):
     def repair(self, table: str, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         left = remaining_until(deadline)
-        per_worker = [self.start(w, "applied_version", table).result(left()) for w in self._hosts(table)]
+        per_worker = [answered(self.start(w, "applied_version", table), left()) for w in self._hosts(table)]
         versions = {shard: version for answer in per_worker for shard, version in answer.items()}
         if not versions:
             return 0
@@ -136,10 +136,19 @@ class FanoutGroup(ABC):
         lowest: int = min(versions.values())
         if lowest < highest:
             holder = next(w for w, answer in enumerate(per_worker) if highest in answer.values())
-            records = self.start(holder, "records_since", table, lowest).result(left())
+            records = answered(self.start(holder, "records_since", table, lowest), left())
             complete = max(records.values(), key=len)
             self.on_all("catch_up", table, complete).result(left())
         return highest
+
+
+def answered(pending: Pending[T], timeout_s: float) -> T:
+    """The answer of work that changes nothing; it is abandoned where it does not come in time."""
+    try:
+        return pending.result(timeout_s)
+    except TimeoutError:
+        pending.abandon()
+        raise
 
 
 def remaining_until(deadline: float) -> Callable[[], float]:

@@ -25,6 +25,8 @@ from torch import Tensor
 HEADER = struct.Struct("<B7xQQ")
 COUNTS = struct.Struct("<QQ")
 ALIGNMENT = 64
+SOCKET_BYTES = 4 << 20
+SILENT_S, PROBE_S, PROBES = 10, 5, 3  # a peer that is cut off is noticed after 25 s
 SMALL_BYTES = 1 << 12  # tensors below it stay inside the pickle
 VECTORS = 64  # buffers handed to one sendmsg; the kernel takes 1024
 PADDING = bytes(ALIGNMENT)
@@ -184,6 +186,18 @@ def receive_bytes(sock: socket.socket, num_bytes: int) -> memoryview:
             raise LinkClosed("the other side closed the link")
         rest = rest[came:]
     return content
+
+
+def configure(sock: socket.socket) -> None:
+    """Set what both ends of a link set."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (SILENT_S + PROBE_S * PROBES))
 
 
 def timeval(seconds: int) -> bytes:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -29,7 +29,6 @@ from shardloss_server.cluster.group import WorkerLost
 from shardloss_server.shard.record import Part
 
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE = range(1, 7)
-SOCKET_BYTES = 4 << 20
 SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
 SWEEP_MS = 1000
 MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
@@ -72,6 +71,8 @@ class LinkPending:
         try:
             return self.future.result(timeout_s)[1]
         except FutureTimeout as error:
+            if self.future.done() and self.future.exception() is error:
+                raise WorkerFailed("a worker's own wait timed out") from error
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
 
     @property
@@ -84,96 +85,131 @@ class LinkPending:
         self.link.cancel(self.number)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call on its way: its body names its parts by number."""
+
+    number: int
+    answer: Future[Timed]
+    body: list[Buffer]
+    parts: Sequence[KeptPart]
+
+    def fail(self, why: str) -> None:
+        """Nobody will answer, and whether the work was done is unknown."""
+        if not self.answer.done():
+            self.answer.set_exception(WorkerLost(why))
+
+
 class Link:
-    """One worker, through all its lives: what is sent while it is away waits until it is back."""
+    """One worker, through all its lives: what is asked while it is away waits until it is back."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self._sending = threading.RLock()
         self._sock: socket.socket | None = None
         self._kept: set[int] = set()
-        self._answers: dict[int, Future[Timed]] = {}
-        self._early: list[tuple[int, Future[Timed], list[Buffer], Sequence[KeptPart]]] = []
+        self._under_way: dict[int, Call] = {}
+        self._early: deque[Call] = deque()
         self._freed: deque[int] = deque()
+        self._is_closed = False
         self.linked = threading.Event()
 
     def adopt(self, sock: socket.socket) -> None:
         """A worker has come; another that was here before is lost."""
         with self._sending:
             self._lose()
+            if self._is_closed:
+                sock.close()
+                return
             self._sock = sock
-            early, self._early = self._early, []
-            for call in early:
-                self._send_call(*call)
+            while self._early and self._sock is not None:
+                self._send_call(self._early.popleft())
         threading.Thread(target=self._read, args=(sock,), name=f"link-{self.index}", daemon=True).start()
         self.linked.set()
 
     def call(self, number: int, body: list[Buffer], parts: Sequence[KeptPart]) -> LinkPending:
-        """Start a call; its body names the parts by number, and they go before it where the worker lacks them."""
-        answer: Future[Timed] = Future()
+        """Start a call; its parts go before it where the worker lacks them."""
+        call = Call(number, Future(), body, parts)
         with self._sending:
-            if self._sock is None:
-                self._early.append((number, answer, body, parts))
+            if self._is_closed:
+                call.fail("the group is closed")
+            elif self._sock is None:
+                self._early.append(call)
             else:
-                self._send_call(number, answer, body, parts)
-        return LinkPending(self, number, answer)
+                self._send_call(call)
+        return LinkPending(self, number, call.answer)
 
     def cancel(self, number: int) -> None:
         """Nobody waits for a call any more."""
-        with self._sending:
-            self._early = [call for call in self._early if call[0] != number]
-            self._send(frames.send, CANCEL, number)
+        with self._sending, suppress(LinkClosed):
+            self._early = deque(call for call in self._early if call.number != number)
+            self._under_way.pop(number, None)
+            self._send(CANCEL, number)
 
     def free(self, number: int) -> None:
         """A kept part is gone. May be called by the garbage collector at any moment: it only takes a note."""
         self._freed.append(number)
 
-    def sweep(self) -> None:
-        """Have the worker forget the parts that are gone."""
-        with self._sending:
-            while self._freed:
-                number = self._freed.popleft()
-                if number in self._kept:
-                    self._kept.discard(number)
-                    self._send(frames.send, FREE, number)
-
     def close(self) -> None:
-        """Let go of the worker."""
+        """Let go of the worker, and of whoever waits for it."""
         with self._sending:
+            self._is_closed = True
             self._lose()
+            while self._early:
+                self._early.popleft().fail("the group is closed")
 
-    def _send_call(self, number: int, answer: Future[Timed], body: list[Buffer], parts: Sequence[KeptPart]) -> None:
-        if self._freed:
-            self.sweep()
-        self._answers[number] = answer
-        for part in parts:
-            if part.number not in self._kept:
-                self._kept.add(part.number)
-                self._send(frames.send, KEEP, part.number, frames.encode(part.part))
-        self._send(frames.send, CALL, number, body)
-
-    def _send(self, send: Callable[..., None], *args: Any) -> None:
-        if self._sock is None:
-            return
+    def _send_call(self, call: Call) -> None:
         try:
-            send(self._sock, *args)
+            self._sweep()
+            for part in call.parts:
+                if part.number not in self._kept:
+                    self._send(KEEP, part.number, frames.encode(part.part))
+                    self._kept.add(part.number)
+            self._under_way[call.number] = call
+            self._send(CALL, call.number, call.body)
+        except LinkClosed:
+            self._under_way.pop(call.number, None)
+            call.fail(f"worker {self.index} is gone")
+
+    def _sweep(self) -> None:
+        """Have the worker forget the parts that are gone.
+
+        Raises:
+            LinkClosed: the worker is gone.
+        """
+        while self._freed:
+            number = self._freed.popleft()
+            if number in self._kept:
+                self._kept.discard(number)
+                self._send(FREE, number)
+
+    def _send(self, kind: int, number: int, body: Sequence[Buffer] = ()) -> None:
+        """Send a frame.
+
+        Raises:
+            LinkClosed: the worker is gone, or does not read.
+        """
+        if self._sock is None:
+            raise LinkClosed("no worker is here")
+        try:
+            frames.send(self._sock, kind, number, body)
         except OSError as error:
             log.warning("worker %d does not read: %s", self.index, error)
             self._lose()
+            raise LinkClosed("the worker does not read") from error
 
     def _lose(self) -> None:
         """The worker is gone, or as good as that: whether it did what it was asked for is unknown."""
         sock, self._sock = self._sock, None
-        if sock is None:
-            return
-        self.linked.clear()
-        shut(sock)
-        sock.close()
         self._kept.clear()
-        for number in list(self._answers):
-            answer = self._answers.pop(number, None)  # unless it has just come
-            if answer is not None:
-                answer.set_exception(WorkerLost(f"worker {self.index} is gone"))
+        if sock is not None:
+            self.linked.clear()
+            shut(sock)
+            sock.close()
+        for number in list(self._under_way):
+            call = self._under_way.pop(number, None)  # unless its answer has just come
+            if call is not None:
+                call.fail(f"worker {self.index} is gone")
 
     def _read(self, sock: socket.socket) -> None:
         poll = select.poll()
@@ -183,24 +219,29 @@ class Link:
                 if poll.poll(SWEEP_MS):
                     self._take(frames.receive(sock))
                 elif self._freed:
-                    self.sweep()
+                    with self._sending:
+                        self._sweep()
         except (LinkClosed, OSError, ValueError):
             pass
         except Exception:
-            log.exception("an answer of worker %d cannot be read", self.index)
+            log.exception("the answers of worker %d cannot be read", self.index)
         with self._sending:
             if self._sock is sock:
                 self._lose()
 
     def _take(self, frame: frames.Frame) -> None:
-        answer = self._answers.pop(frame.number, None)
-        if answer is None:
+        call = self._under_way.pop(frame.number, None)
+        if call is None:
+            return  # it was given up
+        try:
+            value = frames.decode(frame.body)
+        except Exception as error:  # such as an error that cannot be made anew from its pickle
+            call.answer.set_exception(WorkerFailed(f"the answer cannot be read: {error!r}"))
             return
-        value = frames.decode(frame.body)
         if frame.kind == FAILURE:
-            answer.set_exception(value)
+            call.answer.set_exception(value)
         else:
-            answer.set_result(value)
+            call.answer.set_result(value)
 
 
 class Links:
@@ -265,21 +306,23 @@ class Links:
                     log.warning("no link can be accepted: %s", error)
                 continue
             self._admitting.acquire()  # a stranger holds a place for handshake.TIMEOUT_S at most
-            threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
+            try:
+                threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
+            except RuntimeError as error:  # no thread more: the worker comes again
+                log.warning("no link can be accepted: %s", error)
+                sock.close()
+                self._admitting.release()
 
     def _admit(self, sock: socket.socket) -> None:
         too_long = threading.Timer(handshake.TIMEOUT_S, shut, (sock,))
-        too_long.start()
         try:
+            too_long.start()
             index = handshake.admit(sock, self._key)
             too_long.cancel()
-            if sock.family == socket.AF_INET:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+            frames.configure(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, frames.timeval(SEND_TIMEOUT_S))
             self.links[index].adopt(sock)
-        except (handshake.NotOurs, LinkClosed, OSError, IndexError) as error:
+        except (handshake.NotOurs, LinkClosed, OSError, IndexError, RuntimeError) as error:
             log.warning("a link was refused: %s", error)
             sock.close()
         finally:

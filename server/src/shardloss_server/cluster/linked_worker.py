@@ -22,16 +22,16 @@ from shardloss_server.cluster.link import (
     FAILURE,
     FREE,
     KEEP,
-    SOCKET_BYTES,
     Invitation,
     WorkerFailed,
+    shut,
 )
 from shardloss_server.shard.record import Part
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]  # (method, *args) -> answer
-RECONNECT_S, GIVE_UP_S = 0.1, 60.0
+RECONNECT_S = 0.1
 
 
 class LinkedWorker:
@@ -49,8 +49,13 @@ class LinkedWorker:
         """Read and answer; returns when the front end has gone."""
         reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
         reader.start()
-        while self._serve_one():
-            pass
+        try:
+            while self._serve_one():
+                pass
+        finally:
+            shut(self._sock)
+            reader.join()
+            self._sock.close()
 
     def _serve_one(self) -> bool:
         """Answer the next call, and hold nothing of it afterwards; False once the link is closed."""
@@ -88,7 +93,7 @@ class LinkedWorker:
         with self._came:
             self._closed = True
             self._came.notify()
-        self._sock.close()
+        shut(self._sock)  # closed by `run`, once nobody sends on it
 
     def _take(self, frame: frames.Frame) -> None:
         if frame.kind == KEEP:
@@ -127,10 +132,7 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
     try:
         sock.settimeout(handshake.TIMEOUT_S)
         sock.connect(address)
-        if sock.family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        frames.configure(sock)
         handshake.introduce(sock, invitation.key, index)
     except BaseException:
         sock.close()
@@ -139,19 +141,18 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
 
 
 def serve(call: Call, invitation: Invitation, index: int) -> None:
-    """Answer the front end, over a new link wherever one breaks, until it has been gone for GIVE_UP_S.
+    """Answer the front end, over a new link wherever one breaks; Ray ends this process with its front end.
 
-    Ray ends this process with its front end; a link that breaks while both live costs the calls under way alone.
+    A link that breaks while both live costs the calls under way alone.
     """
-    gone_since = time.monotonic()
-    while time.monotonic() - gone_since < GIVE_UP_S:
+    while True:
         try:
-            sock = connect(invitation, index)
+            LinkedWorker(call, connect(invitation, index)).run()
         except (OSError, LinkClosed, handshake.NotOurs):
+            time.sleep(RECONNECT_S)  # the front end is away, or cut off
+        except Exception:
+            log.exception("the link broke; it is made anew")
             time.sleep(RECONNECT_S)
-            continue
-        LinkedWorker(call, sock).run()
-        gone_since = time.monotonic()
 
 
 def start(call: Call, invitation: Invitation, index: int, num_threads: int) -> None:

@@ -29,6 +29,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # workers are no background w
 
 import ray  # reads the variables above
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 START_TIMEOUT_S = 120.0
@@ -88,6 +89,15 @@ def own_address() -> str:
     return address
 
 
+def made_links(num_workers: int) -> Links | None:
+    """Links that workers come to: over TCP where Ray has several nodes; None where nothing can be listened on."""
+    try:
+        return Links(num_workers, own_address() if is_spread() else None)
+    except OSError as error:
+        log.warning("workers cannot link themselves, every call goes through Ray, at some 8 ms each: %s", error)
+        return None
+
+
 def resources() -> dict[str, float]:
     """What the cluster has."""
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -145,7 +155,7 @@ class RayGroup(FanoutGroup):
                 self._start_ray(address)
             register_tensors()
             if links:
-                self._links = Links(num_workers, own_address() if is_spread() else None)
+                self._links = made_links(num_workers)
             self._start_actors(num_threads, kept_bytes)
         except BaseException:
             self.close()
@@ -170,6 +180,9 @@ class RayGroup(FanoutGroup):
         num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: nothing competes for its cores
         actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         invitation = self._links.invitation if self._links else None
+        if invitation is not None and isinstance(invitation.address, str):  # whoever restarts can reach it here alone
+            here = ray.get_runtime_context().get_node_id()
+            actor = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
         shared = self._num_workers, num_threads, kept_bytes, invitation
         self._actors = [actor.remote(index, *shared) for index in range(self._num_workers)]
         answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)

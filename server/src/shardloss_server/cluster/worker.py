@@ -61,7 +61,8 @@ class Worker:
 
     def drop(self, table: str) -> dict[int, int]:
         """Free this worker's shards of a table."""
-        self._tables.pop(table, None)
+        for shard in self._tables.pop(table, {}).values():
+            shard.kept.clear()
         return {}
 
     def echo(self, tensor: Tensor) -> dict[int, Tensor]:

@@ -119,17 +119,10 @@ class TableOwner:
         """Place a part where the shards can read it."""
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
-    def score(
-        self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline, least_version: int = 0
-    ) -> list[Score]:
-        """Score a staged part on every shard at one version; keep what its step can use.
-
-        Raises:
-            TableUnavailable: that version is below least_version: the step that makes it failed; repeat.
-        """
+    def score(self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline) -> list[Score]:
+        """Score a staged part on every shard at one version; keep what its step can use."""
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient, keep), deadline)
-        if self.same_version([score.version for score in scores]) < least_version:
-            raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
+        self.same_version([score.version for score in scores])
         return scores
 
     def mine(self, staged: Staged, k: int, deadline: Deadline) -> list[Mined]:
@@ -214,18 +207,16 @@ class TableOwner:
             raise TableUnavailable("the shards are being brought to one version; repeat the call")
         return versions[0]
 
-    def wait_for_step(self, session: str, step: int, deadline: Deadline) -> int:
-        """Wait until a step of a session, or a later one, is applied or on its way to every shard.
+    def wait_for_step(self, session: str, step: int, deadline: Deadline, applied: bool) -> None:
+        """Wait until a step of a session, or a later one, is applied; or, unless it must be, on its way to all shards.
 
-        Returns the version that it makes: what is asked of the shards from now on comes behind it, and must be answered
-        at that version or a later one, else the step has failed after all.
+        What is asked of the shards from then on comes behind it; `check_follows` says whether it was applied.
 
         Raises:
             DeadlineExceeded: it was not, in time.
             StepTooOld: it was given up.
             TableNotFound, RowsLost, ServerUnavailable: it will not be applied any more.
         """
-        found: list[int] = []
 
         def is_over() -> bool:
             self._refuse_lost()
@@ -233,23 +224,34 @@ class TableOwner:
                 raise ServerUnavailable("the server is shutting down")
             if self.sessions.given_up(session) >= step > self.ledger.highest(session):
                 raise StepTooOld(f"after_step = {step} was given up", field="after_step")
-            version = self._version_of(session, step)
-            found[:] = [] if version is None else [version]
-            return version is not None
+            if self.ledger.highest(session) >= step:
+                return True
+            return not applied and self._under_way and self._version_in_doubt(session, step) is not None
 
         with self._applied:
             deadline.wait(
                 lambda seconds: self._applied.wait_for(is_over, seconds),
                 f"step {step} of session {session!r} was applied",
             )
-        return found[0]
 
-    def _version_of(self, session: str, step: int) -> int | None:
-        """The version that holds a step that was applied, or that one under way makes; else None."""
-        if self.ledger.highest(session) >= step:
-            return self.version
-        doubt, under_way = self._doubtful, self._under_way
-        if doubt is None or not under_way or not isinstance(doubt.change, Order):
+    def check_follows(self, session: str, step: int, version: int) -> None:
+        """See that what was answered at a version came behind a step that `wait_for_step` waited for.
+
+        Raises:
+            TableUnavailable: it did not: the step has failed, or nobody knows yet; repeat.
+        """
+        with self._applied:  # what is no longer in doubt is in the ledger
+            made = self._version_in_doubt(session, step)
+            if self.ledger.highest(session) >= step:
+                outcome = self.ledger.outcome(session, step)
+                made = 0 if outcome is None else outcome.version  # one of long ago, or given up with a later one
+        if made is None or version < made:
+            raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
+
+    def _version_in_doubt(self, session: str, step: int) -> int | None:
+        """The version that a step makes, or a later one, whose outcome is not known yet."""
+        doubt = self._doubtful
+        if doubt is None or not isinstance(doubt.change, Order):
             return None
         key = doubt.change.key
         return doubt.change.version if key.session == session and key.step >= step else None

@@ -101,14 +101,17 @@ class Pipeline:
         began = time.monotonic()
         ready = None if depends_on_steps(request) else plan(request, owner.spec, owner.counts)
         waiting = time.monotonic()
-        version = self._after_step(owner, request, deadline)
+        if request.after_step is not None:  # whose labels may count in the plan
+            owner.wait_for_step(request.session, request.after_step, deadline, applied=ready is None)
         began += time.monotonic() - waiting
         part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
         staged = owner.stage(part)
         planned = time.monotonic()
-        scores = owner.score(staged, request.want.hidden_grad, ticket is not None, deadline, version)
+        scores = owner.score(staged, request.want.hidden_grad, ticket is not None, deadline)
         scored = time.monotonic()
         merged, version = merge(scores), scores[0].version
+        if request.after_step is not None:
+            owner.check_follows(request.session, request.after_step, version)
         if targets:
             owner.same_version([version, *(target.version for target in targets)])
             merged = replace(merged, target=add_all([target.target for target in targets]))
@@ -126,12 +129,6 @@ class Pipeline:
             ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
         return reply
-
-    def _after_step(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> int:
-        """The least version to score at: that of the step that the loss follows; 0 where it follows none."""
-        if request.after_step is None or request.label_columns is not None:  # which has waited already
-            return 0
-        return owner.wait_for_step(request.session, request.after_step, deadline)
 
     def _planned(
         self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
@@ -170,7 +167,7 @@ class Pipeline:
     def _with_distribution(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         """One at a time a table: the shards collect the gradient of one distribution."""
         if request.after_step is not None:  # which may be a distribution, too: it needs the order that is taken next
-            owner.wait_for_step(request.session, request.after_step, deadline)
+            owner.wait_for_step(request.session, request.after_step, deadline, applied=True)
         with deadline.holding(owner.distribution_order, "another label distribution of this table"):
             try:
                 if request.commit_now is not None:

@@ -26,8 +26,7 @@ from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
 from shardloss_server.numerics.transform import cap_, cap_slope
 
-CHUNK_LOGITS = 1 << 19  # logits held at once by the full softmax: 2 MiB of float32 stay near the cache
-SAMPLED_LOGITS = 1 << 25  # and by a sampled loss, whose usual N x S fits; a larger one goes in ranges of candidates
+CHUNK_LOGITS = 1 << 19  # logits of a block, of all rows or of candidates: 2 MiB of float32 stay near the cache
 ENTRY_ELEMENTS = 1 << 24  # elements of the rows of entries gathered at once
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from concurrent import futures
@@ -113,14 +114,18 @@ class Server:
         return f"{self.config.host}:{bound}"
 
     def _bind_socket(self, path: str) -> None:
-        """Listen on a Unix socket, which this user alone may connect to; one that nobody listens on is replaced."""
-        mask = os.umask(0o177)
+        """Listen on a Unix socket, which this user alone may connect to; one that nobody listens on is replaced.
+
+        gRPC would replace any: a living server would lose its clients to this one.
+        """
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise PortTaken(f"cannot listen on {path}: another server does")
         try:
             self._data.add_insecure_port(f"unix:{path}")
         except RuntimeError:
-            raise PortTaken(f"cannot listen on {path}: is another server there, and its folder yours?") from None
-        finally:
-            os.umask(mask)
+            raise PortTaken(f"cannot listen on {path}: is its folder there, and yours?") from None
+        os.chmod(path, 0o600)
 
     def start(self) -> None:
         """Serve until `stop`."""

@@ -24,11 +24,14 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
     kept takes what a step can use of it.
     """
     labels = label_entries(rows, part)
-    found = kernel.entry_columns(part.batch.hidden, labels, part.objective)
+    hidden = part.batch.hidden
+    if is_narrow(rows, part):  # the label's logit as it stands in the sum beside it, or a loss could be negative
+        hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
+    found = kernel.entry_columns(hidden, labels, part.objective)
     target = kernel.target_of(len(part.batch.hidden), labels, found, with_gradient)
     of_part = kept.begin(part) if kept is not None else None
     if of_part is not None:
-        of_part.labels = labels
+        of_part.keep_labels(labels)
     pieces = chain(
         entry_pieces(rows, part, labels, found, with_gradient), block_pieces(rows, part, with_gradient, of_part)
     )
@@ -162,9 +165,9 @@ def candidate_blocks(rows: ShardRows, part: Part, candidates: Candidates) -> Ite
 
 
 def candidate_places(rows: ShardRows, part: Part, candidates: Candidates) -> tuple[Tensor, ...]:
-    """Places of the owned candidates, in ranges whose logits stay within SAMPLED_LOGITS; usually one."""
+    """Places of the owned candidates, in ranges whose logits stay within CHUNK_LOGITS."""
     mine = torch.nonzero(rows.spec.placement.owned(rows.shard, candidates.class_ids))[:, 0]
-    return torch.split(mine, max(64, kernel.SAMPLED_LOGITS // max(1, len(part.batch.hidden))))
+    return torch.split(mine, max(64, kernel.CHUNK_LOGITS // max(1, len(part.batch.hidden))))
 
 
 def candidate_block(rows: ShardRows, part: Part, candidates: Candidates, place: Tensor) -> kernel.Block:

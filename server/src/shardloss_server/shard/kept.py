@@ -18,14 +18,15 @@ from shardloss_server.numerics.exponentials import Exponentials
 from shardloss_server.numerics.kernel import Block, Entries
 from shardloss_server.shard.record import Part
 
-KEPT_BYTES = 512 * 2**20  # exponentials and gathered rows that a worker keeps between scores and their steps
+KEPT_BYTES = 512 * 2**20  # what a worker keeps between scores and their steps
 
 
 class Room:
     """Bytes that all shards of a worker may keep together.
 
-    One thread takes; another may give back, as a part goes wherever its last reference does. Memory that was given back
-    is lent again: fresh memory costs a page fault every 4 kB, a twentieth of a step over all classes.
+    One thread takes; another may give back, as a part goes wherever its last reference does. Memory of all rows' blocks
+    that was given back stays for the next score, for fresh memory costs a page fault every 4 kB, a twentieth of a step;
+    it counts as well, and makes room for whatever else is taken.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -34,41 +35,51 @@ class Room:
         self._spare: list[Tensor] = []
 
     @property
-    def free_bytes(self) -> int:
-        """What is left."""
-        return self._max_bytes - sum(tuple(self._taken.values()))
+    def taken_bytes(self) -> int:
+        """What owners hold."""
+        return sum(tuple(self._taken.values()))
+
+    @property
+    def spare_bytes(self) -> int:
+        """What waits to be lent."""
+        return sum(tensor.nbytes for tensor in tuple(self._spare))
 
     def take(self, owner: int, num_bytes: int) -> bool:
         """Whether there was room, which is taken now."""
-        if num_bytes > self.free_bytes:
+        left = self._max_bytes - self.taken_bytes - num_bytes
+        if left < 0:
             return False
+        while self._spare and self.spare_bytes > left:
+            del self._spare[:1]
         self._taken[owner] = self._taken.get(owner, 0) + num_bytes
         return True
 
-    def give_back(self, owner: int, memory: Sequence[Tensor]) -> None:
-        """All that an owner took is free again, and so is the memory of these tensors. Idempotent."""
+    def give_back(self, owner: int, memory: Sequence[Tensor] = ()) -> None:
+        """All that an owner took is free again; the memory of these tensors may be lent. Idempotent."""
         self._taken.pop(owner, None)
         self._spare += memory
 
     def lend(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor | None:
-        """Memory of a tensor [num_rows, num_columns] that was given back; None where there is none.
-
-        Then other memory is dropped, as what is asked for will be taken instead of it.
-        """
+        """Memory of a tensor [num_rows, num_columns] that was given back; None where there is none."""
         for place, spare in enumerate(self._spare):
             if spare.shape == (num_rows, num_columns) and spare.dtype == dtype:
                 del self._spare[place]
                 return spare
-        del self._spare[:1]
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class KeptBlock:
-    """A block that was scored."""
+    """A block that was scored: its exponentials, and its unit rows [C, D] with their norms where it normalises."""
 
-    block: Block
     exponentials: Exponentials
+    rows: Tensor | None
+    norms: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return self.exponentials.num_bytes + sum(x.nbytes for x in (self.rows, self.norms) if x is not None)
 
 
 class KeptPart:
@@ -83,18 +94,26 @@ class KeptPart:
         """Keep a block, where there is room."""
         if exponentials is None:
             return
-        num_bytes = exponentials.num_bytes + (0 if self._is_full else block.rows.nbytes)
-        if self._room.take(id(self), num_bytes):
-            self.blocks[place] = KeptBlock(block, exponentials)
+        kept = KeptBlock(exponentials, None if block.norms is None else block.rows, block.norms)
+        if self._room.take(id(self), kept.num_bytes):
+            self.blocks[place] = kept
+
+    def keep_labels(self, labels: Entries) -> None:
+        """Keep the gathered rows of labels, where there is room."""
+        if self._room.take(id(self), labels.rows.nbytes):
+            self.labels = labels
 
     def memory(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor | None:
-        """Where a block's logits [num_rows, num_columns] may be written, to be kept; None: anywhere."""
-        return self._room.lend(num_rows, num_columns, dtype)
+        """Where a block's logits [num_rows, num_columns] may be written, to be kept; None: anywhere.
+
+        Blocks of candidates have another size in each step: theirs is not lent.
+        """
+        return self._room.lend(num_rows, num_columns, dtype) if self._is_full else None
 
     def free(self) -> None:
         """Forget it all. Idempotent."""
         blocks, self.blocks, self.labels = self.blocks, {}, None
-        self._room.give_back(id(self), [kept.exponentials.values for kept in blocks.values()])
+        self._room.give_back(id(self), [kept.exponentials.values for kept in blocks.values() if self._is_full])
 
 
 class Kept:
