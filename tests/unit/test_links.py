@@ -150,8 +150,12 @@ def test_an_error_that_cannot_be_sent_is_told_by_its_trace(links: Links, worker:
         ask(links, "strange")
 
 
-def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links, worker: Worker) -> None:
+def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links) -> None:
     """One that runs goes on; what waits behind it and is abandoned is never called."""
+    worker = Worker()
+    linked = linked_worker.LinkedWorker(worker.call, linked_worker.connect(links.invitation, 0))
+    threading.Thread(target=linked.run, daemon=True).start()
+    assert links.wait(PATIENCE_S)
     running = links.call([0], "wait")[0]
     assert worker.entered.wait(PATIENCE_S)
     given_up, wanted = links.call([0], "given up")[0], links.call([0], "wanted")[0]
@@ -159,6 +163,7 @@ def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links, worke
         given_up.result(0.01)
     given_up.abandon()
     links.call([0], "behind")
+    eventually(lambda: bool(linked._cancelled), "the worker hears of it")
     worker.gate.set()
     running.result(PATIENCE_S)
     wanted.result(PATIENCE_S)
