@@ -93,7 +93,7 @@ def local_sampled_softmax(*args: object) -> Tensor:
 @pytest.mark.parametrize("version", ["v2", "v1"])
 def test_an_nce_trainer_equals_torch_alone(make_table: MakeTable, removed: bool, version: str) -> None:
     """Losses, rows, biases and encoder over 40 steps."""
-    table, net, twin = make_table(), encoder(torch.float64), encoder(torch.float64)
+    table, net, twin = make_table(placement="div"), encoder(torch.float64), encoder(torch.float64)
     rows, biases = (value.requires_grad_() for value in table_of(table))
 
     def remote() -> Iterator[Tensor]:

@@ -79,9 +79,9 @@ def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
     waits = threading.Event()
     wait_for_step = table.owner.wait_for_step
 
-    def waiting(*args: object) -> None:
+    def waiting(*args: object, **options: object) -> None:
         waits.set()
-        wait_for_step(*args)  # type: ignore[arg-type]
+        wait_for_step(*args, **options)  # type: ignore[arg-type]
 
     table.owner.wait_for_step = waiting  # type: ignore[method-assign]
     third = replace(step_of(hidden, pieces_of(y), 3), table=table.spec.name, after_step=2)

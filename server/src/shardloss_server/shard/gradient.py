@@ -40,10 +40,10 @@ class Touch:
         place = torch.searchsorted(self._block, index).clamp_(max=len(self._block) - 1)
         return self._block[place] == index, place
 
-    def add_(self, total: Tensor, index: Tensor, piece: Tensor) -> None:
-        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`."""
+    def add_(self, total: Tensor, index: Tensor, piece: Tensor, is_block: bool) -> None:
+        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`; is_block: of candidates."""
         is_in_block, place = self._in_block(index)
-        if len(index) and bool(is_in_block[0]):
+        if is_block and len(index) and bool(is_in_block[0]):
             run = slice(int(place[0]), int(place[0]) + len(index))
             if torch.equal(index, self._block[run]):
                 total[run] += piece
@@ -61,9 +61,9 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
     gradient = torch.zeros(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
     biases = torch.zeros(len(touch.index), dtype=rows.compute_dtype)
     for part, up in zip(parts, upstreams, strict=True):
-        for index, piece_rows, piece_biases in column_gradients(rows, part, up, kept.of(part)):
-            touch.add_(gradient, index, piece_rows)
-            touch.add_(biases, index, piece_biases)
+        for index, piece_rows, piece_biases, is_block in column_gradients(rows, part, up, kept.of(part)):
+            touch.add_(gradient, index, piece_rows, is_block)
+            touch.add_(biases, index, piece_biases, is_block)
     return touch.index, gradient, biases
 
 
@@ -88,18 +88,18 @@ def touched_rows(rows: ShardRows, part: Part) -> Tensor:
 
 def column_gradients(
     rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row index, gradient of rows, gradient of biases) of each piece of a part's sparse columns."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+    """(row index, gradient of rows, gradient of biases, is a block) of each piece of a part's sparse columns."""
     weight = weight_of_columns(part, up.lse)
     labels = kept.labels or columns.label_entries(rows, part)
-    yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart)
+    yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart), False
     for entries in columns.row_entries(rows, part):
-        yield entries.row_index, *entry_gradient(part, entries, up, weight, True)
+        yield entries.row_index, *entry_gradient(part, entries, up, weight, True), False
     if isinstance(part.candidates, Candidates):
         for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
             row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
             scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
-            yield row_index, *block_gradient(part, scored, up, weight, rows.spec.bias)
+            yield row_index, *block_gradient(part, scored, up, weight, rows.spec.bias), True
 
 
 def entry_gradient(
