@@ -120,7 +120,7 @@ def chunked() -> LossOf:
 
 def liger() -> LossOf:
     """Liger's fused loss."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, rows, labels: fused(rows, hidden, labels)
@@ -130,7 +130,7 @@ def cut(impl: str) -> Callable[[], LossOf]:
     """Cut Cross-Entropy; "cce", its default, leaves small gradients out, "cce_exact" does not."""
 
     def loss_of() -> LossOf:
-        from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+        from cut_cross_entropy import linear_cross_entropy
 
         return lambda hidden, rows, labels: linear_cross_entropy(hidden, rows, labels, impl=impl)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.fanout import FanoutGroup, Gathered
 from shardloss_server.cluster.group import Pending, Staged
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import Part
@@ -46,10 +46,6 @@ class Actor:
     def call(self, method: str, *args: Any) -> Any:
         """Answer one verb of `Worker`."""
         return getattr(self._worker, method)(*args)
-
-    def echo(self, tensor: Tensor) -> Tensor:
-        """The same tensor back."""
-        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +97,10 @@ class NaiveGroup(FanoutGroup):
         staged: Staged = ray.put(part)
         return staged
 
-    def echo(self, tensor: Tensor) -> list[Tensor]:
+    def echo(self, tensor: Tensor) -> Gathered[Tensor]:
         """A tensor to every worker, and every worker's copy back."""
         placed = ray.put(tensor)  # once for all: as fast as an argument of each call, or faster
-        found: list[Tensor] = ray.get([actor.echo.remote(placed) for actor in self._actors], timeout=TIMEOUT_S)
-        return found
+        return Gathered([Answer(self._actors[w].call.remote("echo", placed)) for w in range(self._num_workers)])
 
     def close(self) -> None:
         ray.shutdown()

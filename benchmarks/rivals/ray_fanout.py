@@ -6,21 +6,23 @@ The shape: group; bytes of the tensor.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from shardloss_server.cluster.fanout import Gathered
 from torch import Tensor
 
 from benchmarks.rivals.protocol import Rival, serve
 
 NUM_WORKERS = 2
+TIMEOUT_S = 60.0
 
 
 class Group(Protocol):
     """What both groups can do."""
 
-    def echo(self, tensor: Tensor) -> Sequence[Tensor]: ...
+    def echo(self, tensor: Tensor) -> Gathered[Tensor]: ...
 
     def close(self) -> None: ...
 
@@ -35,7 +37,7 @@ class Fanout:
         return {"ray": importlib.metadata.version("ray")}
 
     def step(self) -> None:
-        answers = self.group.echo(self.tensor)
+        answers = self.group.echo(self.tensor).result(TIMEOUT_S)
         assert [len(answer) for answer in answers] == NUM_WORKERS * [len(self.tensor)]
 
 
