@@ -99,7 +99,7 @@ def run_steps(rival: Rival, count: int) -> dict[str, Any]:
         for name, value in returned.items():
             extra.setdefault(name, []).append(float(value))
     finish = getattr(rival, "finish", None)  # what steps leave under way ends within the last one's time
-    if finish is not None:
+    if finish is not None and times:
         start = time.perf_counter()
         finish()
         times[-1] += 1e3 * (time.perf_counter() - start)
