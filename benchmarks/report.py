@@ -28,6 +28,7 @@ HEADER = (
     "steps",
     "note",
 )
+WIDEST = 3.0  # ratio at the right edge of the picture
 CARRIED = ("N", "D", "V", "S", "K", "dtype")
 
 
@@ -208,8 +209,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     ratios = [row.ratio or 0.0 for row in shown]
     colours = [{True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met] for row in shown]
     axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
+    axes.set_xlim(0, WIDEST)  # a longer bar is cut: its number stands in it
+    axes.margins(y=0.01)
     for place, row in enumerate(shown):
-        beside = max(ratios[place], row.goal.ratio or 0.0) + 0.02 * max(ratios)
+        beside = min(max(ratios[place], row.goal.ratio or 0.0) + 0.03, WIDEST - 0.2)
         axes.text(beside, place, f"{ratios[place]:.2f}", va="center", fontsize=8)
     goals = [(place, row.goal.ratio) for place, row in enumerate(shown) if row.goal.ratio is not None]
     if goals:
