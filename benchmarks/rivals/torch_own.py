@@ -6,40 +6,16 @@ and so cancels; a candidate that is its row's label is masked. There are no bias
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rivals.protocol import serve
-from benchmarks.rivals.torch_batches import fresh_rows, tensors
-
-THREADS = 2
-LEARNING_RATE = 0.1
+from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
-class TorchOwn:
-    """An embedding [V, D] with sparse gradients."""
-
-    def __init__(self, shape: dict[str, Any]) -> None:
-        torch.set_num_threads(int(shape.get("threads", THREADS)))
-        self.n, self.s, self.v = (int(shape[name]) for name in ("N", "S", "V"))
-        self.embedding = torch.nn.Embedding(self.v, int(shape["D"]), sparse=True, _weight=fresh_rows(shape))
-        self.optimizer = torch.optim.Adagrad(self.embedding.parameters(), lr=LEARNING_RATE)
-        self.batches = tensors(shape)
-        self.target = torch.zeros(self.n, dtype=torch.int64)  # the true class is column 0
-
-    def versions(self) -> Mapping[str, str]:
-        return {"torch": torch.__version__}
-
-    def step(self) -> None:
-        hidden, labels = next(self.batches)
-        hidden.grad = None
-        self.loss(hidden, labels).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+class TorchOwn(TorchEmbedding):
+    """Its loss; the rest is shared."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean sampled softmax loss of a batch: one gather [N, 1 + S, D], one bmm."""

@@ -6,41 +6,17 @@ The shape: N, D, V, S. Candidates are distinct and log-uniform, drawn anew for e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rivals.log_uniform import draw, log_expected_count
 from benchmarks.rivals.protocol import serve
-from benchmarks.rivals.torch_batches import fresh_rows, tensors
-
-THREADS = 2
-LEARNING_RATE = 0.1
+from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
-class TorchSampled:
-    """An embedding [V, D] with sparse gradients."""
-
-    def __init__(self, shape: dict[str, Any]) -> None:
-        torch.set_num_threads(int(shape.get("threads", THREADS)))
-        self.n, self.s, self.v = (int(shape[name]) for name in ("N", "S", "V"))
-        self.embedding = torch.nn.Embedding(self.v, int(shape["D"]), sparse=True, _weight=fresh_rows(shape))
-        self.optimizer = torch.optim.Adagrad(self.embedding.parameters(), lr=LEARNING_RATE)
-        self.batches = tensors(shape)
-        self.target = torch.zeros(self.n, dtype=torch.int64)  # the true class is column 0
-
-    def versions(self) -> Mapping[str, str]:
-        return {"torch": torch.__version__}
-
-    def step(self) -> None:
-        hidden, labels = next(self.batches)
-        hidden.grad = None
-        self.loss(hidden, labels).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+class TorchSampled(TorchEmbedding):
+    """Its loss; the rest is shared."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean sampled softmax loss of a batch."""

@@ -77,11 +77,9 @@ def encode(value: object, name_of: Callable[[object], object] | None = None) -> 
     pickler.dump(value)
     content = stream.getbuffer()
     sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
-    pieces: list[Buffer] = [COUNTS.pack(content.nbytes, len(buffers)) + sizes]
-    pieces[0] = padded(pieces[0])
-    for piece in (content, *buffers):
-        pieces.append(piece)
-        pieces.append(PADDING[: -piece.nbytes % ALIGNMENT])
+    pieces: list[Buffer] = []
+    for piece in (memoryview(COUNTS.pack(content.nbytes, len(buffers)) + sizes), content, *buffers):
+        pieces += [piece, PADDING[: -piece.nbytes % ALIGNMENT]]
     return pieces
 
 
@@ -136,11 +134,6 @@ def decode(body: memoryview, named: Callable[[Any], object] | None = None) -> An
 def aligned(offset: int) -> int:
     """The next multiple of ALIGNMENT."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def padded(content: Buffer) -> bytes:
-    """Content up to the next multiple of ALIGNMENT."""
-    return bytes(content) + PADDING[: -len(content) % ALIGNMENT]
 
 
 def send(sock: socket.socket, kind: int, number: int, body: Sequence[Buffer] = ()) -> None:

@@ -53,10 +53,17 @@ class WorkerFailed(Exception):
 class KeptPart:
     """A part that workers keep, from their first call with it until this object is gone."""
 
-    __slots__ = ("__weakref__", "number", "part")
+    __slots__ = ("__weakref__", "_body", "number", "part")
 
     def __init__(self, number: int, part: Part) -> None:
         self.number, self.part = number, part
+        self._body: list[Buffer] | None = None
+
+    def body(self) -> list[Buffer]:
+        """What is sent of it: encoded once, whichever worker asks first; its large tensors are not copied."""
+        if self._body is None:
+            self._body = frames.encode(self.part)
+        return self._body
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +170,7 @@ class Link:
             self._sweep()
             for part in call.parts:
                 if part.number not in self._kept:
-                    self._send(KEEP, part.number, frames.encode(part.part))
+                    self._send(KEEP, part.number, part.body())
                     self._kept.add(part.number)
             self._under_way[call.number] = call
             self._send(CALL, call.number, call.body)

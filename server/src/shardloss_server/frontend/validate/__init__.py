@@ -18,8 +18,8 @@ from shardloss_server.frontend.validate.tensors import (
 )
 
 __all__ = [
-    "answered_bytes",
     "all_finite",
+    "answered_bytes",
     "at_least",
     "candidates",
     "class_counts",
