@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.procfs import command_of, descendants_of
 from benchmarks.side import ROOT, SideFailed
+from examples.cities.service import ServiceFailed, stop, wait_ready
 
-START_S = 120.0
-STOP_S = 40.0
-TAIL_CHARS = 600
 WORKER = b"WorkerActor"  # in the process title that Ray gives an actor
 
 
@@ -63,6 +59,8 @@ def running(workers: int = 2, *, worker_threads: int = 1, keep_mib: int | None =
             )
             try:
                 yield Service(wait_ready(process, ready, log), process)
+            except ServiceFailed as error:
+                raise SideFailed(str(error)) from error
             finally:
                 stop(process)
 
@@ -74,34 +72,3 @@ def command(workers: int, worker_threads: int, keep_mib: int | None, ready: Path
     if keep_mib is not None:
         options += ["--keep-mib", str(keep_mib)]
     return [sys.executable, "-m", "shardloss_server", "serve", *options, "--drain-s", "1"]
-
-
-def wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    """The address that the service writes once it serves."""
-    deadline = time.monotonic() + START_S
-    while not ready.exists():
-        if process.poll() is not None:
-            raise SideFailed(f"the service ended with status {process.returncode}: {tail(log)}")
-        if time.monotonic() > deadline:
-            raise SideFailed(f"the service did not serve within {START_S:.0f} s: {tail(log)}")
-        time.sleep(0.02)
-    return ready.read_text()
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the service in order, then whatever is left in its process group; a second Ctrl-C does not cut this short."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def tail(log: Path) -> str:
-    """The end of the service's log."""
-    return log.read_text(errors="replace")[-TAIL_CHARS:].strip()

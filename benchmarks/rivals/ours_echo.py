@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import shardloss
 
-from benchmarks.rivals.child import Child, main, serve_child
+from benchmarks.rivals.child import Child, main
 
 MODULE = "benchmarks.rivals.ours_echo"
 
@@ -49,15 +49,10 @@ class Echo:
 def run_server(_shape: Mapping[str, Any]) -> None:
     """A front end whose one shard is a thread, until stdin ends."""
     from shardloss_server.cluster.local import LocalGroup
-    from shardloss_server.config import ServerConfig
-    from shardloss_server.rpc.serve import Server
 
-    group = LocalGroup(1)
-    server = Server(group, ServerConfig())
-    server.start()
-    serve_child({"address": server.address})
-    server.stop(grace_s=1.0)
-    group.close()
+    from benchmarks.rivals.front_end import serve_front_end
+
+    serve_front_end(LocalGroup(1))
 
 
 if __name__ == "__main__":

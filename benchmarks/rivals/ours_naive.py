@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.rivals.child import Child, main, serve_child
+from benchmarks.rivals.child import Child, main
 from benchmarks.rivals.ours import Ours
 
 MODULE = "benchmarks.rivals.ours_naive"
@@ -29,17 +29,10 @@ class OursNaive(Ours):
 
 def run_server(_shape: Mapping[str, Any]) -> None:
     """A front end over plain Ray, until stdin ends."""
-    from shardloss_server.config import ServerConfig
-    from shardloss_server.rpc.serve import Server
-
+    from benchmarks.rivals.front_end import serve_front_end
     from benchmarks.rivals.naive_group import NaiveGroup
 
-    group = NaiveGroup(NUM_WORKERS)
-    server = Server(group, ServerConfig())
-    server.start()
-    serve_child({"address": server.address})
-    server.stop(grace_s=1.0)
-    group.close()
+    serve_front_end(NaiveGroup(NUM_WORKERS))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from typing import Any
 from benchmarks.context import Context
 from benchmarks.netns import Cluster, cluster
 from benchmarks.row import Row, missing
-from benchmarks.server import Service, command, stop, wait_ready
+from benchmarks.server import Service, command
 from benchmarks.side import ROOT, Side, SideFailed
+from examples.cities.service import ServiceFailed, stop, wait_ready
 
 N, D, K = 1024, 256, 4
 CPUS_OF_NODES = (0, 2, 2)  # the head, where front end and trainer run, holds no shard
@@ -62,6 +63,8 @@ def serving_on(made: Cluster) -> Iterator[Service]:
             )
         try:
             yield Service(wait_ready(process, ready, log), process)
+        except ServiceFailed as error:
+            raise SideFailed(str(error)) from error
         finally:
             stop(process)
 
