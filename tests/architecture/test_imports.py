@@ -19,7 +19,7 @@ ORDER = ["__main__", "rpc", "evaluation", "frontend", "cluster", "shard", "numer
 EVERYWHERE = {"config", "metrics"}
 ONLY_IN = {
     "ray": {"cluster/ray_group.py"},
-    "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py"},
+    "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py", "rpc/splicing.py"},
     "google.protobuf": {"rpc/wire.py", "rpc/status.py"},
 }
 

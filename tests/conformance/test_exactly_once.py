@@ -1224,11 +1224,11 @@ def test_work_of_a_passed_deadline_is_taken_back(
     hidden, labels = np.ones((512, 16), np.float32), np.zeros(512, int)
     request = messages.loss_request(table.name, hidden, labels, shardloss.FullSoftmax(), want_hidden_grad=True)
     began = time.monotonic()
-    once(table.client.losses.ComputeLoss, request)
+    once(table.client.send_loss, request)
     one_s = time.monotonic() - began
     for _ in range(100):
         with contextlib.suppress(DeadlineExceeded, Overloaded):
-            once(table.client.losses.ComputeLoss, request, one_s / 20)
+            once(table.client.send_loss, request, one_s / 20)
     began = time.monotonic()
     table.send_loss(request)
     assert time.monotonic() - began < 30 * one_s + 1.0

@@ -20,6 +20,7 @@ from shardloss.errors import (
     ShardlossError,
     TableUnavailable,
 )
+from shardloss.splice import LOSS_REQUEST
 from shardloss.v1 import loss_pb2
 from shardloss_server.cluster.group import Staged, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
@@ -287,7 +288,9 @@ def stream_of(client: shardloss.LossClient, pieces: Iterator[loss_pb2.StreamLoss
 
 
 def header(table: shardloss.Table, **fields: Any) -> loss_pb2.StreamLossRequest:
-    request = messages.loss_request(table.name, np.ones((N, D)), None, shardloss.FullSoftmax())
+    request = loss_pb2.ComputeLossRequest.FromString(
+        LOSS_REQUEST.join(messages.loss_request(table.name, np.ones((N, D)), None, shardloss.FullSoftmax()))
+    )
     for name, value in fields.items():
         setattr(request, name, value)
     return loss_pb2.StreamLossRequest(header=request)

@@ -9,7 +9,8 @@ import pytest
 import shardloss
 from shardloss import chunks, wire
 from shardloss.errors import LimitExceeded, StepReused
-from shardloss.v1 import evaluation_pb2, loss_pb2
+from shardloss.splice import Spliced
+from shardloss.v1 import evaluation_pb2, loss_pb2, tensor_pb2
 from shardloss_server.config import Limits
 from shardloss_server.rpc.serve import Server
 
@@ -56,8 +57,8 @@ class Calls:
 
     def __init__(self, client: shardloss.LossClient, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used: list[str] = []
-        for name in ("ComputeLoss", "StreamLoss"):
-            monkeypatch.setattr(client.losses, name, self._noting(name, getattr(client.losses, name)))
+        for attribute, name in (("send_loss", "ComputeLoss"), ("stream_loss", "StreamLoss")):
+            monkeypatch.setattr(client, attribute, self._noting(name, getattr(client, attribute)))
 
     def _noting(self, name: str, method: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
@@ -221,8 +222,9 @@ def test_a_unary_loss_whose_reply_is_too_large_is_refused(
 
 def stream(client: shardloss.LossClient, request: loss_pb2.ComputeLossRequest) -> list[loss_pb2.StreamLossResponse]:
     """Send a request as chunks by hand."""
-    header, parts = chunks.detach(request, Limits().max_chunk_bytes)
-    pieces = [loss_pb2.StreamLossRequest(header=header), *(loss_pb2.StreamLossRequest(chunk=part) for part in parts)]
+    header, parts = chunks.detach(Spliced(request), "hidden", Limits().max_chunk_bytes)
+    messages = (tensor_pb2.Chunk(id=part.id, content=bytes(part.content)) for part in parts)
+    pieces = [loss_pb2.StreamLossRequest(header=header), *(loss_pb2.StreamLossRequest(chunk=one) for one in messages)]
     return list(client.losses.StreamLoss(iter(pieces), timeout=ANSWER_S))
 
 

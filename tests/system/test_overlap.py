@@ -116,12 +116,12 @@ def test_zero_grad_does_not_give_up_a_step_that_is_to_be_sent_again(table: shard
     head(*batch()).backward()
     gate.error = shardloss.errors.DeadlineExceeded("lost")
     optimizer.step()
-    loss = head.table.client.losses.ComputeLoss
+    loss = head.table.client.send_loss
     failing = Failing(gate)
-    head.table.client.losses.ComputeLoss = failing
+    head.table.client.send_loss = failing
     with pytest.raises(TransientError):
         head(*batch())
-    head.table.client.losses.ComputeLoss = loss
+    head.table.client.send_loss = loss
     optimizer.zero_grad()
     optimizer.synchronize()
     assert table.info().version == 1

@@ -132,12 +132,12 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, "--local", "--drain-s", "60") as (process, address), shardloss.connect(address) as client:
         table = client.create_table("t", num_classes=5, dim=2)
         session = table.session()
-        stub = table.client.losses
         request = shardloss.messages.loss_request(
             "t", np.ones((1, 2), np.float32), np.array([0]), shardloss.FullSoftmax()
         )
-        request.session, request.step, request.after_step = session.name, 2, 1
-        waiting = stub.ComputeLoss.future(request, timeout=50)
+        key = request.message
+        key.session, key.step, key.after_step = session.name, 2, 1
+        waiting = client.send_loss.future(request, timeout=50)
         wait_until_in_flight(client)
         process.send_signal(signal.SIGTERM)
         wait_not_serving(address)

@@ -127,3 +127,18 @@ def test_targets_add_up(seed: int, num_shards: int) -> None:
     torch.testing.assert_close(total.target_logit, torch.stack([t.target_logit for t in targets]).sum(0))
     torch.testing.assert_close(total.target_row, torch.stack([t.target_row for t in targets]).sum(0))
     assert add_all([*targets, Target(targets[0].target_logit, None)]).target_row is None
+
+
+@given(seeds, st.integers(1, 7))
+def test_targets_of_some_rows_add_up(seed: int, num_shards: int) -> None:
+    """Rows that name their places are summed there, as if each shard had said 0 of all others."""
+    generator = torch.Generator().manual_seed(seed)
+    zeros, sparse, dense = torch.zeros(N, dtype=torch.float64), [], torch.zeros(N, D, dtype=torch.float64)
+    for _ in range(num_shards):
+        at = torch.nonzero(torch.rand(N, generator=generator) < 0.5)[:, 0]
+        rows = torch.randn(len(at), D, generator=generator).double()
+        sparse.append(Target(zeros, rows, None, at))
+        dense[at] += rows
+    gradient = torch.randn(N, D, generator=generator).double()
+    expected = Target(zeros, dense).subtracted_from_(gradient.clone())
+    torch.testing.assert_close(add_all(sparse).subtracted_from_(gradient), expected)

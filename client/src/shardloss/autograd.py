@@ -11,7 +11,6 @@ from torch import Tensor
 from shardloss import wire
 from shardloss.errors import DoubleBackward, InvalidArgument
 from shardloss.optimizer import Part, Pending
-from shardloss.v1 import tensor_pb2
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,8 +30,8 @@ def check_tensor(value: object, field: str) -> None:
         raise InvalidArgument(f"{field} is a {type(value).__name__}; a torch tensor is needed", field=field)
 
 
-def to_wire(tensor: Tensor, field: str) -> tensor_pb2.Tensor:
-    """The message of a float tensor on any device, in its own dtype.
+def to_wire(tensor: Tensor, field: str) -> wire.Encoded:
+    """A float tensor on any device beside its message, in its own dtype; on the CPU its memory, not a copy.
 
     Raises:
         InvalidArgument: the contract has no such dtype.
@@ -41,8 +40,8 @@ def to_wire(tensor: Tensor, field: str) -> tensor_pb2.Tensor:
         raise InvalidArgument(f"{field} is {tensor.dtype}; one of {FLOAT_DTYPES} is needed", field=field)
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.dtype == torch.bfloat16:
-        return wire.encode(tensor.view(torch.int16).numpy().view(np.uint16), bfloat16=True)
-    return wire.encode(tensor.numpy())
+        return wire.encode_beside(tensor.view(torch.int16).numpy().view(np.uint16), bfloat16=True)
+    return wire.encode_beside(tensor.numpy())
 
 
 def to_ids(labels: Tensor) -> wire.Array:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -21,6 +22,7 @@ from shardloss.errors import (
     ShardlossError,
     TransientError,
 )
+from shardloss.splice import Splice, Spliced
 
 DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
@@ -83,6 +85,13 @@ class Channel:
         """A service's stub on this channel."""
         return make(self._grpc)
 
+    def spliced(self, method: MethodDescriptor, request: Splice[Any], reply: Splice[Any]) -> Callable[..., Any]:
+        """A method that takes and gives `Spliced` messages, a stream of them where it is one of streams."""
+        kind = self._grpc.stream_stream if method.client_streaming else self._grpc.unary_unary
+        name = f"/{method.containing_service.full_name}/{method.name}"
+        made: Callable[..., Any] = kind(name, request_serializer=request.join, response_deserializer=reply.split)
+        return made
+
     def close(self) -> None:
         """Close the connection; later calls raise ClientClosed. Idempotent."""
         self._closed = True
@@ -91,7 +100,7 @@ class Channel:
     def unary(
         self,
         method: Callable[..., R],
-        request: Message,
+        request: Message | Spliced[Any],
         timeout_s: float | None,
         *,
         whole: bool = False,
@@ -143,12 +152,12 @@ class Channel:
             backoff_s, attempt_s = min(2 * backoff_s, MAX_BACKOFF_S), 2 * attempt_s
 
 
-def single(messages: list[Any], kind: str) -> Any:
+def single(replies: list[Spliced[Any]], kind: str) -> Any:
     """The header that a reply stream begins with.
 
     Raises:
         BadReply: it begins with something else.
     """
-    if not messages or messages[0].WhichOneof("piece") != kind:
+    if not replies or replies[0].message.WhichOneof("piece") != kind:
         raise BadReply("the reply stream does not begin with a header")
-    return messages[0].header
+    return replies[0].message.header

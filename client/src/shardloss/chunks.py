@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import Message
 
 from shardloss.errors import InvalidArgument, LimitExceeded
+from shardloss.splice import Buffer, Spliced
 from shardloss.v1 import tensor_pb2
-from shardloss.wire import expected_bytes
+from shardloss.wire import Contents, expected_bytes
 
 M = TypeVar("M", bound=Message)
 INLINE_BYTES = 1 << 16  # tensors up to this size stay inside the header
+PIECE_BYTES = 1 << 20  # a piece on its way while the next is copied
 
 
 def tensors_of(message: Message, path: str = "") -> Iterator[tuple[str, tensor_pb2.Tensor]]:
@@ -29,24 +33,52 @@ def tensors_of(message: Message, path: str = "") -> Iterator[tuple[str, tensor_p
                 yield from tensors_of(item, name)
 
 
-def detach(message: M, max_chunk_bytes: int) -> tuple[M, Iterator[tensor_pb2.Chunk]]:
-    """A header like the message with its large tensors as chunk references, and the chunks that hold them."""
-    header = type(message)()
-    header.CopyFrom(message)
-    contents: list[bytes] = []
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of the content of a chunk reference."""
+
+    id: int
+    content: Buffer
+
+
+def detach(message: Spliced[M], owner: str, max_chunk_bytes: int) -> tuple[M, Iterator[Piece]]:
+    """A header like the message with its large tensors as chunk references, and the pieces that belong to them.
+
+    owner is the field of the tensor whose content stands beside the message.
+    """
+    header = type(message.message)()
+    header.CopyFrom(message.message)
+    contents: list[Buffer] = []
+    if message.content is not None:
+        refer(getattr(header, owner), message.content, contents)
     for _, tensor in tensors_of(header):
         if len(tensor.inline) > INLINE_BYTES:
-            content = tensor.inline
-            tensor.chunk.id, tensor.chunk.num_bytes = len(contents), len(content)
-            contents.append(content)
-    return header, cut(contents, max_chunk_bytes)
+            refer(tensor, tensor.inline, contents)
+    return header, cut(contents, min(max_chunk_bytes, PIECE_BYTES))
 
 
-def cut(contents: list[bytes], max_chunk_bytes: int) -> Iterator[tensor_pb2.Chunk]:
+def refer(tensor: tensor_pb2.Tensor, content: Buffer, contents: list[Buffer]) -> None:
+    """Make the next content the tensor's."""
+    tensor.chunk.id, tensor.chunk.num_bytes = len(contents), len(content)
+    contents.append(content)
+
+
+def cut(contents: list[Buffer], piece_bytes: int) -> Iterator[Piece]:
     """Each content in pieces, its place in the list as its id."""
     for place, content in enumerate(contents):
-        for start in range(0, len(content), max_chunk_bytes):
-            yield tensor_pb2.Chunk(id=place, content=content[start : start + max_chunk_bytes])
+        for start in range(0, len(content), piece_bytes):
+            yield Piece(place, memoryview(content)[start : start + piece_bytes])
+
+
+def spliced(piece: Piece, kind: type[M]) -> Spliced[M]:
+    """A message of a stream, of a kind that has a chunk, that carries a piece."""
+    return Spliced(kind(chunk=tensor_pb2.Chunk(id=piece.id)), piece.content)
+
+
+def piece_of(message: Spliced[Any]) -> Piece:
+    """What a message of a stream carries."""
+    chunk = message.message.chunk
+    return Piece(chunk.id, chunk.content if message.content is None else message.content)
 
 
 class Assembler:
@@ -61,13 +93,15 @@ class Assembler:
     def __init__(self, header: Message, max_bytes: int, max_chunk_bytes: int) -> None:
         self._max_chunk_bytes = max_chunk_bytes
         self._missing: dict[int, int] = {}
+        self._contents: dict[int, memoryview] = {}
         for field, tensor in tensors_of(header):
             if tensor.WhichOneof("storage") == "chunk":
                 self._announce(field, tensor)
         total = sum(self._missing.values())
         if total > max_bytes:
             raise LimitExceeded(f"the call announces {total} bytes in chunks; {max_bytes} are taken", field="chunk")
-        self._pieces: dict[int, list[bytes]] = {place: [] for place in self._missing}
+        for place, num_bytes in self._missing.items():  # memory that is taken as the chunks come
+            self._contents[place] = np.empty(num_bytes, np.uint8).data
 
     def _announce(self, field: str, tensor: tensor_pb2.Tensor) -> None:
         reference, expected = tensor.chunk, expected_bytes(tensor, field)
@@ -79,7 +113,7 @@ class Assembler:
             raise InvalidArgument(f"{field} refers to chunk {reference.id}, as another tensor does", field=field)
         self._missing[reference.id] = expected
 
-    def add(self, chunk: tensor_pb2.Chunk) -> None:
+    def add(self, chunk: Piece) -> None:
         """Take the next chunk."""
         if len(chunk.content) > self._max_chunk_bytes:
             message = f"a chunk of {len(chunk.content)} bytes exceeds max_chunk_bytes = {self._max_chunk_bytes}"
@@ -88,17 +122,19 @@ class Assembler:
             raise InvalidArgument(f"chunk {chunk.id} is empty", field="chunk")
         if len(chunk.content) > self._missing.get(chunk.id, -1):
             raise InvalidArgument(f"chunk {chunk.id} was not announced or is longer than announced", field="chunk")
-        self._missing[chunk.id] -= len(chunk.content)
-        self._pieces[chunk.id].append(chunk.content)
+        whole, missing = self._contents[chunk.id], self._missing[chunk.id]
+        start = len(whole) - missing
+        whole[start : start + len(chunk.content)] = chunk.content
+        self._missing[chunk.id] = missing - len(chunk.content)
 
     @property
     def is_complete(self) -> bool:
         """Whether every announced chunk has come."""
         return not any(self._missing.values())
 
-    def contents(self) -> dict[int, bytes]:
+    def contents(self) -> Contents:
         """Every announced content by id, once all chunks have come."""
         for place, missing in self._missing.items():
             if missing:
                 raise InvalidArgument(f"chunk {place} lacks {missing} bytes at the end of the stream", field="chunk")
-        return {place: b"".join(pieces) for place, pieces in self._pieces.items()}
+        return self._contents

@@ -9,12 +9,13 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from shardloss import allocator, messages, types
+from shardloss import allocator, messages, splice, types
 from shardloss.channel import Channel
 from shardloss.errors import NotSupported
 from shardloss.table import Table
 from shardloss.v1 import (
     evaluation_pb2_grpc,
+    loss_pb2,
     loss_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
@@ -55,6 +56,9 @@ class LossClient:
         self.address = address
         self.channel = Channel(address, timeout_s, attempt_timeout_s)
         self.losses = self.channel.stub(loss_pb2_grpc.LossServiceStub)
+        methods = loss_pb2.DESCRIPTOR.services_by_name["LossService"].methods_by_name
+        self.send_loss = self.channel.spliced(methods["ComputeLoss"], splice.LOSS_REQUEST, splice.LOSS_REPLY)
+        self.stream_loss = self.channel.spliced(methods["StreamLoss"], splice.STREAM_REQUEST, splice.STREAM_REPLY)
         self.tables = self.channel.stub(table_pb2_grpc.TableServiceStub)
         self.questions = self.channel.stub(evaluation_pb2_grpc.EvaluationServiceStub)
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)

@@ -147,12 +147,12 @@ class Head(torch.nn.Module):
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
         self.pending.join()
-        if training:
-            distribution = distribution.copy()  # the step sends it again: the caller's batch may have changed by then
-        kind = loss if scale is None else scaled(loss, scale)
-        message = to_wire(hidden, "hidden")
+        sent = hidden
+        if training:  # the step sends both again: the caller's batch may have changed by then
+            distribution, sent = distribution.copy(), hidden.clone()
+        kind, kept = loss if scale is None else scaled(loss, scale), to_wire(sent, "hidden")
         result = self.table.compute_loss(
-            message,
+            kept,
             None,
             kind,
             label_distribution=distribution,
@@ -162,7 +162,7 @@ class Head(torch.nn.Module):
 
         def step(g: wire.Array, learning_rate: float, grad_scale: float) -> None:
             self.pending.session.train_step(
-                message,
+                kept,
                 None,
                 kind,
                 learning_rate=learning_rate,

@@ -12,6 +12,7 @@ from shardloss.errors import BadReply, InvalidArgument, LimitExceeded
 from shardloss.messages import Numbers, numbers
 from shardloss.paging import of_rank
 from shardloss.questions import Questions
+from shardloss.splice import Spliced
 from shardloss.v1 import loss_pb2
 from shardloss.wire import Array
 
@@ -64,11 +65,11 @@ class Losses(Questions):
             want_table_grad=want_table_grad,
             want_scale_grad=want_scale_grad,
         )
-        request.step = step
+        request.message.step = step
         return self.send_loss(request, label_distribution)
 
     def send_loss(
-        self, request: loss_pb2.ComputeLossRequest, label_distribution: Array | None = None
+        self, request: Spliced[loss_pb2.ComputeLossRequest], label_distribution: Array | None = None
     ) -> types.LossResult:
         """Send a request as one message, or in chunks where it or its reply is too large for one.
 
@@ -78,26 +79,27 @@ class Losses(Questions):
         channel, limits = self.client.channel, self.client.info.limits
         limit, chunk = int(limits["max_message_bytes"]), int(limits["max_chunk_bytes"])
         columns = None
-        if label_distribution is not None or request.label_columns:
-            columns = self._checked_distribution(request, label_distribution)
-        elif max(request.ByteSize(), self._reply_bytes(request)) <= limit:
-            return messages.loss_result(channel.unary(self.client.losses.ComputeLoss, request, None))
+        if label_distribution is not None or request.message.label_columns:
+            columns = self._checked_distribution(request.message, label_distribution)
+        elif max(request.ByteSize(), self._reply_bytes(request.message)) <= limit:
+            reply = channel.unary(self.client.send_loss, request, None)
+            return messages.loss_result(reply.message, {"hidden_grad": reply.content} if reply.content else None)
 
-        def pieces() -> Iterator[loss_pb2.StreamLossRequest]:
-            header, parts = chunks.detach(request, chunk)
-            yield loss_pb2.StreamLossRequest(header=header)
+        def pieces() -> Iterator[Spliced[loss_pb2.StreamLossRequest]]:
+            header, parts = chunks.detach(request, "hidden", chunk)
+            yield Spliced(loss_pb2.StreamLossRequest(header=header))
             for part in parts:
-                yield loss_pb2.StreamLossRequest(chunk=part)
+                yield chunks.spliced(part, loss_pb2.StreamLossRequest)
             if columns is not None:
                 for piece in messages.label_columns(columns, chunk):
-                    yield loss_pb2.StreamLossRequest(columns=piece)
+                    yield Spliced(loss_pb2.StreamLossRequest(columns=piece))
 
-        replies = channel.stream(self.client.losses.StreamLoss, pieces, None)
+        replies = channel.stream(self.client.stream_loss, pieces, None)
         with messages.reading_reply():
             header = single(replies, "header")
             assembler = chunks.Assembler(header, 2 * int(limits["max_reply_bytes"]), chunk)
-            for piece in replies[1:]:
-                assembler.add(piece.chunk)
+            for reply in replies[1:]:
+                assembler.add(chunks.piece_of(reply))
             return messages.loss_result(header, assembler.contents())
 
     def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from shardloss import types, wire
 from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported, ShardlossError
+from shardloss.splice import Spliced
 from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
 from shardloss.wire import Array
 
@@ -33,14 +34,17 @@ HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVA
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
 
-Numbers: TypeAlias = Array | tensor_pb2.Tensor  # a message passes as it is: so bfloat16 comes
+Numbers: TypeAlias = Array | wire.Encoded  # what is encoded passes as it is: so bfloat16 comes
 
 
 def numbers(array: Numbers, field: str) -> tensor_pb2.Tensor:
-    """The message of an array; a message passes (bfloat16 comes so)."""
-    if isinstance(array, tensor_pb2.Tensor):
-        return array
-    return wire.encode(np.asarray(array), field)
+    """The message of an array."""
+    return beside(array, field).whole()
+
+
+def beside(array: Numbers, field: str) -> wire.Encoded:
+    """An array beside its message."""
+    return array if isinstance(array, wire.Encoded) else wire.encode_beside(np.asarray(array), field)
 
 
 @contextmanager
@@ -82,9 +86,9 @@ def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
     return table[value]
 
 
-def optional(message: tensor_pb2.Tensor, present: bool, field: str, chunks: Mapping[int, bytes] | None) -> Array | None:
+def optional(message: tensor_pb2.Tensor, present: bool, field: str, contents: wire.Contents | None) -> Array | None:
     """A tensor's array, or None where the field is absent."""
-    return wire.decode_numbers(message, field, chunks) if present else None
+    return wire.decode_numbers(message, field, contents) if present else None
 
 
 @writing_request()
@@ -282,11 +286,12 @@ def loss_request(
     want_hidden_grad: bool = False,
     want_table_grad: bool = False,
     want_scale_grad: bool = False,
-) -> loss_pb2.ComputeLossRequest:
-    """A ComputeLoss without its key."""
+) -> Spliced[loss_pb2.ComputeLossRequest]:
+    """A ComputeLoss without its key; it holds the memory of hidden, not a copy."""
+    encoded = beside(hidden, "hidden")
     message = loss_pb2.ComputeLossRequest(
         table=table,
-        hidden=numbers(hidden, "hidden"),
+        hidden=encoded.header,
         labels=None if labels is None else numbers(labels, "labels"),
         label_columns=labels is None,
         ignore_index=ignore_index,
@@ -300,7 +305,7 @@ def loss_request(
         message.label_weights.CopyFrom(numbers(label_weights, "label_weights"))
     if upstream is not None:
         message.upstream.CopyFrom(numbers(upstream, "upstream"))
-    return message
+    return Spliced(message, encoded.content)
 
 
 def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb2.LabelColumns]:
@@ -317,27 +322,27 @@ def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb
 
 
 @reading_reply()
-def loss_result(message: loss_pb2.ComputeLossResponse, chunks: Mapping[int, bytes] | None = None) -> types.LossResult:
+def loss_result(message: loss_pb2.ComputeLossResponse, contents: wire.Contents | None = None) -> types.LossResult:
     """A batch's answer."""
     gradient = None
     if message.HasField("table_grad"):
         grad = message.table_grad
         gradient = types.TableGradient(
-            wire.decode(grad.class_ids, "table_grad.class_ids", chunks),
-            wire.decode_numbers(grad.rows, "table_grad.rows", chunks),
-            optional(grad.biases, grad.HasField("biases"), "table_grad.biases", chunks),
+            wire.decode(grad.class_ids, "table_grad.class_ids", contents),
+            wire.decode_numbers(grad.rows, "table_grad.rows", contents),
+            optional(grad.biases, grad.HasField("biases"), "table_grad.biases", contents),
         )
     return types.LossResult(
-        loss=optional(message.loss, message.HasField("loss"), "loss", chunks),
-        lse=optional(message.lse, message.HasField("lse"), "lse", chunks),
-        hidden_grad=optional(message.hidden_grad, message.HasField("hidden_grad"), "hidden_grad", chunks),
+        loss=optional(message.loss, message.HasField("loss"), "loss", contents),
+        lse=optional(message.lse, message.HasField("lse"), "lse", contents),
+        hidden_grad=optional(message.hidden_grad, message.HasField("hidden_grad"), "hidden_grad", contents),
         table_grad=gradient,
         ticket=message.ticket,
         version=message.version,
         replayed=message.replayed,
         num_candidates=message.cost.num_candidates,
         committed=commit_result(message.committed) if message.HasField("committed") else None,
-        scale_grad=optional(message.scale_grad, message.HasField("scale_grad"), "scale_grad", chunks),
+        scale_grad=optional(message.scale_grad, message.HasField("scale_grad"), "scale_grad", contents),
     )
 
 

@@ -54,7 +54,7 @@ class Session:
             want_hidden_grad=want_hidden_grad,
             want_scale_grad=want_scale_grad,
         )
-        self._key(request)
+        self._key(request.message)
         self.num_parts += 1
         with self._passing(StepTooOld):
             return self.table.send_loss(request)
@@ -167,10 +167,11 @@ class Session:
             upstream=upstream,
             want_hidden_grad=want_hidden_grad,
         )
-        self._key(request)
+        self._key(request.message)
         with messages.writing_request():
-            request.commit_now.learning_rate, request.commit_now.grad_scale = learning_rate, grad_scale
-        request.commit_now.opened_at_version = self.opened_at_version
+            now = request.message.commit_now
+            now.learning_rate, now.grad_scale = learning_rate, grad_scale
+        now.opened_at_version = self.opened_at_version
         with self._passing(StepTooOld, StepReused):
             result = self.table.send_loss(request, label_distribution)
         self._next_step()
@@ -208,10 +209,10 @@ class Session:
             self._next_step()
             raise
 
-    def _key(self, request: loss_pb2.ComputeLossRequest) -> None:
-        request.session, request.step, request.part = self.name, self.step, self.num_parts
+    def _key(self, message: loss_pb2.ComputeLossRequest) -> None:
+        message.session, message.step, message.part = self.name, self.step, self.num_parts
         if self.follows is not None:
-            request.after_step = self.follows
+            message.after_step = self.follows
 
     def _next_step(self) -> None:
         self.step += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.v1 import tensor_pb2
 
 Array = NDArray[Any]
+Contents = Mapping[Any, bytes | memoryview]  # what is not in a message: by chunk id, or by the field of its tensor
 
 # bfloat16 has no NumPy dtype: it travels as uint16 and is told apart by the message's dtype.
 NUMPY_DTYPES: Mapping[int, np.dtype[Any]] = {
@@ -35,8 +37,31 @@ NAMES: Mapping[int, str] = {number: name for name, number in WIRE_DTYPES.items()
 MAX_RANK = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor's message without its storage, and its content: the memory of the array it was made of."""
+
+    header: tensor_pb2.Tensor
+    content: memoryview
+
+    def whole(self) -> tensor_pb2.Tensor:
+        """The message with its content inline."""
+        message = tensor_pb2.Tensor(inline=self.content.tobytes())
+        message.MergeFrom(self.header)
+        return message
+
+
 def encode(array: Array, field: str | None = None, *, bfloat16: bool = False) -> tensor_pb2.Tensor:
-    """An inline tensor of an array; with bfloat16, a uint16 array holds the upper halves of float32 values.
+    """An inline tensor of an array; as `encode_beside`.
+
+    Raises:
+        InvalidArgument: the contract has no such dtype.
+    """
+    return encode_beside(array, field, bfloat16=bfloat16).whole()
+
+
+def encode_beside(array: Array, field: str | None = None, *, bfloat16: bool = False) -> Encoded:
+    """An array as the contract has it, not copied; with bfloat16, uint16 holds the upper halves of float32 values.
 
     field is what an error names.
 
@@ -48,8 +73,8 @@ def encode(array: Array, field: str | None = None, *, bfloat16: bool = False) ->
         what = f"{field or 'an array'} is {array.dtype}"
         raise InvalidArgument(f"{what}, which cannot be sent; use one of {', '.join(WIRE_DTYPES)}", field=field)
     dtype = WIRE_DTYPES[name]
-    content = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype]).tobytes()
-    return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, inline=content)
+    content = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype]).reshape(-1).view(np.uint8)
+    return Encoded(tensor_pb2.Tensor(dtype=dtype, shape=array.shape), content.data)
 
 
 def num_elements(tensor: tensor_pb2.Tensor, field: str) -> int:
@@ -77,10 +102,10 @@ def expected_bytes(tensor: tensor_pb2.Tensor, field: str) -> int:
     return num_elements(tensor, field) * NUMPY_DTYPES[tensor.dtype].itemsize
 
 
-def decode(tensor: tensor_pb2.Tensor, field: str, chunks: Mapping[int, bytes] | None = None) -> Array:
-    """A read-only array over the tensor's bytes (bfloat16 as uint16), without a copy.
+def decode(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = None) -> Array:
+    """An array over the tensor's bytes (bfloat16 as uint16), copied only where they are not aligned.
 
-    chunks holds the content of chunk references by id.
+    contents holds what is not in the message: by the id of a chunk reference, or of a tensor without storage by field.
 
     Raises:
         InvalidArgument: dtype, shape and bytes do not fit each other.
@@ -90,25 +115,30 @@ def decode(tensor: tensor_pb2.Tensor, field: str, chunks: Mapping[int, bytes] | 
     kind = tensor.WhichOneof("storage")
     if kind == "shared_memory":
         raise NotSupported(f"{field}: shared-memory tensors are not yet supported", field=field)
-    content = tensor.inline
+    content: bytes | memoryview
     if kind == "chunk":
-        if chunks is None or tensor.chunk.id not in chunks:
+        if contents is None or tensor.chunk.id not in contents:
             raise InvalidArgument(f"{field} refers to chunk {tensor.chunk.id}, which did not come", field=field)
-        content = chunks[tensor.chunk.id]
+        content = contents[tensor.chunk.id]
+    elif kind is None and contents is not None and field in contents:
+        content = contents[field]
+    else:
+        content = tensor.inline
     if len(content) != expected:
         raise InvalidArgument(
             f"{field} holds {len(content)} bytes; {NAMES[tensor.dtype]} {list(tensor.shape)} takes {expected}",
             field=field,
         )
     try:
-        return np.frombuffer(content, NUMPY_DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
+        array = np.frombuffer(content, NUMPY_DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
+        return array if array.flags.aligned else array.copy()
     except ValueError as error:  # sizes beyond what an array can have, beside a size of 0
         raise InvalidArgument(f"{field} has shape {list(tensor.shape)}: {error}", field=field) from None
 
 
-def decode_numbers(tensor: tensor_pb2.Tensor, field: str, chunks: Mapping[int, bytes] | None = None) -> Array:
+def decode_numbers(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = None) -> Array:
     """As `decode`, with bfloat16 widened to float32 exactly."""
-    array = decode(tensor, field, chunks)
+    array = decode(tensor, field, contents)
     if tensor.dtype == tensor_pb2.DTYPE_BFLOAT16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array

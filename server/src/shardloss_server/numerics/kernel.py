@@ -209,16 +209,18 @@ def by_row(num_rows: int, entries: Entries, values: Tensor) -> Tensor:
 
 
 def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: bool) -> Target:
-    """Sums of y z [N], y slope row [N, D] and y pull [N] over the owned true columns."""
+    """Sums of y z [N], y slope row [M, D] and y pull [N] over the owned true columns; batch_row ascends."""
     assert entries.weight is not None
     counts, weight = entries.weight != 0, entries.weight
     logit = by_row(num_rows, entries, torch.where(counts, weight.double() * columns.logits.double(), 0.0))
     pull = None if columns.pull is None else by_row(num_rows, entries, (weight * columns.pull).double())
     if not with_gradient:
         return Target(logit, None, pull)
-    row = torch.zeros(num_rows, entries.rows.shape[1], dtype=entries.rows.dtype)
-    row.index_add_(0, entries.batch_row, sloped(weight, columns.slope)[:, None] * entries.rows)
-    return Target(logit, row, pull)
+    rows = sloped(weight, columns.slope)[:, None] * entries.rows
+    at, place = torch.unique_consecutive(entries.batch_row, return_inverse=True)
+    if len(at) < len(rows):  # rows with several labels here
+        rows = torch.zeros(len(at), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows)
+    return Target(logit, rows, pull, at)
 
 
 # Gradients

@@ -56,9 +56,9 @@ def hidden_gradient(merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: T
     """
     statistics, target = merged.statistics, merged.target
     if not isinstance(statistics, Partial):
-        return torch.where((mass == 0)[:, None], 0.0, given(statistics.row) - given(target.target_row))
+        return torch.where((mass == 0)[:, None], 0.0, target.subtracted_from_(given(statistics.row).clone()))
     weight = weight_of_softmax(mass, statistics.lse, z_loss)
-    gradient = (weight[:, None] * given(statistics.mean_row)).sub_(given(target.target_row))
+    gradient = target.subtracted_from_(weight[:, None] * given(statistics.mean_row))
     if merged.spread is None or spread is None:
         return gradient
     return gradient - (spread.double()[:, None] * merged.spread.row).to(gradient.dtype)

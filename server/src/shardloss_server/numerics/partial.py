@@ -64,13 +64,27 @@ Statistics = Partial | Sums
 class Target:
     """Labels a shard owns.
 
-    target_logit = sum_t y_t z_t [N] float64; target_row = sum_t y_t slope_t row_t [N, D] or None; target_pull =
-    sum_t y_t d z_t / d log scale [N] or None.
+    target_logit = sum_t y_t z_t [N] float64; target_pull = sum_t y_t d z_t / d log scale [N] or None. target_row =
+    sum_t y_t slope_t row_t [N, D], or None where no gradient is wanted; with `at` [M] it is [M, D], and each of its
+    rows belongs to row at[m] of hidden: a label is one shard's alone, so most shards have little to say.
     """
 
     target_logit: Tensor
     target_row: Tensor | None
     target_pull: Tensor | None = None
+    at: Tensor | None = None
+
+    def subtracted_from_(self, gradient: Tensor) -> Tensor:
+        """gradient [N, D] - target_row, in place.
+
+        Raises:
+            ValueError: the target has no rows.
+        """
+        if self.target_row is None:
+            raise ValueError("the target was taken without its rows")
+        if self.at is None:
+            return gradient.sub_(self.target_row)
+        return gradient.index_add_(0, self.at, self.target_row, alpha=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +153,16 @@ def add_all(targets: Sequence[Target]) -> Target:
     """Sum at least one target from left to right."""
     total = targets[0]
     for target in targets[1:]:
-        total = Target(
-            total.target_logit + target.target_logit,
-            plus(total.target_row, target.target_row),
-            plus(total.target_pull, target.target_pull),
-        )
+        total = add_targets(total, target)
     return total
+
+
+def add_targets(a: Target, b: Target) -> Target:
+    """Sum two targets, both with `at` or neither: rows that have their places are put one after the other."""
+    logit, pull = a.target_logit + b.target_logit, plus(a.target_pull, b.target_pull)
+    if a.at is None or b.at is None or a.target_row is None or b.target_row is None:
+        return Target(logit, plus(a.target_row, b.target_row), pull)
+    return Target(logit, torch.cat([a.target_row, b.target_row]), pull, torch.cat([a.at, b.at]))
 
 
 def spread_over(spreads: Sequence[Spread]) -> Spread:

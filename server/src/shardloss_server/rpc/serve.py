@@ -36,6 +36,7 @@ from shardloss_server.rpc.servicer import (
     ServerServicer,
     TableServicer,
 )
+from shardloss_server.rpc.splicing import Splicing
 
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
@@ -93,6 +94,7 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
+            interceptors=[Splicing()],
             maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
         )
 

@@ -15,6 +15,7 @@ import grpc
 import torch
 from shardloss import chunks
 from shardloss.errors import Internal, InvalidArgument, LimitExceeded, ShardlossError
+from shardloss.splice import Spliced
 from shardloss.v1 import (
     evaluation_pb2,
     evaluation_pb2_grpc,
@@ -42,6 +43,9 @@ from shardloss_server.rpc.status import fail
 log = logging.getLogger(__name__)
 M = TypeVar("M")
 Context = grpc.ServicerContext
+LossMessage = Spliced[loss_pb2.ComputeLossRequest]
+StreamMessage = Spliced[loss_pb2.StreamLossRequest]
+StreamReply = Spliced[loss_pb2.StreamLossResponse]
 Question = (
     evaluation_pb2.EvaluateRequest
     | evaluation_pb2.TopKRequest
@@ -142,12 +146,11 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         self.handlers = handlers
 
     @answers
-    def ComputeLoss(self, request: loss_pb2.ComputeLossRequest, context: Context) -> loss_pb2.ComputeLossResponse:
-        return self._loss(request, None, context)
+    def ComputeLoss(self, request: LossMessage, context: Context) -> Spliced[loss_pb2.ComputeLossResponse]:
+        contents = {} if request.content is None else {"hidden": request.content}
+        return self._loss(request.message, contents, False, context)
 
-    def StreamLoss(
-        self, request_iterator: Iterator[loss_pb2.StreamLossRequest], context: Context
-    ) -> Iterator[loss_pb2.StreamLossResponse]:
+    def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
         with failing_as_status(context), self.handlers.streams.stream(context.cancel) as stream:
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
@@ -156,28 +159,26 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
                 columns = self._receive(header, request_iterator, assembler, stream, deadline)
                 stream.working()
                 with torch.inference_mode():
-                    response = self._loss(header, assembler.contents(), context, columns)
-                reply, pieces = chunks.detach(response, self.handlers.limits.max_chunk_bytes)
+                    response = self._loss(header, assembler.contents(), True, context, columns)
+                reply, pieces = chunks.detach(response, "hidden_grad", self.handlers.limits.max_chunk_bytes)
                 stream.moved()
-                yield loss_pb2.StreamLossResponse(header=reply)
-                for chunk in pieces:
+                yield Spliced(loss_pb2.StreamLossResponse(header=reply))
+                for piece in pieces:
                     stream.moved()
-                    yield loss_pb2.StreamLossResponse(chunk=chunk)
+                    yield chunks.spliced(piece, loss_pb2.StreamLossResponse)
 
-    def _begin(
-        self, pieces: Iterator[loss_pb2.StreamLossRequest]
-    ) -> tuple[loss_pb2.ComputeLossRequest, chunks.Assembler]:
+    def _begin(self, pieces: Iterator[StreamMessage]) -> tuple[loss_pb2.ComputeLossRequest, chunks.Assembler]:
         """The header that a stream begins with, and what collects the chunks it announces."""
         first = next(pieces, None)
-        if first is None or first.WhichOneof("piece") != "header":
+        if first is None or first.message.WhichOneof("piece") != "header":
             raise InvalidArgument("a StreamLoss begins with a header", field="piece")
-        limits = self.handlers.limits
-        return first.header, chunks.Assembler(first.header, limits.max_request_bytes, limits.max_chunk_bytes)
+        limits, header = self.handlers.limits, first.message.header
+        return header, chunks.Assembler(header, limits.max_request_bytes, limits.max_chunk_bytes)
 
     def _receive(
         self,
         header: loss_pb2.ComputeLossRequest,
-        pieces: Iterator[loss_pb2.StreamLossRequest],
+        pieces: Iterator[StreamMessage],
         assembler: chunks.Assembler,
         stream: LiveStream,
         deadline: Deadline,
@@ -190,18 +191,19 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
                 break
             stream.moved()
             deadline.check("the request came whole")
-            if piece.WhichOneof("piece") == "columns" and header.label_columns:
+            kind = piece.message.WhichOneof("piece")
+            if kind == "columns" and header.label_columns:
                 first = piece
                 break
-            if piece.WhichOneof("piece") != "chunk":
+            if kind != "chunk":
                 raise InvalidArgument("only chunks may follow the header", field="piece")
-            assembler.add(piece.chunk)
+            assembler.add(chunks.piece_of(piece))
         return self._columns(first, pieces, stream, deadline)
 
     def _columns(
         self,
-        first: loss_pb2.StreamLossRequest | None,
-        pieces: Iterator[loss_pb2.StreamLossRequest],
+        first: StreamMessage | None,
+        pieces: Iterator[StreamMessage],
         stream: LiveStream,
         deadline: Deadline,
     ) -> Iterator[LabelColumns]:
@@ -211,13 +213,14 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         for piece in chain(() if first is None else (first,), pieces):
             stream.working()
             deadline.check("the labels came whole")
-            if piece.WhichOneof("piece") != "columns":
+            if piece.message.WhichOneof("piece") != "columns":
                 raise InvalidArgument("only label columns may follow the chunks", field="piece")
-            if len(piece.columns.weights.inline) > most:
-                message = f"columns of {len(piece.columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
+            columns = piece.message.columns
+            if len(columns.weights.inline) > most:
+                message = f"columns of {len(columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
                 raise LimitExceeded(message, field="columns.weights")
-            yield wire.label_columns(piece.columns)
-            if piece.columns.last:
+            yield wire.label_columns(columns)
+            if columns.last:
                 return
             stream.moved()
         raise InvalidArgument("the stream ends before its last columns", field="columns.last")
@@ -225,12 +228,12 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
     def _loss(
         self,
         request: loss_pb2.ComputeLossRequest,
-        contents: dict[int, bytes] | None,
+        contents: wire.Chunks,
+        is_stream: bool,
         context: Context,
         columns: Iterator[LabelColumns] | None = None,
-    ) -> loss_pb2.ComputeLossResponse:
+    ) -> Spliced[loss_pb2.ComputeLossResponse]:
         limits = self.handlers.limits
-        is_stream = contents is not None
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
         decoded = wire.loss_request(request, most, contents, columns)
         return wire.loss_response(self.handlers.pipeline.loss(decoded, self.handlers.deadline(context)))

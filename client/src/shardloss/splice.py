@@ -1,0 +1,165 @@
+"""One large tensor beside its message: put into the message's bytes, and taken out of them, past protobuf.
+
+On the wire stands the plain message, for any reader of the contract. Protobuf alone would copy the content of a tensor
+four times on its way into a call and three times on its way out; here it is copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from shardloss.v1 import loss_pb2
+
+M = TypeVar("M", bound=Message)
+Buffer = bytes | memoryview
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; source: protobuf.dev, "Encoding"
+MOST_FIELDS = 64  # that are looked through: a message of more is left to protobuf
+MOST_VARINT_BYTES = 10
+LARGE_BYTES = 1 << 16  # what protobuf holds in less time than it takes to look for it
+KEY_BYTES = 24  # keys and lengths around a content, at most
+
+
+class Unreadable(Exception):
+    """Bytes that are not a plain sequence of fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spliced(Generic[M]):
+    """A message, and the content that belongs into it; None where the message is whole."""
+
+    message: M
+    content: Buffer | None = None
+
+    def ByteSize(self) -> int:  # noqa: N802  (as a message's)
+        """Bytes on the wire, or up to KEY_BYTES more."""
+        return self.message.ByteSize() + (0 if self.content is None else len(self.content) + KEY_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One field inside bytes: its key begins at start, its value at value, and both end at end."""
+
+    number: int
+    kind: int
+    start: int
+    value: int
+    end: int
+
+
+class Splice(Generic[M]):
+    """Where a message type holds its large content: the bytes field `content` of its message field `owner`.
+
+    Less than least_bytes is left to protobuf.
+    """
+
+    def __init__(self, kind: type[M], owner: str, content: str, least_bytes: int = LARGE_BYTES) -> None:
+        self._kind, self._owner, self._least_bytes = kind, owner, least_bytes
+        outer = kind.DESCRIPTOR.fields_by_name[owner]
+        assert outer.message_type is not None
+        inner = outer.message_type.fields_by_name[content]
+        oneof = inner.containing_oneof
+        self._outer, self._inner = outer.number, inner.number
+        self._rivals = {field.number for field in oneof.fields} if oneof else {inner.number}
+        self._outer_key, self._inner_key = varint(outer.number << 3 | BYTES), varint(inner.number << 3 | BYTES)
+
+    def join(self, spliced: Spliced[M]) -> bytes:
+        """The bytes of the message with its content in place: what protobuf would write of it, in another order."""
+        if spliced.content is None:
+            return spliced.message.SerializeToString()
+        rest = self._kind()
+        rest.CopyFrom(spliced.message)
+        rest.ClearField(self._owner)
+        owner = getattr(spliced.message, self._owner).SerializeToString()
+        key = self._inner_key + varint(len(spliced.content))
+        length = varint(len(owner) + len(key) + len(spliced.content))
+        return b"".join((rest.SerializeToString(), self._outer_key, length, owner, key, spliced.content))
+
+    def split(self, content: bytes) -> Spliced[M]:
+        """The message, and its content where it is large, as a view of the bytes. Equal to what protobuf reads.
+
+        Raises:
+            google.protobuf.message.DecodeError: protobuf cannot read it.
+        """
+        outer = inner = None
+        try:
+            outer = self._only(content, 0, len(content), {self._outer}, self._outer)
+            inner = outer and self._only(content, outer.value, outer.end, self._rivals, self._inner)
+        except Unreadable:
+            pass  # protobuf says what is wrong, if anything is
+        if not outer or not inner or inner.end - inner.value < self._least_bytes:
+            return Spliced(self._kind.FromString(content))
+        raw = memoryview(content)
+        length = varint(inner.start - outer.value + outer.end - inner.end)
+        rest = raw[: outer.start], self._outer_key, length, raw[outer.value : inner.start], raw[inner.end :]
+        return Spliced(self._kind.FromString(b"".join(rest)), raw[inner.value : inner.end])
+
+    @staticmethod
+    def _only(content: bytes, start: int, end: int, rivals: set[int], number: int) -> Span | None:
+        """The one field of a number that is there, if none of its rivals is there, or it twice."""
+        found = [span for span in fields(content, start, end) if span.number in rivals]
+        return found[0] if len(found) == 1 and (found[0].number, found[0].kind) == (number, BYTES) else None
+
+
+def fields(content: bytes, start: int, end: int) -> Iterator[Span]:
+    """The fields between start and end, in order.
+
+    Raises:
+        Unreadable: they are no plain sequence of fields, or too many.
+    """
+    at = start
+    for _ in range(MOST_FIELDS):
+        if at == end:
+            return
+        key, value = read_varint(content, at, end)
+        kind = key & 7
+        if kind == VARINT:
+            _, after = read_varint(content, value, end)
+        elif kind == BYTES:
+            length, value = read_varint(content, value, end)
+            after = value + length
+        elif kind in (FIXED64, FIXED32):
+            after = value + (8 if kind == FIXED64 else 4)
+        else:
+            raise Unreadable("groups are not read here")
+        if after > end:
+            raise Unreadable("a field ends beyond its message")
+        yield Span(key >> 3, kind, at, value, after)
+        at = after
+    if at != end:
+        raise Unreadable("too many fields")
+
+
+def read_varint(content: bytes, start: int, end: int) -> tuple[int, int]:
+    """A number and where it ends.
+
+    Raises:
+        Unreadable: it does not end in time.
+    """
+    number = 0
+    for place in range(min(MOST_VARINT_BYTES, end - start)):
+        byte = content[start + place]
+        number |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return number, start + place + 1
+    raise Unreadable("a number has no end")
+
+
+def varint(number: int) -> bytes:
+    """A number in as many bytes as it takes."""
+    pieces = bytearray()
+    while number >= 0x80:
+        pieces.append(number & 0x7F | 0x80)
+        number >>= 7
+    pieces.append(number)
+    return bytes(pieces)
+
+
+LOSS_REQUEST = Splice(loss_pb2.ComputeLossRequest, "hidden", "inline")
+LOSS_REPLY = Splice(loss_pb2.ComputeLossResponse, "hidden_grad", "inline")
+STREAM_REQUEST = Splice(loss_pb2.StreamLossRequest, "chunk", "content")
+STREAM_REPLY = Splice(loss_pb2.StreamLossResponse, "chunk", "content")
