@@ -1259,7 +1259,7 @@ def test_a_doubt_that_nobody_comes_back_for_is_settled(
     with pytest.raises(TableUnavailable):
         trainer.send(request)
     owner = server.catalog.owner(table.name)
-    eventually(lambda: owner.version == 1 and owner.sessions.num_open == 0, "the settlement")
+    eventually(lambda: owner.steps.version == 1 and owner.sessions.num_open == 0, "the settlement")
     assert trainer.send(request).replayed
 
 

@@ -117,7 +117,7 @@ class Scan:
 
     def versions(self) -> tuple[int, int]:
         """The first and last version seen."""
-        seen = self._seen or [self._owner.version]
+        seen = self._seen or [self._owner.steps.version]
         return seen[0], seen[-1]
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -35,8 +35,9 @@ from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
 from shardloss_server.frontend.replies import LastReplies
 from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
+from shardloss_server.frontend.steps import Doubt, Steps
 from shardloss_server.numerics.partial import combine_all
-from shardloss_server.shard.ledger import Ledger, Outcome
+from shardloss_server.shard.ledger import Outcome
 from shardloss_server.shard.record import (
     LabelTarget,
     Mined,
@@ -58,14 +59,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """A change that was started and whose outcome is not known yet, with the tickets it closes."""
-
-    change: Order | RowWrite
-    tickets: list[Ticket]
-
-
 class TableOwner:
     """One table's versions, ledger and sessions, in front of the group that holds its shards.
 
@@ -79,9 +72,7 @@ class TableOwner:
         self.spec, self.limits = spec, limits
         self.key = f"{spec.name}#{table_id}"  # the shards' name of it: a table made anew is another one
         self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s)
-        self.ledger = Ledger(limits.max_sessions)
-        self.version = 0
-        self.num_commits = 0
+        self.steps = Steps(limits.max_sessions)
         self.last_replies = LastReplies()
         self.counts = ClassCounts(spec.num_classes, spec.count_labels)
         self._group = group
@@ -89,9 +80,6 @@ class TableOwner:
         self._collected_for: Ticket | None = None  # which is worth no more than what the shards collected for it
         self._order = threading.Lock()
         self._commits = threading.Lock()
-        self._applied = threading.Condition()
-        self._doubtful: Doubt | None = None
-        self._under_way = False  # a change was started and its answers are still waited for
         self._lost: str | None = None
         self._retired = False
         self._closing = False
@@ -105,13 +93,13 @@ class TableOwner:
         """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
         self._retired = True
         self.sessions.clear()
-        self._wake_waiting()
+        self.steps.wake()
         self._group.drop(self.key)
 
     def close(self) -> None:
         """The server is stopping: let go of whoever waits for a step."""
         self._closing = True
-        self._wake_waiting()
+        self.steps.wake()
 
     # Reading
 
@@ -147,7 +135,7 @@ class TableOwner:
 
     def forget_labels(self) -> None:
         """Free what the shards collected, and the ticket that it was for, unless that ticket's step is in doubt."""
-        doubt = self._doubtful
+        doubt = self.steps.doubt
         if doubt is None or not any(ticket is self._collected_for for ticket in doubt.tickets):
             self._give_up_collected()
             self._group.forget_labels(self.key)
@@ -166,7 +154,7 @@ class TableOwner:
         """
         with deadline.holding(self._commits, "a commit of this table"):
             self._settle(deadline)
-            if self.version != version:
+            if self.steps.version != version:
                 raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
             return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
 
@@ -208,9 +196,7 @@ class TableOwner:
         return versions[0]
 
     def wait_for_step(self, session: str, step: int, deadline: Deadline, applied: bool) -> None:
-        """Wait until a step of a session, or a later one, is applied; or, unless it must be, on its way to all shards.
-
-        What is asked of the shards from then on comes behind it; `check_follows` says whether it was applied.
+        """As `Steps.wait_for`, as long as the step may still be applied.
 
         Raises:
             DeadlineExceeded: it was not, in time.
@@ -218,47 +204,14 @@ class TableOwner:
             TableNotFound, RowsLost, ServerUnavailable: it will not be applied any more.
         """
 
-        def is_over() -> bool:
+        def refuse() -> None:
             self._refuse_lost()
             if self._closing:
                 raise ServerUnavailable("the server is shutting down")
-            if self.sessions.given_up(session) >= step > self.ledger.highest(session):
+            if self.sessions.given_up(session) >= step > self.steps.ledger.highest(session):
                 raise StepTooOld(f"after_step = {step} was given up", field="after_step")
-            if self.ledger.highest(session) >= step:
-                return True
-            return not applied and self._under_way and self._version_in_doubt(session, step) is not None
 
-        with self._applied:
-            deadline.wait(
-                lambda seconds: self._applied.wait_for(is_over, seconds),
-                f"step {step} of session {session!r} was applied",
-            )
-
-    def check_follows(self, session: str, step: int, version: int) -> None:
-        """See that what was answered at a version came behind a step that `wait_for_step` waited for.
-
-        Raises:
-            TableUnavailable: it did not: the step has failed, or nobody knows yet; repeat.
-        """
-        with self._applied:  # what is no longer in doubt is in the ledger
-            made = self._version_in_doubt(session, step)
-            if self.ledger.highest(session) >= step:
-                outcome = self.ledger.outcome(session, step)
-                made = 0 if outcome is None else outcome.version  # one of long ago, or given up with a later one
-        if made is None or version < made:
-            raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
-
-    def _version_in_doubt(self, session: str, step: int) -> int | None:
-        """The version that a step makes, or a later one, whose outcome is not known yet."""
-        doubt = self._doubtful
-        if doubt is None or not isinstance(doubt.change, Order):
-            return None
-        key = doubt.change.key
-        return doubt.change.version if key.session == session and key.step >= step else None
-
-    def _wake_waiting(self) -> None:
-        with self._applied:
-            self._applied.notify_all()
+        self.steps.wait_for(session, step, deadline, applied, refuse)
 
     # Changing
 
@@ -279,7 +232,7 @@ class TableOwner:
                         self.sessions.discard(ticket)
                 raise
             finally:
-                if self._doubtful is None:  # what is in doubt stays held until it is settled
+                if self.steps.doubt is None:  # what is in doubt stays held until it is settled
                     self.sessions.release(tickets)
 
     def abort(self, session: str, step: int, deadline: Deadline) -> int:
@@ -287,7 +240,7 @@ class TableOwner:
         with deadline.holding(self._commits, "a commit of this table"):
             self._settle(deadline)
             num_aborted = self.sessions.abort(session, step, time.monotonic())
-            self._wake_waiting()
+            self.steps.wake()
             return num_aborted
 
     def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
@@ -295,26 +248,26 @@ class TableOwner:
         with deadline.holding(self._commits, "another commit of this table"):
             self._settle(deadline)
             if len(class_ids) == 0:
-                return self.version
-            write = RowWrite(self.version + 1, class_ids, rows, biases)
+                return self.steps.version
+            write = RowWrite(self.steps.version + 1, class_ids, rows, biases)
             self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
-            return self.version
+            return self.steps.version
 
     def _apply(self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline) -> CommitReply:
         upstreams, staleness = self._upstreams(request, tickets, deadline)
         key = StepKey(request.session, request.step, request.digest)
-        order = Order(self.version + 1, key, request.learning_rate, staleness, upstreams)
+        order = Order(self.steps.version + 1, key, request.learning_rate, staleness, upstreams)
         staged = [ticket.staged for ticket in tickets if ticket.staged is not None]
         if len(staged) < len(tickets):
             raise TableUnavailable("a ticket was closed meanwhile; repeat the call")
         self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
-        return CommitReply(self.version, staleness, False)
+        return CommitReply(self.steps.version, staleness, False)
 
     def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
-        outcome = self.ledger.outcome(request.session, request.step)
+        outcome = self.steps.ledger.outcome(request.session, request.step)
         if outcome is not None and outcome.digest != request.digest:
             raise StepReused(f"step {request.step} was committed with another payload", field="step")
-        highest = self.ledger.highest(request.session)
+        highest = self.steps.ledger.highest(request.session)
         if outcome is None and request.step <= highest:
             raise StepTooOld(f"step {request.step} is not above {highest}, which was committed", field="step")
         return outcome
@@ -323,7 +276,7 @@ class TableOwner:
         self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline
     ) -> tuple[tuple[Upstream, ...], int]:
         """(lse, g) of every part at the present version, and the largest staleness."""
-        staleness = max(self.version - ticket.version for ticket in tickets)
+        staleness = max(self.steps.version - ticket.version for ticket in tickets)
         if request.max_staleness is not None and staleness > request.max_staleness:
             raise Stale(
                 f"a part was scored {staleness} commits ago; max_staleness is {request.max_staleness}",
@@ -353,7 +306,7 @@ class TableOwner:
         staged, lse = ticket.staged, ticket.lse
         if staged is None or lse is None:
             raise TableUnavailable("the ticket was closed meanwhile; repeat the call")
-        if ticket.version == self.version:
+        if ticket.version == self.steps.version:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False, True), deadline, settled=True)
         self.same_version([score.version for score in scores])
@@ -366,27 +319,20 @@ class TableOwner:
         try:
             with deadline.holding(self._order, "the table's order of work"):
                 self._refuse_lost()
-                self._doubtful, self._under_way = doubt, True
+                self.steps.begin(doubt)
                 pending = start()
-            self._wake_waiting()
+            self.steps.wake()
             self._wait(pending, deadline, changing=True)
             self._note(doubt)
         finally:
-            self._under_way = False
+            self.steps.under_way = False
 
     def _note(self, doubt: Doubt) -> None:
         """All shards hold the change: it happened, and its tickets are committed."""
-        change = doubt.change
-        with self._applied:
-            self._doubtful = None
-            self.version = change.version
-            for ticket in doubt.tickets:
-                if ticket.labels is not None:
-                    self.counts.learn(ticket.labels.numpy())
-            if isinstance(change, Order):
-                self.num_commits += 1
-                self.ledger.note(change.key, Outcome(change.key.digest, change.version, change.staleness))
-            self._applied.notify_all()
+        for ticket in doubt.tickets:
+            if ticket.labels is not None:
+                self.counts.learn(ticket.labels.numpy())
+        self.steps.note()
         if doubt.tickets:
             self.sessions.commit(doubt.tickets)
 
@@ -394,7 +340,7 @@ class TableOwner:
 
     def settle_if_idle(self, deadline: Deadline) -> None:
         """Settle what was left in doubt and nobody has come back for."""
-        if self._doubtful is not None and self._commits.acquire(blocking=False):
+        if self.steps.doubt is not None and self._commits.acquire(blocking=False):
             try:
                 self._settle(deadline)
             except ShardlossError as error:
@@ -407,20 +353,20 @@ class TableOwner:
 
         Behind a change that is under way no one waits: it has its place in the order of work, before what comes now.
         """
-        if self._doubtful is not None and not self._under_way:
+        if self.steps.doubt is not None and not self.steps.under_way:
             with deadline.holding(self._commits, "a commit of this table"):
                 self._settle(deadline)
 
     def _settle(self, deadline: Deadline) -> None:
         self._refuse_lost()
-        doubt = self._doubtful
+        doubt = self.steps.doubt
         if doubt is None:
             return
         version = self._guarded(lambda: self._group.repair(self.key, deadline.left()), changing=True)
         if version >= doubt.change.version:
             self._note(doubt)
         else:
-            self._doubtful = None
+            self.steps.doubt = None
             self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
@@ -464,7 +410,7 @@ class TableOwner:
         """Rows are gone: nothing can be committed any more, so the tickets are given back."""
         self._lost = reason
         self.sessions.clear()
-        self._wake_waiting()
+        self.steps.wake()
 
     def _refuse_retired(self) -> None:
         if self._retired:

@@ -70,7 +70,7 @@ class Pipeline:
 
     def _with_ticket(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
         while True:
-            committed = owner.ledger.highest(request.session)
+            committed = owner.steps.ledger.highest(request.session)
             ticket, is_new = owner.sessions.begin(
                 request.session,
                 request.step,
@@ -111,7 +111,7 @@ class Pipeline:
         scored = time.monotonic()
         merged, version = merge(scores), scores[0].version
         if request.after_step is not None:
-            owner.check_follows(request.session, request.after_step, version)
+            owner.steps.check_follows(request.session, request.after_step, version)
         if targets:
             owner.same_version([version, *(target.version for target in targets)])
             merged = replace(merged, target=add_all([target.target for target in targets]))
@@ -180,14 +180,14 @@ class Pipeline:
         """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
         assert request.commit_now is not None
         session, step, now = request.session, request.step, request.commit_now
-        may_be_forgotten = not owner.ledger.knows(session) and now.opened_at_version < owner.ledger.horizon
-        is_known = owner.sessions.knows(session) or owner.ledger.knows(session)
+        may_be_forgotten = not owner.steps.ledger.knows(session) and now.opened_at_version < owner.steps.ledger.horizon
+        is_known = owner.sessions.knows(session) or owner.steps.ledger.knows(session)
         if may_be_forgotten or (not is_known and step != 1):
             raise SessionExpired(f"session {session!r} is unknown or forgotten; start a new one", field="session")
         try:
             reply = self._with_ticket(owner, request, deadline)
         except StepTooOld:
-            if owner.ledger.outcome(session, step) is None:
+            if owner.steps.ledger.outcome(session, step) is None:
                 raise
             kept = owner.last_replies.get((session, step), NO_REPLY)
             return with_commit(kept, owner.commit(commit_of(request, kept.ticket), deadline))

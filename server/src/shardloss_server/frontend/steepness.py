@@ -27,5 +27,5 @@ def steepness(part: Part, lse: Tensor) -> Tensor:
     slope = 1.0 / LEAST_NORM if objective.transform.normalize else 1.0
     if objective.margin is not None:
         slope *= max(1.0, objective.margin.m1 / LEAST_SINE)
-    largest = batch.hidden.double().abs().amax(1).clamp(min=objective.transform.scale)
+    largest = batch.hidden.abs().amax(1).double().clamp(min=objective.transform.scale)
     return torch.where(mass == 0, 0.0, len(mass) * weight * slope * largest)

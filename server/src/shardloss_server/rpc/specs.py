@@ -172,7 +172,7 @@ def table_message(owner: TableOwner) -> table_pb2.Table:
     """Encode a table as it stands."""
     return table_pb2.Table(
         spec=spec_message(owner.spec),
-        version=owner.version,
-        num_commits=owner.num_commits,
+        version=owner.steps.version,
+        num_commits=owner.steps.num_commits,
         num_open_tickets=owner.sessions.num_open,
     )
