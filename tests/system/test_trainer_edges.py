@@ -514,3 +514,42 @@ def test_another_default_device_does_not_matter(table: shardloss.Table, batch: B
         head(hidden, labels).backward()
         optimizer.step()
     assert table.info().num_commits == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_bytes_may_cross_the_wire(table: shardloss.Table, batch: Batch, dtype: torch.dtype) -> None:
+    """With a wire_dtype hidden and its gradient are rounded once each, and carried in two bytes an element."""
+    hidden, labels = batch
+    head, plain = table.softmax(reduction="sum"), table.softmax(reduction="sum")
+    head.wire_dtype = dtype
+    carried: list[object] = []
+    send, client = table.client.send_loss, table.client
+    client.send_loss = lambda request, **options: carried.append(reply := send(request, **options)) or reply  # type: ignore[method-assign,func-returns-value]
+    loss = head(hidden, labels)
+    client.send_loss = send  # type: ignore[method-assign]
+    loss.backward()
+    assert hidden.grad is not None
+    rounded = hidden.detach().to(dtype).double().requires_grad_()
+    expected = plain(rounded, labels)
+    expected.backward()
+    assert rounded.grad is not None
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, rounded.grad.to(dtype).double(), rtol=0, atol=0)
+    (reply,) = carried
+    assert len(reply.message.hidden_grad.inline) == 2 * hidden.numel()  # type: ignore[attr-defined]
+
+
+def test_a_gradient_too_large_for_the_wire_is_refused_by_name(table: shardloss.Table, batch: Batch) -> None:
+    """Nothing is passed on as inf; the step goes on."""
+    table.write_rows(np.arange(2), np.array([[1e6] * DIM, [-1e6] * DIM]), np.zeros(2))
+    head = table.softmax()
+    head.wire_dtype = torch.float16
+    hidden = torch.full((1, DIM), 0.001, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(InvalidArgument, match="grad_dtype = float16") as refused:
+        head(hidden, torch.tensor([1]))
+    assert refused.value.field == "hidden_grad"
+    head.wire_dtype = torch.int64
+    with pytest.raises(InvalidArgument, match="hidden is"):
+        head(hidden, torch.tensor([1]))
+    with pytest.raises(InvalidArgument, match="grad_dtype"):
+        table.compute_loss(np.ones((1, DIM)), np.array([1]), shardloss.FullSoftmax(), grad_dtype="int32")

@@ -140,7 +140,7 @@ class RemoteLoss(torch.autograd.Function):
         grad = of_scale = None
         if ctx.needs_input_grad[0]:
             row_grad = to_torch(ctx.hidden_grad).to(ctx.device)
-            grad = (g.to(row_grad.dtype)[:, None] * row_grad).to(ctx.dtype)
+            grad = (g[:, None] * row_grad.to(g.dtype)).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             each = to_torch(ctx.scale_grad)
             of_scale = (g.to("cpu", each.dtype) @ each).to(ctx.scale).reshape(ctx.scale.shape)

@@ -40,6 +40,9 @@ class Head(torch.nn.Module):
     its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
     table with steps of its own. torch.compile runs it as it is, between compiled graphs. Not thread-safe.
 
+    wire_dtype, None until it is set, is what hidden and its gradient cross the wire in: torch.float16 or torch.bfloat16
+    halve what float32 hidden carries, rounded once on each way.
+
     Raises:
         InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
         ShardlossError: whatever the service answers, see docs/errors.md.
@@ -51,6 +54,7 @@ class Head(torch.nn.Module):
             raise InvalidArgument(f"reduction = {reduction!r} must be one of {', '.join(REDUCTIONS)}")
         self.table, self.reduction, self.ignore_index = table, reduction, ignore_index
         self.pending = Pending(table.session(), learning_rate)
+        self.wire_dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Head:
         twin: Head = type(self).__new__(type(self))
@@ -111,13 +115,14 @@ class Head(torch.nn.Module):
         step = self.pending.session.step
         compute = self.pending.compute_loss if training else partial(self.table.compute_loss, step=step)
         result = compute(
-            to_wire(hidden, "hidden"),
+            to_wire(self._sent(hidden), "hidden"),
             to_ids(labels),
             kind if scale is None else scaled(kind, scale),
             label_weights=None if weights is None else to_wire(weights, "label_weights"),
             ignore_index=self.ignore_index,
             want_hidden_grad=differentiable and hidden.requires_grad,
             want_scale_grad=differentiable and scale is not None and scale.requires_grad,
+            grad_dtype=self._grad_dtype,
         )
         part = self.pending.part(result.ticket) if training else None
         return self._attached(hidden, scale, result, kind, part)
@@ -147,9 +152,9 @@ class Head(torch.nn.Module):
         differentiable = torch.is_grad_enabled()
         training = differentiable and self.training
         self.pending.join()
-        sent = hidden
+        sent = self._sent(hidden)
         if training:  # the step sends both again: the caller's batch may have changed by then
-            distribution, sent = distribution.copy(), hidden.clone()
+            distribution, sent = distribution.copy(), sent.clone()
         kind, kept = loss if scale is None else scaled(loss, scale), to_wire(sent, "hidden")
         result = self.table.compute_loss(
             kept,
@@ -158,6 +163,7 @@ class Head(torch.nn.Module):
             label_distribution=distribution,
             want_hidden_grad=differentiable and hidden.requires_grad,
             want_scale_grad=differentiable and scale is not None and scale.requires_grad,
+            grad_dtype=self._grad_dtype,
         )
 
         def step(g: wire.Array, learning_rate: float, grad_scale: float) -> None:
@@ -174,6 +180,15 @@ class Head(torch.nn.Module):
 
         part = self.pending.part("", step) if training else None
         return self._attached(hidden, scale, result, loss, part)
+
+    def _sent(self, hidden: Tensor) -> Tensor:
+        """Hidden as it crosses the wire."""
+        return hidden if self.wire_dtype is None else hidden.to(self.wire_dtype)
+
+    @property
+    def _grad_dtype(self) -> str | None:
+        """The name of wire_dtype."""
+        return None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
 
     def _attached(
         self, hidden: Tensor, scale: Tensor | None, result: types.LossResult, kind: types.Loss, part: Part | None

@@ -37,6 +37,7 @@ class Losses(Questions):
         want_hidden_grad: bool = False,
         want_table_grad: bool = False,
         want_scale_grad: bool = False,
+        grad_dtype: str | None = None,
     ) -> types.LossResult:
         """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
 
@@ -44,7 +45,8 @@ class Losses(Questions):
         ignore_index do not count. In their place (labels None) a label_distribution [N, V] may stand, a weight >= 0 for
         every class: it streams to a FullSoftmax in columns, those of zeros left out. step keys the sampler.
         want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
-        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats.
+        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats. grad_dtype is what
+        the gradient of hidden crosses the wire in, None the table's compute dtype; bfloat16 is widened to float32 here.
 
         Raises:
             InvalidArgument: naming the field and the first offending index.
@@ -64,6 +66,7 @@ class Losses(Questions):
             want_hidden_grad=want_hidden_grad,
             want_table_grad=want_table_grad,
             want_scale_grad=want_scale_grad,
+            grad_dtype=grad_dtype,
         )
         request.message.step = step
         return self.send_loss(request, label_distribution)

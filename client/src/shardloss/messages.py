@@ -31,6 +31,7 @@ SAMPLER_KINDS = {
     "all": loss_pb2.Sampler.KIND_ALL,
 }
 HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
+FLOATS = {name: dtype for name, dtype in wire.WIRE_DTYPES.items() if "float" in name}
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
 
@@ -286,6 +287,7 @@ def loss_request(
     want_hidden_grad: bool = False,
     want_table_grad: bool = False,
     want_scale_grad: bool = False,
+    grad_dtype: str | None = None,
 ) -> Spliced[loss_pb2.ComputeLossRequest]:
     """A ComputeLoss without its key; it holds the memory of hidden, not a copy."""
     encoded = beside(hidden, "hidden")
@@ -299,6 +301,7 @@ def loss_request(
         want_hidden_grad=want_hidden_grad,
         want_table_grad=want_table_grad,
         want_scale_grad=want_scale_grad,
+        grad_dtype=None if grad_dtype is None else choose(FLOATS, grad_dtype, "grad_dtype"),
     )
     set_loss(message, loss)
     if label_weights is not None:

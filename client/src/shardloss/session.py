@@ -36,6 +36,7 @@ class Session:
         want_lse: bool = False,
         want_hidden_grad: bool = True,
         want_scale_grad: bool = False,
+        grad_dtype: str | None = None,
     ) -> types.LossResult:
         """Score the next part of the present step, as `Table.compute_loss`, and leave its ticket open for `commit`.
 
@@ -53,6 +54,7 @@ class Session:
             want_lse=want_lse,
             want_hidden_grad=want_hidden_grad,
             want_scale_grad=want_scale_grad,
+            grad_dtype=grad_dtype,
         )
         self._key(request.message)
         self.num_parts += 1

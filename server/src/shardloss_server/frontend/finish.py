@@ -69,7 +69,7 @@ def finish(
     """From merged statistics to what was wanted; ticket is the open one's name, or "".
 
     Raises:
-        InvalidArgument: a counted row has a loss or a gradient that is not finite.
+        InvalidArgument: a counted row has a loss or a gradient that is not finite, or not in grad_dtype.
     """
     want, batch, objective = request.want, part.batch, part.objective
     mass = batch.mass
@@ -86,7 +86,7 @@ def finish(
         is_finite &= torch.isfinite(scale_grad)
     validate.finite_logits((mass == 0) | is_finite, "hidden")
     if gradient is not None and want.grad_dtype is not None:
-        gradient = gradient.to(getattr(torch, want.grad_dtype))
+        gradient = in_dtype(gradient, want.grad_dtype)
     return LossReply(
         loss=loss if want.loss else None,
         lse=torch.where(mass == 0, -torch.inf, merged.statistics.lse).to(mass.dtype) if want.lse else None,
@@ -99,6 +99,18 @@ def finish(
         scale_grad=scale_grad,
         has_bias=has_bias,
     )
+
+
+def in_dtype(gradient: Tensor, name: str) -> Tensor:
+    """The gradient of hidden in the dtype that it is asked for in.
+
+    Raises:
+        InvalidArgument: an entry is too large for it.
+    """
+    narrow = gradient.to(getattr(torch, name))
+    if not validate.all_finite(narrow):
+        validate.refuse_where(~torch.isfinite(narrow), gradient, "hidden_grad", f"is too large for grad_dtype = {name}")
+    return narrow
 
 
 def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
