@@ -74,7 +74,7 @@ class Order:
 
 
 class ShardGroup(Protocol):
-    """Shards of any number of tables on W workers; shard k of a table is hosted by worker k % W."""
+    """Shards of any number of tables on W workers; each holds neighbouring ones (`placement.hosted_shards`)."""
 
     @property
     def num_workers(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from shardloss.allocator import keep_freed_memory
 
 from shardloss_server.cluster import linked_worker
-from shardloss_server.cluster.fanout import FanoutGroup, Gathered
+from shardloss_server.cluster.fanout import FanoutGroup
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.link import Invitation, Links
 from shardloss_server.cluster.worker import Worker
@@ -216,10 +216,12 @@ class RayGroup(FanoutGroup):
             return self._links.call([worker], method, *args)[0]
         return RayPending(self._actors[worker].call.remote(method, *args), self._abandoned)
 
-    def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
+    def start_on(
+        self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None
+    ) -> Sequence[Pending[dict[int, Any]]]:
         if self._links:
-            return Gathered(self._links.call(self._hosts(table), method, table, *args))
-        return super().on_all(method, table, *args)
+            return self._links.call(workers, method, *args)
+        return super().start_on(workers, method, *args)
 
     def backlog(self) -> int:
         with self._counting:
