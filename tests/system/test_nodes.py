@@ -140,3 +140,4 @@ def test_a_worker_that_is_killed_behind_a_relay_loses_its_rows_by_name(
     spread.client.delete_table("lost")
     again = spread.client.create_table("lost", num_classes=NUM_CLASSES, dim=D)
     assert train(again.session(), hidden, labels).version == 0
+    assert [len(pids) for pids in spread.actors(b"WorkerActor")] == [0, 2, 2]

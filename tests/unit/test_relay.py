@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -210,6 +211,35 @@ def test_a_part_goes_when_nobody_needs_it(group: RelayedGroup, noting: list[Noti
     assert all(part() is not None for part in theirs)
     kept = None
     eventually(lambda: all(part() is None for part in theirs), "the workers' parts go")
+
+
+def test_what_a_call_brought_goes_without_the_garbage_collector(
+    group: RelayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answered, failed or abandoned: megabytes an answer must not wait for it; and no note of freed parts piles up."""
+    held: list[weakref.ref[Any]] = []
+    make = relay.Gathering
+
+    def noted(*args: Any) -> relay.Gathering:
+        made = make(*args)
+        held.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(relay, "Gathering", noted)
+    gc.disable()
+    try:
+        answers(group, range(5), "score", group.stage(part_of()))
+        for pending in group.start_on(range(1, 5), "missing"):
+            with pytest.raises(ShardMissing):
+                pending.result(PATIENCE_S)
+        group.workers[1].stop()
+        (early,) = group.start_on(range(1, 3), "early")
+        eventually(lambda: len(held) == 5, "the relay has passed it on")
+        early.abandon()
+        eventually(lambda: all(gathering() is None for gathering in held), "all of it goes")
+    finally:
+        gc.enable()
+    assert not any(link._freed for link in group.links.links[1:])
 
 
 def test_each_worker_gets_its_calls_in_the_order_they_were_started(group: RelayedGroup, noting: list[Noting]) -> None:

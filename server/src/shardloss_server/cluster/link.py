@@ -167,7 +167,8 @@ class Link:
 
     def free(self, number: int) -> None:
         """A kept part is gone. May be called by the garbage collector at any moment: it only takes a note."""
-        self._freed.append(number)
+        if number in self._kept:
+            self._freed.append(number)
 
     def close(self) -> None:
         """Let go of the worker, and of whoever waits for it."""

@@ -172,7 +172,7 @@ class Gathering:
 
     def abandon(self) -> None:
         """Have the workers pass it over that have not begun."""
-        for answer in self._pending:
+        for answer in self._let_go():
             answer.abandon()
 
     def _came(self, answer: Future[Timed]) -> None:
@@ -185,17 +185,23 @@ class Gathering:
                 return
         self._tell(*self._outcome(error))
 
+    def _let_go(self) -> Sequence[LinkPending]:
+        """The answers, which hold this object by their callbacks: not held here any more, they go at once."""
+        pending, self._pending = self._pending, ()
+        return pending
+
     def _outcome(self, error: BaseException | None) -> tuple[int, list[Buffer]]:
+        pending = self._let_go()
         try:
             if error is not None:
                 return FAILURE, frames.encode(error)
             with allocating("the answers of a node's workers"):
-                return ANSWER, frames.encode(self._together())
+                return ANSWER, frames.encode(self._together(pending))
         except Exception as broken:  # whatever it is, the caller is told
             return FAILURE, linked_worker.failure(broken)
 
-    def _together(self) -> Timed:
-        timed = [answer.future.result() for answer in self._pending]
+    def _together(self, pending: Sequence[LinkPending]) -> Timed:
+        timed = [answer.future.result() for answer in pending]
         by_shard = {shard: answer for _, answers in timed for shard, answer in answers.items()}
         if self._merge_over is not None:
             by_shard = {run.shards.start: run for run in merge_runs(by_shard.values(), self._merge_over)}
