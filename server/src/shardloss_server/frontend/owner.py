@@ -120,7 +120,7 @@ class TableOwner:
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
     def score(self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline) -> list[Score]:
-        """Score a staged part on every shard at one version; keep what its step can use."""
+        """Score a staged part on every shard, or run of shards, at one version; keep what its step can use."""
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient, keep), deadline)
         self.same_version([score.version for score in scores])
         return scores
