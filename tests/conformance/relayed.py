@@ -72,7 +72,7 @@ class RelayedGroup(FanoutGroup):
         self.posts = [relay.Post(f"node-{n}", workers, relay.invitation()) for n, workers in enumerate(behind)]
         self._post_of = {worker: post for post in self.posts for worker in post.workers}
         self.linked: dict[int, LinkedWorker] = {}
-        self.relays = [self._made_relay(post) for post in self.posts]
+        self.relays = [relay.take(post) for post in self.posts]
         self.relay_links = [self._linked_relay(r) for r in range(len(behind))]
         calls = calls or [self.made_worker(index) for index in range(num_workers)]
         self.workers = [self.linked_worker(index, call) for index, call in enumerate(calls)]
@@ -112,17 +112,8 @@ class RelayedGroup(FanoutGroup):
 
     def revive_relay(self, index: int) -> None:
         """As Ray does: the same post."""
-        self.relays[index] = self._made_relay(self.posts[index])
+        self.relays[index] = relay.take(self.posts[index])
         self.relay_links[index] = self._linked_relay(index)
-
-    def _made_relay(self, post: relay.Post) -> relay.Relay:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return relay.Relay(post.workers, post.invitation)
-            except OSError:  # the name is the old one's until its thread has left it
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
 
     def _linked_relay(self, index: int) -> Serving:
         return Serving(self.relays[index].serve, self.links.invitation, self._num_workers + index)

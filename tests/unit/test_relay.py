@@ -367,6 +367,19 @@ def test_an_abandoned_call_that_has_not_begun_is_passed_over(group: RelayedGroup
     assert [noting[w].methods() for w in (1, 2)] == [["wait", "wanted", "behind"]] * 2
 
 
+def test_a_relay_waits_until_the_one_before_has_left_its_name() -> None:
+    """A process that dies may still hold it when Ray starts the next one."""
+    post = relay.Post("node", range(2), relay.invitation())
+    before, taken = relay.take(post), []
+    taking = threading.Thread(target=lambda: taken.append(relay.take(post)))
+    taking.start()
+    taking.join(0.05)
+    assert not taken
+    before.close()
+    taking.join(PATIENCE_S)
+    taken[0].close()
+
+
 # Workers that Ray starts on another node than their relay's
 
 
@@ -391,6 +404,24 @@ def test_a_worker_that_comes_by_itself_is_asked_directly(group: RelayedGroup, no
 
 
 # Who stands where
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_cpus", "num_gpus", "expected"),
+    [
+        ({"CPU": 3.0}, 1, 0, 3),
+        ({}, 1, 0, 0),
+        ({"CPU": 8.0, "GPU": 2.0}, 1, 1.0, 2),
+        ({"CPU": 3.0, "GPU": 2.0}, 1, 1 / 3, 3),
+        ({"CPU": 8.0, "GPU": 2.0}, 1, 2 / 3, 2),  # a third worker would need parts of both
+        ({"CPU": 8.0}, 1, 1.0, 0),
+    ],
+)
+def test_a_node_has_room_for_as_many_workers_as_its_cpus_and_gpus(
+    resources: dict[str, float], num_cpus: float, num_gpus: float, expected: int
+) -> None:
+    """Whichever is less of both, where a worker needs both."""
+    assert relay.room(resources, num_cpus, num_gpus) == expected
 
 
 @pytest.mark.parametrize(

@@ -240,9 +240,11 @@ class Link:
             while True:
                 if poll.poll(SWEEP_MS):
                     self._take(frames.receive(sock))
-                elif self._freed:
-                    with self._sending:
+                elif self._freed and self._sending.acquire(blocking=False):  # whoever sends sweeps, and must be read
+                    try:
                         self._sweep()
+                    finally:
+                        self._sending.release()
         except (LinkClosed, OSError, ValueError):
             pass
         except Exception:

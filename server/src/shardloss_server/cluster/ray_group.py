@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +69,7 @@ class WorkerActor:
         num_threads: int,
         kept_bytes: int,
         invitation: Invitation | None,
-        post: Post | None = None,
+        post: Post | None,
     ) -> None:
         keep_freed_memory(one_arena=True)
         register_tensors()
@@ -124,14 +124,7 @@ def rooms(num_cpus: float, num_gpus: float) -> dict[str, int]:
     """How many workers each living node has room for, this one first."""
     here, alive = own_node(), [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
-    return {node["NodeID"]: room(node["Resources"], num_cpus, num_gpus) for node in alive}
-
-
-def room(has: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
-    """How many workers a node's resources allow; several share a GPU, but none has parts of two."""
-    by_cpus = [int(has.get("CPU", 0.0) / num_cpus)] if num_cpus else []
-    by_gpus = [int(has.get("GPU", 0.0)) * int(1.0 / num_gpus + 1e-6)] if num_gpus else []
-    return min(by_cpus + by_gpus, default=0)
+    return {node["NodeID"]: relay.room(node["Resources"], num_cpus, num_gpus) for node in alive}
 
 
 def on_node(actor: Any, node: str | None, invitation: Invitation | None) -> Any:

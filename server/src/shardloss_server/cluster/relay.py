@@ -10,6 +10,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from shardloss_server.shard.record import allocating
 from shardloss_server.shard.runs import merge_runs
 
 WORKER_SEND_TIMEOUT_S = 10  # below a front end's own: it is the worker that does not read that is lost, not its relay
+TAKE_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,13 @@ class Post:
     node: str
     workers: range
     invitation: Invitation
+
+
+def room(has: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
+    """How many workers a node's resources allow; several share a GPU, but none has parts of two."""
+    by_cpus = [int(has.get("CPU", 0.0) / num_cpus)] if num_cpus else []
+    by_gpus = [int(has.get("GPU", 0.0)) * int(1.0 / num_gpus + 1e-6)] if num_gpus else []
+    return min(by_cpus + by_gpus, default=0)
 
 
 def seats(num_workers: int, rooms: Mapping[str, int]) -> list[str | None]:
@@ -208,9 +217,25 @@ class Gathering:
         return max(seconds for seconds, _ in timed), by_shard
 
 
+def take(post: Post) -> Relay:
+    """The relay of a post, once whoever died there has left its name.
+
+    Raises:
+        OSError: it has not, in time.
+    """
+    deadline = time.monotonic() + TAKE_S
+    while True:
+        try:
+            return Relay(post.workers, post.invitation)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(linked_worker.RECONNECT_S)
+
+
 def start(post: Post, front_end: Invitation, index: int) -> None:
     """Take a post, and pass on in a thread of its own what comes over link `index` of the front end."""
-    relay = Relay(post.workers, post.invitation)
+    relay = take(post)
     threading.Thread(
         target=linked_worker.serve, args=(relay.serve, front_end, index), name="relay", daemon=True
     ).start()
