@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -284,9 +284,9 @@ class Links:
         }
         self._all = [*self.links, *self.relays]
         self._numbers = count(1)
-        self._folder = tempfile.TemporaryDirectory(prefix="shardloss-link-")
+        self._folder = ExitStack()
         self._listener = Listener(
-            (host, 0) if host else str(Path(self._folder.name) / "workers"),
+            (host, 0) if host else self._socket_path(),
             secrets.token_bytes(32),
             self._adopt,
             num_expected=len(self._all),
@@ -332,7 +332,11 @@ class Links:
         self._listener.close()
         for link in self._all:
             link.close()
-        self._folder.cleanup()
+        self._folder.close()
+
+    def _socket_path(self) -> str:
+        folder = self._folder.enter_context(tempfile.TemporaryDirectory(prefix="shardloss-link-"))
+        return str(Path(folder) / "workers")
 
     def _way_to(self, worker: int) -> Link:
         own = self.links[worker]
