@@ -11,7 +11,8 @@ def main() -> None:
     """Become it."""
     shape = json.loads(sys.argv[1])
     inside, module = shape.pop("inside"), shape.pop("module")
-    command = [*inside, sys.executable, "-m", f"benchmarks.rivals.{module}", json.dumps(shape)]
+    here = ["env", f"--chdir={os.getcwd()}"]  # another mount namespace begins at its root
+    command = [*inside, *here, sys.executable, "-m", f"benchmarks.rivals.{module}", json.dumps(shape)]
     os.execvp(command[0], command)
 
 

@@ -48,13 +48,13 @@ def inside(made: Cluster, service: Service) -> dict[str, Any]:
 
 
 @contextmanager
-def serving_on(made: Cluster) -> Iterator[Service]:
+def serving_on(made: Cluster, *options: str) -> Iterator[Service]:
     """The service, its front end on the head."""
     with TemporaryDirectory(prefix="bench-") as directory:
         ready, log = Path(directory) / "ready", Path(directory) / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [*made.nodes[0].inside(), *command(K, 1, None, ready), "--ray-address", made.ray_address],
+                [*made.nodes[0].inside(), *command(K, 1, None, ready), "--ray-address", made.ray_address, *options],
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,

@@ -24,6 +24,7 @@ from shardloss_server.shard.scan import Question
 from shardloss_server.shard.table import VersionGap
 
 from . import oracle
+from .relayed import RelayedGroup
 
 NUM_CLASSES, DIM = 11, 5  # no divisor in common with any count of shards or workers below
 NUM_SHARDS = 4  # over 1, 2 and 3 workers: even, and with one worker that holds more
@@ -36,6 +37,7 @@ GROUPS = [
     pytest.param(2, id="local2"),
     pytest.param(3, id="local3"),
     pytest.param("anew", id="local2-nothing-kept"),
+    pytest.param("relays", id="relays"),
     pytest.param("links", id="ray2", marks=pytest.mark.ray),
     pytest.param("calls", id="ray2-without-links", marks=pytest.mark.ray),
 ]
@@ -46,6 +48,11 @@ def group(request: pytest.FixtureRequest) -> Iterator[FanoutGroup]:
     """Every implementation of the port, with each fast path on and off; those of Ray are the session's."""
     if request.param in ("links", "calls"):
         yield request.getfixturevalue("ray_workers" if request.param == "links" else "plain_workers")
+        return
+    if request.param == "relays":
+        relayed = RelayedGroup(4, [range(2), range(2, 4)])
+        yield relayed
+        relayed.close()
         return
     local = LocalGroup(2, kept_bytes=0) if request.param == "anew" else LocalGroup(request.param)
     yield local
@@ -220,7 +227,7 @@ def test_merged_scores_are_the_loss(
     shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
     part, replica = part_of(batch), shards.read()
     scores = shards.group.score(shards.name, shards.group.stage(part), True, False).result(TIMEOUT_S)
-    assert len(scores) == num_shards
+    assert [shard for score in scores for shard in score.shards] == list(range(num_shards))
     assert {score.version for score in scores} == {0}
     loss = per_example_loss(merge(scores), part.batch.mass)
     np.testing.assert_allclose(loss.numpy(), replica.loss(batch), rtol=EXACT, atol=EXACT)

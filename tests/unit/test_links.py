@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from shardloss_server.cluster import frames, handshake, linked_worker
 from shardloss_server.cluster.frames import LinkClosed
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
-from shardloss_server.cluster.link import KeptPart, Links, WorkerFailed, shut
+from shardloss_server.cluster.link import KeptPart, Links, WorkerFailed
+from shardloss_server.cluster.listener import shut
 from shardloss_server.shard.record import Batch, Candidates, OutOfMemory, Part
 from torch import Tensor
 

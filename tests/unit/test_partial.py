@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardloss_server.numerics.partial import Partial, Target, add_all, combine_all, merge, share
+from shardloss_server.numerics.partial import Partial, Target, add_all, merge, share
 from torch import Tensor
 
 N, D = 7, 5  # N no multiple of a vector register, D odd
@@ -92,19 +92,6 @@ def test_a_set_that_holds_nothing_has_no_share() -> None:
     assert share(none, none).tolist() == [0.0]
     assert share(none, some).tolist() == [0.0]
     assert share(some, some).tolist() == [1.0]
-
-
-@given(seeds, st.lists(num_candidates, min_size=1, max_size=7))
-def test_merging_many_equals_merging_one_by_one(seed: int, nums: list[int]) -> None:
-    """combine_all goes from left to right: the same order gives the same bits."""
-    partials = random_partials(seed, tuple(nums), 3.0)
-    expected = partials[0]
-    for partial in partials[1:]:
-        expected = merge(expected, partial)
-    merged = combine_all(partials)
-    assert isinstance(merged, Partial)
-    assert torch.equal(merged.lse, expected.lse)
-    assert torch.equal(merged.mean_row, expected.mean_row)
 
 
 def test_a_partial_without_mean_rows_merges_without() -> None:

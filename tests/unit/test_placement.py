@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardloss_server.placement import Placement
+from shardloss_server.placement import Placement, hosted_shards, num_hosts
 
 STRATEGIES = ("div", "mod")
 placements = st.builds(
@@ -112,3 +112,15 @@ def test_ids_above_32_bits_keep_their_place(
         assert placement.class_ids(shard, row, row + 1).tolist() == [int(class_id)]
         assert placement.owned(shard, class_id)
     assert sum(placement.num_rows(k) for k in range(num_shards)) == num_classes
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_neighbouring_shards_fall_to_neighbouring_workers(num_shards: int, num_workers: int) -> None:
+    """Every shard to one worker, in order; the first workers have any, and as many to within one."""
+    hosted = [hosted_shards(worker, num_workers, num_shards) for worker in range(num_workers)]
+    assert [shard for shards in hosted for shard in shards] == list(range(num_shards))
+    sizes = [len(shards) for shards in hosted if shards]
+    assert max(sizes) - min(sizes) <= 1
+    assert [bool(shards) for shards in hosted] == [
+        worker < num_hosts(num_workers, num_shards) for worker in range(num_workers)
+    ]

@@ -1,4 +1,4 @@
-"""class id <-> (shard, row): which shard owns a class, and where."""
+"""class id <-> (shard, row): which shard owns a class, and where; which worker holds a shard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 STRATEGIES = ("div", "mod")
+
+
+def num_hosts(num_workers: int, num_shards: int) -> int:
+    """Workers that hold a shard of a table: the first ones."""
+    return min(num_workers, num_shards)
+
+
+def hosted_shards(worker: int, num_workers: int, num_shards: int) -> range:
+    """The shards of a table that a worker holds: neighbours, as many as any other worker's or one more or less."""
+    hosts = num_hosts(num_workers, num_shards)
+    if worker >= hosts:
+        return range(0)
+    return range(worker * num_shards // hosts, (worker + 1) * num_shards // hosts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, Staged
 from shardloss_server.numerics.transform import Transform
+from shardloss_server.placement import num_hosts
 from shardloss_server.shard.record import (
     LabelTarget,
     Mined,
@@ -51,11 +52,21 @@ class FanoutGroup(ABC):
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
-        self._num_hosts: dict[str, int] = {}  # workers that hold a shard, by table; all of them for an unknown table
+        self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
         """Start a method of `Worker` on one worker; a staged part among args arrives there as the part itself."""
+
+    def start_on(
+        self,
+        workers: Sequence[int],
+        method: str,
+        *args: Any,
+        merge_over: int | None = None,  # noqa: ARG002  (for groups that can)
+    ) -> Sequence[Pending[dict[int, Any]]]:
+        """Start a method on some workers; merge_over = K: scores of K shards may merge where they meet on the way."""
+        return [self.start(worker, method, *args) for worker in workers]
 
     @abstractmethod
     def stage(self, part: Part) -> Staged:
@@ -67,26 +78,27 @@ class FanoutGroup(ABC):
 
     def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
         """Start a method on every worker that holds a shard of a table."""
-        return Gathered([self.start(worker, method, table, *args) for worker in self._hosts(table)])
+        return Gathered(self.start_on(self._hosts(table), method, table, *args))
 
     def _hosts(self, table: str) -> range:
-        return range(self._num_hosts.get(table, self._num_workers))
+        return range(num_hosts(self._num_workers, self._num_shards.get(table, self._num_workers)))
 
     def create(self, spec: TableSpec, max_sessions: int) -> Gathered[int]:
-        self._num_hosts[spec.name] = min(spec.placement.num_shards, self._num_workers)
-        return Gathered([self.start(worker, "create", spec, max_sessions) for worker in self._hosts(spec.name)])
+        self._num_shards[spec.name] = spec.placement.num_shards
+        return Gathered(self.start_on(self._hosts(spec.name), "create", spec, max_sessions))
 
     def drop(self, table: str) -> Gathered[int]:
         pending = self.on_all("drop", table)
-        self._num_hosts.pop(table, None)
+        self._num_shards.pop(table, None)
         return pending
 
     def echo(self, tensor: Tensor) -> Gathered[Tensor]:
         """The tensor, from every worker: what a fan-out costs where nothing is computed."""
-        return Gathered([self.start(worker, "echo", tensor) for worker in range(self._num_workers)])
+        return Gathered(self.start_on(range(self._num_workers), "echo", tensor))
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Gathered[Score]:
-        return self.on_all("score", table, with_gradient, keep, staged)
+        over = self._num_shards.get(table)
+        return Gathered(self.start_on(self._hosts(table), "score", table, with_gradient, keep, staged, merge_over=over))
 
     def mine(self, table: str, staged: Staged, k: int) -> Gathered[Mined]:
         return self.on_all("mine", table, k, staged)

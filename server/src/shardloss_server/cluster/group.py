@@ -74,7 +74,7 @@ class Order:
 
 
 class ShardGroup(Protocol):
-    """Shards of any number of tables on W workers; shard k of a table is hosted by worker k % W."""
+    """Shards of any number of tables on W workers; each holds neighbouring ones (`placement.hosted_shards`)."""
 
     @property
     def num_workers(self) -> int:
@@ -97,7 +97,7 @@ class ShardGroup(Protocol):
         """Place a part for later verbs."""
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Pending[list[Score]]:
-        """Score a part on every shard; keep what its step can use, where there is room."""
+        """Score a part on every shard, some of whose answers may be merged; keep what its step can use."""
 
     def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
         """The k best candidates of each row on every shard."""

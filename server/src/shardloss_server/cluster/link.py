@@ -1,4 +1,4 @@
-"""The front end's end of the links to its workers: one socket each, calls in order, answers as they come.
+"""The front end's end of the links to its workers and relays: one socket each, calls in order, answers as they come.
 
 A fan-out of 131 kB to two workers and back takes 0.2 ms over links, 0.45 ms over a Ray compiled graph and 8 ms as plain
 actor calls (docs/adr/0007-links.md).
@@ -17,33 +17,24 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from shardloss_server.cluster import frames, handshake
+from shardloss_server.cluster import frames
 from shardloss_server.cluster.frames import Buffer, LinkClosed
 from shardloss_server.cluster.group import WorkerLost
+from shardloss_server.cluster.listener import Invitation, Listener, shut
 from shardloss_server.shard.record import Part
 
-CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE = range(1, 7)
+CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE, ROUTE = range(1, 8)
 SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
 SWEEP_MS = 1000
-MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
 
 log = logging.getLogger(__name__)
-Address = str | tuple[str, int]  # a Unix socket's path, or a host and a port
 Timed = tuple[float, dict[int, Any]]  # seconds that a worker computed, and its answer
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """Where a worker links to, and what it must know to be admitted."""
-
-    address: Address
-    key: bytes
 
 
 class WorkerFailed(Exception):
@@ -51,13 +42,12 @@ class WorkerFailed(Exception):
 
 
 class KeptPart:
-    """A part that workers keep, from their first call with it until this object is gone."""
+    """A part that workers keep, from their first call with it until this object is gone; a relay has but its body."""
 
     __slots__ = ("__weakref__", "_body", "number", "part")
 
-    def __init__(self, number: int, part: Part) -> None:
-        self.number, self.part = number, part
-        self._body: list[Buffer] | None = None
+    def __init__(self, number: int, part: Part | None, body: list[Buffer] | None = None) -> None:
+        self.number, self.part, self._body = number, part, body
 
     def body(self) -> list[Buffer]:
         """What is sent of it: encoded once, whichever worker asks first; its large tensors are not copied."""
@@ -68,7 +58,7 @@ class KeptPart:
 
 @dataclass(frozen=True, slots=True)
 class LinkPending:
-    """The answer of one worker."""
+    """The answer of one worker, or of several behind a relay."""
 
     link: Link
     number: int
@@ -93,13 +83,23 @@ class LinkPending:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """What a relay must know of a call: its workers, its parts by number, over how many shards its scores merge."""
+
+    workers: tuple[int, ...]
+    parts: tuple[int, ...]
+    merge_over: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A call on its way: its body names its parts by number."""
+    """A call on its way: its body names its parts by number. It has a route where it goes to a relay."""
 
     number: int
     answer: Future[Timed]
     body: list[Buffer]
     parts: Sequence[KeptPart]
+    route: Route | None = None
 
     def fail(self, why: str) -> None:
         """Nobody will answer, and whether the work was done is unknown."""
@@ -108,10 +108,10 @@ class Call:
 
 
 class Link:
-    """One worker, through all its lives: what is asked while it is away waits until it is back."""
+    """One worker or relay, through all its lives: what is asked while it is away waits until it is back."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._sending = threading.RLock()
         self._sock: socket.socket | None = None
         self._kept: set[int] = set()
@@ -122,21 +122,23 @@ class Link:
         self.linked = threading.Event()
 
     def adopt(self, sock: socket.socket) -> None:
-        """A worker has come; another that was here before is lost."""
+        """It has come; another that was here before is lost."""
         with self._sending:
             self._lose()
             if self._is_closed:
                 sock.close()
                 return
             self._sock = sock
+            self.linked.set()
             while self._early and self._sock is not None:
                 self._send_call(self._early.popleft())
-        threading.Thread(target=self._read, args=(sock,), name=f"link-{self.index}", daemon=True).start()
-        self.linked.set()
+        threading.Thread(target=self._read, args=(sock,), name=f"link-{self.name}", daemon=True).start()
 
-    def call(self, number: int, body: list[Buffer], parts: Sequence[KeptPart]) -> LinkPending:
-        """Start a call; its parts go before it where the worker lacks them."""
-        call = Call(number, Future(), body, parts)
+    def call(
+        self, number: int, body: list[Buffer], parts: Sequence[KeptPart], route: Route | None = None
+    ) -> LinkPending:
+        """Start a call; its parts go before it where the other end lacks them."""
+        call = Call(number, Future(), body, parts, route)
         with self._sending:
             if self._is_closed:
                 call.fail("the group is closed")
@@ -153,9 +155,20 @@ class Link:
             self._under_way.pop(number, None)
             self._send(CANCEL, number)
 
+    def give_up(self, worker: int) -> None:
+        """A worker behind this relay is elsewhere now: it will answer nothing that it was asked here."""
+        with self._sending:
+            early = list(self._early)
+            for call in [*early, *list(self._under_way.values())]:
+                if call.route is not None and worker in call.route.workers:
+                    if call in early or self._under_way.pop(call.number, None) is not None:
+                        call.fail(f"worker {worker} has left {self.name}")
+                    self.cancel(call.number)
+
     def free(self, number: int) -> None:
         """A kept part is gone. May be called by the garbage collector at any moment: it only takes a note."""
-        self._freed.append(number)
+        if number in self._kept:
+            self._freed.append(number)
 
     def close(self) -> None:
         """Let go of the worker, and of whoever waits for it."""
@@ -173,10 +186,12 @@ class Link:
                     self._send(KEEP, part.number, part.body())
                     self._kept.add(part.number)
             self._under_way[call.number] = call
+            if call.route is not None:
+                self._send(ROUTE, call.number, frames.encode(call.route))
             self._send(CALL, call.number, call.body)
         except LinkClosed:
             self._under_way.pop(call.number, None)
-            call.fail(f"worker {self.index} is gone")
+            call.fail(f"{self.name} is gone")
 
     def _sweep(self) -> None:
         """Have the worker forget the parts that are gone.
@@ -197,13 +212,13 @@ class Link:
             LinkClosed: the worker is gone, or does not read.
         """
         if self._sock is None:
-            raise LinkClosed("no worker is here")
+            raise LinkClosed("nobody is here")
         try:
             frames.send(self._sock, kind, number, body)
         except OSError as error:
-            log.warning("worker %d does not read: %s", self.index, error)
+            log.warning("%s does not read: %s", self.name, error)
             self._lose()
-            raise LinkClosed("the worker does not read") from error
+            raise LinkClosed("the other end does not read") from error
 
     def _lose(self) -> None:
         """The worker is gone, or as good as that: whether it did what it was asked for is unknown."""
@@ -216,7 +231,7 @@ class Link:
         for number in list(self._under_way):
             call = self._under_way.pop(number, None)  # unless its answer has just come
             if call is not None:
-                call.fail(f"worker {self.index} is gone")
+                call.fail(f"{self.name} is gone")
 
     def _read(self, sock: socket.socket) -> None:
         poll = select.poll()
@@ -225,13 +240,15 @@ class Link:
             while True:
                 if poll.poll(SWEEP_MS):
                     self._take(frames.receive(sock))
-                elif self._freed:
-                    with self._sending:
+                elif self._freed and self._sending.acquire(blocking=False):  # whoever sends sweeps, and must be read
+                    try:
                         self._sweep()
+                    finally:
+                        self._sending.release()
         except (LinkClosed, OSError, ValueError):
             pass
         except Exception:
-            log.exception("the answers of worker %d cannot be read", self.index)
+            log.exception("the answers of %s cannot be read", self.name)
         with self._sending:
             if self._sock is sock:
                 self._lose()
@@ -252,95 +269,104 @@ class Link:
 
 
 class Links:
-    """The links of a group, and the socket that its workers come to.
+    """The links of a group to its workers, and to the relays that stand before some of them.
 
-    On one node that is a Unix socket in a folder that only this user may enter; host makes it a TCP socket there.
+    On one node they come to a Unix socket in a folder that only this user may enter; host makes it a TCP socket there.
+    relays[r] are the workers behind relay r, whose own link has index num_workers + r. One of them that links itself
+    all the same, from another node, is called over its own link.
     """
 
-    def __init__(self, num_workers: int, host: str | None = None) -> None:
-        self.links = [Link(index) for index in range(num_workers)]
+    def __init__(self, num_workers: int, host: str | None = None, relays: Sequence[Sequence[int]] = ()) -> None:
+        self.links = [Link(f"worker {index}") for index in range(num_workers)]
+        self.relays = [Link(f"relay {index}") for index in range(len(relays))]
+        self._relay_of = {
+            worker: relay for relay, workers in zip(self.relays, relays, strict=True) for worker in workers
+        }
+        self._all = [*self.links, *self.relays]
         self._numbers = count(1)
-        self._closed = threading.Event()
-        self._admitting = threading.Semaphore(num_workers + MOST_STRANGERS)
-        self._key = secrets.token_bytes(32)
-        self._folder = tempfile.TemporaryDirectory(prefix="shardloss-link-")
-        self._listener = socket.socket(socket.AF_INET if host else socket.AF_UNIX)
-        self._listener.bind((host, 0) if host else str(Path(self._folder.name) / "workers"))
-        self._listener.listen(num_workers + 8)
-        threading.Thread(target=self._accept, name="links", daemon=True).start()
+        self._folder = ExitStack()
+        self._listener = Listener(
+            (host, 0) if host else self._socket_path(),
+            secrets.token_bytes(32),
+            self._adopt,
+            num_expected=len(self._all),
+            send_timeout_s=SEND_TIMEOUT_S,
+        )
 
     @property
     def invitation(self) -> Invitation:
-        """What a worker needs to link itself."""
-        return Invitation(self._listener.getsockname(), self._key)
+        """What a worker or a relay needs to link itself."""
+        return self._listener.invitation
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether every worker has come in time."""
-        return all(link.linked.wait(timeout_s) for link in self.links)
+        """Whether every relay, and every worker that has none, has come in time."""
+        ways = {self._relay_of.get(worker, link) for worker, link in enumerate(self.links)}
+        return all(link.linked.wait(timeout_s) for link in ways)
 
     def keep(self, part: Part) -> KeptPart:
         """A part for workers to keep."""
-        kept = KeptPart(next(self._numbers), part)
-        weakref.finalize(kept, self._forget, kept.number).atexit = False
-        return kept
+        return kept_over(self._all, KeptPart(next(self._numbers), part))
 
-    def call(self, workers: Sequence[int], method: str, *args: Any) -> list[LinkPending]:
-        """Start a method on workers: encoded once, sent to each."""
+    def call(self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None) -> list[LinkPending]:
+        """Start a method on workers: encoded once, sent to each, but once for all that stand behind one relay.
+
+        A relay merges the scores of its workers over a table of merge_over shards.
+        """
         number, parts = next(self._numbers), [arg for arg in args if isinstance(arg, KeptPart)]
         body = frames.encode((method, *args), number_of)
-        return [self.links[worker].call(number, body, parts) for worker in workers]
+        ways: dict[Link, list[int]] = {}
+        for worker in workers:
+            ways.setdefault(self._way_to(worker), []).append(worker)
+        pending = []
+        for link, theirs in ways.items():
+            if link in self.relays:
+                route = Route(tuple(theirs), tuple(part.number for part in parts), merge_over)
+                pending.append(link.call(number, body, parts, route))
+                self._give_up_gone(theirs)
+            else:
+                pending.append(link.call(number, body, parts))
+        return pending
 
     def close(self) -> None:
         """Let go of every worker. Idempotent."""
-        self._closed.set()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for link in self.links:
+        for link in self._all:
             link.close()
-        self._folder.cleanup()
+        self._folder.close()
 
-    def _forget(self, number: int) -> None:
-        for link in self.links:
-            link.free(number)
+    def _socket_path(self) -> str:
+        folder = self._folder.enter_context(tempfile.TemporaryDirectory(prefix="shardloss-link-"))
+        return str(Path(folder) / "workers")
 
-    def _accept(self) -> None:
-        while not self._closed.is_set():
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if not self._closed.wait(ACCEPT_AGAIN_S):
-                    log.warning("no link can be accepted: %s", error)
-                continue
-            self._admitting.acquire()  # a stranger holds a place for handshake.TIMEOUT_S at most
-            try:
-                threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
-            except RuntimeError as error:  # no thread more: the worker comes again
-                log.warning("no link can be accepted: %s", error)
-                sock.close()
-                self._admitting.release()
+    def _way_to(self, worker: int) -> Link:
+        own = self.links[worker]
+        return own if own.linked.is_set() else self._relay_of.get(worker, own)
 
-    def _admit(self, sock: socket.socket) -> None:
-        too_long = threading.Timer(handshake.TIMEOUT_S, shut, (sock,))
-        try:
-            too_long.start()
-            index = handshake.admit(sock, self._key)
-            too_long.cancel()
-            frames.configure(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, frames.timeval(SEND_TIMEOUT_S))
-            self.links[index].adopt(sock)
-        except (handshake.NotOurs, LinkClosed, OSError, IndexError, RuntimeError) as error:
-            log.warning("a link was refused: %s", error)
-            sock.close()
-        finally:
-            too_long.cancel()
-            self._admitting.release()
+    def _adopt(self, index: int, sock: socket.socket) -> None:
+        self._all[index].adopt(sock)
+        if index < len(self.links):
+            self._give_up_gone([index])
+
+    def _give_up_gone(self, workers: Sequence[int]) -> None:
+        """Whatever waits behind a relay for a worker that has come by itself waits in vain.
+
+        Asked by who sends to the relay and by who adopts the worker, each afterwards: one of them sees what both did.
+        """
+        for worker in workers:
+            if worker in self._relay_of and self.links[worker].linked.is_set():
+                self._relay_of[worker].give_up(worker)
 
 
-def shut(sock: socket.socket) -> None:
-    """End both directions; whoever waits on the socket sees it closed."""
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+def kept_over(links: Sequence[Link], kept: KeptPart) -> KeptPart:
+    """The part; once it is gone, whoever got it over these links is told to forget it."""
+    weakref.finalize(kept, forget, links, kept.number).atexit = False
+    return kept
+
+
+def forget(links: Sequence[Link], number: int) -> None:
+    """A kept part is gone."""
+    for link in links:
+        link.free(number)
 
 
 def number_of(value: object) -> object:

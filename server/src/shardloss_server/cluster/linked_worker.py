@@ -22,10 +22,9 @@ from shardloss_server.cluster.link import (
     FAILURE,
     FREE,
     KEEP,
-    Invitation,
     WorkerFailed,
-    shut,
 )
+from shardloss_server.cluster.listener import Invitation, shut
 from shardloss_server.shard.record import Part
 
 log = logging.getLogger(__name__)
@@ -140,16 +139,16 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
     return sock
 
 
-def serve(call: Call, invitation: Invitation, index: int) -> None:
-    """Answer the front end, over a new link wherever one breaks; Ray ends this process with its front end.
+def serve(answer: Callable[[socket.socket], None], invitation: Invitation, index: int) -> None:
+    """Answer on a link until it breaks, and then on a new one; Ray ends this process with its front end.
 
     A link that breaks while both live costs the calls under way alone.
     """
     while True:
         try:
-            LinkedWorker(call, connect(invitation, index)).run()
+            answer(connect(invitation, index))
         except (OSError, LinkClosed, handshake.NotOurs):
-            time.sleep(RECONNECT_S)  # the front end is away, or cut off
+            time.sleep(RECONNECT_S)  # the other side is away, or cut off
         except Exception:
             log.exception("the link broke; it is made anew")
             time.sleep(RECONNECT_S)
@@ -160,6 +159,6 @@ def start(call: Call, invitation: Invitation, index: int, num_threads: int) -> N
 
     def run() -> None:
         torch.set_num_threads(num_threads)  # counts for the thread that sets it
-        serve(call, invitation, index)
+        serve(lambda sock: LinkedWorker(call, sock).run(), invitation, index)
 
     threading.Thread(target=run, name="link", daemon=True).start()

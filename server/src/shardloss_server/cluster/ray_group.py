@@ -7,7 +7,9 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,12 @@ import numpy as np
 import torch
 from shardloss.allocator import keep_freed_memory
 
-from shardloss_server.cluster import linked_worker
-from shardloss_server.cluster.fanout import FanoutGroup, Gathered
+from shardloss_server.cluster import linked_worker, relay
+from shardloss_server.cluster.fanout import FanoutGroup, remaining_until
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
-from shardloss_server.cluster.link import Invitation, Links
+from shardloss_server.cluster.link import Links
+from shardloss_server.cluster.listener import Invitation
+from shardloss_server.cluster.relay import Post
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import OutOfMemory, Part
@@ -59,13 +63,21 @@ class WorkerActor:
     """`Worker` behind an actor: it answers over its link, or where there is none as plain actor calls; never both."""
 
     def __init__(
-        self, index: int, num_workers: int, num_threads: int, kept_bytes: int, invitation: Invitation | None
+        self,
+        index: int,
+        num_workers: int,
+        num_threads: int,
+        kept_bytes: int,
+        invitation: Invitation | None,
+        post: Post | None,
     ) -> None:
         keep_freed_memory(one_arena=True)
         register_tensors()
         torch.set_num_threads(num_threads)
         self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"
         self._worker = Worker(index, num_workers, self._device, kept_bytes)
+        if post is not None and post.node == own_node():
+            invitation = post.invitation
         if invitation is not None:
             linked_worker.start(self.call, invitation, index, num_threads)
 
@@ -76,6 +88,19 @@ class WorkerActor:
     def whoami(self) -> tuple[int, str]:
         """Process id and device."""
         return os.getpid(), self._device
+
+
+class RelayActor:
+    """`Relay` behind an actor."""
+
+    def __init__(self, post: Post, front_end: Invitation, index: int) -> None:
+        keep_freed_memory(one_arena=True)
+        torch.set_num_threads(1)
+        relay.start(post, front_end, index)
+
+    def is_ready(self) -> bool:
+        """It is, once it can say so."""
+        return True
 
 
 def is_spread() -> bool:
@@ -89,13 +114,26 @@ def own_address() -> str:
     return address
 
 
-def made_links(num_workers: int) -> Links | None:
-    """Links that workers come to: over TCP where Ray has several nodes; None where nothing can be listened on."""
-    try:
-        return Links(num_workers, own_address() if is_spread() else None)
-    except OSError as error:
-        log.warning("workers cannot link themselves, every call goes through Ray, at some 8 ms each: %s", error)
-        return None
+def own_node() -> str:
+    """Ray's name of this node."""
+    name: str = ray.get_runtime_context().get_node_id()
+    return name
+
+
+def rooms(num_cpus: float, num_gpus: float) -> dict[str, int]:
+    """How many workers each living node has room for, this one first."""
+    here, alive = own_node(), [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
+    return {node["NodeID"]: relay.room(node["Resources"], num_cpus, num_gpus) for node in alive}
+
+
+def on_node(actor: Any, node: str | None, invitation: Invitation | None) -> Any:
+    """The actor, to be started there: anew, too, where it can link itself from there alone; else rather there."""
+    if node is None or invitation is None:
+        return actor
+    is_spread = not isinstance(invitation.address, str)
+    there = NodeAffinitySchedulingStrategy(node, soft=is_spread, _spill_on_unavailable=is_spread)
+    return actor.options(scheduling_strategy=there)
 
 
 def resources() -> dict[str, float]:
@@ -131,7 +169,8 @@ class RayGroup(FanoutGroup):
     """W actors on an embedded Ray (address None) or on the cluster at `address`, each with a link to this process.
 
     A worker that dies is started anew, empty: its tables answer ShardMissing and others go on. links = False is the
-    plain path: every verb an actor call. So it is, too, where a worker cannot reach this process.
+    plain path: every verb an actor call. So it is, too, where a worker cannot reach this process. Where the cluster has
+    several nodes, neighbouring workers share a node, and a relay stands before those of every other node than this.
     """
 
     def __init__(
@@ -146,6 +185,8 @@ class RayGroup(FanoutGroup):
         super().__init__(num_workers)
         self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
         self._actors: list[Any] = []
+        self._relays: list[Any] = []
+        self._posts: list[Post] = []
         self._abandoned: list[Any] = []
         self._links: Links | None = None
         self._counting = threading.Lock()
@@ -154,9 +195,7 @@ class RayGroup(FanoutGroup):
             if self._owns_ray:
                 self._start_ray(address)
             register_tensors()
-            if links:
-                self._links = made_links(num_workers)
-            self._start_actors(num_threads, kept_bytes)
+            self._start_actors(num_threads, kept_bytes, with_links=links)
         except BaseException:
             self.close()
             raise
@@ -175,23 +214,60 @@ class RayGroup(FanoutGroup):
             _temp_dir=self._temp_dir,
         )
 
-    def _start_actors(self, num_threads: int, kept_bytes: int) -> None:
+    def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
         num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
         num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: nothing competes for its cores
         actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
+        nodes = self._made_links(num_cpus, num_gpus) if with_links else [None] * self._num_workers
         invitation = self._links.invitation if self._links else None
-        if invitation is not None and isinstance(invitation.address, str):  # whoever restarts can reach it here alone
-            here = ray.get_runtime_context().get_node_id()
-            actor = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
         shared = self._num_workers, num_threads, kept_bytes, invitation
-        self._actors = [actor.remote(index, *shared) for index in range(self._num_workers)]
+        post_of = {worker: post for post in self._posts for worker in post.workers}
+        self._actors = [
+            on_node(actor, node, invitation).remote(index, *shared, post_of.get(index))
+            for index, node in enumerate(nodes)
+        ]
         answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)
         self._pids = [pid for pid, _ in answers]
         self._devices = [device for _, device in answers]
-        if self._links and not self._links.wait(LINK_TIMEOUT_S):
+        if self._links and not self._all_answer(self._links):
             log.warning("not every worker can reach this process: every call goes through Ray, at some 8 ms each")
             self._links.close()
             self._links = None
+
+    def _made_links(self, num_cpus: float, num_gpus: float) -> list[str | None]:
+        """Make links that workers can come to, and the relays before them; the node where each worker is to be."""
+        nodes: list[str | None] = [own_node()] * self._num_workers
+        host = own_address() if is_spread() else None
+        if host is not None:
+            nodes = relay.seats(self._num_workers, rooms(num_cpus, num_gpus))
+        self._posts = relay.posts(nodes, own_node())
+        try:
+            self._links = Links(self._num_workers, host, [post.workers for post in self._posts])
+        except OSError as error:
+            log.warning("workers cannot link themselves, every call goes through Ray, at some 8 ms each: %s", error)
+            self._posts = []
+            return [None] * self._num_workers
+        self._start_relays(self._links.invitation)
+        return nodes
+
+    def _start_relays(self, invitation: Invitation) -> None:
+        """They come before their workers, which look for them as soon as they are there."""
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(RelayActor)
+        for index, post in enumerate(self._posts, start=self._num_workers):
+            there = NodeAffinitySchedulingStrategy(post.node, soft=False)
+            self._relays.append(actor.options(scheduling_strategy=there).remote(post, invitation, index))
+        ray.get([a.is_ready.remote() for a in self._relays], timeout=START_TIMEOUT_S)
+
+    def _all_answer(self, links: Links) -> bool:
+        """Whether every worker can be reached over links: behind a relay only an answer tells."""
+        left = remaining_until(time.monotonic() + LINK_TIMEOUT_S)
+        if not links.wait(LINK_TIMEOUT_S):
+            return False
+        while left():
+            with suppress(WorkerLost, TimeoutError):  # lost: it has only now come by itself, from another node
+                self.echo(torch.zeros(1)).result(left())
+                return True
+        return False
 
     @property
     def has_links(self) -> bool:
@@ -216,10 +292,12 @@ class RayGroup(FanoutGroup):
             return self._links.call([worker], method, *args)[0]
         return RayPending(self._actors[worker].call.remote(method, *args), self._abandoned)
 
-    def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
+    def start_on(
+        self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None
+    ) -> Sequence[Pending[dict[int, Any]]]:
         if self._links:
-            return Gathered(self._links.call(self._hosts(table), method, table, *args))
-        return super().on_all(method, table, *args)
+            return self._links.call(workers, method, *args, merge_over=merge_over)
+        return super().start_on(workers, method, *args)
 
     def backlog(self) -> int:
         with self._counting:
@@ -244,9 +322,9 @@ class RayGroup(FanoutGroup):
             raise OutOfMemory("the object store is full") from error
 
     def close(self) -> None:
-        for actor in self._actors:
+        for actor in (*self._actors, *self._relays):
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._relays = [], []
         if self._links:
             self._links.close()
         if self._owns_ray and ray.is_initialized():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardloss_server.cluster.group import Order, ShardMissing
 from shardloss_server.numerics.transform import Transform
+from shardloss_server.placement import hosted_shards
 from shardloss_server.shard import scan
 from shardloss_server.shard.kept import KEPT_BYTES, Room
 from shardloss_server.shard.record import (
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Shards index, index + W, index + 2 W, ... of every table. One thread at a time.
+    """The shards of every table that fall to worker `index` of W (`placement.hosted_shards`). One thread at a time.
 
     Each verb returns {shard: answer}.
 
@@ -54,7 +55,7 @@ class Worker:
 
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
         """Allocate and fill this worker's shards."""
-        shards = range(self.index, spec.placement.num_shards, self.num_workers)
+        shards = hosted_shards(self.index, self.num_workers, spec.placement.num_shards)
         with allocating(f"the shards of {spec.name!r} on worker {self.index}"), self._computing():
             self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions, self._room) for k in shards}
         return dict.fromkeys(shards, 0)

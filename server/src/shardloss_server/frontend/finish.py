@@ -14,9 +14,10 @@ from shardloss_server.numerics.loss import (
     per_example_loss,
     scale_gradient,
 )
-from shardloss_server.numerics.partial import add_all, combine_all, spread_over
+from shardloss_server.numerics.partial import add_all
 from shardloss_server.numerics.transform import normalized, project
 from shardloss_server.shard.record import LabelTarget, Part, RowGradient, Score, TableSpec
+from shardloss_server.shard.runs import merge_runs
 
 
 def upstream_of(request: LossRequest, like: Tensor) -> Tensor:
@@ -36,13 +37,9 @@ def join(gradients: list[RowGradient]) -> RowGradient:
 
 
 def merge(scores: list[Score]) -> Merged:
-    """All shards' scores as one, in shard order."""
-    spreads = [score.spread for score in scores if score.spread is not None]
-    return Merged(
-        combine_all([score.statistics for score in scores]),
-        add_all([score.target for score in scores]),
-        spread_over(spreads) if spreads else None,
-    )
+    """The scores of all shards at one version as one: the same bits, whatever was merged before."""
+    (whole,) = merge_runs(scores, max(score.shards.stop for score in scores))
+    return Merged(whole.statistics, whole.target, whole.spread)
 
 
 def added(targets: list[LabelTarget]) -> LabelTarget:

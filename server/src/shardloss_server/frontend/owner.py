@@ -32,11 +32,11 @@ from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.counts import ClassCounts
 from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
+from shardloss_server.frontend.finish import merge
 from shardloss_server.frontend.replies import LastReplies
 from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.frontend.steps import Doubt, Steps
-from shardloss_server.numerics.partial import combine_all
 from shardloss_server.shard.ledger import Outcome
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -108,7 +108,7 @@ class TableOwner:
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
     def score(self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline) -> list[Score]:
-        """Score a staged part on every shard at one version; keep what its step can use."""
+        """Score a staged part on every shard, or run of shards, at one version; keep what its step can use."""
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient, keep), deadline)
         self.same_version([score.version for score in scores])
         return scores
@@ -310,7 +310,7 @@ class TableOwner:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False, True), deadline, settled=True)
         self.same_version([score.version for score in scores])
-        return combine_all([score.statistics for score in scores]).lse
+        return merge(scores).statistics.lse
 
     def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
         """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -141,22 +142,6 @@ def combine(a: Statistics, b: Statistics) -> Statistics:
     return add(a, b)
 
 
-def combine_all(statistics: Sequence[Statistics]) -> Statistics:
-    """Combine at least one from left to right, so that the same order gives the same bits."""
-    combined = statistics[0]
-    for one in statistics[1:]:
-        combined = combine(combined, one)
-    return combined
-
-
-def add_all(targets: Sequence[Target]) -> Target:
-    """Sum at least one target from left to right."""
-    total = targets[0]
-    for target in targets[1:]:
-        total = add_targets(total, target)
-    return total
-
-
 def add_targets(a: Target, b: Target) -> Target:
     """Sum two targets, both with `at` or neither: rows that have their places are put one after the other."""
     logit, pull = a.target_logit + b.target_logit, plus(a.target_pull, b.target_pull)
@@ -165,9 +150,11 @@ def add_targets(a: Target, b: Target) -> Target:
     return Target(logit, torch.cat([a.target_row, b.target_row]), pull, torch.cat([a.at, b.at]))
 
 
-def spread_over(spreads: Sequence[Spread]) -> Spread:
-    """Sum at least one spread from left to right."""
-    total = spreads[0]
-    for one in spreads[1:]:
-        total = Spread(total.row + one.row, total.bias + one.bias)
-    return total
+def add_all(targets: Sequence[Target]) -> Target:
+    """Sum at least one target from left to right."""
+    return reduce(add_targets, targets)
+
+
+def add_spreads(a: Spread | None, b: Spread | None) -> Spread | None:
+    """The spread of two shards; None where one is not there."""
+    return None if a is None or b is None else Spread(a.row + b.row, a.bias + b.bias)

@@ -37,7 +37,7 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
     )
     first = next(pieces, None)
     total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
-    return Score(total, target, spread(rows, part), version)
+    return Score(total, target, spread(rows, part), version, range(rows.shard, rows.shard + 1))
 
 
 def entry_pieces(

@@ -128,12 +128,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One shard's answer to a part, at a version of the table; spread is None without label smoothing."""
+    """The answer of a shard, or of a run of them, to a part; spread is None without label smoothing."""
 
     statistics: Statistics
     target: Target
     spread: Spread | None
     version: int
+    shards: range
 
 
 @dataclass(frozen=True, slots=True)

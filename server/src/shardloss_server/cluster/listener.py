@@ -1,0 +1,107 @@
+"""Where the other ends of links come to: a socket that admits whoever knows the key."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from shardloss_server.cluster import frames, handshake
+from shardloss_server.cluster.frames import LinkClosed
+
+MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
+
+log = logging.getLogger(__name__)
+Address = (
+    str | tuple[str, int]
+)  # a Unix socket's path, or with a leading 0 byte its abstract name; or a host and a port
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """Where to link to, and what to know to be admitted."""
+
+    address: Address
+    key: bytes
+
+
+class Listener:
+    """Admits who comes until it is closed: adopt gets its index and its socket.
+
+    An index that adopt does not know (LookupError) is refused. What is sent on an admitted socket is read within
+    send_timeout_s, or the socket fails.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        key: bytes,
+        adopt: Callable[[int, socket.socket], None],
+        *,
+        num_expected: int,
+        send_timeout_s: int,
+    ) -> None:
+        self._key, self._adopt, self._send_timeout_s = key, adopt, send_timeout_s
+        self._closed = threading.Event()
+        self._admitting = threading.Semaphore(num_expected + MOST_STRANGERS)
+        self._listener = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        try:
+            self._listener.bind(address)
+            self._listener.listen(num_expected + MOST_STRANGERS)
+        except OSError:
+            self._listener.close()
+            raise
+        self._address = address if isinstance(address, str) else self._listener.getsockname()
+        threading.Thread(target=self._accept, name="links", daemon=True).start()
+
+    @property
+    def invitation(self) -> Invitation:
+        """What to know to come here."""
+        return Invitation(self._address, self._key)
+
+    def close(self) -> None:
+        """Admit nobody more. Idempotent."""
+        self._closed.set()
+        shut(self._listener)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if not self._closed.wait(ACCEPT_AGAIN_S):
+                    log.warning("no link can be accepted: %s", error)
+                continue
+            self._admitting.acquire()  # a stranger holds a place for handshake.TIMEOUT_S at most
+            try:
+                threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
+            except RuntimeError as error:  # no thread more: the worker comes again
+                log.warning("no link can be accepted: %s", error)
+                sock.close()
+                self._admitting.release()
+
+    def _admit(self, sock: socket.socket) -> None:
+        too_long = threading.Timer(handshake.TIMEOUT_S, shut, (sock,))
+        try:
+            too_long.start()
+            index = handshake.admit(sock, self._key)
+            too_long.cancel()
+            frames.configure(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, frames.timeval(self._send_timeout_s))
+            self._adopt(index, sock)
+        except (handshake.NotOurs, LinkClosed, OSError, LookupError, RuntimeError) as error:
+            log.warning("a link was refused: %s", error)
+            sock.close()
+        finally:
+            too_long.cancel()
+            self._admitting.release()
+
+
+def shut(sock: socket.socket) -> None:
+    """End both directions; whoever waits on the socket sees it closed."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
