@@ -168,15 +168,39 @@ def block_statistics(
     return Partial(lse, mean_row, mean_pull), exps if columns.slope is None else None
 
 
-def narrow_statistics(
-    narrow: Narrow, rows: Tensor, with_gradient: bool, dtype: torch.dtype, out: Tensor | None = None
-) -> tuple[Partial, Exponentials]:
-    """Statistics of the next block of plain logits, rows [C, D] of bfloat16, C >= 1; mean_row is of `dtype`."""
-    exps, total = narrow.of(rows, out)
-    lse = exps.top.double() + total.double().log()
-    safe_total = torch.where(total == 0, 1.0, total)
-    mean_row = (exps.values @ rows).to(dtype).div_(safe_total[:, None]) if with_gradient else None
-    return Partial(lse, mean_row), exps
+class NarrowSums:
+    """Statistics of hidden's plain logits against blocks of rows of bfloat16, one block after another.
+
+    Sums are relative to the top of the last block, so that most blocks only add; mean_row is of `dtype`.
+    """
+
+    def __init__(self, hidden: Tensor, with_gradient: bool) -> None:
+        self._narrow = Narrow(hidden)
+        self._top = torch.full((len(hidden),), -torch.inf)
+        self._total = torch.zeros(len(hidden), dtype=torch.float64)
+        self._row = torch.zeros_like(hidden) if with_gradient else None
+
+    def add_(self, rows: Tensor, out: Tensor | None) -> Exponentials:
+        """Add a block of rows [C, D], C >= 1; its exponentials are written to `out`, if there is one."""
+        exps, total = self._narrow.of(rows, out)
+        if exps.top is not self._top:
+            left = torch.exp(self._top.double() - exps.top)
+            self._total *= left
+            if self._row is not None:
+                self._row *= left.to(self._row.dtype)[:, None]
+            self._top = exps.top
+        self._total += total
+        if self._row is not None:
+            self._row += exps.values @ rows
+        return exps
+
+    def partial(self) -> Partial:
+        """Of all blocks so far; without any, `Partial.empty`."""
+        lse = self._top.double() + self._total.log()
+        if self._row is None:
+            return Partial(lse, None)
+        total = torch.where(self._total == 0, 1.0, self._total).to(self._row.dtype)
+        return Partial(lse, self._row / total[:, None])
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
-from shardloss_server.numerics.exponentials import Narrow
+from shardloss_server.numerics.exponentials import Narrow, Rescaled
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
@@ -91,6 +91,7 @@ def column_gradients(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(row index, gradient of rows, gradient of biases, is a block) of each piece of a part's sparse columns."""
     weight = weight_of_columns(part, up.lse)
+    rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight)
     labels = kept.labels or columns.label_entries(rows, part)
     yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart), False
     for entries in columns.row_entries(rows, part):
@@ -99,7 +100,7 @@ def column_gradients(
         for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
             row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
             scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
-            yield row_index, *block_gradient(part, scored, up, weight, rows.spec.bias), True
+            yield row_index, *block_gradient(part, scored, up.g, rescaled, rows.spec.bias), True
 
 
 def entry_gradient(
@@ -118,8 +119,8 @@ def entry_gradient(
 def block_gradient(
     part: Part,
     scored: KeptBlock | kernel.Block,
-    up: Upstream,
-    weight: Tensor,
+    g: Tensor,
+    rescaled: Rescaled,
     with_bias: bool,
     class_weights: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
@@ -130,15 +131,15 @@ def block_gradient(
     """
     hidden, objective = part.batch.hidden, part.objective
     if isinstance(scored, KeptBlock):
-        gradient, bias = scored.exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
+        gradient, bias = scored.exponentials.gradient(rescaled, with_bias)
     else:
         found = kernel.block_columns(hidden, scored, objective)
-        dz = kernel.block_gradient(found, up.lse, up.g * weight, objective.family)
+        dz = kernel.block_gradient(found, rescaled.lse, rescaled.scale, objective.family)
         gradient, bias = dz.T @ hidden, dz.sum(0)
     if class_weights is not None and part.batch.spread is not None:
-        g = up.g * part.batch.spread
-        gradient -= class_weights[:, None] * (g @ hidden)
-        bias -= class_weights * g.sum()
+        spread = g * part.batch.spread
+        gradient -= class_weights[:, None] * (spread @ hidden)
+        bias -= class_weights * spread.sum()
     if labels is not None:
         gradient -= labels[0]
         bias -= labels[1]
@@ -160,13 +161,13 @@ def dense_gradient(
     A chunk's logits depend on its own rows alone, so the caller may update a chunk before asking for the next.
     """
     full = [(part, up) for part, up in zip(parts, upstreams, strict=True) if part.is_full]
-    weights = [weight_of_columns(part, up.lse) for part, up in full]
+    rescaled = [Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse)) for part, up in full]
     row_index, order = torch.sort(touched[0])
     touched_rows_, touched_biases = touched[1][order], touched[2][order]
     narrow = [Narrow(part.batch.hidden) if columns.is_narrow(rows, part) else None for part, _ in full]
     for place, (start, end) in enumerate(rows.chunks(max(len(part.batch.hidden) for part, _ in full))):
         pieces = []
-        for (part, up), weight, of_part in zip(full, weights, narrow, strict=True):
+        for (part, up), of_hidden, of_part in zip(full, rescaled, narrow, strict=True):
             scored: KeptBlock | kernel.Block | None = kept_chunk(rows, part, kept.of(part), place, start, end)
             scored = scored or columns.dense_block(rows, part, start, end)[1]
             if of_part is not None and isinstance(scored, kernel.Block):
@@ -175,7 +176,7 @@ def dense_gradient(
             if part.batch.spread is not None:
                 of_classes = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
             labels = labels_of(part, collected, start, end)
-            pieces.append(block_gradient(part, scored, up, weight, rows.spec.bias, of_classes, labels))
+            pieces.append(block_gradient(part, scored, up.g, of_hidden, rows.spec.bias, of_classes, labels))
         gradient, biases = pieces[0]
         for piece in pieces[1:]:
             gradient += piece[0]
