@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from itertools import chain
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from shardloss_server.numerics import kernel, ranking
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
 from shardloss_server.numerics.transform import PLAIN
-from shardloss_server.shard.kept import Kept, KeptPart
+from shardloss_server.shard.kept import Kept, KeptEntries, KeptPart
 from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
 from shardloss_server.shard.rows import ShardRows
 
@@ -34,7 +35,8 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
     if is_narrow(rows, part):
         return Score(narrow_statistics(rows, part, with_gradient, of_part), target, spread(rows, part), version)
     pieces = chain(
-        entry_pieces(rows, part, labels, found, with_gradient), block_pieces(rows, part, with_gradient, of_part)
+        entry_pieces(rows, part, labels, found, with_gradient, of_part),
+        block_pieces(rows, part, with_gradient, of_part),
     )
     first = next(pieces, None)
     total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
@@ -42,15 +44,24 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
 
 
 def entry_pieces(
-    rows: ShardRows, part: Part, labels: kernel.Entries, of_labels: kernel.Columns, with_gradient: bool
+    rows: ShardRows,
+    part: Part,
+    labels: kernel.Entries,
+    of_labels: kernel.Columns,
+    with_gradient: bool,
+    of_part: KeptPart | None,
 ) -> Iterator[Statistics]:
     """Statistics of the true columns, where they stand apart, and of the candidates of single rows."""
     hidden, family = part.batch.hidden, part.objective.family
     if part.has_columns_apart:
         yield kernel.entry_statistics(len(hidden), labels, of_labels, with_gradient, family)
+    scored = []
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, part.objective)
         yield kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family)
+        scored.append((replace(entries, rows=entries.rows[:0], norms=None), columns))
+    if of_part is not None and scored and not part.objective.transform.normalize:
+        of_part.keep_entries(KeptEntries.of(scored))
 
 
 def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Iterator[Statistics]:

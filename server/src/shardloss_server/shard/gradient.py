@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
+from shardloss_server.numerics.correction import in_order
 from shardloss_server.numerics.exponentials import Narrow, Rescaled
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
 from shardloss_server.shard.distribution import Collected
-from shardloss_server.shard.kept import Kept, KeptBlock, KeptPart
-from shardloss_server.shard.record import Candidates, Part, Upstream
+from shardloss_server.shard.kept import Kept, KeptBlock, KeptEntries, KeptPart
+from shardloss_server.shard.record import Candidates, Part, RowCandidates, Upstream
 from shardloss_server.shard.rows import BLOCK_ROWS, Index, ShardRows
 
 Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of rows [M, D], of biases [M]
@@ -57,6 +58,8 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
 
     Gradients that hit the same row are summed, one piece at a time.
     """
+    if not any(isinstance(part.candidates, Candidates) or part.objective.transform.normalize for part in parts):
+        return entries_gradient(rows, parts, upstreams, kept)
     touch = Touch(rows, parts)
     gradient = torch.zeros(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
     biases = torch.zeros(len(touch.index), dtype=rows.compute_dtype)
@@ -65,6 +68,41 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
             touch.add_(gradient, index, piece_rows, is_block)
             touch.add_(biases, index, piece_biases, is_block)
     return touch.index, gradient, biases
+
+
+def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
+    """Gradient where all columns are entries of rows as they are stored: sums of dz hidden, row by row in one pass."""
+    found, first_row = [], 0
+    for part, up in zip(parts, upstreams, strict=True):
+        scale = part.objective.transform.scale
+        for row_index, batch_row, dz in entry_derivatives(rows, part, up, kept.of(part)):
+            found.append((row_index, batch_row + first_row, dz, dz * scale))
+        first_row += len(part.batch.hidden)
+    row_index, batch_row, dz, of_bias = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    ordered, order = in_order(row_index)
+    index, place, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    gradient = kernel.bags(dz[order], batch_row[order], torch.cat([part.batch.hidden for part in parts]), counts)
+    biases = torch.zeros(len(index), dtype=rows.compute_dtype)
+    return index, gradient, biases.index_add_(0, place, of_bias[order]) if rows.spec.bias else biases
+
+
+def entry_derivatives(
+    rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(row index, row of hidden, dz), each [L], of a part's labels and of its rows' own candidates."""
+    hidden, objective = part.batch.hidden, part.objective
+    rescaled = Rescaled(hidden, up.lse, up.g * weight_of_columns(part, up.lse))
+    labels = kept.labels or columns.label_entries(rows, part)
+    found = kernel.entry_columns(hidden, labels, objective)
+    apart = part.has_columns_apart
+    dz = kernel.entry_gradient(labels.batch_row, labels.weight, found, rescaled, up.g, objective.family, apart)
+    yield labels.row_index, labels.batch_row, dz
+    if not isinstance(part.candidates, RowCandidates):
+        return
+    for own in (kept.entries,) if kept.entries is not None else columns.row_entries(rows, part):
+        found = own.columns if isinstance(own, KeptEntries) else kernel.entry_columns(hidden, own, objective)
+        dz = kernel.entry_gradient(own.batch_row, None, found, rescaled, up.g, objective.family, True)
+        yield own.row_index, own.batch_row, dz
 
 
 def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> Tensor:
@@ -90,12 +128,11 @@ def column_gradients(
     rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(row index, gradient of rows, gradient of biases, is a block) of each piece of a part's sparse columns."""
-    weight = weight_of_columns(part, up.lse)
-    rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight)
+    rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
     labels = kept.labels or columns.label_entries(rows, part)
-    yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart), False
+    yield labels.row_index, *entry_gradient(part, labels, up.g, rescaled, part.has_columns_apart), False
     for entries in columns.row_entries(rows, part):
-        yield entries.row_index, *entry_gradient(part, entries, up, weight, True), False
+        yield entries.row_index, *entry_gradient(part, entries, up.g, rescaled, True), False
     if isinstance(part.candidates, Candidates):
         for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
             row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
@@ -104,12 +141,12 @@ def column_gradients(
 
 
 def entry_gradient(
-    part: Part, entries: kernel.Entries, up: Upstream, weight: Tensor, apart: bool
+    part: Part, entries: kernel.Entries, g: Tensor, rescaled: Rescaled, apart: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the row [L, D] and bias [L] of each entry."""
     hidden, objective = part.batch.hidden, part.objective
     found = kernel.entry_columns(hidden, entries, objective)
-    dz = kernel.entry_gradient(entries, found, up.lse, up.g, weight, objective.family, apart)
+    dz = kernel.entry_gradient(entries.batch_row, entries.weight, found, rescaled, g, objective.family, apart)
     gradient = dz[:, None] * hidden[entries.batch_row]
     if entries.norms is not None:
         gradient = project(gradient, entries.rows, entries.norms)
