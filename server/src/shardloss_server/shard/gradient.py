@@ -9,14 +9,14 @@ from torch import Tensor
 
 from shardloss_server.numerics import kernel
 from shardloss_server.numerics.correction import in_order
-from shardloss_server.numerics.exponentials import Narrow, Rescaled
+from shardloss_server.numerics.exponentials import CACHED, Narrow, Rescaled
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
 from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.kept import Kept, KeptBlock, KeptEntries, KeptPart
 from shardloss_server.shard.record import Candidates, Part, RowCandidates, Upstream
-from shardloss_server.shard.rows import BLOCK_ROWS, Index, ShardRows
+from shardloss_server.shard.rows import Index, ShardRows
 
 Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of rows [M, D], of biases [M]
 
@@ -256,8 +256,9 @@ def weight_of_columns(part: Part, lse: Tensor) -> Tensor:
 
 
 def in_blocks(touched: Touched) -> Iterator[tuple[Index, Tensor, Tensor]]:
-    """Touched rows, BLOCK_ROWS at a time."""
+    """Touched rows, as many at a time as the cache holds."""
     index, gradient, biases = touched
-    for start in range(0, len(index), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    size = max(64, CACHED // gradient.shape[1])
+    for start in range(0, len(index), size):
+        block = slice(start, start + size)
         yield index[block], gradient[block], biases[block]
