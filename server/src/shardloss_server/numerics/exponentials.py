@@ -107,23 +107,27 @@ class Narrow:
         self._top = self._reference / LOG2_E
 
     def _exponentials(self, rows: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """2^(z log2 e - reference) [N, C], its sums [N] of float32 and its largest [N]."""
-        offset = (-self._reference).to(torch.bfloat16)[:, None].expand(-1, len(rows))
-        values = torch.addmm(offset, self._hidden, rows.T, out=out, alpha=LOG2_E)
-        pieces = torch.split(values, max(1, CACHED // len(rows)))
-        total = torch.cat([exp2_(piece) for piece in pieces])
-        largest = values.view(torch.int16).amax(1)  # the order of bfloat16 numbers >= 0 is that of their bits
-        return values, total, largest.view(torch.bfloat16).float()
+        """2^(z log2 e - reference) [N, C], its sums [N] of float32 and its largest [N].
+
+        They lie class by class, as the product of a step reads them.
+        """
+        by_class = torch.empty(len(rows), len(self._hidden), dtype=rows.dtype) if out is None else out.T
+        offset = (-self._reference).to(torch.bfloat16)
+        torch.addmm(offset, rows, self._hidden.T, out=by_class, alpha=LOG2_E)
+        pieces = torch.split(by_class, max(1, CACHED // max(1, len(self._hidden))))
+        total = torch.stack([exp2_(piece) for piece in pieces]).sum(0)
+        largest = by_class.view(torch.int16).amax(0)  # the order of bfloat16 numbers >= 0 is that of their bits
+        return by_class.T, total, largest.view(torch.bfloat16).float()
 
     def _largest_logits(self, rows: Tensor) -> Tensor:
         return (self._hidden @ rows.T).amax(1).float() * LOG2_E
 
 
 def exp2_(narrow: Tensor) -> Tensor:
-    """2^x in place of x [N, C] of bfloat16, and the sums [N] of what float32 holds of it."""
+    """2^x in place of x [C, N] of bfloat16, and the sums [N] of what float32 holds of it."""
     wide = narrow.float().exp2_()
     narrow.copy_(wide)
-    return wide.sum(1)
+    return wide.sum(0)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
