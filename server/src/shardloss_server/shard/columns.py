@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import reduce
 from itertools import chain
 
@@ -59,9 +58,9 @@ def entry_pieces(
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, part.objective)
         yield kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family)
-        scored.append((replace(entries, rows=entries.rows[:0], norms=None), columns))
+        scored.append(KeptEntries(entries.batch_row, entries.row_index, columns))
     if of_part is not None and scored and not part.objective.transform.normalize:
-        of_part.keep_entries(KeptEntries.of(scored))
+        of_part.keep_entries(KeptEntries.cat(scored))
 
 
 def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Iterator[Statistics]:

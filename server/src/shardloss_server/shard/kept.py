@@ -91,13 +91,13 @@ class KeptEntries:
     columns: Columns
 
     @staticmethod
-    def of(pieces: Sequence[tuple[Entries, Columns]]) -> KeptEntries:
+    def cat(pieces: Sequence[KeptEntries]) -> KeptEntries:
         """All of them, of at least one piece."""
-        columns = [columns for _, columns in pieces]
+        columns = [piece.columns for piece in pieces]
         slopes = [one.slope for one in columns if one.slope is not None]
         return KeptEntries(
-            torch.cat([entries.batch_row for entries, _ in pieces]),
-            torch.cat([entries.row_index for entries, _ in pieces]),
+            torch.cat([piece.batch_row for piece in pieces]),
+            torch.cat([piece.row_index for piece in pieces]),
             Columns(torch.cat([one.logits for one in columns]), torch.cat(slopes) if slopes else None, None),
         )
 

@@ -88,14 +88,20 @@ def taken(values: Tensor, index: Index) -> Tensor:
 
 
 def put_(values: Tensor, index: Index, new: Tensor) -> None:
-    """values[index] = new; nothing to do where new is that very range."""
+    """values[index] = new; nothing to do where new is that very range.
+
+    index_copy_ goes number by number, so rows that divide into numbers of 16 bytes are put as such.
+    """
     if isinstance(index, Tensor):
-        in_words(values).index_copy_(0, index, in_words(new))
+        if is_of_words(values) and is_of_words(new):
+            values, new = values.view(torch.complex128), new.view(torch.complex128)
+        values.index_copy_(0, index, new)
     elif new.data_ptr() != values[index].data_ptr():
         values[index] = new
 
 
-def in_words(rows: Tensor) -> Tensor:
-    """The same memory in numbers of 16 bytes, where rows [M, D] divide into them: index_copy_ goes number by number."""
-    is_whole = rows.dim() == 2 and rows.is_contiguous() and rows.shape[1] * rows.element_size() % 16 == 0
-    return rows.view(torch.complex128) if is_whole else rows
+def is_of_words(rows: Tensor) -> bool:
+    """Whether rows [M, D] are contiguous and each divides into numbers of 16 bytes."""
+    if rows.dim() != 2 or not rows.is_contiguous():
+        return False
+    return all(count * rows.element_size() % 16 == 0 for count in (rows.shape[1], rows.storage_offset()))
