@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,18 @@ from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import Placement
 from shardloss_server.shard.kept import Kept, Room
-from shardloss_server.shard.record import Batch, Candidates, Part, Record, RowWrite, StepKey, TableSpec, Upstream
+from shardloss_server.shard.record import (
+    Batch,
+    Candidates,
+    Part,
+    Record,
+    RowCandidates,
+    RowWrite,
+    StepKey,
+    TableSpec,
+    Upstream,
+)
+from shardloss_server.shard.rows import MANY_ROWS, put_, taken
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
@@ -44,6 +56,16 @@ def part_of(num_sampled: int, num_rows: int = N) -> Part:
     return Part(batch, Candidates(ids, log_weight, removed, torch.rand(num_rows, 2, dtype=torch.float64)))
 
 
+def own_part(num_sampled: int, num_rows: int = N, objective: Objective | None = None) -> Part:
+    """Each row with its own candidates, many of them twice; every third removed, all of the first row's."""
+    part = part_of(0, num_rows)
+    ids = torch.randint(0, V, (num_rows, num_sampled))
+    log_weight = torch.rand(num_rows, num_sampled, dtype=torch.float64)
+    log_weight[:, ::3] = log_weight[0] = -torch.inf
+    own = RowCandidates(ids, log_weight, torch.rand(num_rows, 2, dtype=torch.float64))
+    return dataclasses.replace(part, candidates=own, objective=objective or Objective())
+
+
 def commit(table: ShardTable, parts: list[Part], lse: list[Tensor]) -> None:
     upstreams = tuple(Upstream(one, torch.linspace(-1, 2, len(one), dtype=torch.float64)) for one in lse)
     table.apply_(Record(table.version + 1, StepKey("s", table.version + 1, b""), 0.3, 0, tuple(parts), upstreams))
@@ -68,10 +90,59 @@ def test_steps_with_kept_exponentials_equal_steps_without(
             torch.testing.assert_close(mine, other, rtol=EXACT, atol=EXACT)
 
 
+OBJECTIVES = {
+    "plain": Objective(),
+    "logistic": Objective("logistic"),
+    "capped and scaled": Objective(transform=Transform(scale=3.0, soft_cap=2.0)),
+    "cosines": Objective(transform=Transform(normalize=True)),
+}
+
+
+@pytest.mark.parametrize("entry_elements", [3 * D, 1 << 24], ids=["in ranges", "at once"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_candidates_of_rows_own_step_alike_whatever_is_kept(
+    kind: str, entry_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, with no candidate that counts, with none at all, and beside parts of every other shape."""
+    monkeypatch.setattr(kernel, "ENTRY_ELEMENTS", entry_elements)
+    own = [own_part(n, rows, OBJECTIVES[kind]) for n, rows in ((90, N), (1, 3), (0, 2), (11, 1))]
+    steps = [own[:1], own, [own[0], part_of(40)], [part_of(0, 3), own[2]], own[2:3]]
+    ends = []
+    for max_bytes in (LARGE, 0, 5000):
+        table, _ = table_of(max_bytes)
+        for parts in steps:
+            commit(table, parts, [table.score(part, True, keep=True).statistics.lse for part in parts])
+        ends.append((table.weights, table.biases, table.weight_state["sum"]))
+    for end in ends[1:]:
+        for mine, other in zip(ends[0], end, strict=True):
+            torch.testing.assert_close(mine, other, rtol=EXACT, atol=EXACT)
+    assert torch.isfinite(ends[0][0]).all()
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 3, MANY_ROWS + 5])
+@pytest.mark.parametrize("dim", [5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_taken_and_put_as_they_are(dtype: torch.dtype, dim: int, num_rows: int, is_shifted: bool) -> None:
+    """To the bit but for the sign of zero, whatever and wherever they are; other rows stay."""
+    values = torch.randn(2 * MANY_ROWS, dim).to(dtype)
+    values[1], values[2], values[3] = torch.inf, -torch.inf, torch.nan
+    index = torch.randperm(len(values))[:num_rows]
+    found = taken(values, index)
+    torch.testing.assert_close(found, values[index], rtol=0, atol=0, equal_nan=True)
+    wanted, new = values.clone(), found + 1
+    wanted[index] = new
+    if is_shifted:
+        new = torch.cat([new.new_zeros(1), new.flatten()])[1:].view(num_rows, dim)
+    put_(values, index, new)
+    torch.testing.assert_close(values, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [part_of, own_part])
 @pytest.mark.parametrize("num_sampled", [0, 40])
-def test_what_was_kept_is_not_used_at_another_version(num_sampled: int) -> None:
+def test_what_was_kept_is_not_used_at_another_version(num_sampled: int, make: Callable[[int], Part]) -> None:
     """A part scored before another's step, or before a write, is computed anew at the present rows."""
-    first, second = part_of(num_sampled), part_of(num_sampled)
+    first, second = make(num_sampled), make(num_sampled)
     ends = []
     for max_bytes in (LARGE, 0):
         table, _ = table_of(max_bytes)
@@ -100,12 +171,14 @@ def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
     assert room.taken_bytes == 0
 
 
-@pytest.mark.parametrize("kind", ["full", "unit vectors", "many labels"])
+@pytest.mark.parametrize("kind", ["full", "unit vectors", "many labels", "own"])
 def test_what_is_held_is_what_is_counted(kind: str) -> None:
     """All tensors that a shard keeps, the rows of labels and unit vectors among them, are within its room."""
     max_bytes = 20_000
     table, room = table_of(max_bytes)
     parts = [part_of(0 if kind != "many labels" else 40, num_rows=3) for _ in range(9)]
+    if kind == "own":
+        parts = [own_part(40, num_rows=3) for _ in range(50)]
     if kind == "unit vectors":
         unit = Objective(transform=Transform(normalize=True))
         parts = [dataclasses.replace(part, objective=unit) for part in parts]
@@ -114,6 +187,7 @@ def test_what_is_held_is_what_is_counted(kind: str) -> None:
     held = [table.kept.of(part) for part in parts]
     tensors = [b.exponentials.values for one in held for b in one.blocks.values()]
     tensors += [b.rows for one in held for b in one.blocks.values() if b.rows is not None]
+    tensors += [x for one in held if one.entries for x in (one.entries.row_index, one.entries.columns.logits)]
     tensors += [one.labels.rows for one in held if one.labels is not None]
     assert tensors
     assert sum(tensor.nbytes for tensor in tensors) <= room.taken_bytes <= max_bytes

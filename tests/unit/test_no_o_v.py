@@ -31,7 +31,13 @@ class Watch(TorchDispatchMode):
     a view: each costs what it returns or is given, not what it points into.
     """
 
-    GATHERS = ("aten::index.Tensor", "aten::index_select", "aten::index_put_", "aten::index_copy_")
+    GATHERS = (
+        "aten::index.Tensor",
+        "aten::index_select",
+        "aten::_embedding_bag_forward_only",
+        "aten::index_put_",
+        "aten::index_copy_",
+    )
 
     def __init__(self, limit: int, own: list[Tensor]) -> None:
         super().__init__()

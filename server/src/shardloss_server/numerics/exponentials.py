@@ -14,6 +14,8 @@ from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 MOST_ABOVE = math.exp(8.0)  # a logit 8 above its reference is rounded by up to 0.03
+ABOVE = math.e  # where a reference moves: logits so near it lose nothing
+CACHED = 1 << 17  # elements of float32 that the second-level cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,35 @@ class Exponentials:
         """Memory that they take."""
         return self.values.nbytes + self.top.nbytes
 
-    def gradient(self, hidden: Tensor, lse: Tensor, scale: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    def gradient(self, upstream: Rescaled, with_bias: bool) -> tuple[Tensor, Tensor]:
         """dz^T hidden [C, D] and the sums of dz [C] (zeros without with_bias), where dz = scale exp(z - lse).
 
-        In hidden's dtype; lse [N] float64, scale [N] = g * weight. Only hidden is rescaled, by scale exp(top - lse):
-        nothing of the block's size is computed but the product. Source: docs/design.md, "What was measured".
+        In hidden's dtype. Only hidden is rescaled, by scale exp(top - lse): nothing of the block's size is computed but
+        the product. Source: docs/design.md, "What was measured".
         """
-        factor = (scale.double() * torch.exp(self.top.double() - finite_lse(lse))).to(hidden.dtype)
-        rows = (self.values.T @ (hidden * factor[:, None]).to(self.values.dtype)).to(hidden.dtype)
-        bias = self.values.T.to(hidden.dtype) @ factor if with_bias else torch.zeros(len(rows), dtype=rows.dtype)
+        factor, hidden = upstream.by(self.top, self.values.dtype)
+        rows = (self.values.T @ hidden).to(factor.dtype)
+        bias = self.values.T.to(factor.dtype) @ factor if with_bias else torch.zeros(len(rows), dtype=rows.dtype)
         return rows, bias
+
+
+class Rescaled:
+    """hidden [N, D] times scale exp(top - lse) for the tops [N] of one block after another.
+
+    lse [N] float64, scale [N] = g * weight. Computed anew only where a top is another tensor than the one before.
+    """
+
+    def __init__(self, hidden: Tensor, lse: Tensor, scale: Tensor) -> None:
+        self.lse, self.scale = lse, scale
+        self._hidden = hidden
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def by(self, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factor [N] and the product [N, D], this in `dtype`."""
+        if self._last is None or self._last[0] is not top:
+            factor = (self.scale.double() * torch.exp(top.double() - finite_lse(self.lse))).to(self._hidden.dtype)
+            self._last = top, factor, (self._hidden * factor[:, None]).to(dtype)
+        return self._last[1:]
 
 
 def exponentials_(logits: Tensor) -> Exponentials:
@@ -56,30 +77,57 @@ class Narrow:
     A reference [N] is subtracted inside the product, before a logit is rounded: the largest logit of the blocks before.
     So what counts, logits near the top, keeps its digits; rounded as it is, a loss of 8-sigma logits was off by 0.17
     (docs/design.md, "What was measured"). A block with a logit far above its reference is taken again with its own.
+
+    Products are scaled by log2 e before they are rounded, so that a reference is a power of two, held as its exponent.
     """
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden.to(torch.bfloat16)
-        self._reference: Tensor | None = None
+        self._reference = torch.full((len(hidden),), -torch.inf)
+        self._top = self._reference
 
     def of(self, rows: Tensor, out: Tensor | None = None) -> tuple[Exponentials, Tensor]:
-        """Of the next block of rows [C, D], C >= 1: exponentials (in `out`) and their sums [N] float32."""
-        if self._reference is None:
-            self._reference = self._largest_logits(rows)
-        exponentials, total, largest = self._exponentials(rows, self._reference, out)
+        """Of the next block of rows [C, D], C >= 1: exponentials (in `out`) and their sums [N] float32.
+
+        Their top never falls; it is the same tensor as that of the block before unless it has risen.
+        """
+        if bool(torch.isneginf(self._reference).any()):
+            self._raise(self._largest_logits(rows))
+        values, total, largest = self._exponentials(rows, out)
         if not bool((largest <= MOST_ABOVE).all()):  # or it overflowed
-            exponentials, total, largest = self._exponentials(rows, self._largest_logits(rows), out)
-        self._reference = torch.maximum(self._reference, exponentials.top + largest.log())
+            self._raise(self._largest_logits(rows))
+            values, total, largest = self._exponentials(rows, out)
+        exponentials = Exponentials(values, self._top)
+        if bool((largest > ABOVE).any()):
+            self._raise(self._reference + largest.log2())
         return exponentials, total
 
-    def _exponentials(self, rows: Tensor, reference: Tensor, out: Tensor | None) -> tuple[Exponentials, Tensor, Tensor]:
-        top = reference.to(torch.bfloat16)
-        logits = torch.addmm((-top)[:, None].expand(-1, len(rows)), self._hidden, rows.T, out=out)
-        values = exp_(logits.float())
-        return Exponentials(logits.copy_(values), top.float()), values.sum(1), values.amax(1)
+    def _raise(self, reference: Tensor) -> None:
+        self._reference = torch.maximum(self._reference, reference).to(torch.bfloat16).float()
+        self._top = self._reference / LOG2_E
+
+    def _exponentials(self, rows: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """2^(z log2 e - reference) [N, C], its sums [N] of float32 and its largest [N].
+
+        They lie class by class, as the product of a step reads them.
+        """
+        by_class = torch.empty(len(rows), len(self._hidden), dtype=rows.dtype) if out is None else out.T
+        offset = (-self._reference).to(torch.bfloat16)
+        torch.addmm(offset, rows, self._hidden.T, out=by_class, alpha=LOG2_E)
+        pieces = torch.split(by_class, max(1, CACHED // max(1, len(self._hidden))))
+        total = torch.stack([exp2_(piece) for piece in pieces]).sum(0)
+        largest = by_class.view(torch.int16).amax(0)  # the order of bfloat16 numbers >= 0 is that of their bits
+        return by_class.T, total, largest.view(torch.bfloat16).float()
 
     def _largest_logits(self, rows: Tensor) -> Tensor:
-        return (self._hidden @ rows.T).amax(1).float()
+        return (self._hidden @ rows.T).amax(1).float() * LOG2_E
+
+
+def exp2_(narrow: Tensor) -> Tensor:
+    """2^x in place of x [C, N] of bfloat16, and the sums [N] of what float32 holds of it."""
+    wide = narrow.float().exp2_()
+    narrow.copy_(wide)
+    return wide.sum(0)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

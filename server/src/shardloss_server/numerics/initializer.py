@@ -115,8 +115,8 @@ def round_stochastically(values: Tensor, seed: int, version: int, class_ids: Ten
     values are rounded to nearest. Source: DESIGN of low-precision training, Gupta et al. 2015, section 3.
     """
     noise = noise_bits(seed, version, class_ids, values.shape[1])
-    kept = noise.add_(values.contiguous().view(torch.int32)).bitwise_right_shift_(16).to(torch.int16)
-    rounded = kept.view(torch.bfloat16)
+    kept = noise.add_(values.contiguous().view(torch.int32)).bitwise_right_shift_(16)
+    rounded = kept.to(torch.int16).view(torch.bfloat16)
     if bool(torch.isfinite(values.sum())):
         return rounded
     return torch.where(torch.isfinite(values), rounded, values.to(torch.bfloat16))

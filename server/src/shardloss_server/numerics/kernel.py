@@ -15,8 +15,10 @@ from torch import Tensor
 
 from shardloss_server.numerics.correction import find_hits, grouped_logsumexp
 from shardloss_server.numerics.exponentials import (
+    CACHED,
     Exponentials,
     Narrow,
+    Rescaled,
     exp_,
     exponentials_,
     finite_lse,
@@ -34,9 +36,9 @@ ENTRY_ELEMENTS = 1 << 24  # elements of the rows of entries gathered at once
 class Entries:
     """Columns of single rows of hidden, flattened to L entries.
 
-    batch_row [L] says whose column an entry is; row_index [L] its row in the shard, rows [L, D] and biases [L] that
-    row, norms [L] what it was divided by, or None; weight [L] = y, or None for y = 0; log_weight [L] = -log Q, or None
-    for 0.
+    batch_row [L], ascending, says whose column an entry is; row_index [L] its row in the shard, rows [L, D] and
+    biases [L] that row, norms [L] what it was divided by, or None; weight [L] = y, or None for y = 0; log_weight [L] =
+    -log Q, or None for 0.
     """
 
     batch_row: Tensor
@@ -125,12 +127,36 @@ def remove_hits_(logits: Tensor, hits: Hits, log_weight: Tensor | None) -> None:
 
 def entry_columns(hidden: Tensor, entries: Entries, objective: Objective) -> Columns:
     """Columns [L] of entries; true ones get the margin."""
-    logits = (hidden[entries.batch_row] * entries.rows).sum(1) + entries.biases
+    logits = entry_products(hidden, entries).add_(entries.biases)
     if objective.margin is None or entries.weight is None:
         return transformed(logits, entries.log_weight, objective)
     logits, slope = with_margin(logits, objective.margin, objective.transform.scale)
     pull = logits.clone() if objective.learned_scale else None
     return Columns(logits if entries.log_weight is None else logits + entries.log_weight, slope, pull)
+
+
+def entry_products(hidden: Tensor, entries: Entries) -> Tensor:
+    """hidden . row [L] of entries, in pieces that stay in the cache."""
+    if len(entries.rows) == 0:
+        return torch.zeros(0, dtype=hidden.dtype)
+    pieces = (torch.split(of, max(1, CACHED // hidden.shape[1])) for of in (entries.batch_row, entries.rows))
+    return torch.cat([torch.index_select(hidden, 0, n).mul_(rows).sum(1) for n, rows in zip(*pieces, strict=True)])
+
+
+def sum_of_rows(num_rows: int, entries: Entries, factor: Tensor) -> Tensor:
+    """Sums [N, D] of factor [L] times the rows of each row's entries."""
+    return bags(factor, torch.arange(len(factor)), entries.rows, torch.bincount(entries.batch_row, minlength=num_rows))
+
+
+def bags(factor: Tensor, place: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Sums [B, D] of factor [L] times rows [M, D] at place [L], bag by bag: counts [B] says how many each takes.
+
+    embedding_bag makes nothing of size L x D; index_add_ would take that, at 2 GB/s.
+    """
+    if len(factor) == 0:
+        return torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype)
+    first = counts.cumsum(0) - counts
+    return torch.nn.functional.embedding_bag(place, rows, first, mode="sum", per_sample_weights=factor)
 
 
 def sloped(values: Tensor, slope: Tensor | None) -> Tensor:
@@ -168,15 +194,39 @@ def block_statistics(
     return Partial(lse, mean_row, mean_pull), exps if columns.slope is None else None
 
 
-def narrow_statistics(
-    narrow: Narrow, rows: Tensor, with_gradient: bool, dtype: torch.dtype, out: Tensor | None = None
-) -> tuple[Partial, Exponentials]:
-    """Statistics of the next block of plain logits, rows [C, D] of bfloat16, C >= 1; mean_row is of `dtype`."""
-    exps, total = narrow.of(rows, out)
-    lse = exps.top.double() + total.double().log()
-    safe_total = torch.where(total == 0, 1.0, total)
-    mean_row = (exps.values @ rows).to(dtype).div_(safe_total[:, None]) if with_gradient else None
-    return Partial(lse, mean_row), exps
+class NarrowSums:
+    """Statistics of hidden's plain logits against blocks of rows of bfloat16, one block after another.
+
+    Sums are relative to the top of the last block, so that most blocks only add; mean_row is of `dtype`.
+    """
+
+    def __init__(self, hidden: Tensor, with_gradient: bool) -> None:
+        self._narrow = Narrow(hidden)
+        self._top = torch.full((len(hidden),), -torch.inf)
+        self._total = torch.zeros(len(hidden), dtype=torch.float64)
+        self._row = torch.zeros_like(hidden) if with_gradient else None
+
+    def add_(self, rows: Tensor, out: Tensor | None) -> Exponentials:
+        """Add a block of rows [C, D], C >= 1; its exponentials are written to `out`, if there is one."""
+        exps, total = self._narrow.of(rows, out)
+        if exps.top is not self._top:
+            left = torch.exp(self._top.double() - exps.top)
+            self._total *= left
+            if self._row is not None:
+                self._row *= left.to(self._row.dtype)[:, None]
+            self._top = exps.top
+        self._total += total
+        if self._row is not None:
+            self._row += exps.values @ rows
+        return exps
+
+    def partial(self) -> Partial:
+        """Of all blocks so far; without any, `Partial.empty`."""
+        lse = self._top.double() + self._total.log()
+        if self._row is None:
+            return Partial(lse, None)
+        total = torch.where(self._total == 0, 1.0, self._total).to(self._row.dtype)
+        return Partial(lse, self._row / total[:, None])
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:
@@ -197,8 +247,7 @@ def entry_statistics(num_rows: int, entries: Entries, columns: Columns, with_gra
         share = torch.exp(columns.logits.double() - finite_lse(loss)[entries.batch_row]).to(columns.logits.dtype)
     row = None
     if with_gradient:
-        row = torch.zeros(num_rows, entries.rows.shape[1], dtype=entries.rows.dtype)
-        row.index_add_(0, entries.batch_row, sloped(share, columns.slope)[:, None] * entries.rows)
+        row = sum_of_rows(num_rows, entries, sloped(share, columns.slope))
     pull = None if columns.pull is None else by_row(num_rows, entries, (share * columns.pull).double())
     return Sums(loss, row, pull) if family == "logistic" else Partial(loss, row, pull)
 
@@ -216,11 +265,9 @@ def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: 
     pull = None if columns.pull is None else by_row(num_rows, entries, (weight * columns.pull).double())
     if not with_gradient:
         return Target(logit, None, pull)
-    rows = sloped(weight, columns.slope)[:, None] * entries.rows
-    at, place = torch.unique_consecutive(entries.batch_row, return_inverse=True)
-    if len(at) < len(rows):  # rows with several labels here
-        rows = torch.zeros(len(at), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows)
-    return Target(logit, rows, pull, at)
+    at, counts = torch.unique_consecutive(entries.batch_row, return_counts=True)
+    factor = sloped(weight, columns.slope)
+    return Target(logit, bags(factor, torch.arange(len(factor)), entries.rows, counts), pull, at)
 
 
 # Gradients
@@ -244,16 +291,21 @@ def block_gradient(columns: Columns, lse: Tensor, scale: Tensor, family: str) ->
 
 
 def entry_gradient(
-    entries: Entries, columns: Columns, lse: Tensor, g: Tensor, weight: Tensor, family: str, apart: bool
+    batch_row: Tensor,
+    weight: Tensor | None,
+    columns: Columns,
+    upstream: Rescaled,
+    g: Tensor,
+    family: str,
+    apart: bool,
 ) -> Tensor:
-    """dz [L] of entries: g (weight p - y) slope, or -g y slope where p is accounted for elsewhere (not apart)."""
-    n = entries.batch_row
-    dz = torch.zeros_like(columns.logits) if entries.weight is None else -g[n] * entries.weight
+    """dz [L] of entries of weight y: (scale p - g y) slope, or -g y slope where p is elsewhere (not apart)."""
+    n, logits = batch_row, columns.logits
+    dz = torch.zeros_like(logits) if weight is None else -g[n] * weight
     if apart:
-        logits = columns.logits
         if family == "logistic":
             probability = torch.sigmoid(logits)
         else:
-            probability = torch.exp(logits.double() - finite_lse(lse)[n]).to(logits.dtype)
-        dz = dz + g[n] * weight[n] * probability
+            probability = torch.exp(logits.double() - finite_lse(upstream.lse)[n]).to(logits.dtype)
+        dz = dz.add_(upstream.scale[n] * probability)
     return sloped(dz, columns.slope)

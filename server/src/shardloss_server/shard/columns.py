@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel, ranking
-from shardloss_server.numerics.exponentials import Exponentials, Narrow
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
 from shardloss_server.numerics.transform import PLAIN
-from shardloss_server.shard.kept import Kept, KeptPart
+from shardloss_server.shard.kept import Kept, KeptEntries, KeptPart
 from shardloss_server.shard.record import Candidates, Mined, Part, RowCandidates, Score
 from shardloss_server.shard.rows import ShardRows
 
@@ -32,44 +31,61 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
     of_part = kept.begin(part) if kept is not None else None
     if of_part is not None:
         of_part.keep_labels(labels)
-    pieces = chain(
-        entry_pieces(rows, part, labels, found, with_gradient), block_pieces(rows, part, with_gradient, of_part)
-    )
-    first = next(pieces, None)
-    total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
+    if is_narrow(rows, part):
+        total: Statistics = narrow_statistics(rows, part, with_gradient, of_part)
+    else:
+        pieces = chain(
+            entry_pieces(rows, part, labels, found, with_gradient, of_part),
+            block_pieces(rows, part, with_gradient, of_part),
+        )
+        first = next(pieces, None)
+        total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
     return Score(total, target, spread(rows, part), version, range(rows.shard, rows.shard + 1))
 
 
 def entry_pieces(
-    rows: ShardRows, part: Part, labels: kernel.Entries, of_labels: kernel.Columns, with_gradient: bool
+    rows: ShardRows,
+    part: Part,
+    labels: kernel.Entries,
+    of_labels: kernel.Columns,
+    with_gradient: bool,
+    of_part: KeptPart | None,
 ) -> Iterator[Statistics]:
     """Statistics of the true columns, where they stand apart, and of the candidates of single rows."""
     hidden, family = part.batch.hidden, part.objective.family
     if part.has_columns_apart:
         yield kernel.entry_statistics(len(hidden), labels, of_labels, with_gradient, family)
+    scored = []
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, part.objective)
         yield kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family)
+        scored.append(KeptEntries(entries.batch_row, entries.row_index, columns))
+    if of_part is not None and scored and not part.objective.transform.normalize:
+        of_part.keep_entries(KeptEntries.cat(scored))
 
 
 def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Iterator[Statistics]:
     """Statistics of each block, whose exponentials are kept."""
     hidden, objective = part.batch.hidden, part.objective
-    narrow = Narrow(hidden) if is_narrow(rows, part) else None
-    statistics: Statistics
-    exponentials: Exponentials | None
-    dtype = torch.bfloat16 if narrow is not None else rows.compute_dtype
     for place, (_, block) in enumerate(blocks(rows, part)):
-        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), dtype)
-        if narrow is not None:
-            wide = rows.compute_dtype
-            statistics, exponentials = kernel.narrow_statistics(narrow, block.rows, with_gradient, wide, out)
-        else:
-            columns, family = kernel.block_columns(hidden, block, objective, out), objective.family
-            statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, family)
+        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), rows.compute_dtype)
+        columns = kernel.block_columns(hidden, block, objective, out)
+        statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, objective.family)
         if of_part is not None:
             of_part.keep(place, block, exponentials)
         yield statistics
+
+
+def narrow_statistics(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Partial:
+    """Statistics of all blocks of a part that `is_narrow`, whose exponentials are kept."""
+    hidden = part.batch.hidden
+    sums = kernel.NarrowSums(hidden, with_gradient)
+    for place, (_, block) in enumerate(blocks(rows, part)):
+        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), torch.bfloat16)
+        exponentials = sums.add_(block.rows, out)
+        if of_part is not None:
+            of_part.keep(place, block, exponentials)
+    return sums.partial()
 
 
 def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:

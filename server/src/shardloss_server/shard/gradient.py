@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel
-from shardloss_server.numerics.exponentials import Narrow
+from shardloss_server.numerics.correction import in_order
+from shardloss_server.numerics.exponentials import CACHED, Narrow, Rescaled
 from shardloss_server.numerics.loss import mass_of_gradient, weight_of_softmax
 from shardloss_server.numerics.transform import project
 from shardloss_server.shard import columns
 from shardloss_server.shard.distribution import Collected
-from shardloss_server.shard.kept import Kept, KeptBlock, KeptPart
-from shardloss_server.shard.record import Candidates, Part, Upstream
-from shardloss_server.shard.rows import BLOCK_ROWS, Index, ShardRows
+from shardloss_server.shard.kept import Kept, KeptBlock, KeptEntries, KeptPart
+from shardloss_server.shard.record import Candidates, Part, RowCandidates, Upstream
+from shardloss_server.shard.rows import Index, ShardRows
 
 Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of rows [M, D], of biases [M]
 
@@ -57,6 +58,8 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
 
     Gradients that hit the same row are summed, one piece at a time.
     """
+    if not any(isinstance(part.candidates, Candidates) or part.objective.transform.normalize for part in parts):
+        return entries_gradient(rows, parts, upstreams, kept)
     touch = Touch(rows, parts)
     gradient = torch.zeros(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
     biases = torch.zeros(len(touch.index), dtype=rows.compute_dtype)
@@ -65,6 +68,41 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
             touch.add_(gradient, index, piece_rows, is_block)
             touch.add_(biases, index, piece_biases, is_block)
     return touch.index, gradient, biases
+
+
+def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
+    """Gradient where all columns are entries of rows as they are stored: sums of dz hidden, row by row in one pass."""
+    found, first_row = [], 0
+    for part, up in zip(parts, upstreams, strict=True):
+        scale = part.objective.transform.scale
+        for row_index, batch_row, dz in entry_derivatives(rows, part, up, kept.of(part)):
+            found.append((row_index, batch_row + first_row, dz, dz * scale))
+        first_row += len(part.batch.hidden)
+    row_index, batch_row, dz, of_bias = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    ordered, order = in_order(row_index)
+    index, place, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    gradient = kernel.bags(dz[order], batch_row[order], torch.cat([part.batch.hidden for part in parts]), counts)
+    biases = torch.zeros(len(index), dtype=rows.compute_dtype)
+    return index, gradient, biases.index_add_(0, place, of_bias[order]) if rows.spec.bias else biases
+
+
+def entry_derivatives(
+    rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(row index, row of hidden, dz), each [L], of a part's labels and of its rows' own candidates."""
+    hidden, objective = part.batch.hidden, part.objective
+    rescaled = Rescaled(hidden, up.lse, up.g * weight_of_columns(part, up.lse))
+    labels = kept.labels or columns.label_entries(rows, part)
+    found = kernel.entry_columns(hidden, labels, objective)
+    apart = part.has_columns_apart
+    dz = kernel.entry_gradient(labels.batch_row, labels.weight, found, rescaled, up.g, objective.family, apart)
+    yield labels.row_index, labels.batch_row, dz
+    if not isinstance(part.candidates, RowCandidates):
+        return
+    for own in (kept.entries,) if kept.entries is not None else columns.row_entries(rows, part):
+        found = own.columns if isinstance(own, KeptEntries) else kernel.entry_columns(hidden, own, objective)
+        dz = kernel.entry_gradient(own.batch_row, None, found, rescaled, up.g, objective.family, True)
+        yield own.row_index, own.batch_row, dz
 
 
 def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> Tensor:
@@ -90,25 +128,25 @@ def column_gradients(
     rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(row index, gradient of rows, gradient of biases, is a block) of each piece of a part's sparse columns."""
-    weight = weight_of_columns(part, up.lse)
+    rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
     labels = kept.labels or columns.label_entries(rows, part)
-    yield labels.row_index, *entry_gradient(part, labels, up, weight, part.has_columns_apart), False
+    yield labels.row_index, *entry_gradient(part, labels, up.g, rescaled, part.has_columns_apart), False
     for entries in columns.row_entries(rows, part):
-        yield entries.row_index, *entry_gradient(part, entries, up, weight, True), False
+        yield entries.row_index, *entry_gradient(part, entries, up.g, rescaled, True), False
     if isinstance(part.candidates, Candidates):
         for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
             row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
             scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
-            yield row_index, *block_gradient(part, scored, up, weight, rows.spec.bias), True
+            yield row_index, *block_gradient(part, scored, up.g, rescaled, rows.spec.bias), True
 
 
 def entry_gradient(
-    part: Part, entries: kernel.Entries, up: Upstream, weight: Tensor, apart: bool
+    part: Part, entries: kernel.Entries, g: Tensor, rescaled: Rescaled, apart: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the row [L, D] and bias [L] of each entry."""
     hidden, objective = part.batch.hidden, part.objective
     found = kernel.entry_columns(hidden, entries, objective)
-    dz = kernel.entry_gradient(entries, found, up.lse, up.g, weight, objective.family, apart)
+    dz = kernel.entry_gradient(entries.batch_row, entries.weight, found, rescaled, g, objective.family, apart)
     gradient = dz[:, None] * hidden[entries.batch_row]
     if entries.norms is not None:
         gradient = project(gradient, entries.rows, entries.norms)
@@ -118,8 +156,8 @@ def entry_gradient(
 def block_gradient(
     part: Part,
     scored: KeptBlock | kernel.Block,
-    up: Upstream,
-    weight: Tensor,
+    g: Tensor,
+    rescaled: Rescaled,
     with_bias: bool,
     class_weights: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
@@ -130,15 +168,15 @@ def block_gradient(
     """
     hidden, objective = part.batch.hidden, part.objective
     if isinstance(scored, KeptBlock):
-        gradient, bias = scored.exponentials.gradient(hidden, up.lse, up.g * weight, with_bias)
+        gradient, bias = scored.exponentials.gradient(rescaled, with_bias)
     else:
         found = kernel.block_columns(hidden, scored, objective)
-        dz = kernel.block_gradient(found, up.lse, up.g * weight, objective.family)
+        dz = kernel.block_gradient(found, rescaled.lse, rescaled.scale, objective.family)
         gradient, bias = dz.T @ hidden, dz.sum(0)
     if class_weights is not None and part.batch.spread is not None:
-        g = up.g * part.batch.spread
-        gradient -= class_weights[:, None] * (g @ hidden)
-        bias -= class_weights * g.sum()
+        spread = g * part.batch.spread
+        gradient -= class_weights[:, None] * (spread @ hidden)
+        bias -= class_weights * spread.sum()
     if labels is not None:
         gradient -= labels[0]
         bias -= labels[1]
@@ -160,13 +198,13 @@ def dense_gradient(
     A chunk's logits depend on its own rows alone, so the caller may update a chunk before asking for the next.
     """
     full = [(part, up) for part, up in zip(parts, upstreams, strict=True) if part.is_full]
-    weights = [weight_of_columns(part, up.lse) for part, up in full]
+    rescaled = [Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse)) for part, up in full]
     row_index, order = torch.sort(touched[0])
     touched_rows_, touched_biases = touched[1][order], touched[2][order]
     narrow = [Narrow(part.batch.hidden) if columns.is_narrow(rows, part) else None for part, _ in full]
     for place, (start, end) in enumerate(rows.chunks(max(len(part.batch.hidden) for part, _ in full))):
         pieces = []
-        for (part, up), weight, of_part in zip(full, weights, narrow, strict=True):
+        for (part, up), of_hidden, of_part in zip(full, rescaled, narrow, strict=True):
             scored: KeptBlock | kernel.Block | None = kept_chunk(rows, part, kept.of(part), place, start, end)
             scored = scored or columns.dense_block(rows, part, start, end)[1]
             if of_part is not None and isinstance(scored, kernel.Block):
@@ -175,7 +213,7 @@ def dense_gradient(
             if part.batch.spread is not None:
                 of_classes = columns.class_weights(rows, part, start, end).to(rows.compute_dtype)
             labels = labels_of(part, collected, start, end)
-            pieces.append(block_gradient(part, scored, up, weight, rows.spec.bias, of_classes, labels))
+            pieces.append(block_gradient(part, scored, up.g, of_hidden, rows.spec.bias, of_classes, labels))
         gradient, biases = pieces[0]
         for piece in pieces[1:]:
             gradient += piece[0]
@@ -218,8 +256,9 @@ def weight_of_columns(part: Part, lse: Tensor) -> Tensor:
 
 
 def in_blocks(touched: Touched) -> Iterator[tuple[Index, Tensor, Tensor]]:
-    """Touched rows, BLOCK_ROWS at a time."""
+    """Touched rows, as many at a time as the cache holds."""
     index, gradient, biases = touched
-    for start in range(0, len(index), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    size = max(64, CACHED // gradient.shape[1])
+    for start in range(0, len(index), size):
+        block = slice(start, start + size)
         yield index[block], gradient[block], biases[block]

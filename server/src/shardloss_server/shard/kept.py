@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics.exponentials import Exponentials
-from shardloss_server.numerics.kernel import Block, Entries
+from shardloss_server.numerics.kernel import Block, Columns, Entries
 from shardloss_server.shard.record import Part
 
 KEPT_BYTES = 512 * 2**20  # what a worker keeps between scores and their steps
@@ -82,11 +82,38 @@ class KeptBlock:
         return self.exponentials.num_bytes + sum(x.nbytes for x in (self.rows, self.norms) if x is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptEntries:
+    """Candidates of single rows that were scored: whose each is [L], its row in the shard [L], and its logit."""
+
+    batch_row: Tensor
+    row_index: Tensor
+    columns: Columns
+
+    @staticmethod
+    def cat(pieces: Sequence[KeptEntries]) -> KeptEntries:
+        """All of them, of at least one piece."""
+        columns = [piece.columns for piece in pieces]
+        slopes = [one.slope for one in columns if one.slope is not None]
+        return KeptEntries(
+            torch.cat([piece.batch_row for piece in pieces]),
+            torch.cat([piece.row_index for piece in pieces]),
+            Columns(torch.cat([one.logits for one in columns]), torch.cat(slopes) if slopes else None, None),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they take."""
+        own = (self.batch_row, self.row_index, self.columns.logits, self.columns.slope)
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
+
+
 class KeptPart:
-    """The blocks of one part by their place in it, and its labels' columns."""
+    """The blocks of one part by their place in it, its labels' columns, and the candidates of single rows."""
 
     def __init__(self, room: Room, is_full: bool) -> None:
         self.labels: Entries | None = None
+        self.entries: KeptEntries | None = None
         self.blocks: dict[int, KeptBlock] = {}
         self._room, self._is_full = room, is_full
 
@@ -103,6 +130,11 @@ class KeptPart:
         if self._room.take(id(self), labels.rows.nbytes):
             self.labels = labels
 
+    def keep_entries(self, entries: KeptEntries) -> None:
+        """Keep all of the part's columns of single rows, where there is room."""
+        if self._room.take(id(self), entries.num_bytes):
+            self.entries = entries
+
     def memory(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where a block's logits [num_rows, num_columns] may be written, to be kept; None: anywhere.
 
@@ -112,7 +144,7 @@ class KeptPart:
 
     def free(self) -> None:
         """Forget it all. Idempotent."""
-        blocks, self.blocks, self.labels = self.blocks, {}, None
+        blocks, self.blocks, self.entries, self.labels = self.blocks, {}, None, None
         self._room.give_back(id(self), [kept.exponentials.values for kept in blocks.values() if self._is_full])
 
 

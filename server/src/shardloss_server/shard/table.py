@@ -28,7 +28,7 @@ from shardloss_server.shard.record import (
     Upstream,
     allocating,
 )
-from shardloss_server.shard.rows import Index, ShardRows, taken
+from shardloss_server.shard.rows import Index, ShardRows, put_, taken
 
 KEPT_RECORDS = 1  # a peer lags by the one record in flight: the owner settles it before it starts another
 
@@ -182,14 +182,6 @@ class ShardTable(ShardRows):
         if self.weights.dtype != torch.bfloat16:
             return rows
         return round_stochastically(rows, self.spec.initializer.seed, version, self.class_ids(index))
-
-
-def put_(values: Tensor, index: Index, new: Tensor) -> None:
-    """values[index] = new; nothing to do where new is that very range."""
-    if isinstance(index, Tensor):
-        values.index_copy_(0, index, new)
-    elif new.data_ptr() != values[index].data_ptr():
-        values[index] = new
 
 
 def put_all_(state: State, index: Index, new: State) -> None:
