@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from shardloss_server.numerics import kernel
-from shardloss_server.numerics.exponentials import exponentials_
+from shardloss_server.numerics.exponentials import Exponentials
 from shardloss_server.numerics.initializer import Initializer
-from shardloss_server.numerics.kernel import Block
+from shardloss_server.numerics.kernel import Block, Columns, SoftmaxSums
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.partial import Partial
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import Placement
 from shardloss_server.shard.kept import Kept, Room
@@ -216,7 +217,7 @@ def test_shards_of_a_worker_share_their_room() -> None:
     """What one took the other cannot have."""
     room = Room(1000)
     block = Block(torch.zeros(3, D), torch.zeros(3), None, None, None)
-    exponentials = exponentials_(torch.zeros(N, 11))  # 4 * (77 + 7) bytes
+    exponentials = Exponentials(torch.zeros(N, 11), torch.zeros(N))  # 4 * (77 + 7) bytes
     parts = [part_of(0) for _ in range(4)]
     kept = [Kept(room).begin(part) for part in parts]
     for one in kept:
@@ -236,7 +237,9 @@ def test_exponentials_are_those_of_the_logits(dtype: torch.dtype) -> None:
     logits[3, 5:] = -torch.inf
     top = logits.amax(1, keepdim=True).double()
     wanted = torch.exp(logits.double() - torch.where(torch.isneginf(top), 0.0, top))
-    found = exponentials_(logits.clone())
+    sums = SoftmaxSums(Partial.empty(N, D, dtype), dtype)
+    found = sums.add_(Columns(logits.clone(), None, None), torch.zeros(333, D, dtype=dtype))
+    assert found is not None
     error = (found.values.double() - wanted).abs() / torch.where(wanted == 0, 1.0, wanted)
     counts = wanted > 1e-3
     assert error[counts].max() <= 8 * torch.finfo(dtype).eps

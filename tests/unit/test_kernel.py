@@ -11,6 +11,7 @@ import torch
 from shardloss_server.frontend.request import SampledSoftmax, SampledValues
 from shardloss_server.numerics import kernel, reference
 from shardloss_server.numerics.margin import Margin, with_margin
+from shardloss_server.numerics.partial import Partial
 from torch import Tensor
 
 V, D, N = 211, 5, 7  # V is prime: its three shards have 71, 70 and 70 rows; D and N fit no vector register
@@ -438,3 +439,32 @@ def test_a_cosine_that_rounding_puts_beyond_1_has_no_slope(margin: Margin) -> No
     moved, slope = with_margin(logits.detach(), margin, scale)
     torch.testing.assert_close(moved, wanted.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_add_up_to_one_softmax(dtype: torch.dtype) -> None:
+    """However columns are cut, and whether their largest logit rises or falls: rows of -inf, empty blocks, a start."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 40, generator=generator, dtype=dtype) * 20
+    logits[1] = -torch.inf
+    logits[2, :30] = -torch.inf
+    logits[3] = logits[3].sort().values
+    rows, pull = torch.randn(40, 3, generator=generator, dtype=dtype), torch.randn(5, 40, generator=generator).double()
+    lse = logits.double().logsumexp(1)
+    share = torch.exp(logits.double() - torch.where(torch.isneginf(lse), 0.0, lse)[:, None])
+    for cuts in ([40], [7, 0, 20, 13], [1] * 40):
+        sums = kernel.SoftmaxSums(Partial.empty(5, 3, dtype, True, True), dtype)
+        start = 0
+        for size in cuts:
+            block = slice(start, start + size)
+            sums.add_(kernel.Columns(logits[:, block].clone(), None, pull[:, block]), rows[block])
+            start += size
+        found = sums.partial()
+        twice = kernel.SoftmaxSums(found, dtype)
+        twice.add_(kernel.Columns(logits[:, :9].clone(), None, pull[:, :9]), rows[:9])
+        tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-13}
+        torch.testing.assert_close(found.lse, lse, **tolerance)
+        torch.testing.assert_close(found.mean_row.double(), share @ rows.double(), **tolerance)
+        torch.testing.assert_close(found.mean_pull, (share * pull).sum(1), **tolerance)
+        both = torch.cat([logits, logits[:, :9]], 1).double().logsumexp(1)
+        torch.testing.assert_close(twice.partial().lse, both, **tolerance)

@@ -64,13 +64,6 @@ class Rescaled:
         return self._last[1:]
 
 
-def exponentials_(logits: Tensor) -> Exponentials:
-    """Exponentials in place of logits [N, C], C >= 1. A row may be all -inf."""
-    top = logits.amax(1)
-    top = torch.where(torch.isneginf(top), 0.0, top)
-    return Exponentials(exp_(logits.sub_(top[:, None])), top)
-
-
 class Narrow:
     """Exponentials in bfloat16 of hidden [N, D] against one block of rows after another, both bfloat16.
 

@@ -20,9 +20,9 @@ from shardloss_server.numerics.exponentials import (
     Narrow,
     Rescaled,
     exp_,
-    exponentials_,
     finite_lse,
 )
+from shardloss_server.numerics.loss import given
 from shardloss_server.numerics.margin import with_margin
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
@@ -172,61 +172,66 @@ def softplus(logits: Tensor) -> Tensor:
 # Statistics
 
 
-def block_statistics(
-    columns: Columns, rows: Tensor, with_gradient: bool, family: str
-) -> tuple[Statistics, Exponentials | None]:
-    """Statistics of a block's columns [N, C] (its logits are overwritten), rows [C, D]. A row may be all -inf.
+class SoftmaxSums:
+    """Softmax statistics of one block of columns after another, as sums relative to the largest logit so far.
 
-    With them come the exponentials, where a step can use them: of a softmax whose logits have slope 1.
-    """
-    if family == "logistic":
-        return block_sums(columns, rows, with_gradient), None
-    logits = columns.logits
-    if logits.shape[1] == 0:
-        with_pull = columns.pull is not None
-        return Partial.empty(logits.shape[0], rows.shape[1], logits.dtype, with_gradient, with_pull), None
-    exps = exponentials_(logits)
-    total = exps.values.sum(1)
-    lse = exps.top.double() + total.double().log()
-    total = torch.where(total == 0, 1.0, total)
-    mean_pull = None if columns.pull is None else ((exps.values * columns.pull).sum(1) / total).double()
-    mean_row = (sloped(exps.values, columns.slope) @ rows).div_(total[:, None]) if with_gradient else None
-    return Partial(lse, mean_row, mean_pull), exps if columns.slope is None else None
-
-
-class NarrowSums:
-    """Statistics of hidden's plain logits against blocks of rows of bfloat16, one block after another.
-
-    Sums are relative to the top of the last block, so that most blocks only add; mean_row is of `dtype`.
+    So a block adds, where partials would be merged block by block. What `start` holds is counted in, and says what is
+    summed: mean_row, mean_pull; sums of rows are of `dtype`. A row may have no column yet, or none at all.
     """
 
-    def __init__(self, hidden: Tensor, with_gradient: bool) -> None:
-        self._narrow = Narrow(hidden)
-        self._top = torch.full((len(hidden),), -torch.inf)
-        self._total = torch.zeros(len(hidden), dtype=torch.float64)
-        self._row = torch.zeros_like(hidden) if with_gradient else None
+    def __init__(self, start: Partial, dtype: torch.dtype) -> None:
+        self._start, self._is_empty = start, True
+        self._top = start.lse.to(dtype)
+        self._total = torch.exp(start.lse - finite_lse(self._top))
+        self._row = None if start.mean_row is None else start.mean_row * self._total.to(dtype)[:, None]
+        self._pull = None if start.mean_pull is None else start.mean_pull * self._total
 
-    def add_(self, rows: Tensor, out: Tensor | None) -> Exponentials:
-        """Add a block of rows [C, D], C >= 1; its exponentials are written to `out`, if there is one."""
-        exps, total = self._narrow.of(rows, out)
-        if exps.top is not self._top:
-            left = torch.exp(self._top.double() - exps.top)
-            self._total *= left
-            if self._row is not None:
-                self._row *= left.to(self._row.dtype)[:, None]
-            self._top = exps.top
+    def add_(self, columns: Columns, rows: Tensor) -> Exponentials | None:
+        """Add a block's columns [N, C] (its logits are overwritten), rows [C, D].
+
+        Its exponentials, where a step can use them: where logits have slope 1.
+        """
+        logits = columns.logits
+        if logits.shape[1] == 0:
+            return None
+        self._raise(torch.maximum(self._top, logits.amax(1)))
+        top = finite_lse(self._top)
+        values = exp_(logits.sub_(top[:, None]))
+        self._total += values.sum(1)
+        if self._pull is not None:
+            self._pull += (values * given(columns.pull)).sum(1)
+        if self._row is not None:
+            self._row.addmm_(sloped(values, columns.slope), rows)
+        return Exponentials(values, top) if columns.slope is None else None
+
+    def add_narrow_(self, narrow: Narrow, rows: Tensor, out: Tensor | None) -> Exponentials:
+        """Add the next block of narrow's plain logits, rows [C, D] of bfloat16, C >= 1; its exponentials, in `out`."""
+        exponentials, total = narrow.of(rows, out)
+        if exponentials.top is not self._top:
+            self._raise(exponentials.top)
         self._total += total
         if self._row is not None:
-            self._row += exps.values @ rows
-        return exps
+            self._row += exponentials.values @ rows
+        return exponentials
+
+    def _raise(self, top: Tensor) -> None:
+        """Take what is summed relative to another top [N], nowhere below the one before."""
+        left = torch.exp(self._top.double() - finite_lse(top))
+        self._top, self._is_empty = top, False
+        self._total *= left
+        if self._row is not None:
+            self._row *= left.to(self._row.dtype)[:, None]
+        if self._pull is not None:
+            self._pull *= left
 
     def partial(self) -> Partial:
-        """Of all blocks so far; without any, `Partial.empty`."""
-        lse = self._top.double() + self._total.log()
-        if self._row is None:
-            return Partial(lse, None)
-        total = torch.where(self._total == 0, 1.0, self._total).to(self._row.dtype)
-        return Partial(lse, self._row / total[:, None])
+        """Of all blocks so far."""
+        if self._is_empty:
+            return self._start
+        lse = finite_lse(self._top).double() + self._total.log()
+        total = torch.where(self._total == 0, 1.0, self._total)
+        mean_row = None if self._row is None else self._row / total.to(self._row.dtype)[:, None]
+        return Partial(lse, mean_row, None if self._pull is None else self._pull / total)
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from shardloss_server.numerics import kernel, ranking
+from shardloss_server.numerics.exponentials import Exponentials, Narrow
 from shardloss_server.numerics.partial import Partial, Spread, Statistics, Sums, combine
 from shardloss_server.numerics.transform import PLAIN
 from shardloss_server.shard.kept import Kept, KeptEntries, KeptPart
@@ -31,61 +31,55 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
     of_part = kept.begin(part) if kept is not None else None
     if of_part is not None:
         of_part.keep_labels(labels)
-    if is_narrow(rows, part):
-        total: Statistics = narrow_statistics(rows, part, with_gradient, of_part)
-    else:
-        pieces = chain(
-            entry_pieces(rows, part, labels, found, with_gradient, of_part),
-            block_pieces(rows, part, with_gradient, of_part),
-        )
-        first = next(pieces, None)
-        total = no_columns(rows, part, with_gradient) if first is None else reduce(combine, pieces, first)
+    start = entry_statistics(rows, part, labels, found, with_gradient, of_part)
+    total = with_blocks(rows, part, start, with_gradient, of_part)
     return Score(total, target, spread(rows, part), version, range(rows.shard, rows.shard + 1))
 
 
-def entry_pieces(
+def entry_statistics(
     rows: ShardRows,
     part: Part,
     labels: kernel.Entries,
     of_labels: kernel.Columns,
     with_gradient: bool,
     of_part: KeptPart | None,
-) -> Iterator[Statistics]:
-    """Statistics of the true columns, where they stand apart, and of the candidates of single rows."""
+) -> Statistics:
+    """Statistics of the true columns, where they stand apart, and of the candidates of single rows, which are kept."""
     hidden, family = part.batch.hidden, part.objective.family
+    pieces: list[Statistics] = []
     if part.has_columns_apart:
-        yield kernel.entry_statistics(len(hidden), labels, of_labels, with_gradient, family)
+        pieces.append(kernel.entry_statistics(len(hidden), labels, of_labels, with_gradient, family))
     scored = []
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, part.objective)
-        yield kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family)
+        pieces.append(kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family))
         scored.append(KeptEntries(entries.batch_row, entries.row_index, columns))
     if of_part is not None and scored and not part.objective.transform.normalize:
         of_part.keep_entries(KeptEntries.cat(scored))
+    return reduce(combine, pieces) if pieces else no_columns(rows, part, with_gradient)
 
 
-def block_pieces(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Iterator[Statistics]:
-    """Statistics of each block, whose exponentials are kept."""
+def with_blocks(
+    rows: ShardRows, part: Part, total: Statistics, with_gradient: bool, of_part: KeptPart | None
+) -> Statistics:
+    """The statistics so far with those of each block, whose exponentials are kept."""
     hidden, objective = part.batch.hidden, part.objective
+    sums = kernel.SoftmaxSums(total, rows.compute_dtype) if isinstance(total, Partial) else None
+    narrow = Narrow(hidden) if is_narrow(rows, part) else None
+    dtype = rows.compute_dtype if narrow is None else torch.bfloat16
     for place, (_, block) in enumerate(blocks(rows, part)):
-        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), rows.compute_dtype)
-        columns = kernel.block_columns(hidden, block, objective, out)
-        statistics, exponentials = kernel.block_statistics(columns, block.rows, with_gradient, objective.family)
+        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), dtype)
+        if sums is None:
+            columns = kernel.block_columns(hidden, block, objective, out)
+            total = combine(total, kernel.block_sums(columns, block.rows, with_gradient))
+            continue
+        if narrow is not None:
+            exponentials: Exponentials | None = sums.add_narrow_(narrow, block.rows, out)
+        else:
+            exponentials = sums.add_(kernel.block_columns(hidden, block, objective, out), block.rows)
         if of_part is not None:
             of_part.keep(place, block, exponentials)
-        yield statistics
-
-
-def narrow_statistics(rows: ShardRows, part: Part, with_gradient: bool, of_part: KeptPart | None) -> Partial:
-    """Statistics of all blocks of a part that `is_narrow`, whose exponentials are kept."""
-    hidden = part.batch.hidden
-    sums = kernel.NarrowSums(hidden, with_gradient)
-    for place, (_, block) in enumerate(blocks(rows, part)):
-        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), torch.bfloat16)
-        exponentials = sums.add_(block.rows, out)
-        if of_part is not None:
-            of_part.keep(place, block, exponentials)
-    return sums.partial()
+    return total if sums is None else sums.partial()
 
 
 def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:

@@ -22,34 +22,34 @@ Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of r
 
 
 class Touch:
-    """The rows that parts touch, each at one place: first the candidates of one part, then the others, both ascending.
+    """The rows that parts touch, each at one place: first the block, then the others, both ascending.
 
-    The gradients of these candidates, nearly all there is, are added where they stand, block by block; index_add_ would
-    run at 2 GB/s.
+    The block is the candidates of one part, nearly all there is: their gradients are written where they stand, and
+    others that hit them are added; index_add_ of all would run at 2 GB/s.
     """
 
     def __init__(self, rows: ShardRows, parts: tuple[Part, ...]) -> None:
-        self._block = distinct_candidates(rows, parts)
-        touched = torch.cat([touched_rows(rows, part) for part in parts])
+        self.block_part, self.block = distinct_candidates(rows, parts)
+        touched = torch.cat([touched_rows(rows, part, part is not self.block_part) for part in parts])
         self._others = torch.unique(touched[~self._in_block(touched)[0]])
-        self.index = torch.cat([self._block, self._others])
+        self.index = torch.cat([self.block, self._others])
 
     def _in_block(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows stand in the block, and where."""
-        if len(self._block) == 0:
+        if len(self.block) == 0:
             return torch.zeros_like(index, dtype=torch.bool), index
-        place = torch.searchsorted(self._block, index).clamp_(max=len(self._block) - 1)
-        return self._block[place] == index, place
+        place = torch.searchsorted(self.block, index).clamp_(max=len(self.block) - 1)
+        return self.block[place] == index, place
 
-    def add_(self, total: Tensor, index: Tensor, piece: Tensor, is_block: bool) -> None:
-        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`; is_block: of candidates."""
+    def add_(self, total: Tensor, index: Tensor, piece: Tensor, is_shared: bool) -> None:
+        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`; is_shared: of candidates."""
         is_in_block, place = self._in_block(index)
-        if is_block and len(index) and bool(is_in_block[0]):
+        if is_shared and len(index) and bool(is_in_block[0]):
             run = slice(int(place[0]), int(place[0]) + len(index))
-            if torch.equal(index, self._block[run]):
+            if torch.equal(index, self.block[run]):  # those of another part, as they are within a step
                 total[run] += piece
                 return
-        elsewhere = len(self._block) + torch.searchsorted(self._others, index)
+        elsewhere = len(self.block) + torch.searchsorted(self._others, index)
         total.index_add_(0, torch.where(is_in_block, place, elsewhere), piece)
 
 
@@ -61,12 +61,22 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
     if not any(isinstance(part.candidates, Candidates) or part.objective.transform.normalize for part in parts):
         return entries_gradient(rows, parts, upstreams, kept)
     touch = Touch(rows, parts)
-    gradient = torch.zeros(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
-    biases = torch.zeros(len(touch.index), dtype=rows.compute_dtype)
-    for part, up in zip(parts, upstreams, strict=True):
-        for index, piece_rows, piece_biases, is_block in column_gradients(rows, part, up, kept.of(part)):
-            touch.add_(gradient, index, piece_rows, is_block)
-            touch.add_(biases, index, piece_biases, is_block)
+    gradient = torch.empty(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
+    biases = torch.empty(len(touch.index), dtype=rows.compute_dtype)
+    gradient[len(touch.block) :], biases[len(touch.block) :] = 0.0, 0.0
+    with_upstream = list(zip(parts, upstreams, strict=True))
+    for part, up in with_upstream:
+        if part is touch.block_part:
+            end = 0
+            for index, of_rows, of_biases in candidate_gradients(rows, part, up, kept.of(part)):
+                run = slice(end, end + len(index))
+                gradient[run], biases[run], end = of_rows, of_biases, run.stop
+    for part, up in with_upstream:
+        shared = iter(()) if part is touch.block_part else candidate_gradients(rows, part, up, kept.of(part))
+        for pieces, is_shared in ((own_gradients(rows, part, up, kept.of(part)), False), (shared, True)):
+            for index, of_rows, of_biases in pieces:
+                touch.add_(gradient, index, of_rows, is_shared)
+                touch.add_(biases, index, of_biases, is_shared)
     return touch.index, gradient, biases
 
 
@@ -105,39 +115,47 @@ def entry_derivatives(
         yield own.row_index, own.batch_row, dz
 
 
-def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> Tensor:
-    """Rows [C] of the candidates of the first part that has any, where they are distinct; else none."""
+def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> tuple[Part | None, Tensor]:
+    """The first part that has shared candidates, and their rows [C], where they are distinct; else none."""
+    none = torch.zeros(0, dtype=torch.int64)
     for part in parts:
         if isinstance(part.candidates, Candidates):
             places = columns.candidate_places(rows, part, part.candidates)
             index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[torch.cat(places)])
-            return index if bool((index[1:] > index[:-1]).all()) else index[:0]
-    return torch.zeros(0, dtype=torch.int64)
+            return (part, index) if bool((index[1:] > index[:-1]).all()) else (None, none)
+    return None, none
 
 
-def touched_rows(rows: ShardRows, part: Part) -> Tensor:
+def touched_rows(rows: ShardRows, part: Part, with_candidates: bool) -> Tensor:
     """The shard's rows among a part's labels and candidates; [L], with repeats."""
     placement = rows.spec.placement
     class_ids = part.batch.labels.flatten()
-    if part.candidates is not None:
+    if with_candidates and part.candidates is not None:
         class_ids = torch.cat([class_ids, part.candidates.class_ids.flatten()])
     return placement.rows(rows.shard, class_ids[placement.owned(rows.shard, class_ids)])
 
 
-def column_gradients(
-    rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
-) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-    """(row index, gradient of rows, gradient of biases, is a block) of each piece of a part's sparse columns."""
+Pieces = Iterator[tuple[Tensor, Tensor, Tensor]]  # row index [L], gradient of rows [L, D], of biases [L]
+
+
+def candidate_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPart) -> Pieces:
+    """Gradients through a part's shared candidates, in their order."""
+    if not isinstance(part.candidates, Candidates):
+        return
+    rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
+    for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
+        row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
+        scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
+        yield row_index, *block_gradient(part, scored, up.g, rescaled, rows.spec.bias)
+
+
+def own_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPart) -> Pieces:
+    """Gradients through a part's labels and its rows' own candidates."""
     rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
     labels = kept.labels or columns.label_entries(rows, part)
-    yield labels.row_index, *entry_gradient(part, labels, up.g, rescaled, part.has_columns_apart), False
+    yield labels.row_index, *entry_gradient(part, labels, up.g, rescaled, part.has_columns_apart)
     for entries in columns.row_entries(rows, part):
-        yield entries.row_index, *entry_gradient(part, entries, up.g, rescaled, True), False
-    if isinstance(part.candidates, Candidates):
-        for number, place in enumerate(columns.candidate_places(rows, part, part.candidates)):
-            row_index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[place])
-            scored = kept.blocks.get(number) or columns.candidate_block(rows, part, part.candidates, place)
-            yield row_index, *block_gradient(part, scored, up.g, rescaled, rows.spec.bias), True
+        yield entries.row_index, *entry_gradient(part, entries, up.g, rescaled, True)
 
 
 def entry_gradient(
