@@ -159,6 +159,24 @@ def test_a_one_call_step_may_be_streamed(
 # Small calls with large answers
 
 
+def test_a_wide_gradient_is_counted_before_it_is_asked_for(
+    make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
+) -> None:
+    """In float64 it does not fit the message that it fits in float32; in float16 it fits where that does not."""
+    table = make_table(num_classes=NUM_CLASSES, dim=512)
+    hidden = rng.standard_normal((1500, 512), dtype=np.float32)
+    labels = rng.integers(0, NUM_CLASSES, len(hidden))
+    for grad_dtype in (None, "float64"):
+        found = table.compute_loss(
+            hidden, labels, shardloss.FullSoftmax(), want_hidden_grad=True, grad_dtype=grad_dtype
+        )
+        assert found.hidden_grad is not None
+        assert found.hidden_grad.dtype == (grad_dtype or "float32")
+    twice = np.concatenate([hidden, hidden]).astype(np.float16)
+    table.compute_loss(twice, np.tile(labels, 2), shardloss.FullSoftmax(), want_hidden_grad=True, grad_dtype="float16")
+    assert calls.used == ["ComputeLoss", "StreamLoss", "ComputeLoss"]
+
+
 def test_a_reply_above_one_message_comes_in_chunks(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
 ) -> None:

@@ -548,8 +548,12 @@ def test_a_gradient_too_large_for_the_wire_is_refused_by_name(table: shardloss.T
     with pytest.raises(InvalidArgument, match="grad_dtype = float16") as refused:
         head(hidden, torch.tensor([1]))
     assert refused.value.field == "hidden_grad"
-    head.wire_dtype = torch.int64
+    for wrong in (torch.int64, "float16"):
+        head.wire_dtype = wrong  # type: ignore[assignment]
+        with pytest.raises(InvalidArgument, match="wire_dtype is"):
+            head(hidden, torch.tensor([1]))
+    head.wire_dtype = torch.float16
     with pytest.raises(InvalidArgument, match="hidden is"):
-        head(hidden, torch.tensor([1]))
+        head(hidden.long(), torch.tensor([1]))
     with pytest.raises(InvalidArgument, match="grad_dtype"):
         table.compute_loss(np.ones((1, DIM)), np.array([1]), shardloss.FullSoftmax(), grad_dtype="int32")

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from shardloss import chunks, wire
+from shardloss.errors import InvalidArgument
 from shardloss.splice import LARGE_BYTES, LOSS_REPLY, LOSS_REQUEST, STREAM_REQUEST, Splice, Spliced, varint
 from shardloss.v1 import loss_pb2, tensor_pb2
 
@@ -95,6 +96,29 @@ def test_a_second_storage_is_left_to_protobuf(rival: str) -> None:
     assert found.content is None
     assert found.message == loss_pb2.ComputeLossRequest.FromString(content)
     assert found.message.hidden.WhichOneof("storage") == rival
+
+
+@pytest.mark.parametrize("num_bytes", [2, 5, 6, 10])
+def test_overlong_keys_are_what_protobuf_says(num_bytes: int) -> None:
+    """A key of up to five bytes is one; a longer one is refused."""
+    hidden = whole().hidden.SerializeToString()
+    key = bytes([0xB2, *[0x80] * (num_bytes - 2), 0x00])
+    content = key + varint(len(hidden)) + hidden
+    if num_bytes <= 5:
+        assert put_back(SMALL.split(content)).hidden == whole().hidden
+    else:
+        with pytest.raises(DecodeError):
+            SMALL.split(content)
+
+
+def test_a_piece_that_is_replaced_by_another_kind_is_left_to_protobuf() -> None:
+    """The last of a oneof counts, and nothing of the one before stays."""
+    chunk = loss_pb2.StreamLossRequest(chunk=tensor_pb2.Chunk(id=0, content=b"abc")).SerializeToString()
+    header = loss_pb2.StreamLossRequest(header=whole()).SerializeToString()
+    found = SMALL_CHUNK.split(chunk + header)
+    assert found == Spliced(loss_pb2.StreamLossRequest(header=whole()))
+    with pytest.raises(InvalidArgument):
+        chunks.piece_of(found)
 
 
 def test_many_fields_are_left_to_protobuf() -> None:

@@ -76,7 +76,13 @@ def spliced(piece: Piece, kind: type[M]) -> Spliced[M]:
 
 
 def piece_of(message: Spliced[Any]) -> Piece:
-    """What a message of a stream carries."""
+    """What a message of a stream carries.
+
+    Raises:
+        InvalidArgument: no chunk.
+    """
+    if message.message.WhichOneof("piece") != "chunk":
+        raise InvalidArgument("only chunks may follow the header", field="piece")
     chunk = message.message.chunk
     return Piece(chunk.id, chunk.content if message.content is None else message.content)
 
@@ -100,8 +106,6 @@ class Assembler:
         total = sum(self._missing.values())
         if total > max_bytes:
             raise LimitExceeded(f"the call announces {total} bytes in chunks; {max_bytes} are taken", field="chunk")
-        for place, num_bytes in self._missing.items():  # memory that is taken as the chunks come
-            self._contents[place] = np.empty(num_bytes, np.uint8).data
 
     def _announce(self, field: str, tensor: tensor_pb2.Tensor) -> None:
         reference, expected = tensor.chunk, expected_bytes(tensor, field)
@@ -122,7 +126,10 @@ class Assembler:
             raise InvalidArgument(f"chunk {chunk.id} is empty", field="chunk")
         if len(chunk.content) > self._missing.get(chunk.id, -1):
             raise InvalidArgument(f"chunk {chunk.id} was not announced or is longer than announced", field="chunk")
-        whole, missing = self._contents[chunk.id], self._missing[chunk.id]
+        missing = self._missing[chunk.id]
+        if chunk.id not in self._contents:  # memory is taken for what comes, not for what is announced
+            self._contents[chunk.id] = np.empty(missing, np.uint8).data
+        whole = self._contents[chunk.id]
         start = len(whole) - missing
         whole[start : start + len(chunk.content)] = chunk.content
         self._missing[chunk.id] = missing - len(chunk.content)
@@ -137,4 +144,4 @@ class Assembler:
         for place, missing in self._missing.items():
             if missing:
                 raise InvalidArgument(f"chunk {place} lacks {missing} bytes at the end of the stream", field="chunk")
-        return self._contents
+        return {place: self._contents.get(place, b"") for place in self._missing}

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from shardloss import types, wire
-from shardloss.autograd import Mark, RemoteLoss, check_tensor, num_true_of, to_ids, to_numpy, to_torch, to_wire
+from shardloss.autograd import (
+    FLOAT_DTYPES,
+    Mark,
+    RemoteLoss,
+    check_tensor,
+    num_true_of,
+    to_ids,
+    to_numpy,
+    to_torch,
+    to_wire,
+)
 from shardloss.errors import BadReply, InvalidArgument
 from shardloss.optimizer import Part, Pending, RemoteOptimizer
 from shardloss.table import Table
@@ -40,8 +50,9 @@ class Head(torch.nn.Module):
     its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
     table with steps of its own. torch.compile runs it as it is, between compiled graphs. Not thread-safe.
 
-    wire_dtype, None until it is set, is what hidden and its gradient cross the wire in: torch.float16 or torch.bfloat16
-    halve what float32 hidden carries, rounded once on each way.
+    wire_dtype, None until it is set, is what hidden and its gradient cross the wire in: torch.bfloat16 or torch.float16
+    halve what float32 hidden carries, rounded once on each way. A loss's gradient is rounded before it is multiplied by
+    any upstream: float16 makes 0 of what is below 6e-8 then, and refuses what is above 65,504.
 
     Raises:
         InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
@@ -154,7 +165,7 @@ class Head(torch.nn.Module):
         self.pending.join()
         sent = self._sent(hidden)
         if training:  # the step sends both again: the caller's batch may have changed by then
-            distribution, sent = distribution.copy(), sent.clone()
+            distribution, sent = distribution.copy(), sent.clone() if sent is hidden else sent
         kind, kept = loss if scale is None else scaled(loss, scale), to_wire(sent, "hidden")
         result = self.table.compute_loss(
             kept,
@@ -182,8 +193,17 @@ class Head(torch.nn.Module):
         return self._attached(hidden, scale, result, loss, part)
 
     def _sent(self, hidden: Tensor) -> Tensor:
-        """Hidden as it crosses the wire."""
-        return hidden if self.wire_dtype is None else hidden.to(self.wire_dtype)
+        """Hidden as it crosses the wire.
+
+        Raises:
+            InvalidArgument: it, or wire_dtype, is of no float dtype of the contract.
+        """
+        if self.wire_dtype is None:
+            return hidden
+        for dtype, field in ((hidden.dtype, "hidden"), (self.wire_dtype, "wire_dtype")):
+            if dtype not in FLOAT_DTYPES:
+                raise InvalidArgument(f"{field} is {dtype!r}; one of {FLOAT_DTYPES} is needed", field=field)
+        return hidden.to(self.wire_dtype)
 
     @property
     def _grad_dtype(self) -> str | None:

@@ -14,7 +14,7 @@ from shardloss.paging import of_rank
 from shardloss.questions import Questions
 from shardloss.splice import Spliced
 from shardloss.v1 import loss_pb2
-from shardloss.wire import Array
+from shardloss.wire import NUMPY_DTYPES, Array
 
 GAP_TRIES = 3
 
@@ -47,6 +47,7 @@ class Losses(Questions):
         want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
         optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats. grad_dtype is what
         the gradient of hidden crosses the wire in, None the table's compute dtype; bfloat16 is widened to float32 here.
+        Where hidden is a NumPy array it is sent from its memory, which must not change until the call returns.
 
         Raises:
             InvalidArgument: naming the field and the first offending index.
@@ -125,10 +126,11 @@ class Losses(Questions):
         return distribution
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
-        """At most so many: lse and class ids take 8 bytes, the rest is in the table's compute dtype."""
+        """At most so many: lse and class ids take 8 bytes, the rest is in the table's compute dtype or grad_dtype."""
         num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
         width = 8 if self.spec.dtype == "float64" else 4
-        num_bytes = 24 * num_rows + (num_rows * dim * width if request.want_hidden_grad else 0)
+        of_grad = NUMPY_DTYPES[request.grad_dtype].itemsize if request.grad_dtype else width
+        num_bytes = 24 * num_rows + (num_rows * dim * of_grad if request.want_hidden_grad else 0)
         if request.want_table_grad:
             num_bytes += self._num_touched(request) * ((dim + 1) * width + 8)
         return num_bytes + 4096

@@ -147,6 +147,7 @@ class Session:
         label_weights: Array | None = None,
         ignore_index: int | None = None,
         want_hidden_grad: bool = True,
+        grad_dtype: str | None = None,
     ) -> types.LossResult:
         """Score hidden [N, D] and commit in one call: the table's objective is grad_scale * sum(upstream [N] * loss),
         None is ones.
@@ -168,6 +169,7 @@ class Session:
             ignore_index=ignore_index,
             upstream=upstream,
             want_hidden_grad=want_hidden_grad,
+            grad_dtype=grad_dtype,
         )
         self._key(request.message)
         with messages.writing_request():

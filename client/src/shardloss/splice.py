@@ -1,14 +1,14 @@
 """One large tensor beside its message: put into the message's bytes, and taken out of them, past protobuf.
 
 On the wire stands the plain message, for any reader of the contract. Protobuf alone would copy the content of a tensor
-four times on its way into a call and three times on its way out; here it is copied once.
+four times on its way into a call and three times on its way out; here it is copied once on either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -19,7 +19,7 @@ Buffer = bytes | memoryview
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; source: protobuf.dev, "Encoding"
 MOST_FIELDS = 64  # that are looked through: a message of more is left to protobuf
-MOST_VARINT_BYTES = 10
+MOST_VARINT_BYTES, MOST_KEY_BYTES = 10, 5
 LARGE_BYTES = 1 << 16  # what protobuf holds in less time than it takes to look for it
 KEY_BYTES = 24  # keys and lengths around a content, at most
 
@@ -62,9 +62,8 @@ class Splice(Generic[M]):
         outer = kind.DESCRIPTOR.fields_by_name[owner]
         assert outer.message_type is not None
         inner = outer.message_type.fields_by_name[content]
-        oneof = inner.containing_oneof
         self._outer, self._inner = outer.number, inner.number
-        self._rivals = {field.number for field in oneof.fields} if oneof else {inner.number}
+        self._outer_rivals, self._inner_rivals = rivals(outer), rivals(inner)
         self._outer_key, self._inner_key = varint(outer.number << 3 | BYTES), varint(inner.number << 3 | BYTES)
 
     def join(self, spliced: Spliced[M]) -> bytes:
@@ -87,8 +86,9 @@ class Splice(Generic[M]):
         """
         outer = inner = None
         try:
-            outer = self._only(content, 0, len(content), {self._outer}, self._outer)
-            inner = outer and self._only(content, outer.value, outer.end, self._rivals, self._inner)
+            if len(content) >= self._least_bytes:
+                outer = self._only(content, 0, len(content), self._outer_rivals, self._outer)
+                inner = outer and self._only(content, outer.value, outer.end, self._inner_rivals, self._inner)
         except Unreadable:
             pass  # protobuf says what is wrong, if anything is
         if not outer or not inner or inner.end - inner.value < self._least_bytes:
@@ -99,10 +99,16 @@ class Splice(Generic[M]):
         return Spliced(self._kind.FromString(b"".join(rest)), raw[inner.value : inner.end])
 
     @staticmethod
-    def _only(content: bytes, start: int, end: int, rivals: set[int], number: int) -> Span | None:
-        """The one field of a number that is there, if none of its rivals is there, or it twice."""
-        found = [span for span in fields(content, start, end) if span.number in rivals]
+    def _only(content: bytes, start: int, end: int, numbers: set[int], number: int) -> Span | None:
+        """The one field of a number, if it is there once and none other of the numbers is."""
+        found = [span for span in fields(content, start, end) if span.number in numbers]
         return found[0] if len(found) == 1 and (found[0].number, found[0].kind) == (number, BYTES) else None
+
+
+def rivals(field: Any) -> set[int]:
+    """The numbers of which only one can hold: those of the field's oneof, or its own."""
+    oneof = field.containing_oneof
+    return {one.number for one in oneof.fields} if oneof else {field.number}
 
 
 def fields(content: bytes, start: int, end: int) -> Iterator[Span]:
@@ -115,7 +121,7 @@ def fields(content: bytes, start: int, end: int) -> Iterator[Span]:
     for _ in range(MOST_FIELDS):
         if at == end:
             return
-        key, value = read_varint(content, at, end)
+        key, value = read_varint(content, at, min(end, at + MOST_KEY_BYTES))
         kind = key & 7
         if kind == VARINT:
             _, after = read_varint(content, value, end)

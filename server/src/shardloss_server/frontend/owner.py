@@ -366,7 +366,7 @@ class TableOwner:
         if version >= doubt.change.version:
             self._note(doubt)
         else:
-            self.steps.doubt = None
+            self.steps.give_up()
             self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:

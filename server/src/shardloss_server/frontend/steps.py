@@ -36,7 +36,14 @@ class Steps:
 
     def begin(self, doubt: Doubt) -> None:
         """A change is being started."""
-        self.doubt, self.under_way = doubt, True
+        with self._applied:
+            self.doubt, self.under_way = doubt, True
+
+    def give_up(self) -> None:
+        """The change in doubt never happened."""
+        with self._applied:
+            self.doubt = None
+            self._applied.notify_all()
 
     def note(self) -> None:
         """The change in doubt happened."""
@@ -93,7 +100,8 @@ class Steps:
 
     def _version_in_doubt(self, session: str, step: int) -> int | None:
         """The version that a step makes, or a later one, whose outcome is not known yet."""
-        if self.doubt is None or not isinstance(self.doubt.change, Order):
+        doubt = self.doubt
+        if doubt is None or not isinstance(doubt.change, Order):
             return None
-        key = self.doubt.change.key
-        return self.doubt.change.version if key.session == session and key.step >= step else None
+        key = doubt.change.key
+        return doubt.change.version if key.session == session and key.step >= step else None

@@ -144,6 +144,7 @@ def combine(a: Statistics, b: Statistics) -> Statistics:
 
 def add_targets(a: Target, b: Target) -> Target:
     """Sum two targets, both with `at` or neither: rows that have their places are put one after the other."""
+    assert (a.at is None) == (b.at is None) or a.target_row is None or b.target_row is None
     logit, pull = a.target_logit + b.target_logit, plus(a.target_pull, b.target_pull)
     if a.at is None or b.at is None or a.target_row is None or b.target_row is None:
         return Target(logit, plus(a.target_row, b.target_row), pull)

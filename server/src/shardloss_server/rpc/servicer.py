@@ -195,8 +195,6 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
             if kind == "columns" and header.label_columns:
                 first = piece
                 break
-            if kind != "chunk":
-                raise InvalidArgument("only chunks may follow the header", field="piece")
             assembler.add(chunks.piece_of(piece))
         return self._columns(first, pieces, stream, deadline)
 
