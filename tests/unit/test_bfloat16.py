@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from shardloss_server.numerics import kernel
+from shardloss_server.numerics.exponentials import Narrow
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.optimizer import OptimizerSpec
@@ -142,3 +144,26 @@ WIDE: list[tuple[str, Callable[[], tuple[ShardTable, Part]]]] = [
 def test_everything_else_is_computed_in_float32(make: Callable[[], tuple[ShardTable, Part]]) -> None:
     """Biases, other losses and options, other dtypes."""
     assert not is_narrow(*make())
+
+
+@pytest.mark.parametrize("logit", [20_000.0, 30_000.0, 50_000.0, 100_000.0])
+def test_logits_beyond_a_reference_are_right_or_refused(logit: float) -> None:
+    """Never a finite number that is wrong: 2^x of them leaves every range."""
+    narrow = Narrow(torch.tensor([[1.0, 0.0]]))
+    exponentials, total = narrow.of(torch.tensor([[logit, 0.0], [0.0, 1.0]], dtype=torch.bfloat16))
+    lse = float(exponentials.top + total.log())
+    assert math.isnan(lse) or abs(lse - logit) < logit / 256
+
+
+def test_a_distribution_of_one_label_is_that_label() -> None:
+    """Its target is of the same rounded hidden as the sum beside it, or losses of rows that fit would be negative."""
+    table, part = table_of(60.0), part_of()
+    labels = (part.batch.hidden @ table.weights.float().T).argmax(1)
+    none = torch.zeros(N, 0)
+    spread = Part(Batch(part.batch.hidden, none.long(), none, torch.ones(N)), None, distribution="d")
+    one_hot = torch.nn.functional.one_hot(labels, V).float()
+    target = table.add_labels_(spread, 0, one_hot, None).target.target_logit
+    plain = dataclasses.replace(part, batch=dataclasses.replace(part.batch, labels=labels[:, None]))
+    losses = table.score(spread, False).statistics.lse - target
+    torch.testing.assert_close(losses, losses_of(table, plain), rtol=0, atol=1e-4)
+    assert losses.min() >= -0.01

@@ -189,9 +189,11 @@ def test_what_is_held_is_what_is_counted(kind: str) -> None:
     tensors = [b.exponentials.values for one in held for b in one.blocks.values()]
     tensors += [b.rows for one in held for b in one.blocks.values() if b.rows is not None]
     tensors += [x for one in held if one.entries for x in (one.entries.row_index, one.entries.columns.logits)]
-    tensors += [one.labels.rows for one in held if one.labels is not None]
+    labels = [one.labels for one in held if one.labels is not None]
+    tensors += [x for one in labels for x in (one.rows, one.row_index, one.batch_row, one.biases, one.weight)]
     assert tensors
-    assert sum(tensor.nbytes for tensor in tensors) <= room.taken_bytes <= max_bytes
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    assert sum(storages.values()) <= room.taken_bytes <= max_bytes
 
 
 def test_lent_memory_counts_as_room() -> None:

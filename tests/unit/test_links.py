@@ -78,7 +78,7 @@ def links() -> Iterator[Links]:
 @pytest.fixture
 def worker(links: Links) -> Worker:
     made = Worker()
-    linked_worker.start(made.call, links.invitation, 0, 1)
+    linked_worker.start(made.call, [links.invitation], 0, 1)
     assert links.wait(PATIENCE_S)
     return made
 
@@ -214,7 +214,7 @@ def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: 
     with pytest.raises(TimeoutError):
         early.result(0.05)
     back = Worker()
-    linked_worker.start(back.call, links.invitation, 0, 1)
+    linked_worker.start(back.call, [links.invitation], 0, 1)
     early.result(PATIENCE_S)
     assert torch.equal(back.calls[0][1][0].batch.hidden, kept.part.batch.hidden)
     gone.gate.set()

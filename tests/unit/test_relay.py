@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from shardloss_server.cluster import relay
+from shardloss_server.cluster import linked_worker, relay
 from shardloss_server.cluster.frames import Frame
 from shardloss_server.cluster.group import Order, ShardMissing, WorkerLost
-from shardloss_server.cluster.link import CALL, KEEP, ROUTE, WorkerFailed
+from shardloss_server.cluster.link import CALL, KEEP, ROUTE, Links, WorkerFailed
 from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.config import Limits
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.finish import merge
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import Merged
@@ -443,3 +446,78 @@ def test_neighbours_share_a_node_and_those_of_another_node_a_relay(
     posts = relay.posts(found, "front")
     assert [post.workers for post in posts] == behind
     assert len({post.invitation.address for post in posts} | {post.invitation.key for post in posts}) == 2 * len(posts)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "share"),
+    [(2, 0, 0.0), (2, 4, 1.0), (4, 4, 1.0), (3, 2, 0.5), (4, 3, 0.5), (6, 1, 1 / 6)],
+)
+def test_shares_of_a_gpu_find_a_place(num_workers: int, num_gpus: int, share: float) -> None:
+    """As many workers as are asked for, none of which needs parts of two."""
+    assert relay.share_of_gpu(num_workers, num_gpus) == share
+    if num_gpus:
+        assert relay.room({"CPU": 64.0, "GPU": float(num_gpus)}, 1, share) >= num_workers
+
+
+# What nobody waits for
+
+
+def test_a_call_that_failed_is_taken_back_from_a_worker_that_is_away(group: RelayedGroup, noting: list[Noting]) -> None:
+    """Nothing of it is held, and the worker's next life does not do it."""
+    group.workers[1].stop()
+    eventually(lambda: not group.relays[0].links[1].linked.is_set(), "the relay sees it")
+    for _ in range(3):
+        (pending,) = group.start_on(range(1, 3), "missing")
+        with pytest.raises(ShardMissing):
+            pending.result(PATIENCE_S)
+        pending.abandon()
+    eventually(lambda: not group.relays[0].links[1]._early, "the relay lets go of it")
+    back = Noting(1)
+    group.workers[1] = group.linked_worker(1, back.call)
+    assert answers(group, range(1, 3), "echo", 2) == {1: (2,), 2: (2,)}
+    assert back.methods() == ["echo"]
+
+
+def test_a_table_is_freed_wherever_its_drop_was_lost(group: RelayedGroup, noting: list[Noting]) -> None:
+    """A worker that outlives the link over which it was told is told again."""
+    catalog = Catalog(group, Limits())
+    catalog.create(spec_of(5), Deadline.after(PATIENCE_S))
+    group.start_on([2], "wait")
+    assert noting[2].entered.wait(PATIENCE_S)
+    catalog.delete("t", Deadline.after(PATIENCE_S))
+    group.kill_relay(0)
+    noting[2].gate.set()
+    group.revive_relay(0)
+
+    def is_freed() -> bool:
+        catalog.settle(Deadline.after(PATIENCE_S))
+        return "drop" in noting[2].methods() and not catalog._retired
+
+    eventually(is_freed, "every worker has freed it")
+
+
+def test_a_worker_that_finds_no_relay_comes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its patience, and not before somebody is there."""
+    monkeypatch.setattr(linked_worker, "PATIENCE_S", 0.05)
+    links, worker = Links(1), Noting(0)
+    nobody = relay.invitation()
+    linked_worker.start(worker.call, [nobody, links.invitation], 0, 1)
+    try:
+        assert links.wait(PATIENCE_S)
+        assert links.call([0], "echo", 3)[0].result(PATIENCE_S) == {0: (3,)}
+    finally:
+        links.close()
+
+
+def test_links_reach_a_node_by_ipv6() -> None:
+    """Where Ray knows its nodes by such addresses."""
+    try:
+        links = Links(1, "::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    worker = Noting(0)
+    linked_worker.start(worker.call, [links.invitation], 0, 1)
+    try:
+        assert links.wait(PATIENCE_S)
+    finally:
+        links.close()

@@ -129,20 +129,26 @@ class Link:
                 sock.close()
                 return
             self._sock = sock
+            threading.Thread(target=self._read, args=(sock,), name=f"link-{self.name}", daemon=True).start()
             self.linked.set()
             while self._early and self._sock is not None:
                 self._send_call(self._early.popleft())
-        threading.Thread(target=self._read, args=(sock,), name=f"link-{self.name}", daemon=True).start()
 
     def call(
-        self, number: int, body: list[Buffer], parts: Sequence[KeptPart], route: Route | None = None
+        self,
+        number: int,
+        body: list[Buffer],
+        parts: Sequence[KeptPart],
+        route: Route | None = None,
+        *,
+        waits: bool = True,
     ) -> LinkPending:
-        """Start a call; its parts go before it where the other end lacks them."""
+        """Start a call; its parts go before it where the other end lacks them. waits: while that is away."""
         call = Call(number, Future(), body, parts, route)
         with self._sending:
             if self._is_closed:
                 call.fail("the group is closed")
-            elif self._sock is None:
+            elif self._sock is None and waits:
                 self._early.append(call)
             else:
                 self._send_call(call)
@@ -192,6 +198,10 @@ class Link:
         except LinkClosed:
             self._under_way.pop(call.number, None)
             call.fail(f"{self.name} is gone")
+        except Exception as error:  # such as no memory for what is sent: others go on
+            self._under_way.pop(call.number, None)
+            if not call.answer.done():
+                call.answer.set_exception(error)
 
     def _sweep(self) -> None:
         """Have the worker forget the parts that are gone.
@@ -323,8 +333,8 @@ class Links:
                 route = Route(tuple(theirs), tuple(part.number for part in parts), merge_over)
                 pending.append(link.call(number, body, parts, route))
                 self._give_up_gone(theirs)
-            else:
-                pending.append(link.call(number, body, parts))
+            else:  # one that has left its relay's node may next be found there again
+                pending.append(link.call(number, body, parts, waits=theirs[0] not in self._relay_of))
         return pending
 
     def close(self) -> None:

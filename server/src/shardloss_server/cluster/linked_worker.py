@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from shardloss_server.cluster.link import (
     KEEP,
     WorkerFailed,
 )
-from shardloss_server.cluster.listener import Invitation, shut
+from shardloss_server.cluster.listener import Invitation, family_of, shut
 from shardloss_server.shard.record import Part
 
 log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]  # (method, *args) -> answer
 RECONNECT_S = 0.1
+PATIENCE_S = 60.0  # in which Ray has started a relay anew
 
 
 class LinkedWorker:
@@ -127,7 +128,7 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
         NotOurs, LinkClosed, OSError: nobody is there, or not the one that made the invitation.
     """
     address = invitation.address
-    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    sock = socket.socket(family_of(address))
     try:
         sock.settimeout(handshake.TIMEOUT_S)
         sock.connect(address)
@@ -139,26 +140,34 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
     return sock
 
 
-def serve(answer: Callable[[socket.socket], None], invitation: Invitation, index: int) -> None:
+def serve(answer: Callable[[socket.socket], None], invitations: Sequence[Invitation], index: int) -> None:
     """Answer on a link until it breaks, and then on a new one; Ray ends this process with its front end.
 
-    A link that breaks while both live costs the calls under way alone.
+    A link that breaks while both live costs the calls under way alone. Where nobody has been at the first invitation
+    for PATIENCE_S, the others are taken as well.
     """
+    last = time.monotonic()
     while True:
-        try:
-            answer(connect(invitation, index))
-        except (OSError, LinkClosed, handshake.NotOurs):
-            time.sleep(RECONNECT_S)  # the other side is away, or cut off
-        except Exception:
-            log.exception("the link broke; it is made anew")
-            time.sleep(RECONNECT_S)
+        is_patient = time.monotonic() - last < PATIENCE_S
+        for invitation in invitations[:1] if is_patient else invitations:
+            try:
+                sock = connect(invitation, index)
+            except (OSError, LinkClosed, handshake.NotOurs):
+                continue  # the other side is away, or cut off
+            try:
+                answer(sock)
+            except Exception:
+                log.exception("the link broke; it is made anew")
+            last = time.monotonic()
+            break
+        time.sleep(RECONNECT_S)
 
 
-def start(call: Call, invitation: Invitation, index: int, num_threads: int) -> None:
+def start(call: Call, invitations: Sequence[Invitation], index: int, num_threads: int) -> None:
     """`serve` in a thread of its own, which is the one that computes, with so many threads beside it."""
 
     def run() -> None:
         torch.set_num_threads(num_threads)  # counts for the thread that sets it
-        serve(lambda sock: LinkedWorker(call, sock).run(), invitation, index)
+        serve(lambda sock: LinkedWorker(call, sock).run(), invitations, index)
 
     threading.Thread(target=run, name="link", daemon=True).start()

@@ -47,14 +47,14 @@ class Listener:
         self._key, self._adopt, self._send_timeout_s = key, adopt, send_timeout_s
         self._closed = threading.Event()
         self._admitting = threading.Semaphore(num_expected + MOST_STRANGERS)
-        self._listener = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        self._listener = socket.socket(family_of(address))
         try:
             self._listener.bind(address)
             self._listener.listen(num_expected + MOST_STRANGERS)
         except OSError:
             self._listener.close()
             raise
-        self._address = address if isinstance(address, str) else self._listener.getsockname()
+        self._address = address if isinstance(address, str) else self._listener.getsockname()[:2]
         threading.Thread(target=self._accept, name="links", daemon=True).start()
 
     @property
@@ -99,6 +99,13 @@ class Listener:
         finally:
             too_long.cancel()
             self._admitting.release()
+
+
+def family_of(address: Address) -> socket.AddressFamily:
+    """How an address is reached."""
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def shut(sock: socket.socket) -> None:

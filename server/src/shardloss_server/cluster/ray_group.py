@@ -59,6 +59,10 @@ def register_tensors() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=_tensor_to_numpy, deserializer=_tensor_from_numpy)
 
 
+class WorkersNotStarted(Exception):
+    """Ray has not started as many workers as were asked for."""
+
+
 class WorkerActor:
     """`Worker` behind an actor: it answers over its link, or where there is none as plain actor calls; never both."""
 
@@ -76,10 +80,11 @@ class WorkerActor:
         torch.set_num_threads(num_threads)
         self._device = "cuda:0" if ray.get_gpu_ids() else "cpu"
         self._worker = Worker(index, num_workers, self._device, kept_bytes)
+        invitations = [] if invitation is None else [invitation]
         if post is not None and post.node == own_node():
-            invitation = post.invitation
-        if invitation is not None:
-            linked_worker.start(self.call, invitation, index, num_threads)
+            invitations.insert(0, post.invitation)
+        if invitations:
+            linked_worker.start(self.call, invitations, index, num_threads)
 
     def call(self, method: str, *args: Any) -> Any:
         """Answer one verb of `Worker`."""
@@ -215,7 +220,7 @@ class RayGroup(FanoutGroup):
         )
 
     def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
-        num_gpus = min(1.0, resources().get("GPU", 0.0) / self._num_workers)
+        num_gpus = relay.share_of_gpu(self._num_workers, int(resources().get("GPU", 0.0)))
         num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: nothing competes for its cores
         actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         nodes = self._made_links(num_cpus, num_gpus) if with_links else [None] * self._num_workers
@@ -226,20 +231,41 @@ class RayGroup(FanoutGroup):
             on_node(actor, node, invitation).remote(index, *shared, post_of.get(index))
             for index, node in enumerate(nodes)
         ]
-        answers = ray.get([a.whoami.remote() for a in self._actors], timeout=START_TIMEOUT_S)
+        answers = self._started([a.whoami.remote() for a in self._actors], num_cpus, num_gpus)
         self._pids = [pid for pid, _ in answers]
         self._devices = [device for _, device in answers]
         if self._links and not self._all_answer(self._links):
             log.warning("not every worker can reach this process: every call goes through Ray, at some 8 ms each")
             self._links.close()
             self._links = None
+            self._stop_relays()
+
+    def _started(self, refs: Sequence[Any], num_cpus: float, num_gpus: float) -> list[tuple[int, str]]:
+        """What every worker says of itself, once it has started.
+
+        Raises:
+            WorkersNotStarted: some have not, in time: say what there is room for.
+        """
+        has_room = sum(rooms(num_cpus, num_gpus).values()) if num_cpus or num_gpus else self._num_workers
+        if has_room < self._num_workers:
+            log.warning("%d workers are asked for; the cluster has room for %d", self._num_workers, has_room)
+        try:
+            answers: list[tuple[int, str]] = ray.get(refs, timeout=START_TIMEOUT_S)
+        except GetTimeoutError:
+            raise WorkersNotStarted(
+                f"{self._num_workers} workers did not start within {START_TIMEOUT_S:.0f} s; the cluster has room for "
+                f"{has_room}, at {num_cpus} CPU and {num_gpus:.2f} GPU each: add nodes, or ask for fewer workers"
+            ) from None
+        return answers
 
     def _made_links(self, num_cpus: float, num_gpus: float) -> list[str | None]:
         """Make links that workers can come to, and the relays before them; the node where each worker is to be."""
         nodes: list[str | None] = [own_node()] * self._num_workers
-        host = own_address() if is_spread() else None
-        if host is not None:
-            nodes = relay.seats(self._num_workers, rooms(num_cpus, num_gpus))
+        host = None
+        if self._temp_dir is None:  # others' Ray: workers may have to be on other nodes, now or later
+            has_room = rooms(num_cpus, num_gpus)
+            if is_spread() or has_room.get(own_node(), 0) < self._num_workers:
+                host, nodes = own_address(), relay.seats(self._num_workers, has_room)
         self._posts = relay.posts(nodes, own_node())
         try:
             self._links = Links(self._num_workers, host, [post.workers for post in self._posts])
@@ -260,14 +286,19 @@ class RayGroup(FanoutGroup):
 
     def _all_answer(self, links: Links) -> bool:
         """Whether every worker can be reached over links: behind a relay only an answer tells."""
-        left = remaining_until(time.monotonic() + LINK_TIMEOUT_S)
         if not links.wait(LINK_TIMEOUT_S):
             return False
+        left = remaining_until(time.monotonic() + LINK_TIMEOUT_S)
         while left():
             with suppress(WorkerLost, TimeoutError):  # lost: it has only now come by itself, from another node
                 self.echo(torch.zeros(1)).result(left())
                 return True
         return False
+
+    def _stop_relays(self) -> None:
+        for actor in self._relays:
+            ray.kill(actor)
+        self._relays = []
 
     @property
     def has_links(self) -> bool:
@@ -322,9 +353,10 @@ class RayGroup(FanoutGroup):
             raise OutOfMemory("the object store is full") from error
 
     def close(self) -> None:
-        for actor in (*self._actors, *self._relays):
+        for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._relays = [], []
+        self._actors = []
+        self._stop_relays()
         if self._links:
             self._links.close()
         if self._owns_ray and ray.is_initialized():

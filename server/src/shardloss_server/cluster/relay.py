@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 
 from shardloss_server.cluster import frames, linked_worker
 from shardloss_server.cluster.frames import Buffer, Frame, LinkClosed
@@ -36,8 +38,11 @@ from shardloss_server.cluster.listener import Invitation, Listener, shut
 from shardloss_server.shard.record import allocating
 from shardloss_server.shard.runs import merge_runs
 
-WORKER_SEND_TIMEOUT_S = 10  # below a front end's own: it is the worker that does not read that is lost, not its relay
-TAKE_S = 30.0
+WORKER_SEND_TIMEOUT_S = (
+    3  # far below a front end's own: it is the worker that does not read that is lost, not its relay
+)
+
+WARN_TRIES = 300  # half a minute
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,11 @@ class Post:
     node: str
     workers: range
     invitation: Invitation
+
+
+def share_of_gpu(num_workers: int, num_gpus: int) -> float:
+    """What each worker takes of one GPU, so that all find a place: 1 on a GPU each, 0 where there is none."""
+    return 1.0 / -(-num_workers // num_gpus) if num_gpus else 0.0
 
 
 def room(has: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
@@ -147,10 +157,12 @@ class Passage:
         pending = [self._links[worker].call(number, [body], parts) for worker in route.workers]
         gathering = Gathering(pending, route.merge_over)
         self._under_way[number] = gathering
-        gathering.then(lambda kind, content: self._answer(number, kind, content))
+        gathering.then(
+            lambda kind, content: self._answer(number, kind, content), lambda: self._under_way.pop(number, None)
+        )
 
     def _answer(self, number: int, kind: int, content: list[Buffer]) -> None:
-        if self._under_way.pop(number, None) is None:
+        if number not in self._under_way:
             return  # it was given up
         try:
             with self._sending:
@@ -165,34 +177,42 @@ class Passage:
 
 
 class Gathering:
-    """The answers of several workers to one call: one answer once all are there, or the first failure at once."""
+    """The answers of several workers to one call: one answer once all are there, or the first failure at once.
+
+    After a failure the others go on, until they have answered or are taken back.
+    """
 
     def __init__(self, pending: Sequence[LinkPending], merge_over: int | None) -> None:
         self._pending, self._merge_over = pending, merge_over
-        self._missing = len(pending)
+        self._places = [(answer.link, answer.number) for answer in pending]
+        self._missing, self._is_told = len(pending), False
         self._counting = threading.Lock()
         self._tell: Callable[[int, list[Buffer]], None]
+        self._end: Callable[[], object]
 
-    def then(self, tell: Callable[[int, list[Buffer]], None]) -> None:
-        """Have the outcome told once, as a frame's kind and body, by the thread that brings it."""
-        self._tell = tell
+    def then(self, tell: Callable[[int, list[Buffer]], None], end: Callable[[], object]) -> None:
+        """Have the outcome told once, as a frame's kind and body, by the thread that brings it; `end` once all came."""
+        self._tell, self._end = tell, end
         for answer in self._pending:
             answer.future.add_done_callback(self._came)
 
     def abandon(self) -> None:
         """Have the workers pass it over that have not begun."""
-        for answer in self._let_go():
-            answer.abandon()
+        self._let_go()
+        for link, number in self._places:
+            link.cancel(number)
 
     def _came(self, answer: Future[Timed]) -> None:
         error = answer.exception()
         with self._counting:
-            if self._missing == 0:
-                return  # another has failed
-            self._missing = self._missing - 1 if error is None else 0
-            if self._missing:
-                return
-        self._tell(*self._outcome(error))
+            self._missing -= 1
+            is_last, is_told = self._missing == 0, self._is_told
+            self._is_told = is_told or is_last or error is not None
+            tells = self._is_told and not is_told
+        if tells:
+            self._tell(*self._outcome(error))
+        if is_last:
+            self._end()
 
     def _let_go(self) -> Sequence[LinkPending]:
         """The answers, which hold this object by their callbacks: not held here any more, they go at once."""
@@ -218,24 +238,20 @@ class Gathering:
 
 
 def take(post: Post) -> Relay:
-    """The relay of a post, once whoever died there has left its name.
-
-    Raises:
-        OSError: it has not, in time.
-    """
-    deadline = time.monotonic() + TAKE_S
-    while True:
-        try:
+    """The relay of a post, once whoever died there has left its name; its workers come to the front end meanwhile."""
+    for tries in count(1):
+        with suppress(OSError):
             return Relay(post.workers, post.invitation)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(linked_worker.RECONNECT_S)
+        if tries % WARN_TRIES == 0:
+            log.warning("the name of the relay before workers %s is taken", list(post.workers))
+        time.sleep(linked_worker.RECONNECT_S)
+    raise AssertionError("there is always another try")
 
 
 def start(post: Post, front_end: Invitation, index: int) -> None:
-    """Take a post, and pass on in a thread of its own what comes over link `index` of the front end."""
-    relay = take(post)
-    threading.Thread(
-        target=linked_worker.serve, args=(relay.serve, front_end, index), name="relay", daemon=True
-    ).start()
+    """In a thread of its own: take a post, and pass on what comes over link `index` of the front end."""
+
+    def run() -> None:
+        linked_worker.serve(take(post).serve, [front_end], index)
+
+    threading.Thread(target=run, name="relay", daemon=True).start()

@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import threading
+from collections import deque
 
 import torch
 from shardloss.errors import InvalidArgument, LimitExceeded, TableExists, TableNotFound
@@ -33,6 +34,7 @@ class Catalog:
         self.group, self.limits = group, limits
         self.budget = TicketBudget(limits.max_open_tickets, limits.max_ticket_bytes)
         self._owners: dict[str, TableOwner] = {}
+        self._retired: deque[TableOwner] = deque()  # whose shards may still be there
         self._making = threading.Lock()
 
     def owner(self, table: str) -> TableOwner:
@@ -70,7 +72,7 @@ class Catalog:
             try:
                 owner.create(deadline)
             except BaseException:
-                owner.retire()
+                self._retire(owner)
                 raise
             self._owners[spec.name] = owner
             return owner, True
@@ -84,7 +86,11 @@ class Catalog:
         with deadline.holding(self._making, "a table in the making"):
             owner = self.owner(table)
             del self._owners[table]
-            owner.retire()
+            self._retire(owner)
+
+    def _retire(self, owner: TableOwner) -> None:
+        owner.retire()
+        self._retired.append(owner)
 
     def close(self) -> None:
         """The server is stopping: let go of whoever waits."""
@@ -92,7 +98,11 @@ class Catalog:
             owner.close()
 
     def settle(self, deadline: Deadline) -> None:
-        """Settle tables whose last change was left in doubt and nobody has come back for."""
+        """Settle tables whose last change was left in doubt and nobody has come back for; free what was deleted."""
+        for _ in range(len(self._retired)):
+            retired = self._retired.popleft()
+            if not retired.is_freed():
+                self._retired.append(retired)
         for owner in self.owners():
             owner.settle_if_idle(deadline)
 

@@ -83,6 +83,7 @@ class TableOwner:
         self._lost: str | None = None
         self._retired = False
         self._closing = False
+        self._dropping: Pending[object]  # once the table is retired
 
     def create(self, deadline: Deadline) -> None:
         """Allocate and fill the shards."""
@@ -94,7 +95,19 @@ class TableOwner:
         self._retired = True
         self.sessions.clear()
         self.steps.wake()
-        self._group.drop(self.key)
+        self._dropping = self._group.drop(self.key)
+
+    def is_freed(self) -> bool:
+        """Whether every worker has said that it freed the shards of a retired table; where one was lost, ask again."""
+        try:
+            self._dropping.result(0.0)
+        except TimeoutError:
+            return False
+        except Exception as error:
+            log.warning("table %s: its shards are being freed again: %s", self.spec.name, error)
+            self._dropping = self._group.drop(self.key)
+            return False
+        return True
 
     def close(self) -> None:
         """The server is stopping: let go of whoever waits for a step."""

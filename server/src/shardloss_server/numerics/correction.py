@@ -25,6 +25,9 @@ class Folded:
 
 def in_order(class_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Ids [S] ascending and the order [S] that sorted them, copies in their order."""
+    if class_ids.device.type != "cpu":
+        ordered_there, place_there = torch.sort(class_ids, stable=True)
+        return ordered_there, place_there
     ordered, place = draws.in_order(class_ids.numpy())
     return torch.from_numpy(ordered), torch.from_numpy(place)
 

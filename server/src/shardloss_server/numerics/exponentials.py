@@ -14,6 +14,7 @@ from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 MOST_ABOVE = math.exp(8.0)  # a logit 8 above its reference is rounded by up to 0.03
+MOST_TOP = 2.0**15 / LOG2_E  # beyond it a reference is off by up to 2^7, and 2^x leaves the range of float32
 ABOVE = math.e  # where a reference moves: logits so near it lose nothing
 CACHED = 1 << 17  # elements of float32 that the second-level cache holds
 
@@ -82,7 +83,8 @@ class Narrow:
     def of(self, rows: Tensor, out: Tensor | None = None) -> tuple[Exponentials, Tensor]:
         """Of the next block of rows [C, D], C >= 1: exponentials (in `out`) and their sums [N] float32.
 
-        Their top never falls; it is the same tensor as that of the block before unless it has risen.
+        Their top never falls; it is the same tensor as that of the block before unless it has risen. From logits of
+        MOST_TOP on, which no reference in bfloat16 is near to, sums are nan.
         """
         if bool(torch.isneginf(self._reference).any()):
             self._raise(self._largest_logits(rows))
@@ -91,6 +93,7 @@ class Narrow:
             self._raise(self._largest_logits(rows))
             values, total, largest = self._exponentials(rows, out)
         exponentials = Exponentials(values, self._top)
+        total = total.masked_fill(self._top.abs() >= MOST_TOP, torch.nan)
         if bool((largest > ABOVE).any()):
             self._raise(self._reference + largest.log2())
         return exponentials, total

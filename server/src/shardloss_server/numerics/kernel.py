@@ -49,6 +49,13 @@ class Entries:
     weight: Tensor | None
     log_weight: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they hold, with what lies beside it where one is a view."""
+        own = (self.batch_row, self.row_index, self.rows, self.biases, self.norms, self.weight, self.log_weight)
+        storages = [x.untyped_storage() for x in own if x is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Hits:
@@ -182,7 +189,8 @@ class SoftmaxSums:
     def __init__(self, start: Partial, dtype: torch.dtype) -> None:
         self._start, self._is_empty = start, True
         self._top = start.lse.to(dtype)
-        self._total = torch.exp(start.lse - finite_lse(self._top))
+        self._finite_top = finite_lse(self._top)
+        self._total = torch.exp(start.lse - self._finite_top)
         self._row = None if start.mean_row is None else start.mean_row * self._total.to(dtype)[:, None]
         self._pull = None if start.mean_pull is None else start.mean_pull * self._total
 
@@ -194,15 +202,16 @@ class SoftmaxSums:
         logits = columns.logits
         if logits.shape[1] == 0:
             return None
-        self._raise(torch.maximum(self._top, logits.amax(1)))
-        top = finite_lse(self._top)
-        values = exp_(logits.sub_(top[:, None]))
+        largest = logits.amax(1)
+        if self._is_empty or bool((largest > self._top).any()):
+            self._raise(torch.maximum(self._top, largest))
+        values = exp_(logits.sub_(self._finite_top[:, None]))
         self._total += values.sum(1)
         if self._pull is not None:
             self._pull += (values * given(columns.pull)).sum(1)
         if self._row is not None:
             self._row.addmm_(sloped(values, columns.slope), rows)
-        return Exponentials(values, top) if columns.slope is None else None
+        return Exponentials(values, self._finite_top) if columns.slope is None else None
 
     def add_narrow_(self, narrow: Narrow, rows: Tensor, out: Tensor | None) -> Exponentials:
         """Add the next block of narrow's plain logits, rows [C, D] of bfloat16, C >= 1; its exponentials, in `out`."""
@@ -216,8 +225,9 @@ class SoftmaxSums:
 
     def _raise(self, top: Tensor) -> None:
         """Take what is summed relative to another top [N], nowhere below the one before."""
-        left = torch.exp(self._top.double() - finite_lse(top))
-        self._top, self._is_empty = top, False
+        finite_top = finite_lse(top)
+        left = torch.exp(self._top.double() - finite_top)
+        self._top, self._finite_top, self._is_empty = top, finite_top, False
         self._total *= left
         if self._row is not None:
             self._row *= left.to(self._row.dtype)[:, None]
@@ -228,7 +238,7 @@ class SoftmaxSums:
         """Of all blocks so far."""
         if self._is_empty:
             return self._start
-        lse = finite_lse(self._top).double() + self._total.log()
+        lse = self._finite_top.double() + self._total.log()
         total = torch.where(self._total == 0, 1.0, self._total)
         mean_row = None if self._row is None else self._row / total.to(self._row.dtype)[:, None]
         return Partial(lse, mean_row, None if self._pull is None else self._pull / total)

@@ -22,10 +22,7 @@ def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: 
 
     kept takes what a step can use of it.
     """
-    labels = label_entries(rows, part)
-    hidden = part.batch.hidden
-    if is_narrow(rows, part):  # the label's logit as it stands in the sum beside it, or a loss could be negative
-        hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
+    labels, hidden = label_entries(rows, part), as_multiplied(rows, part, part.batch.hidden)
     found = kernel.entry_columns(hidden, labels, part.objective)
     target = kernel.target_of(len(part.batch.hidden), labels, found, with_gradient)
     of_part = kept.begin(part) if kept is not None else None
@@ -53,8 +50,9 @@ def entry_statistics(
     for entries in row_entries(rows, part):
         columns = kernel.entry_columns(hidden, entries, part.objective)
         pieces.append(kernel.entry_statistics(len(hidden), entries, columns, with_gradient, family))
-        scored.append(KeptEntries(entries.batch_row, entries.row_index, columns))
-    if of_part is not None and scored and not part.objective.transform.normalize:
+        if of_part is not None and not part.objective.transform.normalize:
+            scored.append(KeptEntries(entries.batch_row, entries.row_index, columns))
+    if of_part is not None and scored:
         of_part.keep_entries(KeptEntries.cat(scored))
     return reduce(combine, pieces) if pieces else no_columns(rows, part, with_gradient)
 
@@ -68,11 +66,12 @@ def with_blocks(
     narrow = Narrow(hidden) if is_narrow(rows, part) else None
     dtype = rows.compute_dtype if narrow is None else torch.bfloat16
     for place, (_, block) in enumerate(blocks(rows, part)):
-        out = None if of_part is None else of_part.memory(len(hidden), len(block.rows), dtype)
         if sums is None:
-            columns = kernel.block_columns(hidden, block, objective, out)
+            columns = kernel.block_columns(hidden, block, objective)
             total = combine(total, kernel.block_sums(columns, block.rows, with_gradient))
             continue
+        is_kept = of_part is not None and objective.transform.soft_cap is None
+        out = of_part.memory(len(hidden), len(block.rows), dtype) if of_part is not None and is_kept else None
         if narrow is not None:
             exponentials: Exponentials | None = sums.add_narrow_(narrow, block.rows, out)
         else:
@@ -154,6 +153,11 @@ def is_narrow(rows: ShardRows, part: Part) -> bool:
     objective = part.objective
     plain = objective.family == "softmax" and objective.transform == PLAIN and objective.margin is None
     return rows.multiplies_bfloat16 and part.is_full and plain and not objective.learned_scale
+
+
+def as_multiplied(rows: ShardRows, part: Part, hidden: Tensor) -> Tensor:
+    """hidden [N, D] as the part's products take it: a label's logit of another one might be above the sum beside it."""
+    return hidden.to(torch.bfloat16).to(hidden.dtype) if is_narrow(rows, part) else hidden
 
 
 def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tensor, kernel.Block]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.numerics.partial import Target
+from shardloss_server.shard import columns
 from shardloss_server.shard.record import LabelTarget, Part
 from shardloss_server.shard.rows import ShardRows
 
@@ -42,7 +43,8 @@ def target_of(rows: ShardRows, part: Part, row_index: Tensor, weights: Tensor, v
     """Sums of y z and y row over a piece: weights y [N, M] of the rows at row_index [M]."""
     gathered, biases, _ = rows.gather(row_index, part.objective.transform)
     row = weights @ gathered
-    logit = (counted_hidden(part, weights).double() * row.double()).sum(1) + weights.double() @ biases.double()
+    hidden = columns.as_multiplied(rows, part, counted_hidden(part, weights))
+    logit = (hidden.double() * row.double()).sum(1) + weights.double() @ biases.double()
     pull = logit if part.objective.learned_scale else None
     return LabelTarget(Target(logit, row, pull), weights.double().sum(1), version)
 

@@ -30,7 +30,7 @@ class Touch:
 
     def __init__(self, rows: ShardRows, parts: tuple[Part, ...]) -> None:
         self.block_part, self.block = distinct_candidates(rows, parts)
-        touched = torch.cat([touched_rows(rows, part, part is not self.block_part) for part in parts])
+        touched = torch.cat([touched_rows(rows, part, number != self.block_part) for number, part in enumerate(parts)])
         self._others = torch.unique(touched[~self._in_block(touched)[0]])
         self.index = torch.cat([self.block, self._others])
 
@@ -64,15 +64,13 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
     gradient = torch.empty(len(touch.index), rows.spec.dim, dtype=rows.compute_dtype)
     biases = torch.empty(len(touch.index), dtype=rows.compute_dtype)
     gradient[len(touch.block) :], biases[len(touch.block) :] = 0.0, 0.0
-    with_upstream = list(zip(parts, upstreams, strict=True))
-    for part, up in with_upstream:
-        if part is touch.block_part:
-            end = 0
-            for index, of_rows, of_biases in candidate_gradients(rows, part, up, kept.of(part)):
-                run = slice(end, end + len(index))
-                gradient[run], biases[run], end = of_rows, of_biases, run.stop
-    for part, up in with_upstream:
-        shared = iter(()) if part is touch.block_part else candidate_gradients(rows, part, up, kept.of(part))
+    if touch.block_part is not None:
+        part, up, end = parts[touch.block_part], upstreams[touch.block_part], 0
+        for index, of_rows, of_biases in candidate_gradients(rows, part, up, kept.of(part)):
+            run = slice(end, end + len(index))
+            gradient[run], biases[run], end = of_rows, of_biases, run.stop
+    for number, (part, up) in enumerate(zip(parts, upstreams, strict=True)):
+        shared = iter(()) if number == touch.block_part else candidate_gradients(rows, part, up, kept.of(part))
         for pieces, is_shared in ((own_gradients(rows, part, up, kept.of(part)), False), (shared, True)):
             for index, of_rows, of_biases in pieces:
                 touch.add_(gradient, index, of_rows, is_shared)
@@ -115,14 +113,14 @@ def entry_derivatives(
         yield own.row_index, own.batch_row, dz
 
 
-def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> tuple[Part | None, Tensor]:
-    """The first part that has shared candidates, and their rows [C], where they are distinct; else none."""
+def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> tuple[int | None, Tensor]:
+    """Which part is the first with shared candidates, and their rows [C], where they are distinct; else none."""
     none = torch.zeros(0, dtype=torch.int64)
-    for part in parts:
+    for number, part in enumerate(parts):
         if isinstance(part.candidates, Candidates):
             places = columns.candidate_places(rows, part, part.candidates)
             index = rows.spec.placement.rows(rows.shard, part.candidates.class_ids[torch.cat(places)])
-            return (part, index) if bool((index[1:] > index[:-1]).all()) else (None, none)
+            return (number, index) if bool((index[1:] > index[:-1]).all()) else (None, none)
     return None, none
 
 

@@ -127,7 +127,7 @@ class KeptPart:
 
     def keep_labels(self, labels: Entries) -> None:
         """Keep the gathered rows of labels, where there is room."""
-        if self._room.take(id(self), labels.rows.nbytes):
+        if self._room.take(id(self), labels.num_bytes):
             self.labels = labels
 
     def keep_entries(self, entries: KeptEntries) -> None:
