@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.context import Context
 from benchmarks.netns import Cluster, cluster
+from benchmarks.procfs import descendants_of
 from benchmarks.row import Row, missing
 from benchmarks.server import Service, command
 from benchmarks.side import ROOT, Side, SideFailed
-from examples.cities.service import ServiceFailed, stop, wait_ready
+from examples.cities.service import STOP_S, ServiceFailed, stop, wait_ready
 
 N, D, K = 1024, 256, 4
 CPUS_OF_NODES = (0, 2, 2)  # the head, where front end and trainer run, holds no shard
@@ -66,7 +68,16 @@ def serving_on(made: Cluster, *options: str) -> Iterator[Service]:
         except ServiceFailed as error:
             raise SideFailed(str(error)) from error
         finally:
+            end_inside(process)
             stop(process)
+
+
+def end_inside(process: subprocess.Popen[bytes]) -> None:
+    """End in order what nsenter runs: it passes no signal on."""
+    for child in descendants_of(process.pid)[:1]:
+        os.kill(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
 
 
 def carried(made: Cluster, side: Side) -> dict[str, Any]:
