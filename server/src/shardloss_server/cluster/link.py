@@ -236,8 +236,7 @@ class Link:
         self._kept.clear()
         if sock is not None:
             self.linked.clear()
-            shut(sock)
-            sock.close()
+            shut(sock)  # closed by who reads it: until then nobody else gets its number
         for number in list(self._under_way):
             call = self._under_way.pop(number, None)  # unless its answer has just come
             if call is not None:
@@ -262,6 +261,7 @@ class Link:
         with self._sending:
             if self._sock is sock:
                 self._lose()
+        sock.close()
 
     def _take(self, frame: frames.Frame) -> None:
         call = self._under_way.pop(frame.number, None)
