@@ -66,6 +66,11 @@ NARROW = (
     "the exponentials 5, stochastic rounding 4.6, the update 2"
 )
 
+FLOOR = (
+    "the ratio of N = 256, V = 50,000 moves between 1.17 and 1.29 from one run to the next, that of the fastest steps "
+    "stays at 1.17: maxima, exponentials and sums pass over each block five times"
+)
+
 # Why a goal is missed, as far as it is known; RESULTS.md says it beside by how much.
 WHY_MISSED: dict[tuple[str, str], str] = {
     ("sampled-1k", "torch sparse Adagrad"): f"before anything is computed there are {CALLS}",
@@ -77,6 +82,7 @@ WHY_MISSED: dict[tuple[str, str], str] = {
     ("parameter-server", "torch.distributed.rpc"): PRODUCTS.format(4.5, 18, CALLS),
     **{key: WHOLE_CALL for key in GOALS if key[0] == "transport"},
     ("many-trainers", "one after another, full-100k"): STALE,
+    ("shard-floor", "three GEMMs"): FLOOR,
     ("shard-floor", "three GEMMs bfloat16"): NARROW,
 }
 
