@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long check format lint types protos protos-check clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long check format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,7 +21,7 @@ $(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml serve
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --requirement requirements-dev.txt
-	$(PIP) --no-build-isolation --editable client --editable server
+	$(PIP) --no-build-isolation --editable client[cli] --editable server
 	touch $@
 
 demo: setup  ## Train the city finder through the service (about 5 minutes) and ask it misspelt names
@@ -80,6 +80,9 @@ protos-check: setup  ## Fail where the stubs are not what the contract generates
 	rm -rf build/protos && mkdir -p build/protos
 	$(MAKE) --no-print-directory protos STUBS=build/protos
 	diff -r --exclude=__init__.py --exclude=__pycache__ build/protos/shardloss/v1 client/src/shardloss/v1
+
+docs: setup  ## Write the generated pages of docs/
+	$(BIN)/shardloss-server config page > docs/configuration.md
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) $(RIVALS:%=.venv-%) build

@@ -42,7 +42,18 @@ def running(num_workers: int, log: Path) -> Iterator[str]:
 
 def command(num_workers: int, ready: Path) -> list[str]:
     """How to start the service on a free port."""
-    options = ["--workers", str(num_workers), "--port", "0", "--ready-file", str(ready), "--drain-s", "1"]
+    options = [
+        "--port",
+        "0",
+        "--admin-port",
+        "0",
+        "--workers",
+        str(num_workers),
+        "--ready-file",
+        str(ready),
+        "--drain-s",
+        "1",
+    ]
     return [sys.executable, "-m", "shardloss_server", "serve", *options]
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_server"
 
 # A room may import itself and the rooms after it in this order; `evaluation` stands beside `frontend`, above it.
-ORDER = ["__main__", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement"]
-EVERYWHERE = {"config", "metrics"}
+ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement"]
+EVERYWHERE = {"config", "settings", "metrics"}
 ONLY_IN = {
     "ray": {"cluster/ray_group.py"},
     "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py", "rpc/splicing.py"},
@@ -46,7 +46,7 @@ CLIENT_FILES = sorted(path for path in CLIENT.rglob("*.py") if "v1/" not in str(
 
 @pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
 def test_a_server_room_imports_only_rooms_to_its_right(path: Path) -> None:
-    """__main__ -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
+    """__main__ -> cli -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
     room = room_of(path)
     for module in imports_of(path):
         target = module.split(".")[1] if module.startswith("shardloss_server.") else None

@@ -36,7 +36,7 @@ from shardloss.errors import (
 from shardloss.v1 import loss_pb2, table_pb2
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
-from shardloss_server.config import Limits, ServerConfig
+from shardloss_server.config import Limits, Listening, ServerConfig
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.rpc.serve import Server
 from shardloss_server.shard import table as shard_table
@@ -1104,7 +1104,7 @@ def test_after_step_does_not_wait_for_what_will_not_come(
 def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callable[[], str], batch: Batch) -> None:
     """A waiting loss with a long deadline does not hold the server up."""
     group = LocalGroup(1)
-    server = Server(group, ServerConfig(num_threads=4))
+    server = Server(group, ServerConfig(Listening(port=0, admin_port=0, num_threads=4)))
     server.start()
     with shardloss.connect(server.address) as client:
         table = make_table(client, fresh_name())

@@ -23,7 +23,7 @@ from shardloss.channel import DETAILS_KEY, error_info, error_of
 from shardloss.errors import InvalidArgument, LimitExceeded, NotSupported, Overloaded, ShardlossError, TransientError
 from shardloss.v1 import evaluation_pb2, loss_pb2, loss_pb2_grpc, server_pb2, table_pb2, tensor_pb2
 from shardloss_server.cluster.local import LocalGroup
-from shardloss_server.config import ServerConfig
+from shardloss_server.config import Listening, ServerConfig
 from shardloss_server.rpc.serve import Server
 
 from .losses import LOSSES, write_counts
@@ -487,7 +487,7 @@ def small_server(stream_idle_s: float = 10.0) -> Iterator[tuple[Server, shardlos
         stream_idle_s=stream_idle_s,
     )
     group = LocalGroup(1)
-    server = Server(group, ServerConfig(num_threads=NUM_THREADS, limits=limits))
+    server = Server(group, ServerConfig(Listening(port=0, admin_port=0, num_threads=NUM_THREADS), limits))
     server.start()
     try:
         with shardloss.connect(server.address) as client:

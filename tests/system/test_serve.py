@@ -25,7 +25,19 @@ START_S = 90.0
 def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server process of our own and its address; ended by pid whatever happens."""
     ready = tmp_path / "ready"
-    command = [sys.executable, "-m", "shardloss_server", "serve", "--port", "0", "--ready-file", str(ready), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "shardloss_server",
+        "serve",
+        "--port",
+        "0",
+        "--admin-port",
+        "0",
+        "--ready-file",
+        str(ready),
+        *options,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             deadline = time.monotonic() + START_S
@@ -182,7 +194,7 @@ def test_health_and_reflection_answer_on_both_ports(local_server: object) -> Non
 def test_a_taken_port_is_refused_in_one_line(local_server: object, tmp_path: Path) -> None:
     """Two servers never share a port silently."""
     port = local_server.address.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "shardloss_server", "serve", "--local", "--port", port]
+    command = [sys.executable, "-m", "shardloss_server", "serve", "--local", "--port", port, "--admin-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
     assert done.returncode == 1
     assert f"port {port}" in done.stderr

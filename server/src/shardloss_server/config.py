@@ -1,12 +1,25 @@
-"""Limits and settings of a server, as GetServerInfo reports them."""
+"""Every setting of a server, defined once: its name, type, bounds, default and meaning.
+
+`settings.py` reads them from flags, the environment and a file; docs/configuration.md is made of them.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 MIB = 2**20
 FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def a(meaning: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Any:
+    """What a setting means, in what unit, and its bounds."""
+    return Field(description=meaning, ge=ge, gt=gt, le=le)
 
 
 def physical_memory_bytes() -> int:
@@ -15,44 +28,108 @@ def physical_memory_bytes() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a server takes: bytes, counts and seconds. The meaning of each is in proto/shardloss/v1/server.proto."""
+class Listening:
+    """Where the server listens, and how it stops."""
 
-    max_message_bytes: int = 4 * MIB
-    max_chunk_bytes: int = 2 * MIB
-    max_request_bytes: int = 256 * MIB
-    max_reply_bytes: int = 256 * MIB
-    max_batch: int = 1 << 18
-    max_num_true: int = 1024
-    max_num_sampled: int = 1 << 22
-    max_dim: int = 1 << 16
-    max_num_classes: int = 1 << 40
-    max_num_shards: int = 4096
-    max_table_bytes: int = field(default_factory=lambda: physical_memory_bytes() // 2)
-    max_tables: int = 64
-    max_parts: int = 4096
-    max_open_tickets: int = 4096
-    max_ticket_bytes: int = 2 * 2**30
-    max_sessions: int = 1 << 16
-    max_calls_in_flight: int = 64
-    max_top_k: int = 1 << 14
-    ticket_ttl_s: float = 600.0
-    max_deadline_s: float = 600.0
-    max_streams: int = 8
-    max_commits_in_flight: int = 16
-    stream_idle_s: float = 10.0
+    host: Annotated[str, a("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, a("Data port; 0 takes a free one.", ge=0, le=65535)] = 7070
+    admin_port: Annotated[int, a("Port of health, status and reflection; 0 takes a free one.", ge=0, le=65535)] = 7071
+    socket: Annotated[str, a("Path of a Unix socket to listen on as well, for unix:PATH.")] = ""
+    # Above max_calls_in_flight: a sixth is for streams, a sixth for commits, and refusals need some.
+    num_threads: Annotated[int, a("Threads that take calls.", ge=4)] = 102
+    drain_s: Annotated[float, a("Seconds that calls in flight have at a stop.", ge=0)] = 10.0
+    ready_file: Annotated[Path | None, a("File that gets host:port of the data port once it serves.")] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The workers that hold the shards."""
+
+    workers: Annotated[int, a("Worker processes: one a GPU, or one a core.", ge=1)] = 2
+    worker_threads: Annotated[int, a("Threads that each worker computes with.", ge=1)] = 1
+    keep_mib: Annotated[
+        int, a("MiB that each worker may keep between a loss and its step; 0: it computes anew.", ge=0)
+    ] = 512
+    links: Annotated[bool, a("Workers answer over links; without them as plain Ray calls.")] = True
+    ray_address: Annotated[str | None, a("Join this Ray cluster; absent: an embedded Ray.")] = None
+    local: Annotated[bool, a("Shards as threads of the server's own process, without Ray.")] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes, as GetServerInfo reports it: bytes, counts and seconds."""
+
+    max_message_bytes: Annotated[int, a("Bytes of one message, either way; larger losses are streamed.", ge=1)] = (
+        4 * MIB
+    )
+    max_chunk_bytes: Annotated[int, a("Bytes of one chunk of a stream.", ge=1)] = 2 * MIB
+    max_request_bytes: Annotated[int, a("Bytes of all chunked tensors of one streamed loss.", ge=1)] = 256 * MIB
+    max_reply_bytes: Annotated[int, a("Bytes of one reply's tensors.", ge=1)] = 256 * MIB
+    max_batch: Annotated[int, a("Rows of a batch, N.", ge=1)] = 1 << 18
+    max_num_true: Annotated[int, a("Labels of a row, T.", ge=1)] = 1024
+    max_num_sampled: Annotated[int, a("Sampled candidates, S.", ge=1)] = 1 << 22
+    max_dim: Annotated[int, a("Columns of a table, D.", ge=1)] = 1 << 16
+    max_num_classes: Annotated[int, a("Classes of a table, V.", ge=1)] = 1 << 40
+    max_num_shards: Annotated[int, a("Shards of a table, K.", ge=1)] = 4096
+    max_table_bytes: Annotated[
+        int, a("Bytes of all tables with their optimizer state; half of this machine's memory.", ge=1)
+    ] = field(default_factory=lambda: physical_memory_bytes() // 2)
+    max_tables: Annotated[int, a("Tables at once.", ge=1)] = 64
+    max_parts: Annotated[int, a("Parts of one commit.", ge=1)] = 4096
+    max_open_tickets: Annotated[int, a("Open tickets over all tables.", ge=1)] = 4096
+    max_ticket_bytes: Annotated[int, a("Bytes kept for open tickets over all tables.", ge=1)] = 2 * 2**30
+    max_sessions: Annotated[int, a("Sessions that a table remembers.", ge=1)] = 1 << 16
+    max_calls_in_flight: Annotated[int, a("Calls at once, beside commits and streams.", ge=1)] = 64
+    max_top_k: Annotated[int, a("k of the best classes asked for.", ge=1)] = 1 << 14
+    ticket_ttl_s: Annotated[
+        float, a("Seconds after its session's last call in which an open ticket expires.", gt=0)
+    ] = 600.0
+    max_deadline_s: Annotated[float, a("Seconds that a call may take; longer deadlines are cut to it.", gt=0)] = 600.0
+    max_streams: Annotated[int, a("Streamed losses at once.", ge=1)] = 8
+    max_commits_in_flight: Annotated[int, a("Commits and aborts at once.", ge=1)] = 16
+    stream_idle_s: Annotated[float, a("Seconds without a byte after which a stream is dropped.", gt=0)] = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """Who may connect, and what they may do (docs/security.md)."""
+
+    tls_cert_file: Annotated[Path | None, a("PEM certificate chain of the server; with it both ports speak TLS.")] = (
+        None
+    )
+    tls_key_file: Annotated[Path | None, a("PEM private key of that certificate.")] = None
+    tls_client_ca_file: Annotated[
+        Path | None, a("PEM certificates that clients' certificates must descend from: mutual TLS.")
+    ] = None
+    tokens_file: Annotated[Path | None, a("TOML file of the tokens that may call; absent: no tokens.")] = None
+    allow_plaintext_tokens: Annotated[
+        bool, a("Take tokens without TLS off this machine, where others may read them.")
+    ] = False
+    allow_anonymous: Annotated[bool, a("Serve off this machine without tokens or mutual TLS: everyone is admin.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """What the server shows of itself (docs/metrics.md)."""
+
+    metrics_port: Annotated[
+        int | None, a("Port of the Prometheus metrics, at /metrics; 0 takes a free one; absent: none.", ge=0, le=65535)
+    ] = None
+    metrics_host: Annotated[str, a("Address that the metrics listen on.")] = "127.0.0.1"
+    log_format: Annotated[Literal["text", "json"], a("How log lines are written.")] = "text"
+    log_level: Annotated[LogLevel, a("The least level that is logged.")] = "INFO"
+
+
+ANY_PORT = Listening(port=0, admin_port=0)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where to listen and with how many threads; socket is the path of a Unix socket beside the data port."""
+    """What a running server is made of, beside its workers."""
 
-    host: str = "127.0.0.1"
-    port: int = 0
-    socket: str = ""
-    admin_port: int = 0
-    num_threads: int = (
-        102  # above max_calls_in_flight: a sixth is for streams, a sixth for commits, and refusals need some
-    )
-    drain_s: float = 10.0
+    listening: Listening = ANY_PORT
     limits: Limits = field(default_factory=Limits)
+    security: Security = field(default_factory=Security)
+    watching: Watching = field(default_factory=Watching)

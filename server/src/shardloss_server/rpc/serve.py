@@ -53,7 +53,11 @@ SERVICES = tuple(
 )
 
 
-class PortTaken(Exception):
+class CannotServe(Exception):
+    """Why a server cannot start; the message is for its operator."""
+
+
+class PortTaken(CannotServe):
     """A port that cannot be listened on."""
 
 
@@ -62,10 +66,11 @@ class Server:
 
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
-        reserved = max(1, config.num_threads // 6)  # threads for streams, and as many for commits
+        listening = config.listening
+        reserved = max(1, listening.num_threads // 6)  # threads for streams, and as many for commits
         limits = replace(
             config.limits,
-            max_calls_in_flight=min(config.limits.max_calls_in_flight, max(1, config.num_threads - 2 * reserved)),
+            max_calls_in_flight=min(config.limits.max_calls_in_flight, max(1, listening.num_threads - 2 * reserved)),
             max_streams=min(config.limits.max_streams, reserved),
             max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
         )
@@ -73,13 +78,13 @@ class Server:
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
         self.handlers = Handlers(self.catalog, limits, streams)
         self._health = health.HealthServicer()
-        self._data = self._make_server(config.num_threads)
+        self._data = self._make_server(listening.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)
         self._register()
-        self.address = self._bind(self._data, config.port)
-        if config.socket:
-            self._bind_socket(config.socket)
-        self.admin_address = self._bind(self._admin, config.admin_port)
+        self.address = self._bind(self._data, listening.port)
+        if listening.socket:
+            self._bind_socket(listening.socket)
+        self.admin_address = self._bind(self._admin, listening.admin_port)
         self._stopping = threading.Event()
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
@@ -109,11 +114,12 @@ class Server:
             reflection.enable_server_reflection(names, server)
 
     def _bind(self, server: grpc.Server, port: int) -> str:
+        host = self.config.listening.host
         try:
-            bound = server.add_insecure_port(f"{self.config.host}:{port}")
+            bound = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
-            raise PortTaken(f"cannot listen on {self.config.host} port {port}: is another server there?") from None
-        return f"{self.config.host}:{bound}"
+            raise PortTaken(f"cannot listen on {host} port {port}: is another server there?") from None
+        return f"{host}:{bound}"
 
     def _bind_socket(self, path: str) -> None:
         """Listen on a Unix socket, which this user alone may connect to; one that nobody listens on is replaced.
@@ -145,7 +151,7 @@ class Server:
                 return
             self._stopping.set()
             self._health.enter_graceful_shutdown()
-            grace = self.config.drain_s if grace_s is None else grace_s
+            grace = self.config.listening.drain_s if grace_s is None else grace_s
             stopped = self._data.stop(grace)
             stopped.wait(grace)
             self.catalog.close()

@@ -1,0 +1,67 @@
+"""One flag a setting: commands take them all without naming them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardloss_server.settings import ALL, BadSettings, Setting, Settings
+
+CONFIG_HELP = (
+    "TOML file of settings. A flag goes before the environment, that before the file, that before the default."
+)
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of one option a setting and --config, beside its own: it gets the settings first.
+
+    Where one is wrong, it ends with 2 and says what.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    def run(config: Path | None, **given: Any) -> None:
+        others = {each.name: given.pop(each.name) for each in own}
+        try:
+            settings = Settings.load({name: value for name, value in given.items() if value is not None}, config)
+        except BadSettings as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
+        command(settings, **others)
+
+    file = Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)]
+    hints = {"config": file} | {name: option(setting) for name, setting in ALL.items()}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, keyword, default=None, annotation=hint) for name, hint in hints.items()]
+    parameters += [each.replace(kind=keyword) for each in own]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def option(setting: Setting) -> Any:
+    """A setting as typer's annotation; absent unless given, so that other sources have their turn."""
+    kind = setting.annotation.__origin__
+    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if kind is bool else setting.flag
+    shown = default_text(setting)
+    return Annotated[
+        kind | None,
+        typer.Option(flag, help=setting.meaning, rich_help_panel=setting.section, show_default=shown),
+    ]
+
+
+def default_text(setting: Setting) -> str:
+    """A setting's default, as help and documentation write it."""
+    default = setting.field.default
+    if default is MISSING:
+        return "computed"
+    if default is None or default == "":
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default)
