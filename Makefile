@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long check format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long fuzz check format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -60,6 +60,9 @@ test: setup  ## All tests that fit 12 minutes on 2 cores
 
 test-long: setup  ## The tests of a minute or more
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: setup  ## Ten minutes of spoilt requests and noise, from another seed each time; make test does 30 s of it
+	SHARDLOSS_FUZZ_S=600 SHARDLOSS_FUZZ_SEED=$(shell date +%s) $(BIN)/python -m pytest -q -s --timeout 900 tests/hostile/test_fuzz.py
 
 check: format lint types protos-check test  ## What CI runs
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import socket
 import threading
 import time
@@ -49,7 +48,6 @@ METHODS: list[MethodDescriptor] = [
     for method in service.methods
 ]
 ELSEWHERE = "somebody-elses-table-that-is-not-here"
-NUM_MUTANTS = 240
 CHANGING = {"Commit", "Abort", "CreateTable", "DeleteTable", "WriteRows"}
 
 
@@ -123,36 +121,14 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
     return by_method
 
 
-def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """One of the ways in which bytes go wrong."""
-    place, noise = int(rng.integers(len(content) + 1)), rng.bytes(int(rng.integers(1, 12)))
-    before, after = content[:place], content[place:]
-    flipped = bytearray(content or b"\0")
-    for bit in rng.integers(8 * len(flipped), size=int(rng.integers(1, 9))):
-        flipped[bit // 8] ^= 1 << (bit % 8)
-    ways = [
-        rng.bytes(int(rng.integers(0, 300))),
-        before,
-        after,
-        before + noise + after,
-        before + noise + after[len(noise) :],
-        before + b"\xff" * 10 + after,
-        content + after,
-        bytes(flipped),
-    ]
-    return ways[rng.integers(len(ways))]
-
-
 def assert_in_contract(failure: grpc.RpcError) -> None:
-    """Our own statuses name a reason that is no bug of ours; only bytes that are no message get gRPC's own INTERNAL."""
-    code, details = failure.code(), failure.details()
+    """A refusal names a reason that is no bug of ours; gRPC itself says at most that the time is up or nobody there."""
     trailing = dict(failure.trailing_metadata() or ())
     info = error_info(trailing[DETAILS_KEY]) if DETAILS_KEY in trailing else None
     if info is None:
-        own = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED}
-        assert code in own or (code, details) == (grpc.StatusCode.INTERNAL, "Exception deserializing request!"), failure
+        assert failure.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED}, failure
     else:
-        assert code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), failure
+        assert failure.code() not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), failure
         assert type(error_of(failure)).reason == info.reason
 
 
@@ -167,25 +143,6 @@ def call_raw(raw: grpc.Channel, method: MethodDescriptor, payloads: list[bytes])
 def test_every_method_has_a_good_request_here(world: World) -> None:
     """A method that is added to the contract is sent hostile bytes, too."""
     assert {method.name for method in METHODS} == valid_messages(world).keys()
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_hostile_bytes_get_a_status_of_the_contract(
-    world: World, raw: grpc.Channel, rng: np.random.Generator, method: MethodDescriptor
-) -> None:
-    """Random, cut, flipped and padded requests are answered or refused by name; nothing else is touched."""
-    contents = [message.SerializeToString() for message in valid_messages(world)[method.name]]
-    num_answered = 0
-    for content in itertools.islice(itertools.cycle(contents), NUM_MUTANTS):
-        payloads = [mutated(content, rng) for _ in range(1 + method.client_streaming)]
-        try:
-            call_raw(raw, method, payloads)
-            num_answered += 1
-        except grpc.RpcError as failure:
-            assert_in_contract(failure)
-    assert num_answered < NUM_MUTANTS or not any(contents)
-    forget_others(world)
-    world.assert_untouched()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

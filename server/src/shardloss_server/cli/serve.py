@@ -29,6 +29,7 @@ log = logging.getLogger("shardloss_server")
 @with_flags
 def serve(settings: Settings) -> None:
     """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever connects writes what he likes into the log
     from shardloss.allocator import keep_freed_memory
 
     from shardloss_server.rpc.serve import CannotServe

@@ -29,6 +29,7 @@ from shardloss_server.config import FRAMING_BYTES, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
     Handlers,
@@ -99,7 +100,7 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
-            interceptors=[Splicing()],
+            interceptors=[Reading(), Splicing()],
             maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
         )
 
