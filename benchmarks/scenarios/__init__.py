@@ -40,4 +40,5 @@ NOT_IN_QUICK = {  # the code of others at other sizes, and two that start Ray se
     "scale-K",
     "nodes",
     "ray-naive",
+    "full-1M-memory",
 }
