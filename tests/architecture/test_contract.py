@@ -17,13 +17,13 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from shardloss import errors
-from shardloss.v1 import evaluation_pb2, loss_pb2, options_pb2, server_pb2, table_pb2, tensor_pb2
+from shardloss.v1 import admin_pb2, evaluation_pb2, loss_pb2, options_pb2, server_pb2, table_pb2, tensor_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = ("message_type", "nested_type", "field", "oneof_decl", "extension", "enum_type", "value", "service", "method")
 ONEOF_DECL = descriptor_pb2.DescriptorProto.ONEOF_DECL_FIELD_NUMBER
 Place = tuple[int, ...]
-MODULES = (evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2)
+MODULES = (admin_pb2, evaluation_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2)
 METHODS = [
     method
     for module in MODULES
@@ -52,12 +52,15 @@ def test_the_promised_services_and_methods_are_there() -> None:
                 "GetTable",
                 "ListTables",
                 "DeleteTable",
+                "RenameTable",
                 "ReadRows",
                 "WriteRows",
                 "WriteClassCounts",
+                "ReadClassCounts",
             )
         ),
         "ServerService.GetServerInfo",
+        "AdminService.GetStatus",
     }
 
 

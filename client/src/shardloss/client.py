@@ -167,6 +167,17 @@ class LossClient:
         reply = self.channel.unary(self.tables.ListTables, table_pb2.ListTablesRequest(), None)
         return [messages.table_info(table) for table in reply.tables]
 
+    def rename_table(self, name: str, new_name: str) -> Table:
+        """Give a table another name, whole and at once.
+
+        Raises:
+            TableNotFound, TableExists: there is none of that name; the new name is taken.
+            TransientError: it may have been renamed.
+        """
+        request = table_pb2.RenameTableRequest(table=name, new_name=new_name)
+        reply = self.channel.unary(self.tables.RenameTable, request, None, whole=True, repeatable=False)
+        return Table(self, messages.table_info(reply.table))
+
     def delete_table(self, name: str) -> None:
         """Free a table with all its tickets.
 

@@ -16,6 +16,8 @@
     │   ├── Stale                   STALE               scored too many commits ago
     │   ├── Unauthenticated         UNAUTHENTICATED
     │   ├── PermissionDenied        PERMISSION_DENIED
+    │   ├── BadFile                 BAD_FILE            client only: a file is not what it must be
+    │   ├── TableMoved              TABLE_MOVED         client only: others trained it while it was exported
     │   ├── DoubleBackward          DOUBLE_BACKWARD     client only: the loss has no second derivative
     │   └── ClientClosed            CLIENT_CLOSED       client only
     ├── TransientError              the same call may be repeated
@@ -149,6 +151,18 @@ class PermissionDenied(RequestError):
     """The credentials do not allow this call."""
 
     reason, status = "PERMISSION_DENIED", "PERMISSION_DENIED"
+
+
+class BadFile(RequestError, ValueError):
+    """A file that is not what it must be, or cannot be written; the message names the file and the tensor."""
+
+    reason = "BAD_FILE"
+
+
+class TableMoved(RequestError):
+    """Another trainer changed the table while it was exported: what was read is of several versions."""
+
+    reason = "TABLE_MOVED"
 
 
 class DoubleBackward(RequestError, RuntimeError):

@@ -417,6 +417,45 @@ def rows(message: table_pb2.ReadRowsResponse) -> types.Rows:
 
 
 @reading_reply()
+def table_rows(message: table_pb2.ReadRowsResponse) -> types.TableRows:
+    """Rows read with their state, bit for bit."""
+    biases = wire.decode(message.biases, "biases") if message.HasField("biases") else None
+    of_rows = {state.name: wire.decode(state.values, "weight_state") for state in message.weight_state}
+    of_biases = {state.name: wire.decode(state.values, "bias_state") for state in message.bias_state}
+    rows = wire.decode(message.rows, "rows")
+    return types.TableRows(rows, biases, of_rows, of_biases, message.version, message.num_commits)
+
+
+@writing_request()
+def row_write(
+    table: str, class_ids: Array, page: types.TableRows, num_commits: int | None, *, bfloat16: bool
+) -> table_pb2.WriteRowsRequest:
+    """Rows to overwrite with their state; with bfloat16, rows of uint16 are its bits."""
+    return table_pb2.WriteRowsRequest(
+        table=table,
+        class_ids=numbers(class_ids, "class_ids"),
+        rows=wire.encode(page.rows, "rows", bfloat16=bfloat16 and page.rows.dtype == np.uint16),
+        biases=None if page.biases is None else numbers(page.biases, "biases"),
+        weight_state=row_states(page.weight_state, "weight_state"),
+        bias_state=row_states(page.bias_state, "bias_state"),
+        num_commits=num_commits,
+    )
+
+
+def row_states(state: Mapping[str, Array], field: str) -> list[table_pb2.RowState]:
+    """Optimizer state by name."""
+    return [table_pb2.RowState(name=name, values=numbers(values, field)) for name, values in state.items()]
+
+
+@reading_reply()
+def class_counts(message: table_pb2.ReadClassCountsResponse) -> types.ClassCounts:
+    """Class counts read."""
+    written = wire.decode(message.counts, "counts") if message.HasField("counts") else None
+    learned = wire.decode(message.learned, "learned") if message.HasField("learned") else None
+    return types.ClassCounts(written, learned, message.version)
+
+
+@reading_reply()
 def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
     """A draw."""
     return types.Candidates(

@@ -11,7 +11,7 @@ from shardloss import messages, types
 from shardloss.errors import InvalidArgument
 from shardloss.losses import Losses
 from shardloss.messages import numbers
-from shardloss.paging import asked, joined, of_rank, pages
+from shardloss.paging import PAGE_BYTES, asked, joined, of_rank, pages
 from shardloss.session import Session
 from shardloss.trainable import Trainable
 from shardloss.v1 import table_pb2
@@ -85,6 +85,54 @@ class Table(Trainable, Losses):
 
         return [asked(ask, page) for page in pages(len(class_ids), self.spec.dim + 1)][-1]
 
+    @property
+    def page_rows(self) -> int:
+        """Rows that go in one message with all their state."""
+        return pages_of(self.spec)
+
+    def read_state(self, first_class: int, num_classes: int) -> types.TableRows:
+        """The rows of a range of at most `page_rows` classes with all their state, at one version, bit for bit.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+        """
+        class_ids = np.arange(first_class, first_class + num_classes)
+        request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids, "class_ids"), want_state=True)
+        return messages.table_rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
+
+    def write_state(self, first_class: int, page: types.TableRows, num_commits: int | None = None) -> int:
+        """Overwrite at most `page_rows` rows from first_class on with what is given of their state; one version.
+
+        State that page does not name stays, and so do biases that are None. num_commits makes the optimizer's step go
+        on from there; page's own, and its version, are not looked at.
+
+        Raises:
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts in the page.
+        """
+        class_ids = np.arange(first_class, first_class + len(page.rows))
+        bfloat16 = self.spec.dtype == "bfloat16"
+        request = messages.row_write(self.name, class_ids, page, num_commits, bfloat16=bfloat16)
+        reply: table_pb2.WriteRowsResponse = self.client.channel.unary(self.client.tables.WriteRows, request, None)
+        return reply.version
+
+    def read_class_counts(self, first_class: int, num_classes: int) -> types.ClassCounts:
+        """Written and learned class counts of a range of at most `paging.PAGE_BYTES` / 16 classes."""
+        request = table_pb2.ReadClassCountsRequest(table=self.name, first_class=first_class, num_classes=num_classes)
+        return messages.class_counts(self.client.channel.unary(self.client.tables.ReadClassCounts, request, None))
+
+    def write_counts_page(self, first_class: int, written: Array | None, learned: Array | None) -> None:
+        """Overwrite the class counts of a range of classes: written [M], learned [M] int64, or both; None stays.
+
+        Raises:
+            InvalidArgument, LimitExceeded: as `write_class_counts`; index counts in the range.
+        """
+        request = table_pb2.WriteClassCountsRequest(table=self.name, first_class=first_class)
+        if written is not None:
+            request.counts.CopyFrom(numbers(written, "counts"))
+        if learned is not None:
+            request.learned.CopyFrom(numbers(learned, "learned"))
+        self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
+
     def write_class_counts(self, counts: Array) -> None:
         """Give the class counts [V] that `FixedUnigram` samplers draw by, >= 0; in pages.
 
@@ -100,6 +148,12 @@ class Table(Trainable, Losses):
                 table=self.name, first_class=page.start, counts=numbers(counts[page], "counts")
             )
             self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
+
+
+def pages_of(spec: types.TableInfo) -> int:
+    """Rows of a table that go in one message with all their state."""
+    num_tensors = 1 + len(types.state_widths(spec.optimizer, spec.dim))
+    return max(1, PAGE_BYTES // (8 * num_tensors * (spec.dim + 1)))
 
 
 def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.TableInfo) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -69,6 +69,16 @@ class SparseAdam:
 
 
 Optimizer: TypeAlias = Sgd | Adagrad | RowAdagrad | Adam | AdamW | SparseAdam
+
+
+def state_widths(optimizer: Optimizer, dim: int) -> dict[str, int]:
+    """Numbers that an optimizer's state holds a row of dim D, by name, ascending; of a bias, with dim 1."""
+    if isinstance(optimizer, Sgd):
+        return {"momentum": dim} if optimizer.momentum else {}
+    if isinstance(optimizer, (Adagrad, RowAdagrad)):
+        return {"sum": dim if isinstance(optimizer, Adagrad) else 1}
+    return {"first_moment": dim, "second_moment": dim}
+
 
 # First values of rows: functions of (seed, class id).
 
@@ -353,6 +363,31 @@ class Rows:
 
     rows: Array
     biases: Array | None
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """Rows with all their state, as the table stores them; what is read of many pages is of one version.
+
+    rows [M, D] (uint16 holds the bits of bfloat16), biases [M] or None; state [M, W] by name of rows, and of biases
+    (W = 1). num_commits is the optimizer's step.
+    """
+
+    rows: Array
+    biases: Array | None
+    weight_state: Mapping[str, Array]
+    bias_state: Mapping[str, Array]
+    version: int
+    num_commits: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounts:
+    """Counts of a range of classes: written [M] or None where none were, learned [M] or None where none are kept."""
+
+    written: Array | None
+    learned: Array | None
     version: int
 
 

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from shardloss.errors import InvalidArgument
 
+MAX_TOTAL = 1 << 62  # sums stay in 64 bits, whatever commits add
+
 
 class LearnedCounts:
     """A Distribution whose weights start at 1 and grow by 1 with every id added: p = weight / sum of weights.
@@ -55,6 +57,31 @@ class LearnedCounts:
             np.add.at(self._tree, nodes, 1)
             nodes = nodes + (nodes & -nodes)
             nodes = nodes[nodes <= self.num_classes]
+
+    def overwrite(self, first: int, weights: NDArray[np.int64]) -> None:
+        """Give the ids from first on these weights [M], each >= 1. O(M log V).
+
+        Raises:
+            InvalidArgument: an id is outside [0, V), a weight is below 1, or their sum exceeds 2^62; nothing changed.
+        """
+        ids = np.arange(first, first + len(weights))
+        if first < 0 or first + len(weights) > self.num_classes:
+            raise InvalidArgument(f"{len(weights)} ids from {first} on are not all in [0, {self.num_classes})")
+        if len(weights) and int(weights.min()) < 1:
+            at = int(weights.argmin())
+            raise InvalidArgument(f"learned[{at}] = {weights[at]} must be at least 1", field="learned", index=at)
+        added = sum(map(int, weights)) - int(self._counts[ids].sum())  # of any size, unlike numbers of 64 bits
+        if self._total + added > MAX_TOTAL:
+            raise InvalidArgument(f"learned: all weights together would exceed 2^62 = {MAX_TOTAL}", field="learned")
+        changes = weights - self._counts[ids]
+        self._counts[ids] = weights
+        self._total += added
+        nodes = ids + 1
+        while len(nodes):
+            np.add.at(self._tree, nodes, changes)
+            nodes = nodes + (nodes & -nodes)
+            stays = nodes <= self.num_classes
+            nodes, changes = nodes[stays], changes[stays]
 
     def frequency(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The weights of ids, of any shape: 1 + how often each was added."""

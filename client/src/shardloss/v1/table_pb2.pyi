@@ -210,35 +210,71 @@ class DeleteTableResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RenameTableRequest(_message.Message):
+    __slots__ = ("table", "new_name")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    NEW_NAME_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    new_name: str
+    def __init__(self, table: _Optional[str] = ..., new_name: _Optional[str] = ...) -> None: ...
+
+class RenameTableResponse(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: Table
+    def __init__(self, table: _Optional[_Union[Table, _Mapping]] = ...) -> None: ...
+
+class RowState(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: _tensor_pb2.Tensor
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
 class ReadRowsRequest(_message.Message):
-    __slots__ = ("table", "class_ids")
+    __slots__ = ("table", "class_ids", "want_state")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     CLASS_IDS_FIELD_NUMBER: _ClassVar[int]
+    WANT_STATE_FIELD_NUMBER: _ClassVar[int]
     table: str
     class_ids: _tensor_pb2.Tensor
-    def __init__(self, table: _Optional[str] = ..., class_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    want_state: bool
+    def __init__(self, table: _Optional[str] = ..., class_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., want_state: bool = ...) -> None: ...
 
 class ReadRowsResponse(_message.Message):
-    __slots__ = ("rows", "biases", "version")
+    __slots__ = ("rows", "biases", "version", "weight_state", "bias_state", "num_commits")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BIASES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STATE_FIELD_NUMBER: _ClassVar[int]
+    BIAS_STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITS_FIELD_NUMBER: _ClassVar[int]
     rows: _tensor_pb2.Tensor
     biases: _tensor_pb2.Tensor
     version: int
-    def __init__(self, rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., biases: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+    weight_state: _containers.RepeatedCompositeFieldContainer[RowState]
+    bias_state: _containers.RepeatedCompositeFieldContainer[RowState]
+    num_commits: int
+    def __init__(self, rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., biases: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., version: _Optional[int] = ..., weight_state: _Optional[_Iterable[_Union[RowState, _Mapping]]] = ..., bias_state: _Optional[_Iterable[_Union[RowState, _Mapping]]] = ..., num_commits: _Optional[int] = ...) -> None: ...
 
 class WriteRowsRequest(_message.Message):
-    __slots__ = ("table", "class_ids", "rows", "biases")
+    __slots__ = ("table", "class_ids", "rows", "biases", "weight_state", "bias_state", "num_commits")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     CLASS_IDS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BIASES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STATE_FIELD_NUMBER: _ClassVar[int]
+    BIAS_STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITS_FIELD_NUMBER: _ClassVar[int]
     table: str
     class_ids: _tensor_pb2.Tensor
     rows: _tensor_pb2.Tensor
     biases: _tensor_pb2.Tensor
-    def __init__(self, table: _Optional[str] = ..., class_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., biases: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    weight_state: _containers.RepeatedCompositeFieldContainer[RowState]
+    bias_state: _containers.RepeatedCompositeFieldContainer[RowState]
+    num_commits: int
+    def __init__(self, table: _Optional[str] = ..., class_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., biases: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight_state: _Optional[_Iterable[_Union[RowState, _Mapping]]] = ..., bias_state: _Optional[_Iterable[_Union[RowState, _Mapping]]] = ..., num_commits: _Optional[int] = ...) -> None: ...
 
 class WriteRowsResponse(_message.Message):
     __slots__ = ("version",)
@@ -247,15 +283,37 @@ class WriteRowsResponse(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class WriteClassCountsRequest(_message.Message):
-    __slots__ = ("table", "first_class", "counts")
+    __slots__ = ("table", "first_class", "counts", "learned")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_CLASS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
     table: str
     first_class: int
     counts: _tensor_pb2.Tensor
-    def __init__(self, table: _Optional[str] = ..., first_class: _Optional[int] = ..., counts: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    learned: _tensor_pb2.Tensor
+    def __init__(self, table: _Optional[str] = ..., first_class: _Optional[int] = ..., counts: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., learned: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class WriteClassCountsResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ReadClassCountsRequest(_message.Message):
+    __slots__ = ("table", "first_class", "num_classes")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CLASSES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    first_class: int
+    num_classes: int
+    def __init__(self, table: _Optional[str] = ..., first_class: _Optional[int] = ..., num_classes: _Optional[int] = ...) -> None: ...
+
+class ReadClassCountsResponse(_message.Message):
+    __slots__ = ("counts", "learned", "version")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    counts: _tensor_pb2.Tensor
+    learned: _tensor_pb2.Tensor
+    version: int
+    def __init__(self, counts: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., learned: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...

@@ -56,6 +56,11 @@ class TableServiceStub(object):
                 request_serializer=shardloss_dot_v1_dot_table__pb2.DeleteTableRequest.SerializeToString,
                 response_deserializer=shardloss_dot_v1_dot_table__pb2.DeleteTableResponse.FromString,
                 _registered_method=True)
+        self.RenameTable = channel.unary_unary(
+                '/shardloss.v1.TableService/RenameTable',
+                request_serializer=shardloss_dot_v1_dot_table__pb2.RenameTableRequest.SerializeToString,
+                response_deserializer=shardloss_dot_v1_dot_table__pb2.RenameTableResponse.FromString,
+                _registered_method=True)
         self.ReadRows = channel.unary_unary(
                 '/shardloss.v1.TableService/ReadRows',
                 request_serializer=shardloss_dot_v1_dot_table__pb2.ReadRowsRequest.SerializeToString,
@@ -70,6 +75,11 @@ class TableServiceStub(object):
                 '/shardloss.v1.TableService/WriteClassCounts',
                 request_serializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.SerializeToString,
                 response_deserializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.FromString,
+                _registered_method=True)
+        self.ReadClassCounts = channel.unary_unary(
+                '/shardloss.v1.TableService/ReadClassCounts',
+                request_serializer=shardloss_dot_v1_dot_table__pb2.ReadClassCountsRequest.SerializeToString,
+                response_deserializer=shardloss_dot_v1_dot_table__pb2.ReadClassCountsResponse.FromString,
                 _registered_method=True)
 
 
@@ -110,27 +120,46 @@ class TableServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenameTable(self, request, context):
+        """Gives a table another name, whole and at once; rows, version and workers stay, its sessions go on under the new
+        name. Not idempotent: a repeat is TABLE_NOT_FOUND. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, TABLE_EXISTS (the new
+        name is taken, by whatever spec), OVERLOADED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadRows(self, request, context):
-        """Reads rows at one version; changes nothing, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
-        LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
+        """Reads rows, with their optimizer state where asked, at one version; changes nothing, so it is idempotent.
+        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteRows(self, request, context):
-        """Overwrites rows in one version step, all or none; no rows are no version. The values are absolute, so a repeat
-        leaves the same rows, but counts as one more version. Optimizer state stays. Errors: INVALID_ARGUMENT,
-        TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE (it may yet be applied; repeat it), ROWS_LOST.
+        """Overwrites rows, and of their optimizer state what is given, in one version step, all or none; no rows and no
+        num_commits are no version. The values are absolute, so a repeat leaves the same rows, but counts as one more
+        version. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE (it may yet be
+        applied; repeat it), ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteClassCounts(self, request, context):
-        """Overwrites the class counts that fixed unigram samplers draw by, of one range of classes; classes never written
-        count 0. No row and no version changes; later draws see the new counts, and open tickets keep theirs. The values
-        are absolute, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED.
+        """Overwrites class counts of one range of classes: those that fixed unigram samplers draw by, of which classes never
+        written count 0, and those learned from commits. No row and no version changes; later draws see the new counts, and
+        open tickets keep theirs. The values are absolute, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
+        LIMIT_EXCEEDED, OVERLOADED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadClassCounts(self, request, context):
+        """Reads the class counts of one range of classes, between two commits; changes nothing, so it is idempotent.
+        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +188,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     request_deserializer=shardloss_dot_v1_dot_table__pb2.DeleteTableRequest.FromString,
                     response_serializer=shardloss_dot_v1_dot_table__pb2.DeleteTableResponse.SerializeToString,
             ),
+            'RenameTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenameTable,
+                    request_deserializer=shardloss_dot_v1_dot_table__pb2.RenameTableRequest.FromString,
+                    response_serializer=shardloss_dot_v1_dot_table__pb2.RenameTableResponse.SerializeToString,
+            ),
             'ReadRows': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadRows,
                     request_deserializer=shardloss_dot_v1_dot_table__pb2.ReadRowsRequest.FromString,
@@ -173,6 +207,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.WriteClassCounts,
                     request_deserializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.FromString,
                     response_serializer=shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.SerializeToString,
+            ),
+            'ReadClassCounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadClassCounts,
+                    request_deserializer=shardloss_dot_v1_dot_table__pb2.ReadClassCountsRequest.FromString,
+                    response_serializer=shardloss_dot_v1_dot_table__pb2.ReadClassCountsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -296,6 +335,33 @@ class TableService(object):
             _registered_method=True)
 
     @staticmethod
+    def RenameTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardloss.v1.TableService/RenameTable',
+            shardloss_dot_v1_dot_table__pb2.RenameTableRequest.SerializeToString,
+            shardloss_dot_v1_dot_table__pb2.RenameTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReadRows(request,
             target,
             options=(),
@@ -366,6 +432,33 @@ class TableService(object):
             '/shardloss.v1.TableService/WriteClassCounts',
             shardloss_dot_v1_dot_table__pb2.WriteClassCountsRequest.SerializeToString,
             shardloss_dot_v1_dot_table__pb2.WriteClassCountsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadClassCounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardloss.v1.TableService/ReadClassCounts',
+            shardloss_dot_v1_dot_table__pb2.ReadClassCountsRequest.SerializeToString,
+            shardloss_dot_v1_dot_table__pb2.ReadClassCountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -123,8 +123,8 @@ class FanoutGroup(ABC):
     def write(self, table: str, write: RowWrite) -> Gathered[int]:
         return self.on_all("write", table, write)
 
-    def read(self, table: str, class_ids: Tensor) -> Gathered[Rows]:
-        return self.on_all("read", table, class_ids)
+    def read(self, table: str, class_ids: Tensor, with_state: bool = False) -> Gathered[Rows]:
+        return self.on_all("read", table, class_ids, with_state)
 
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Gathered[ScanAnswer]:
         return self.on_all("scan", table, question, piece, num_pieces)

@@ -122,8 +122,8 @@ class ShardGroup(Protocol):
     def write(self, table: str, write: RowWrite) -> Pending[list[int]]:
         """Overwrite rows on every shard."""
 
-    def read(self, table: str, class_ids: Tensor) -> Pending[list[Rows]]:
-        """Rows of each shard among class_ids."""
+    def read(self, table: str, class_ids: Tensor, with_state: bool = False) -> Pending[list[Rows]]:
+        """Rows of each shard among class_ids, with their optimizer state where asked."""
 
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Pending[list[ScanAnswer]]:
         """Answer an exact question over one slice of every shard's rows."""

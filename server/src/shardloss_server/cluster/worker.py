@@ -103,8 +103,8 @@ class Worker:
     def write(self, table: str, write: RowWrite) -> dict[int, int]:
         return self._each(table, ShardTable.write_, write)
 
-    def read(self, table: str, class_ids: Tensor) -> dict[int, Rows]:
-        return self._each(table, ShardTable.read, class_ids)
+    def read(self, table: str, class_ids: Tensor, with_state: bool = False) -> dict[int, Rows]:
+        return self._each(table, ShardTable.read, class_ids, with_state)
 
     def scan(self, table: str, question: scan.Question, piece: int, num_pieces: int) -> dict[int, scan.ScanAnswer]:
         return self._each(table, lambda shard, asked: scan.answer(shard, asked, piece, num_pieces), question)
@@ -159,6 +159,8 @@ def moved(value: Any, device: str) -> Any:
         return value.to(device)
     if isinstance(value, (tuple, list)):
         return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: moved(item, device) for name, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
     return value

@@ -7,6 +7,7 @@ import re
 import secrets
 import threading
 from collections import deque
+from dataclasses import replace
 
 import torch
 from shardloss.errors import InvalidArgument, LimitExceeded, TableExists, TableNotFound
@@ -16,7 +17,7 @@ from shardloss_server.config import Limits
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.frontend.session import TicketBudget
-from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.optimizer import OptimizerSpec, state_widths
 from shardloss_server.shard.record import TableSpec
 
 MAX_DEVIATIONS = 8.0  # a normal from 32 bits is at most 6.8 standard deviations out
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 COUNT_BYTES = 24  # a count and up to two nodes of its tree
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
-STATES_PER_ELEMENT = {"sgd": 0, "adagrad": 1, "row_adagrad": 0, "adam": 2, "adamw": 2, "sparse_adam": 2}
 
 
 class Catalog:
@@ -88,6 +88,23 @@ class Catalog:
             del self._owners[table]
             self._retire(owner)
 
+    def rename(self, table: str, new_name: str, deadline: Deadline) -> TableOwner:
+        """Give a table another name; its shards keep the key that they have.
+
+        Raises:
+            TableNotFound, TableExists, InvalidArgument: there is none, the name is taken, or is no name.
+        """
+        check_name(new_name, "new_name")
+        with deadline.holding(self._making, "a table in the making"):
+            owner = self.owner(table)
+            if new_name in self._owners and new_name != table:
+                raise TableExists(f"a table is named {new_name!r}; delete it or use another name", field="new_name")
+            owner.spec = replace(owner.spec, name=new_name)
+            self._owners[new_name] = owner
+            if new_name != table:
+                del self._owners[table]
+            return owner
+
     def _retire(self, owner: TableOwner) -> None:
         owner.retire()
         self._retired.append(owner)
@@ -111,17 +128,25 @@ class Catalog:
         return sum(owner.sessions.expire(now) for owner in self.owners())
 
 
+def check_name(name: str, field: str) -> None:
+    """Check a table's name.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"name {name[:40]!r} must match [a-z0-9][a-z0-9._-]* and have at most 128 characters", field=field
+        )
+
+
 def check_spec(spec: TableSpec, limits: Limits) -> None:
     """Check a table's name and sizes.
 
     Raises:
         InvalidArgument, LimitExceeded: naming the field.
     """
-    if not NAME.fullmatch(spec.name):
-        raise InvalidArgument(
-            f"name {spec.name[:40]!r} must match [a-z0-9][a-z0-9._-]* and have at most 128 characters",
-            field="spec.name",
-        )
+    check_name(spec.name, "spec.name")
     for field, value, most in (
         ("num_classes", spec.num_classes, limits.max_num_classes),
         ("dim", spec.dim, limits.max_dim),
@@ -164,11 +189,7 @@ def table_bytes(spec: TableSpec) -> int:
 
 def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
     """Optimizer state of one row, in elements."""
-    if optimizer.kind == "row_adagrad":
-        return 1
-    if optimizer.kind == "sgd":
-        return dim if optimizer.momentum else 0
-    return STATES_PER_ELEMENT[optimizer.kind] * dim
+    return sum(state_widths(optimizer, dim).values())
 
 
 def facts(spec: TableSpec) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,15 @@ from shardloss_server.frontend.request import Mixture, SamplerSpec
 
 KEPT_ALIASES = 2  # prepared unigrams, by (distortion, num_reserved_ids); each takes 24 bytes a class
 KEPT_MIXTURES = 16  # mixtures of which it is known how many classes they can draw
+
+
+@dataclass(frozen=True, slots=True)
+class CountsRead:
+    """Counts of a range of classes: written [M] or None where none ever were, learned [M] or None; the version then."""
+
+    written: NDArray[np.float64] | None
+    learned: NDArray[np.int64] | None
+    version: int
 
 
 class ClassCounts:
@@ -55,6 +65,25 @@ class ClassCounts:
             self._written[first_class : first_class + len(counts)] = counts
             self._unigrams.clear()
             self._num_possible.clear()
+
+    def write_learned(self, first_class: int, counts: NDArray[np.int64]) -> None:
+        """Overwrite the learned counts [M] of classes from first_class on.
+
+        Raises:
+            InvalidArgument: the table does not count its labels, or the sum of all would exceed MAX_TOTAL.
+        """
+        with self._lock:
+            self._of_labels("learned").overwrite(first_class, counts)
+            self._num_possible.clear()
+
+    def read(self, first_class: int, num_classes: int) -> tuple[NDArray[np.float64] | None, NDArray[np.int64] | None]:
+        """Copies of the written and the learned counts [M] of a range of classes; None where there are none."""
+        asked = slice(first_class, first_class + num_classes)
+        with self._lock:
+            written = None if self._written is None else self._written[asked].copy()
+            if self._learned is None:
+                return written, None
+            return written, self._learned.frequency(np.arange(asked.start, asked.stop))
 
     def learn(self, class_ids: NDArray[np.int64]) -> None:
         """Count the labels of a commit."""

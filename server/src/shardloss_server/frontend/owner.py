@@ -30,13 +30,14 @@ from torch import Tensor
 from shardloss_server.cluster.group import Order, Pending, ShardGroup, ShardMissing, Staged, WorkerLost
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.counts import ClassCounts
+from shardloss_server.frontend.counts import ClassCounts, CountsRead
 from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
 from shardloss_server.frontend.finish import merge
 from shardloss_server.frontend.replies import LastReplies
 from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.frontend.steps import Doubt, Steps
+from shardloss_server.numerics.optimizer import State
 from shardloss_server.shard.ledger import Outcome
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -89,6 +90,11 @@ class TableOwner:
         """Allocate and fill the shards."""
         spec = replace(self.spec, name=self.key)
         self._wait(self._group.create(spec, self.limits.max_sessions), deadline)
+
+    @property
+    def lost(self) -> str | None:
+        """Why rows of it are gone; None: they are all there."""
+        return self._lost
 
     def retire(self) -> None:
         """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
@@ -171,16 +177,31 @@ class TableOwner:
                 raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
             return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
 
-    def read(self, class_ids: Tensor, deadline: Deadline) -> Rows:
-        """Rows [M, D] and biases [M] of class_ids [M] at one version."""
-        pieces = self.ask(lambda: self._group.read(self.key, class_ids), deadline)
+    def read(self, class_ids: Tensor, deadline: Deadline, with_state: bool = False) -> Rows:
+        """Rows [M, D] and biases [M] of class_ids [M] at one version, with their state where asked."""
+        pieces = self.ask(lambda: self._group.read(self.key, class_ids, with_state), deadline)
         version = self.same_version([piece.version for piece in pieces])
         owner = self.spec.placement.shard_of(class_ids)
-        place = torch.cat([torch.nonzero(owner == k)[:, 0] for k in range(len(pieces))])
-        rows = torch.cat([piece.rows for piece in pieces])
-        biases = torch.cat([piece.biases for piece in pieces])
-        in_order = torch.argsort(place)
-        return Rows(class_ids, rows[in_order], biases[in_order], version)
+        in_order = torch.argsort(torch.cat([torch.nonzero(owner == k)[:, 0] for k in range(len(pieces))]))
+
+        def whole(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(parts))[in_order]
+
+        return Rows(
+            class_ids,
+            whole([piece.rows for piece in pieces]),
+            whole([piece.biases for piece in pieces]),
+            version,
+            pieces[0].num_commits,
+            {name: whole([piece.weight_state[name] for piece in pieces]) for name in pieces[0].weight_state},
+            {name: whole([piece.bias_state[name] for piece in pieces]) for name in pieces[0].bias_state},
+        )
+
+    def read_counts(self, first_class: int, num_classes: int, deadline: Deadline) -> CountsRead:
+        """Class counts of a range, between two commits, and the version then."""
+        with deadline.holding(self._commits, "a commit of this table"):
+            self._settle(deadline)
+            return CountsRead(*self.counts.read(first_class, num_classes), self.steps.version)
 
     def ask(self, start: Callable[[], Pending[T]], deadline: Deadline, settled: bool = False) -> T:
         """Start work on every shard in this table's order, and wait for it outside of the order."""
@@ -256,13 +277,24 @@ class TableOwner:
             self.steps.wake()
             return num_aborted
 
-    def write(self, class_ids: Tensor, rows: Tensor, biases: Tensor | None, deadline: Deadline) -> int:
-        """Overwrite rows as one version and return it; no rows are no version."""
+    def write(
+        self,
+        class_ids: Tensor,
+        rows: Tensor,
+        biases: Tensor | None,
+        deadline: Deadline,
+        *,
+        weight_state: State | None = None,
+        bias_state: State | None = None,
+        num_commits: int | None = None,
+    ) -> int:
+        """Overwrite rows, state and num_commits as one version and return it; where there is nothing, no version."""
         with deadline.holding(self._commits, "another commit of this table"):
             self._settle(deadline)
-            if len(class_ids) == 0:
+            if len(class_ids) == 0 and num_commits is None:
                 return self.steps.version
-            write = RowWrite(self.steps.version + 1, class_ids, rows, biases)
+            version = self.steps.version + 1
+            write = RowWrite(version, class_ids, rows, biases, weight_state or {}, bias_state or {}, num_commits)
             self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
             return self.steps.version
 

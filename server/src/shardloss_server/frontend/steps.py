@@ -55,6 +55,8 @@ class Steps:
             if isinstance(change, Order):
                 self.num_commits += 1
                 self.ledger.note(change.key, Outcome(change.key.digest, change.version, change.staleness))
+            elif change.num_commits is not None:
+                self.num_commits = change.num_commits
             self._applied.notify_all()
 
     def wake(self) -> None:

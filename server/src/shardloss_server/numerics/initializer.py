@@ -108,13 +108,13 @@ def fill_rows_(initializer: Initializer, class_ids: Tensor, rows: Tensor) -> Non
         rows[start : start + step] = initial_rows(initializer, chunk, rows.shape[1])
 
 
-def round_stochastically(values: Tensor, seed: int, version: int, class_ids: Tensor) -> Tensor:
+def round_stochastically(values: Tensor, seed: int, step: int, class_ids: Tensor) -> Tensor:
     """Round float32 [M, D] to bfloat16 up or down with probability by distance; E[rounded] = value.
 
-    Adds 16 random bits, keyed by (seed, version, class id, column), below the kept ones and truncates. Non-finite
+    Adds 16 random bits, keyed by (seed, step, class id, column), below the kept ones and truncates. Non-finite
     values are rounded to nearest. Source: DESIGN of low-precision training, Gupta et al. 2015, section 3.
     """
-    noise = noise_bits(seed, version, class_ids, values.shape[1])
+    noise = noise_bits(seed, step, class_ids, values.shape[1])
     kept = noise.add_(values.contiguous().view(torch.int32)).bitwise_right_shift_(16)
     rounded = kept.to(torch.int16).view(torch.bfloat16)
     if bool(torch.isfinite(values.sum())):

@@ -32,14 +32,22 @@ class OptimizerSpec:
 KINDS = ("sgd", "adagrad", "row_adagrad", "adam", "adamw", "sparse_adam")
 
 
-def initial_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
-    """State of num_rows rows before any step; each entry is [num_rows, D], or [num_rows, 1] where one a row is held."""
+SUMS_OF_SQUARES = ("sum", "second_moment")  # never negative
+
+
+def state_widths(spec: OptimizerSpec, dim: int) -> dict[str, int]:
+    """Numbers that the state holds a row of dim D, by name, ascending."""
     if spec.kind == "sgd":
-        return {"momentum": torch.zeros(num_rows, dim, dtype=dtype)} if spec.momentum else {}
+        return {"momentum": dim} if spec.momentum else {}
     if spec.kind in ("adagrad", "row_adagrad"):
-        width = dim if spec.kind == "adagrad" else 1
-        return {"sum": torch.full((num_rows, width), spec.initial_accumulator_value, dtype=dtype)}
-    return {name: torch.zeros(num_rows, dim, dtype=dtype) for name in ("first_moment", "second_moment")}
+        return {"sum": dim if spec.kind == "adagrad" else 1}
+    return {"first_moment": dim, "second_moment": dim}
+
+
+def initial_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
+    """State of num_rows rows before any step; each entry is [num_rows, W] of `state_widths`."""
+    start = spec.initial_accumulator_value  # 0 but for the kinds of Adagrad
+    return {name: torch.full((num_rows, width), start, dtype=dtype) for name, width in state_widths(spec, dim).items()}
 
 
 def update_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int) -> None:

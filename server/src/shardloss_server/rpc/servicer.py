@@ -37,6 +37,7 @@ from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
 from shardloss_server.frontend.plan import draw_with_tries
 from shardloss_server.frontend.request import LabelColumns
+from shardloss_server.numerics.optimizer import state_widths
 from shardloss_server.rpc import specs, wire
 from shardloss_server.rpc.status import fail
 
@@ -68,6 +69,7 @@ FEATURES = (
     "sampled_logistic",
     "sampled_softmax",
     "stream_loss",
+    "table_state",
     "top_k",
 )
 
@@ -301,15 +303,27 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         return table_pb2.DeleteTableResponse()
 
     @answers
+    def RenameTable(self, request: table_pb2.RenameTableRequest, context: Context) -> table_pb2.RenameTableResponse:
+        owner = self.handlers.catalog.rename(request.table, request.new_name, self.handlers.deadline(context))
+        return table_pb2.RenameTableResponse(table=specs.table_message(owner))
+
+    @answers
     def ReadRows(self, request: table_pb2.ReadRowsRequest, context: Context) -> table_pb2.ReadRowsResponse:
         owner, limits = self.handlers.catalog.owner(request.table), self.handlers.limits
         class_ids = wire.to_ids(request.class_ids, "class_ids")
         validate.id_list(class_ids, owner.spec.num_classes)
-        num_bytes = len(class_ids) * (owner.spec.dim + 1) * 8
+        num_tensors = 1 + (len(state_widths(owner.spec.optimizer, owner.spec.dim)) if request.want_state else 0)
+        num_bytes = len(class_ids) * num_tensors * (owner.spec.dim + 1) * 8
         if num_bytes > limits.max_message_bytes:
             raise LimitExceeded(f"{len(class_ids)} rows may take {num_bytes} bytes; read fewer", field="class_ids")
-        rows = owner.read(class_ids, self.handlers.deadline(context))
-        response = table_pb2.ReadRowsResponse(rows=wire.from_tensor(rows.rows), version=rows.version)
+        rows = owner.read(class_ids, self.handlers.deadline(context), request.want_state)
+        response = table_pb2.ReadRowsResponse(
+            rows=wire.from_tensor(rows.rows),
+            version=rows.version,
+            num_commits=rows.num_commits,
+            weight_state=wire.from_state(rows.weight_state),
+            bias_state=wire.from_state(rows.bias_state),
+        )
         if owner.spec.bias:
             response.biases.CopyFrom(wire.from_tensor(rows.biases))
         return response
@@ -320,19 +334,54 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         class_ids = wire.to_ids(request.class_ids, "class_ids")
         rows, biases = wire.to_tensor(request.rows, "rows"), wire.optional_tensor(request, "biases")
         validate.row_write(class_ids, rows, biases, owner.spec, self.handlers.limits)
-        return table_pb2.WriteRowsResponse(
-            version=owner.write(class_ids, rows, biases, self.handlers.deadline(context))
+        of_rows = wire.to_state(request.weight_state, "weight_state")
+        of_biases = wire.to_state(request.bias_state, "bias_state")
+        validate.row_state(of_rows, of_biases, len(class_ids), owner.spec)
+        num_commits = request.num_commits if request.HasField("num_commits") else None
+        validate.num_commits(num_commits)
+        version = owner.write(
+            class_ids,
+            rows,
+            biases,
+            self.handlers.deadline(context),
+            weight_state=of_rows,
+            bias_state=of_biases,
+            num_commits=num_commits,
         )
+        return table_pb2.WriteRowsResponse(version=version)
 
     @answers
     def WriteClassCounts(
         self, request: table_pb2.WriteClassCountsRequest, context: Context
     ) -> table_pb2.WriteClassCountsResponse:
         owner = self.handlers.catalog.owner(request.table)
-        counts = wire.to_tensor(request.counts, "counts")
-        validate.class_counts(request.first_class, counts, owner.spec, self.handlers.limits)
-        owner.counts.write(request.first_class, counts.double().numpy())
+        learned = wire.to_counts(request.learned, "learned") if request.HasField("learned") else None
+        counts = wire.optional_tensor(request, "counts")
+        if counts is None and learned is None:
+            counts = wire.to_tensor(request.counts, "counts")  # refuses
+        if counts is not None:
+            validate.class_counts(request.first_class, counts, owner.spec, self.handlers.limits)
+        if learned is not None:
+            validate.learned_counts(request.first_class, learned, owner.spec)
+            owner.counts.write_learned(request.first_class, learned.numpy())
+        if counts is not None:
+            owner.counts.write(request.first_class, counts.double().numpy())
         return table_pb2.WriteClassCountsResponse()
+
+    @answers
+    def ReadClassCounts(
+        self, request: table_pb2.ReadClassCountsRequest, context: Context
+    ) -> table_pb2.ReadClassCountsResponse:
+        owner = self.handlers.catalog.owner(request.table)
+        validate.class_range(request.first_class, request.num_classes, owner.spec)
+        if 16 * request.num_classes > self.handlers.limits.max_message_bytes:
+            raise LimitExceeded(f"counts of {request.num_classes} classes exceed one message", field="num_classes")
+        counts = owner.read_counts(request.first_class, request.num_classes, self.handlers.deadline(context))
+        return table_pb2.ReadClassCountsResponse(
+            counts=None if counts.written is None else wire.from_tensor(torch.from_numpy(counts.written)),
+            learned=None if counts.learned is None else wire.from_tensor(torch.from_numpy(counts.learned)),
+            version=counts.version,
+        )
 
 
 class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from shardloss import wire
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.splice import Spliced
-from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, tensor_pb2
+from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, table_pb2, tensor_pb2
 from torch import Tensor
 
 from shardloss_server.evaluation.passes import Draws, Evaluation, Ranked, Samples
@@ -74,6 +74,37 @@ def to_ids(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None)
         name = wire.NAMES.get(message.dtype, "absent" if not message.ByteSize() else str(message.dtype))
         raise InvalidArgument(f"{field} is {name}; int64 or int32 class ids are needed", field=field)
     return to_tensor(message, field, chunks).long()
+
+
+def to_counts(message: tensor_pb2.Tensor, field: str) -> Tensor:
+    """Counts as int64.
+
+    Raises:
+        InvalidArgument: another dtype.
+    """
+    if message.dtype != tensor_pb2.DTYPE_INT64:
+        name = wire.NAMES.get(message.dtype, str(message.dtype))
+        raise InvalidArgument(f"{field} is {name}; int64 counts are needed", field=field)
+    return to_tensor(message, field)
+
+
+def to_state(messages: Sequence[table_pb2.RowState], field: str) -> dict[str, Tensor]:
+    """Optimizer state by name.
+
+    Raises:
+        InvalidArgument: a name is there twice.
+    """
+    found: dict[str, Tensor] = {}
+    for place, message in enumerate(messages):
+        if message.name in found:
+            raise InvalidArgument(f"{field}[{place}].name = {message.name!r} is there twice", field=field, index=place)
+        found[message.name] = to_tensor(message.values, f"{field}[{place}].values")
+    return found
+
+
+def from_state(state: Mapping[str, Tensor]) -> list[table_pb2.RowState]:
+    """The messages of optimizer state, by name."""
+    return [table_pb2.RowState(name=name, values=from_tensor(state[name])) for name in sorted(state)]
 
 
 def optional_tensor(owner: Message, field: str, chunks: Chunks | None = None, prefix: str = "") -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.objective import Objective
-from shardloss_server.numerics.optimizer import OptimizerSpec
+from shardloss_server.numerics.optimizer import OptimizerSpec, State
 from shardloss_server.numerics.partial import Spread, Statistics, Target
 from shardloss_server.placement import Placement
 
@@ -199,19 +199,32 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RowWrite:
-    """Rows to overwrite as one version: class_ids [M] distinct, rows [M, D], biases [M] or None (stay)."""
+    """Rows to overwrite as one version: class_ids [M] distinct, rows [M, D], biases [M] or None (stay).
+
+    State [M, W] by name of rows and of biases is overwritten too; what is not named stays, as num_commits does where it
+    is None.
+    """
 
     version: int
     class_ids: Tensor
     rows: Tensor
     biases: Tensor | None
+    weight_state: State = field(default_factory=dict)
+    bias_state: State = field(default_factory=dict)
+    num_commits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows read at one version, in the order asked: rows [M, D] in storage dtype, biases [M]."""
+    """Rows read at one version, in the order asked: rows [M, D] in storage dtype, biases [M].
+
+    State [M, W] by name of rows and of biases, where asked for; num_commits at that version.
+    """
 
     class_ids: Tensor
     rows: Tensor
     biases: Tensor
     version: int
+    num_commits: int
+    weight_state: State = field(default_factory=dict)
+    bias_state: State = field(default_factory=dict)

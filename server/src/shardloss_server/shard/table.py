@@ -99,11 +99,13 @@ class ShardTable(ShardRows):
         self.collected = None
         return self.version
 
-    def read(self, class_ids: Tensor) -> Rows:
-        """This shard's rows among class_ids [M], in that order, with their ids."""
+    def read(self, class_ids: Tensor, with_state: bool = False) -> Rows:
+        """This shard's rows among class_ids [M], in that order, with their ids; with their state where asked."""
         mine = class_ids[self.spec.placement.owned(self.shard, class_ids)]
         index = self.spec.placement.rows(self.shard, mine)
-        return Rows(mine, self.weights[index], self.biases[index], self.version)
+        of_rows = {name: value[index] for name, value in self.weight_state.items() if with_state}
+        of_biases = {name: value[index] for name, value in self.bias_state.items() if with_state and self.spec.bias}
+        return Rows(mine, self.weights[index], self.biases[index], self.version, self.num_commits, of_rows, of_biases)
 
     def records_since(self, version: int) -> list[Record | RowWrite]:
         """The kept records above a version, ascending; a gap before the first means that older ones are gone."""
@@ -137,7 +139,7 @@ class ShardTable(ShardRows):
         return self.version
 
     def write_(self, write: RowWrite) -> int:
-        """Overwrite rows as one version and return it; optimizer state stays.
+        """Overwrite rows, and what is given of their state, as one version and return it.
 
         Raises:
             VersionGap: the write is not the next version.
@@ -149,6 +151,11 @@ class ShardTable(ShardRows):
         self.weights[index] = write.rows[mine].to(self.weights.dtype)
         if write.biases is not None:
             self.biases[index] = write.biases[mine].to(self.compute_dtype)
+        for state, new in ((self.weight_state, write.weight_state), (self.bias_state, write.bias_state)):
+            for name, values in new.items():
+                state[name][index] = values[mine].to(self.compute_dtype)
+        if write.num_commits is not None:
+            self.num_commits = write.num_commits
         self._advance_(write)
         return self.version
 
@@ -169,7 +176,7 @@ class ShardTable(ShardRows):
         rows = taken(self.weights, index).to(self.compute_dtype)
         state = {name: taken(value, index) for name, value in self.weight_state.items()}
         update_(optimizer, rows, gradient, state, lr, step)
-        put_(self.weights, index, self._stored(rows, index, record.version))
+        put_(self.weights, index, self._stored(rows, index, step))
         put_all_(self.weight_state, index, state)
         if self.spec.bias:
             biases = taken(self.biases, index)
@@ -178,10 +185,11 @@ class ShardTable(ShardRows):
             put_(self.biases, index, biases)
             put_all_(self.bias_state, index, state)
 
-    def _stored(self, rows: Tensor, index: Index, version: int) -> Tensor:
+    def _stored(self, rows: Tensor, index: Index, step: int) -> Tensor:
+        """Rows as they are stored; noise is keyed by the step, which unlike the version goes with a table's files."""
         if self.weights.dtype != torch.bfloat16:
             return rows
-        return round_stochastically(rows, self.spec.initializer.seed, version, self.class_ids(index))
+        return round_stochastically(rows, self.spec.initializer.seed, step, self.class_ids(index))
 
 
 def put_all_(state: State, index: Index, new: State) -> None:

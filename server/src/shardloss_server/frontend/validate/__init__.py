@@ -1,7 +1,15 @@
 """Every rejection of a request happens here, before any work."""
 
 from shardloss_server.frontend.validate.candidates import candidates, filled_in, num_drawn, sampler
-from shardloss_server.frontend.validate.changes import class_counts, commit_request, row_write
+from shardloss_server.frontend.validate.changes import (
+    class_counts,
+    class_range,
+    commit_request,
+    learned_counts,
+    num_commits,
+    row_state,
+    row_write,
+)
 from shardloss_server.frontend.validate.loss import label_columns, label_list, labels, loss_request, reply_bytes
 from shardloss_server.frontend.validate.objective import objective, transform
 from shardloss_server.frontend.validate.tensors import (
@@ -24,6 +32,7 @@ __all__ = [
     "candidates",
     "class_counts",
     "class_ids",
+    "class_range",
     "commit_request",
     "filled_in",
     "finite",
@@ -34,10 +43,13 @@ __all__ = [
     "label_list",
     "labels",
     "loss_request",
+    "learned_counts",
+    "num_commits",
     "num_drawn",
     "objective",
     "refuse_where",
     "reply_bytes",
+    "row_state",
     "row_write",
     "sampler",
     "session",

@@ -9,18 +9,24 @@ from torch import Tensor
 from shardloss_server.config import Limits
 from shardloss_server.frontend.request import CommitRequest
 from shardloss_server.frontend.validate.tensors import (
+    FLOATS,
     at_least,
+    finite,
     finite_number,
     first_index,
     hidden,
     id_list,
+    name_of,
     rate,
     refuse_where,
     session,
     show,
     vector,
 )
+from shardloss_server.numerics.optimizer import SUMS_OF_SQUARES, State, state_widths
 from shardloss_server.shard.record import TableSpec
+
+MAX_COMMITS = 1 << 62  # steps stay in 64 bits, whatever is committed later
 
 
 def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> None:
@@ -63,6 +69,55 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
     if not spec.bias:
         raise InvalidArgument("this table has no biases", field="biases")
     vector("biases", biases, len(ids), spec)
+
+
+def row_state(of_rows: State, of_biases: State, num_rows: int, spec: TableSpec) -> None:
+    """Optimizer state to overwrite: [M, W] by the optimizer's own names, finite, sums of squares not negative."""
+    if of_biases and not spec.bias:
+        raise InvalidArgument("this table has no biases", field="bias_state")
+    for field, given, dim in (("weight_state", of_rows, spec.dim), ("bias_state", of_biases, 1)):
+        widths = state_widths(spec.optimizer, dim)
+        for place, (name, values) in enumerate(given.items()):
+            if name not in widths:
+                known = ", ".join(widths) or "no state"
+                raise InvalidArgument(
+                    f"{field}[{place}].name = {name[:40]!r}: {spec.optimizer.kind} has {known}",
+                    field=field,
+                    index=place,
+                )
+            where = f"{field}[{place}].values"
+            if values.dtype not in FLOATS or tuple(values.shape) != (num_rows, widths[name]):
+                found = f"{name_of(values)} {list(values.shape)}"
+                raise InvalidArgument(
+                    f"{where} is {found}; floats [{num_rows}, {widths[name]}] are needed", field=where
+                )
+            finite(values, where, spec)
+            if name in SUMS_OF_SQUARES:
+                refuse_where(values < 0, values, where, "is negative")
+
+
+def num_commits(value: int | None) -> None:
+    """The optimizer's step to go on from, or None."""
+    if value is not None and not 0 <= value <= MAX_COMMITS:
+        raise InvalidArgument(f"num_commits = {value} is outside [0, 2^62]", field="num_commits")
+
+
+def class_range(first_class: int, num_classes: int, spec: TableSpec) -> None:
+    """A range of classes within the table."""
+    at_least(first_class, 0, "first_class")
+    at_least(num_classes, 0, "num_classes")
+    if first_class + num_classes > spec.num_classes:
+        raise InvalidArgument(
+            f"first_class = {first_class} and {num_classes} classes exceed {spec.num_classes} classes",
+            field="first_class",
+        )
+
+
+def learned_counts(first_class: int, learned: Tensor, spec: TableSpec) -> None:
+    """Learned counts [M] int64 of a range of classes; what they hold is looked at where they are kept."""
+    if learned.dim() != 1:
+        raise InvalidArgument(f"learned has shape {list(learned.shape)}; [M] is needed", field="learned")
+    class_range(first_class, len(learned), spec)
 
 
 def class_counts(first_class: int, counts: Tensor, spec: TableSpec, limits: Limits) -> None:

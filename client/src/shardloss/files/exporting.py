@@ -1,0 +1,164 @@
+"""A table to a file, a page at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardloss import types
+from shardloss.errors import BadFile, InvalidArgument, TableMoved
+from shardloss.files import npy
+from shardloss.files.facts import BIASES, COUNTS, LEARNED, OF_BIASES, OF_WEIGHTS, WEIGHTS, Facts, shapes
+from shardloss.files.opening import FORMATS
+from shardloss.files.stored import Stored, writing
+from shardloss.table import Table
+from shardloss.wire import Array
+
+COUNTS_PAGE = 1 << 16  # classes whose counts go in one message
+Progress = Callable[[int, int], None]  # rows done, of how many
+
+
+def unseen(_done: int, _of: int) -> None:
+    """Nobody looks at the progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written: version and last_version differ where others trained meanwhile."""
+
+    path: str
+    format: str
+    num_rows: int
+    num_bytes: int
+    version: int
+    last_version: int
+    num_commits: int
+
+
+def export_table(
+    table: Table,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    allow_moving: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a table with its optimizer state, step and class counts to a file, holding no more than a page of it.
+
+    format is "safetensors" (one file) or "numpy" (a folder of .npy files); None takes safetensors where path ends so.
+    It is written under path + ".part" and named path once it is whole. All rows are of one version; with allow_moving
+    others may train the table meanwhile, and rows are as each page found them. progress(rows done, rows) is called
+    after each page.
+
+    Raises:
+        TableMoved: others changed the table meanwhile, and allow_moving is not set; no file is left.
+        BadFile: the file exists (unless overwrite), or cannot be written.
+        TransientError, RowsLost, TableNotFound: of the server; no file is left.
+    """
+    path = Path(path)
+    kind = format or ("safetensors" if path.suffix == ".safetensors" else "numpy")
+    if kind not in FORMATS:
+        raise InvalidArgument(f"format = {format!r} must be one of {', '.join(FORMATS)}", field="format")
+    table = table.client.table(table.name)
+    first, counts = table.read_state(0, 1), table.read_class_counts(0, 1)
+    facts = Facts(table.spec, first.version, first.version, first.num_commits)
+    wanted = shapes(table.spec, with_counts=counts.written is not None)
+    with new_file(path, overwrite) as part, writing(path):
+        tensors = FORMATS[kind].begin(part, wanted, facts)
+        facts = write_pages(table, tensors, facts, allow_moving, progress or unseen)
+        FORMATS[kind].seal(part, facts)
+    num_bytes = sum(shape.num_bytes for shape in wanted.values())
+    num_rows = table.spec.num_classes
+    return Exported(str(path), kind, num_rows, num_bytes, facts.version, facts.last_version, facts.num_commits)
+
+
+def write_pages(
+    table: Table, tensors: Mapping[str, Stored], facts: Facts, allow_moving: bool, progress: Progress
+) -> Facts:
+    """Write every page, and return the facts as the last one had them."""
+    num_rows = table.spec.num_classes
+    for start, stop in spans(num_rows, table.page_rows):
+        page = table.read_state(start, stop - start)
+        facts = stayed(facts, page.version, page.num_commits, allow_moving)
+        for name, values in named(page).items():
+            tensors[name].write(start, values)
+        progress(stop, num_rows)
+    for start, stop in spans(num_rows, COUNTS_PAGE) if tensors.keys() & {COUNTS, LEARNED} else ():
+        counts = table.read_class_counts(start, stop - start)
+        facts = stayed(facts, counts.version, facts.num_commits, allow_moving)
+        for name, found in ((COUNTS, counts.written), (LEARNED, counts.learned)):
+            if found is not None and name in tensors:
+                tensors[name].write(start, found)
+    return facts
+
+
+def spans(num_rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first, behind the last) of every page of rows."""
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def named(page: types.TableRows) -> dict[str, Array]:
+    """The tensors of a page by their names in a file."""
+    found = {WEIGHTS: page.rows} | {OF_WEIGHTS + name: values for name, values in page.weight_state.items()}
+    if page.biases is not None:
+        found |= {BIASES: page.biases} | {OF_BIASES + name: values for name, values in page.bias_state.items()}
+    return found
+
+
+def stayed(facts: Facts, version: int, num_commits: int, allow_moving: bool) -> Facts:
+    """The facts with the version of a page.
+
+    Raises:
+        TableMoved: it is another one, which was not allowed.
+    """
+    if version != facts.version and not allow_moving:
+        raise TableMoved(
+            f"table {facts.spec.name!r} went from version {facts.version} to {version} while it was exported, so its "
+            "rows would be of several: stop its trainers, or allow moving (--allow-moving)"
+        )
+    return facts.moved_to(version, num_commits)
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write what will be `path` once it is whole; nothing is left of it where that fails.
+
+    Raises:
+        BadFile: there is something already, or the folder is not there.
+    """
+    if path.exists() and not overwrite:
+        raise BadFile(f"{path} exists: choose another name, or overwrite it (--overwrite)")
+    if not path.absolute().parent.is_dir():
+        raise BadFile(f"{path.parent} is no folder: make it first")
+    part = path.with_name(path.name + ".part")
+    with writing(part):
+        remove(part)
+    try:
+        yield part
+        with writing(path):
+            remove(path)
+            os.replace(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder in which nothing is but NumPy files of ours.
+
+    Raises:
+        BadFile: there is something else in the folder.
+    """
+    if path.is_dir():
+        others = [file.name for file in path.iterdir() if file.suffix != ".npy" and file.name != npy.SPEC_FILE]
+        if others:
+            raise BadFile(f"{path} holds {others[0]!r}, which is no table's: choose another name")
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

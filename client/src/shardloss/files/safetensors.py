@@ -1,0 +1,160 @@
+"""Safetensors files, written and read in place: the library can neither write in pieces nor read bfloat16 into NumPy.
+
+    file      header length u64 (little-endian), header, tensors
+    header    JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {name: string}}
+
+data_offsets count from the end of the header; the tensors cover what follows it without gaps. Source:
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardloss.errors import BadFile
+from shardloss.files.facts import Facts
+from shardloss.files.stored import Shape, Stored, reading, reserve
+
+LENGTH = struct.Struct("<Q")
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+SPARE_BYTES = 64  # of blanks behind the header: its numbers may grow when it is sealed
+METADATA = "__metadata__"
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+CODES = {name: code for code, name in NAMES.items()}
+
+
+def begin(part: Path, shapes: Mapping[str, Shape], facts: Facts) -> dict[str, Stored]:
+    """Make a file of such tensors, whose content is to be written."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        first, end = end, end + shape.num_bytes
+        entries[name] = {"dtype": CODES[shape.dtype], "shape": list(shape.sizes), "data_offsets": [first, end]}
+    header = written(entries, facts)
+    length = (len(header) + SPARE_BYTES + 7) // 8 * 8
+    part.write_bytes(LENGTH.pack(length) + header.ljust(length))
+    reserve(part, LENGTH.size + length + end)
+    start = LENGTH.size + length
+    return {name: Stored(part, name, shape, start + entries[name]["data_offsets"][0]) for name, shape in shapes.items()}
+
+
+def written(entries: Mapping[str, Any], facts: Facts) -> bytes:
+    """The header; each fact is a string, for metadata holds no other."""
+    metadata = {f"shardloss.{name}": json.dumps(value) for name, value in facts.to_json().items()}
+    return json.dumps({METADATA: metadata, **entries}, separators=(",", ":")).encode()
+
+
+def seal(part: Path, facts: Facts) -> None:
+    """Write the facts as they are now, and see that all is on the disk."""
+    with part.open("r+b") as file:
+        length = LENGTH.unpack(file.read(LENGTH.size))[0]
+        entries = json.loads(file.read(length))
+        del entries[METADATA]
+        file.seek(LENGTH.size)
+        file.write(written(entries, facts).ljust(length))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def opened(path: Path) -> tuple[Facts | None, dict[str, Stored]]:
+    """What a file says of its table, None where it is not ours, and its tensors.
+
+    Raises:
+        BadFile: it is no safetensors file, or not a whole one.
+    """
+    with reading(path):
+        header, start, size = header_of(path)
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(f"{path}: its metadata are not strings by name")
+    covered, tensors = [], {}
+    for name, entry in header.items():
+        code, sizes, begin_at, end_at = checked_entry(name, entry, path)
+        covered.append((begin_at, end_at))
+        if code in NAMES and len(sizes) > 0:
+            tensors[name] = Stored(path, name, Shape(NAMES[code], sizes), start + begin_at)
+            if tensors[name].shape.num_bytes != end_at - begin_at:
+                raise BadFile(f"{path}: {name} has {end_at - begin_at} bytes; {tensors[name].shape} takes others")
+    check_cover(sorted(covered), size - start, path)
+    return facts_in(metadata, path), tensors
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the tensors begin, and the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(LENGTH.size)
+        length = LENGTH.unpack(first)[0] if len(first) == LENGTH.size else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH.size):
+            raise BadFile(f"{path} is no safetensors file: its header would take {length} of {size} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path} is no safetensors file: its header is no JSON ({str(error)[:80]})") from None
+    if not isinstance(header, dict):
+        raise BadFile(f"{path} is no safetensors file: its header is no object")
+    return header, LENGTH.size + length, size
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name is there twice.
+
+    Raises:
+        ValueError: one is.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def checked_entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, sizes and place of a tensor.
+
+    Raises:
+        BadFile: the entry is malformed.
+    """
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} is no tensor")
+    code, sizes, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*sizes, *place] if isinstance(sizes, list) and isinstance(place, list) else [None]
+    if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in numbers) or len(place) != 2:
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} has a shape or a place that is none")
+    if place[0] > place[1] or math.prod(sizes) >= 1 << 63:
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} has a shape or a place that cannot be")
+    return code, tuple(sizes), place[0], place[1]
+
+
+def check_cover(covered: list[tuple[int, int]], num_bytes: int, path: Path) -> None:
+    """See that tensors stand one behind the other, to the file's end.
+
+    Raises:
+        BadFile: a gap, an overlap, or another end.
+    """
+    end = 0
+    for first, last in covered:
+        if first != end:
+            raise BadFile(f"{path}: its tensors overlap or leave a gap at byte {min(first, end)}")
+        end = last
+    if end != num_bytes:
+        what = "it was cut off" if end > num_bytes else "something follows them"
+        raise BadFile(f"{path}: its tensors take {end} bytes and {num_bytes} are there: {what}")
+
+
+def facts_in(metadata: Mapping[str, str], path: Path) -> Facts | None:
+    """The facts in the metadata; None: the file is not one of ours."""
+    ours = {name.removeprefix("shardloss."): value for name, value in metadata.items() if name.startswith("shardloss.")}
+    if not ours:
+        return None
+    try:
+        found = {name: json.loads(value) for name, value in ours.items()}
+    except (ValueError, RecursionError):
+        raise BadFile(f"{path}: what it says of its table is no JSON") from None
+    return Facts.from_json(found, path)

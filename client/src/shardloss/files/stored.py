@@ -1,0 +1,119 @@
+"""A tensor inside a file, read and written a few rows at a time where it stands."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardloss.errors import BadFile
+from shardloss.wire import Array
+
+# bfloat16 has no NumPy dtype: uint16 holds its bits.
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"),
+    "int64": np.dtype("<i8"),
+    "float32": np.dtype("<f4"),
+    "int32": np.dtype("<i4"),
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a tensor is, wherever it stands; dtype is a key of STORAGE."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its elements."""
+        return math.prod(self.sizes) * STORAGE[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.sizes)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A row-major tensor of a file, from the byte `offset` on."""
+
+    path: Path
+    name: str
+    shape: Shape
+    offset: int
+
+    @property
+    def num_rows(self) -> int:
+        """Its first size."""
+        return self.shape.sizes[0]
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop), as many as there are; bfloat16 as uint16.
+
+        Raises:
+            BadFile: the file cannot be read, or has become shorter.
+        """
+        storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
+        count = width * max(0, min(stop, self.num_rows) - start)
+        with reading(self.path), self.path.open("rb") as file:
+            file.seek(self.offset + start * width * storage.itemsize)
+            found = np.fromfile(file, storage, count)
+        if len(found) != count:
+            raise BadFile(f"{self.path}: {self.name} ends before row {stop}: the file has become shorter")
+        return found.reshape(-1, *self.shape.sizes[1:])
+
+    def write(self, start: int, rows: Array) -> None:
+        """Overwrite the rows from start on."""
+        storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
+        if rows.dtype != storage or rows.shape[1:] != self.shape.sizes[1:] or start + len(rows) > self.num_rows:
+            raise BadFile(f"{self.path}: {rows.dtype} {list(rows.shape)} do not fit {self.name}, which is {self.shape}")
+        with self.path.open("r+b") as file:
+            file.seek(self.offset + start * width * storage.itemsize)
+            file.write(np.ascontiguousarray(rows).data)
+
+
+def reserve(path: Path, num_bytes: int) -> None:
+    """Give a file its whole size now, so that a full disk shows before hours of work.
+
+    Raises:
+        BadFile: there is no room for it.
+    """
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        room = os.statvfs(path.parent)
+        raise BadFile(
+            f"{path} takes {num_bytes} bytes and its file system has {room.f_bavail * room.f_frsize} free: "
+            "free some, or choose another place"
+        ) from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses of a file is a BadFile."""
+    try:
+        yield
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses of a file is a BadFile."""
+    try:
+        yield
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
