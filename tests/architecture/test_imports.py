@@ -18,9 +18,9 @@ CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_ser
 ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement"]
 EVERYWHERE = {"config", "settings", "metrics"}
 ONLY_IN = {
-    "ray": {"cluster/ray_group.py"},
-    "grpc": {"rpc/reading.py", "rpc/servicer.py", "rpc/status.py", "rpc/serve.py", "rpc/splicing.py"},
-    "google.protobuf": {"rpc/reading.py", "rpc/wire.py", "rpc/status.py"},
+    "ray": "cluster/ray_group.py",
+    "grpc": "rpc/",
+    "google.protobuf": "rpc/",
 }
 
 
@@ -61,7 +61,7 @@ def test_ray_grpc_and_protobuf_stay_in_their_files(path: Path) -> None:
     for module in imports_of(path):
         for library, files in ONLY_IN.items():
             if module == library or module.startswith(library + "."):
-                assert name in files, f"{name} imports {module}"
+                assert name.startswith(files), f"{name} imports {module}"
 
 
 @pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))

@@ -6,10 +6,12 @@ import typer
 
 from shardloss_server import __version__
 from shardloss_server.cli import config
+from shardloss_server.cli.health import health
 from shardloss_server.cli.serve import serve
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
 app.command("serve")(serve)
+app.command("health")(health)
 app.add_typer(config.app, name="config")
 
 

@@ -45,7 +45,9 @@ class Listening:
 class Workers:
     """The workers that hold the shards."""
 
-    workers: Annotated[int, a("Worker processes: one a GPU, or one a core.", ge=1)] = 2
+    workers: Annotated[
+        int, a("Worker processes: one a GPU, or one a core; 0: as many as Ray has GPUs, or else CPUs.", ge=0)
+    ] = 2
     worker_threads: Annotated[int, a("Threads that each worker computes with.", ge=1)] = 1
     keep_mib: Annotated[
         int, a("MiB that each worker may keep between a loss and its step; 0: it computes anew.", ge=0)

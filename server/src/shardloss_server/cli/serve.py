@@ -58,7 +58,7 @@ def make_group(workers: Workers) -> ShardGroup:
     if workers.local:
         from shardloss_server.cluster.local import LocalGroup
 
-        return LocalGroup(workers.workers, kept_bytes)
+        return LocalGroup(workers.workers or os.cpu_count() or 1, kept_bytes)
     from shardloss_server.cluster.ray_group import RayGroup
 
     return RayGroup(

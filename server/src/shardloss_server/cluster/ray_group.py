@@ -38,6 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 10.0
+JOINED_POLL_S = 0.2
 log = logging.getLogger(__name__)
 
 
@@ -147,6 +148,21 @@ def resources() -> dict[str, float]:
     return found
 
 
+def all_there_is(timeout_s: float) -> int:
+    """As many workers as the cluster has GPUs, or else CPUs; waits until it has one.
+
+    Raises:
+        WorkersNotStarted: no node with either has joined in time.
+    """
+    left = remaining_until(time.monotonic() + timeout_s)
+    while left():
+        has = resources()
+        if found := int(has.get("GPU", 0.0)) or int(has.get("CPU", 0.0)):
+            return found
+        time.sleep(JOINED_POLL_S)
+    raise WorkersNotStarted(f"no node with a CPU or a GPU joined the cluster within {timeout_s:.0f} s: add nodes")
+
+
 @dataclass(frozen=True, slots=True)
 class RayPending:
     """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
@@ -172,6 +188,8 @@ class RayPending:
 
 class RayGroup(FanoutGroup):
     """W actors on an embedded Ray (address None) or on the cluster at `address`, each with a link to this process.
+
+    num_workers = 0: as many as Ray has GPUs, or else CPUs.
 
     A worker that dies is started anew, empty: its tables answer ShardMissing and others go on. links = False is the
     plain path: every verb an actor call. So it is, too, where a worker cannot reach this process. Where the cluster has
@@ -199,6 +217,7 @@ class RayGroup(FanoutGroup):
         try:
             if self._owns_ray:
                 self._start_ray(address)
+            self._num_workers = num_workers or all_there_is(START_TIMEOUT_S)
             register_tensors()
             self._start_actors(num_threads, kept_bytes, with_links=links)
         except BaseException:

@@ -1,0 +1,9 @@
+#!/bin/sh
+# init: write the tokens of clients (/tokens) and of the Ray cluster (/ray-token) where they are absent.
+set -eu
+umask 077
+shardloss-server tokens init --dir /tokens || true
+if [ ! -s /ray-token/token ]; then
+    python -c 'import secrets; print(secrets.token_hex(32), end="")' > /ray-token/token.part
+    mv /ray-token/token.part /ray-token/token
+fi

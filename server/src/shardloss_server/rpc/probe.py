@@ -1,0 +1,49 @@
+"""Ask a server how it is, as a container's health check does; needs neither torch nor ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """PEM files for a port that speaks TLS: who signed the server's certificate and, under mutual TLS, who asks."""
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """What to connect with; None: plaintext.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        if self.ca_file is None:
+            return None
+        ca, key, cert = (path and path.read_bytes() for path in (self.ca_file, self.key_file, self.cert_file))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+PLAINTEXT = Identity()
+
+
+def health_of(address: str, timeout_s: float, identity: Identity = PLAINTEXT) -> str:
+    """What the port answers: SERVING, NOT_SERVING, UNKNOWN or SERVICE_UNKNOWN; or why nothing was answered, in words.
+
+    Raises:
+        OSError: a file of the identity cannot be read.
+    """
+    credentials = identity.credentials()
+    channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+    with channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}"
+    status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    return status
