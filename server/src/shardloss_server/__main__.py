@@ -5,12 +5,13 @@ from __future__ import annotations
 import typer
 
 from shardloss_server import __version__
-from shardloss_server.cli import config
+from shardloss_server.cli import config, tokens
 from shardloss_server.cli.serve import serve
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
 app.command("serve")(serve)
 app.add_typer(config.app, name="config")
+app.add_typer(tokens.app, name="tokens")
 
 
 @app.command()
