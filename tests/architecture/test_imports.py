@@ -19,8 +19,8 @@ ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard",
 EVERYWHERE = {"config", "settings", "metrics"}
 ONLY_IN = {
     "ray": {"cluster/ray_group.py"},
-    "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py", "rpc/splicing.py"},
-    "google.protobuf": {"rpc/wire.py", "rpc/status.py"},
+    "grpc": {"rpc/servicer.py", "rpc/status.py", "rpc/serve.py", "rpc/splicing.py", "rpc/access.py", "rpc/tls.py"},
+    "google.protobuf": {"rpc/wire.py", "rpc/status.py", "rpc/roles.py"},
 }
 
 

@@ -24,13 +24,15 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
+from shardloss_server.access.watched import Unreadable
+
 TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 KEYS = {"token": {"name", "role", "sha256", "expires"}, "certificate": {"name", "role"}}
 NEEDED = {"token": {"name", "role", "sha256"}, "certificate": {"name", "role"}}
 
 
-class BadTokens(Exception):
+class BadTokens(Unreadable):
     """A tokens file that is wrong: says where, what was found and what is needed."""
 
 

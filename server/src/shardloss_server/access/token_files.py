@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ from datetime import datetime
 from pathlib import Path
 
 from shardloss_server.access.grants import TOKEN_NAME, BadTokens, Grants, Role, Token, digest_of, parse
+from shardloss_server.access.watched import Watched, warn_where_others_read
 
 SECRET_BYTES = 32
 HEADER = "# Who may call: digests of tokens, not the tokens. `shardloss-server tokens` writes it; docs/security.md.\n"
 INIT_FILE = "tokens.toml"
+RELOAD_S = 1.0
+EVERYONE_READS = 0o004
+log = logging.getLogger(__name__)
 
 
 def read_grants(path: Path) -> Grants:
@@ -29,6 +34,23 @@ def read_grants(path: Path) -> Grants:
         raise BadTokens(f"cannot read the tokens file {path}: {error}") from None
     except BadTokens as error:
         raise BadTokens(f"the tokens file {path} is wrong: {error}") from None
+
+
+def watched_grants(path: Path) -> Watched[Grants]:
+    """The entries of a tokens file, looked at once a second at most.
+
+    Raises:
+        BadTokens: as `read_grants`.
+    """
+
+    def read() -> Grants:
+        warn_where_others_read(path, EVERYONE_READS, "the tokens file")
+        grants = read_grants(path)
+        if not grants.tokens and not grants.certificates:
+            log.warning("the tokens file %s is empty: every call is refused", path)
+        return grants
+
+    return Watched([path], read, RELOAD_S)
 
 
 def create(tokens_file: Path, out: Path, name: str, role: Role, expires: datetime | None) -> None:
