@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_server"
 
 # A room may import itself and the rooms after it in this order; `evaluation` stands beside `frontend`, above it.
-ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement"]
+ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement", "access"]
 EVERYWHERE = {"config", "settings", "metrics"}
 ONLY_IN = {
     "ray": "cluster/ray_group.py",

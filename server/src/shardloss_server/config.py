@@ -22,6 +22,10 @@ def a(meaning: str, *, ge: float | None = None, gt: float | None = None, le: flo
     return Field(description=meaning, ge=ge, gt=gt, le=le)
 
 
+class CannotServe(Exception):
+    """Why a server cannot start; the message is for its operator."""
+
+
 def physical_memory_bytes() -> int:
     """Memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from shardloss_server import __version__
+from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cli.flags import with_flags
-from shardloss_server.config import ServerConfig, Workers
+from shardloss_server.config import CannotServe, ServerConfig, Workers
 from shardloss_server.settings import Settings
 
 if TYPE_CHECKING:  # torch and ray take a second to import: commands that need neither answer at once
@@ -32,8 +33,6 @@ def serve(settings: Settings) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever connects writes what he likes into the log
     from shardloss.allocator import keep_freed_memory
 
-    from shardloss_server.rpc.serve import CannotServe
-
     config = settings.server()
     logging.basicConfig(level=config.watching.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory(one_arena=True)
@@ -43,6 +42,7 @@ def serve(settings: Settings) -> None:
     # thread that started them.
     with futures.ThreadPoolExecutor(1, "serve") as thread:
         try:
+            refuse_exposed(config.listening.host, config.security)  # before workers are started for nothing
             thread.submit(run, partial(make_group, settings.group(Workers)), config, stop).result()
         except CannotServe as error:
             typer.echo(str(error), err=True)

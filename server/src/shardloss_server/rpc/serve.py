@@ -24,11 +24,14 @@ from shardloss.v1 import (
     table_pb2_grpc,
 )
 
+from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cluster.group import ShardGroup
-from shardloss_server.config import FRAMING_BYTES, ServerConfig
+from shardloss_server.config import FRAMING_BYTES, CannotServe, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.rpc import tls
+from shardloss_server.rpc.access import Access
 from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -54,10 +57,6 @@ SERVICES = tuple(
 )
 
 
-class CannotServe(Exception):
-    """Why a server cannot start; the message is for its operator."""
-
-
 class PortTaken(CannotServe):
     """A port that cannot be listened on."""
 
@@ -68,6 +67,8 @@ class Server:
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
         listening = config.listening
+        refuse_exposed(listening.host, config.security)
+        self._access = Access(config.security)
         reserved = max(1, listening.num_threads // 6)  # threads for streams, and as many for commits
         limits = replace(
             config.limits,
@@ -100,7 +101,7 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
-            interceptors=[Reading(), Splicing()],
+            interceptors=[self._access, Reading(), Splicing()],
             maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
         )
 
@@ -115,9 +116,14 @@ class Server:
             reflection.enable_server_reflection(names, server)
 
     def _bind(self, server: grpc.Server, port: int) -> str:
-        host = self.config.listening.host
+        host, credentials = self.config.listening.host, tls.credentials(self.config.security)
+        if ":" in host and not host.startswith("["):
+            host = f"[{host}]"
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                bound = server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError:
             raise PortTaken(f"cannot listen on {host} port {port}: is another server there?") from None
         return f"{host}:{bound}"

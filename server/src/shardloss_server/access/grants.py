@@ -1,0 +1,167 @@
+"""Who may call: the entries of a tokens file.
+
+[[token]]                             a bearer token; the file holds its digest, never the token
+name = "trainer-1"                    unique; in the log and in `tokens list`
+role = "trainer"                      "reader", "trainer" or "admin"
+sha256 = "9f86d081..."                64 hexadecimal digits
+expires = 2027-01-01T00:00:00Z        absent: never
+
+[[certificate]]                       a client certificate, under mutual TLS
+name = "trainer-1.example.org"        its common name, or one of its DNS names or URIs
+role = "trainer"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+from shardloss_server.access.watched import Unreadable
+
+TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+KEYS = {"token": {"name", "role", "sha256", "expires"}, "certificate": {"name", "role"}}
+NEEDED = {"token": {"name", "role", "sha256"}, "certificate": {"name", "role"}}
+
+
+class BadTokens(Unreadable):
+    """A tokens file that is wrong: says where, what was found and what is needed."""
+
+
+class Role(IntEnum):
+    """What a caller may do; each includes the ones before it. Numbers as in options.proto."""
+
+    READER = 1
+    TRAINER = 2
+    ADMIN = 3
+
+    @property
+    def word(self) -> str:
+        """As a tokens file and messages write it."""
+        return self.name.lower()
+
+
+ROLES = {role.word: role for role in Role}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One bearer token: the SHA-256 of it; expires None is never."""
+
+    name: str
+    role: Role
+    digest: bytes
+    expires: datetime | None = None
+
+    def is_expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and now >= self.expires
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """All tokens, and the roles of client certificates by name."""
+
+    tokens: tuple[Token, ...] = ()
+    certificates: Mapping[str, Role] = field(default_factory=lambda: MappingProxyType({}))
+
+    def token(self, secret: bytes) -> Token | None:
+        """The entry of a token, expired or not; the time taken does not depend on which it is, or how alike."""
+        digest, found = digest_of(secret), None
+        for token in self.tokens:
+            if hmac.compare_digest(token.digest, digest):
+                found = token
+        return found
+
+    def certificate(self, names: Iterable[str]) -> Role | None:
+        """The highest role of a certificate's names."""
+        return max((self.certificates[name] for name in names if name in self.certificates), default=None)
+
+
+def digest_of(secret: bytes) -> bytes:
+    """What a tokens file keeps of a token: long and random, so a plain SHA-256 cannot be searched."""
+    return hashlib.sha256(secret).digest()
+
+
+def parse(text: str) -> Grants:
+    """The entries of a tokens file.
+
+    Raises:
+        BadTokens: it is no TOML, or the message names the entry and what is wrong with it.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadTokens(f"it is no TOML: {error}") from None
+    for key in tree.keys() - KEYS.keys():
+        raise BadTokens(f"{key!r} is unknown: it holds [[token]] and [[certificate]] entries")
+    tokens = tuple(token_of(entry, where) for where, entry in entries(tree, "token"))
+    refuse_twice("name", [token.name for token in tokens])
+    refuse_twice("sha256", [token.digest.hex() for token in tokens])
+    certificates = [(entry["name"], role_of(entry, where)) for where, entry in entries(tree, "certificate")]
+    refuse_twice("name", [name for name, _ in certificates], "certificate")
+    return Grants(tokens, MappingProxyType(dict(certificates)))
+
+
+def entries(tree: Mapping[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(where, entry) of one kind, their keys checked; counted from 1, as a reader counts."""
+    found = tree.get(kind, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise BadTokens(f"{kind} must be entries of their own, each under [[{kind}]]")
+    for number, entry in enumerate(found, 1):
+        where = f"[[{kind}]] {number}"
+        for key in sorted(entry.keys() - KEYS[kind]):
+            raise BadTokens(f"{where}: {key!r} is unknown; an entry has {', '.join(sorted(KEYS[kind]))}")
+        for key in sorted(NEEDED[kind] - entry.keys()):
+            raise BadTokens(f"{where}: {key} is missing")
+        if not isinstance(entry["name"], str) or not entry["name"]:
+            raise BadTokens(f"{where}: name = {entry['name']!r} must be a text that is not empty")
+        yield where, entry
+
+
+def token_of(entry: Mapping[str, Any], where: str) -> Token:
+    """One [[token]]; the message of an error shows no digest, in case a token stands there by mistake."""
+    if not TOKEN_NAME.fullmatch(entry["name"]):
+        raise BadTokens(f"{where}: name = {entry['name']!r} must be letters, digits and ._@-, at most 64")
+    digest = entry["sha256"]
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+        raise BadTokens(f"{where}: sha256 must be 64 lower-case hexadecimal digits: `tokens create` makes entries")
+    expires = expiry_of(entry["expires"], where) if "expires" in entry else None
+    return Token(entry["name"], role_of(entry, where), bytes.fromhex(digest), expires)
+
+
+def role_of(entry: Mapping[str, Any], where: str) -> Role:
+    """The role that an entry names."""
+    role = entry["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadTokens(f"{where}: role = {role!r} must be one of {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def expiry_of(value: object, where: str) -> datetime:
+    """When a token ends: a TOML date with its time and offset, or the same as text (RFC 3339)."""
+    when = value
+    if isinstance(value, str):
+        try:
+            when = datetime.fromisoformat(value)
+        except ValueError:
+            when = None
+    if not isinstance(when, datetime) or when.tzinfo is None:
+        raise BadTokens(f"{where}: expires = {str(value)!r} must be a time like 2027-01-01T00:00:00Z")
+    return when.astimezone(UTC)
+
+
+def refuse_twice(key: str, values: list[str], kind: str = "token") -> None:
+    """Entries that cannot be told apart."""
+    for number, value in enumerate(values, 1):
+        first = values.index(value) + 1
+        if first != number:
+            raise BadTokens(f"[[{kind}]] {number}: its {key} is that of [[{kind}]] {first}")

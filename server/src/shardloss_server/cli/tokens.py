@@ -1,0 +1,104 @@
+"""`tokens create|init|list|revoke`: who may call a server, in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shardloss_server.access import token_files
+from shardloss_server.access.grants import ROLES, BadTokens, Token
+from shardloss_server.cli.output import Output, OutputOption
+from shardloss_server.settings import ALL
+
+app = typer.Typer(no_args_is_help=True, help="Bearer tokens: who may call, and what. docs/security.md.")
+TokensFile = Annotated[
+    Path, typer.Option("--tokens-file", envvar=ALL["tokens_file"].variable, help=ALL["tokens_file"].meaning)
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option(help="What the log and `tokens list` call it; unique.")],
+    role: Annotated[str, typer.Option(help=f"One of {', '.join(ROLES)}; each includes the ones before it.")],
+    tokens_file: TokensFile,
+    out: Annotated[Path, typer.Option(help="File that gets the token alone, for its client; must not be there.")],
+    expires_days: Annotated[float | None, typer.Option(min=0, help="Days that it lasts; absent: for ever.")] = None,
+) -> None:
+    """Make a random token: its digest goes to the tokens file, which is made where absent, itself to a file alone."""
+    with failing():
+        if role not in ROLES:
+            raise BadTokens(f"--role {role} must be one of {', '.join(ROLES)}")
+        expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
+        token_files.create(tokens_file, out, name, ROLES[role], expires)
+    typer.echo(f"token {name} ({role}, {until(expires)}) is in {out}; a server that reads {tokens_file} takes it now")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of tokens.toml and one NAME.token a role.")],
+) -> None:
+    """Make one token a role, where the folder has no tokens.toml; a repeat changes nothing."""
+    with failing():
+        made = token_files.init(folder)
+    typer.echo(f"made {', '.join(str(path) for path in made)}" if made else f"{folder} has its tokens: nothing to do")
+
+
+@app.command("list")
+def list_tokens(tokens_file: TokensFile, output: OutputOption = Output.TEXT) -> None:
+    """List the tokens of a file; the tokens themselves are not in it."""
+    with failing():
+        tokens = token_files.read_grants(tokens_file).tokens
+    if output is Output.JSON:
+        typer.echo(json.dumps([as_json(token) for token in tokens], indent=1))
+        return
+    table = Table("name", "role", "expires")
+    for token in tokens:
+        table.add_row(token.name, token.role.word, until(token.expires))
+    Console().print(table)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Option(help="The token's name.")],
+    tokens_file: TokensFile,
+) -> None:
+    """Take a token out of a file; a server that reads it refuses the token within a second."""
+    with failing():
+        token_files.revoke(tokens_file, name)
+    typer.echo(f"token {name} is revoked")
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """What is wrong ends the command with 1, and one line."""
+    try:
+        yield
+    except BadTokens as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def as_json(token: Token) -> dict[str, str | bool | None]:
+    """A token as `--output json` shows it."""
+    return {
+        "name": token.name,
+        "role": token.role.word,
+        "expires": token.expires.isoformat() if token.expires else None,
+        "expired": token.is_expired(datetime.now(UTC)),
+    }
+
+
+def until(expires: datetime | None) -> str:
+    """How long a token lasts, in words."""
+    if expires is None:
+        return "for ever"
+    when = f"{expires:%Y-%m-%d %H:%M} UTC"
+    return f"expired {when}" if datetime.now(UTC) >= expires else f"until {when}"

@@ -1,0 +1,109 @@
+"""The first interceptor: nobody's call gets further, and no byte of its message is read, before the caller is known.
+
+An interceptor runs when a call's metadata came. A refusal is a handler of streams, which asks for no message; so is the
+handler of a caller who is known by certificate, since only a handler sees that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+from shardloss.errors import PermissionDenied, Unauthenticated
+
+from shardloss_server.access.gate import ANYONE, Caller, caller_by_certificate, caller_by_token, refuse_lower
+from shardloss_server.access.grants import Grants
+from shardloss_server.access.token_files import watched_grants
+from shardloss_server.access.watched import Unreadable
+from shardloss_server.config import CannotServe, Security
+from shardloss_server.rpc.roles import is_open, needed_role
+from shardloss_server.rpc.status import fail
+
+AUTHORIZATION = "authorization"
+NAMES = ("x509_common_name", "x509_subject_alternative_name")
+Handler = Any  # grpc.RpcMethodHandler: the stubs hide what it holds
+Refusal = Unauthenticated | PermissionDenied
+
+
+class Access(grpc.ServerInterceptor):
+    """Refuses calls without credentials of the role that their method declares.
+
+    Without a tokens file everyone who could connect is admin: on this machine, or by mutual TLS.
+    """
+
+    def __init__(self, security: Security) -> None:
+        """Raises CannotServe where the tokens file cannot be read."""
+        try:
+            self._grants = None if security.tokens_file is None else watched_grants(security.tokens_file)
+        except Unreadable as error:
+            raise CannotServe(str(error)) from None
+        self._is_mutual = security.tls_client_ca_file is not None
+
+    def intercept_service(self, continuation: Callable[[Any], Handler], handler_call_details: Any) -> Handler:
+        """The method's handler, or one that refuses."""
+        path = handler_call_details.method
+        if is_open(path):
+            return continuation(handler_call_details)
+        grants = ANY if self._grants is None else self._grants.value()
+        values = [value for key, value in handler_call_details.invocation_metadata if key == AUTHORIZATION]
+        if self._is_mutual and grants.certificates and not values:
+            return by_certificate(continuation(handler_call_details), grants, path)
+        try:
+            caller = ANYONE if self._grants is None else caller_by_token(values, grants)
+            handler = continuation(handler_call_details)
+            if handler is not None:  # else gRPC says that there is no such method
+                refuse_lower(caller, needed_role(path), path)
+        except (Unauthenticated, PermissionDenied) as error:
+            return refusing(error)
+        return handler
+
+
+ANY = Grants()
+
+
+def refusing(error: Refusal) -> Handler:
+    """A handler that refuses, without asking for the message."""
+
+    def refuse(_messages: Iterator[Any], context: grpc.ServicerContext) -> NoReturn:
+        fail(context, error)
+        raise AssertionError("a failed call has ended")
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+def by_certificate(handler: Handler, grants: Grants, path: str) -> Handler:
+    """A handler that looks at the client's certificate before it asks for the message."""
+    if handler is None:
+        return None
+    behaviour = next(
+        found
+        for found in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        if found is not None
+    )
+
+    def checked(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        refuse_by_certificate(context, grants, path)
+        return behaviour(messages if handler.request_streaming else only(messages, context), context)
+
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(checked, handler.request_deserializer, handler.response_serializer)
+
+
+def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: str) -> None:
+    """End the call of a client whose certificate may not make it."""
+    peer: Any = context.auth_context()
+    names = {name.decode("utf-8", "replace") for key in NAMES for name in peer.get(key, ())}
+    try:
+        caller: Caller = caller_by_certificate(names, grants)
+        refuse_lower(caller, needed_role(path), path)
+    except (Unauthenticated, PermissionDenied) as error:
+        fail(context, error)
+
+
+def only(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+    """The one message of a unary call; the call ends where its client sent none."""
+    message = next(messages, None)
+    if message is None:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "a unary call brings one message")
+    return message
