@@ -13,7 +13,9 @@ SERVING = "SERVING"
 def health(
     address: Annotated[str, typer.Option(help="Host and port of the server's admin port.")] = "127.0.0.1:7071",
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds in which it must answer.")] = 3.0,
-    ca_file: Annotated[Path | None, typer.Option(help="Where it speaks TLS: PEM of who signed its certificate.")] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Where it speaks TLS: PEM of who signed its certificate.")
+    ] = None,
     client_cert_file: Annotated[Path | None, typer.Option(help="Under mutual TLS: PEM of our certificate.")] = None,
     client_key_file: Annotated[Path | None, typer.Option(help="Under mutual TLS: PEM of our private key.")] = None,
 ) -> None:
