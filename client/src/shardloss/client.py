@@ -12,8 +12,11 @@ from typing import Any, TypeVar, cast
 from shardloss import allocator, messages, splice, types
 from shardloss.channel import Channel
 from shardloss.errors import NotSupported
+from shardloss.status import ServerStatus, server_status
 from shardloss.table import Table
 from shardloss.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     evaluation_pb2_grpc,
     loss_pb2,
     loss_pb2_grpc,
@@ -118,6 +121,15 @@ class LossClient:
         """
         request = server_pb2.GetServerInfoRequest()
         return messages.server_info(self.channel.unary(self._server.GetServerInfo, request, None))
+
+    def status(self) -> ServerStatus:
+        """What the server, its workers and its tables do now; of a client that is connected to the admin port.
+
+        Raises:
+            NotSupported: the address is not that of an admin port.
+        """
+        stub = self.channel.stub(admin_pb2_grpc.AdminServiceStub)
+        return server_status(self.channel.unary(stub.GetStatus, admin_pb2.GetStatusRequest(), None))
 
     def create_table(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, Pending, Staged
+from shardloss_server.cluster.group import Order, Pending, Staged, WorkerLost
+from shardloss_server.cluster.stats import SeenWorker, WorkerStats
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import num_hosts
 from shardloss_server.shard.record import (
@@ -53,6 +55,8 @@ class FanoutGroup(ABC):
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
+        self._pid_of: dict[int, int] = {}  # as each worker was last seen
+        self._num_restarts = [0] * num_workers
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
@@ -95,6 +99,26 @@ class FanoutGroup(ABC):
     def echo(self, tensor: Tensor) -> Gathered[Tensor]:
         """The tensor, from every worker: what a fan-out costs where nothing is computed."""
         return Gathered(self.start_on(range(self._num_workers), "echo", tensor))
+
+    def stats(self, timeout_s: float) -> list[SeenWorker]:
+        left = remaining_until(time.monotonic() + timeout_s)
+        pending = [self.start(worker, "stats") for worker in range(self._num_workers)]
+        return [self._seen(worker, one, left()) for worker, one in enumerate(pending)]
+
+    def _seen(self, worker: int, pending: Pending[dict[int, Any]], timeout_s: float) -> SeenWorker:
+        stats: WorkerStats | None = None
+        with suppress(TimeoutError, WorkerLost):
+            stats = answered(pending, timeout_s)[worker]
+        if stats is not None:
+            if self._pid_of.setdefault(worker, stats.pid) != stats.pid:
+                self._num_restarts[worker] += 1
+            self._pid_of[worker] = stats.pid
+        return SeenWorker(worker, self.devices[worker], self._num_restarts[worker], stats)
+
+    @property
+    @abstractmethod
+    def devices(self) -> Sequence[str]:
+        """Where each worker computes."""
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Gathered[Score]:
         over = self._num_shards.get(table)

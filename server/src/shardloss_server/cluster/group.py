@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from shardloss_server.cluster.stats import SeenWorker
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -132,6 +133,9 @@ class ShardGroup(Protocol):
         self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
     ) -> Pending[list[AskedLogits]]:
         """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
+
+    def stats(self, timeout_s: float) -> list[SeenWorker]:
+        """Every worker by index; one that does not answer in time, dead or busy, is told as such."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:
         """The version of every shard."""

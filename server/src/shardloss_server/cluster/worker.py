@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.cluster.stats import WorkerStats, of_process
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import hosted_shards
 from shardloss_server.shard import scan
@@ -69,6 +70,11 @@ class Worker:
     def echo(self, tensor: Tensor) -> dict[int, Tensor]:
         """The tensor itself: what a call costs where nothing is computed."""
         return {self.index: tensor}
+
+    def stats(self) -> dict[int, WorkerStats]:
+        """What this worker's process takes."""
+        num_shards = sum(map(len, self._tables.values()))
+        return {self.index: of_process(self.index, self.device, self._room.held_bytes, num_shards)}
 
     def score(self, table: str, with_gradient: bool, keep: bool, part: Part) -> dict[int, Score]:
         return self._each(table, lambda shard, part: shard.score(part, with_gradient, keep), part)

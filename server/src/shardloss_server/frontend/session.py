@@ -122,6 +122,12 @@ class Sessions:
         with self._lock:
             return sum(len(session.tickets) for session in self._sessions.values())
 
+    @property
+    def num_known(self) -> int:
+        """Sessions that are remembered."""
+        with self._lock:
+            return len(self._sessions)
+
     def knows(self, session: str) -> bool:
         """Whether this session has been seen and not forgotten."""
         with self._lock:

@@ -39,6 +39,7 @@ from shardloss_server.frontend.plan import draw_with_tries
 from shardloss_server.frontend.request import LabelColumns
 from shardloss_server.numerics.optimizer import state_widths
 from shardloss_server.rpc import specs, wire
+from shardloss_server.rpc.calls import Calls
 from shardloss_server.rpc.status import fail
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,13 @@ class Handlers:
         self.admission = Admission(limits.max_calls_in_flight, limits.max_calls_in_flight * limits.max_message_bytes)
         self.commits = Admission(limits.max_commits_in_flight, limits.max_commits_in_flight * limits.max_message_bytes)
         self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes)
+        self.calls = Calls()
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
     def admitted(self, method: str, num_bytes: int) -> AbstractContextManager[None]:
         """The place of a unary call."""
-        if method == "GetServerInfo":
+        if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
         places = self.commits if method in ("Commit", "Abort") else self.admission
         return places.admit(num_bytes)
@@ -105,13 +107,20 @@ class Handlers:
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
     """Admit a unary call, run it without autograd, and turn every error into its status.
 
-    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo needs none.
+    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo and GetStatus
+    need none.
     """
     name = method.__name__
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        with failing_as_status(context), self.handlers.admitted(name, request.ByteSize()), torch.inference_mode():
+        calls, num_bytes = self.handlers.calls, request.ByteSize()
+        with (
+            failing_as_status(context),
+            calls.noted(name),
+            self.handlers.admitted(name, num_bytes),
+            torch.inference_mode(),
+        ):
             response = method(self, request, context)
             if response.ByteSize() > self.handlers.limits.max_message_bytes + FRAMING_BYTES:  # type: ignore[attr-defined]
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
@@ -153,7 +162,11 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         return self._loss(request.message, contents, False, context)
 
     def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
-        with failing_as_status(context), self.handlers.streams.stream(context.cancel) as stream:
+        with (
+            failing_as_status(context),
+            self.handlers.calls.noted("StreamLoss"),
+            self.handlers.streams.stream(context.cancel) as stream,
+        ):
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
             with self.handlers.stream_bytes.admit(num_bytes):
