@@ -94,6 +94,9 @@ class Limits:
     max_streams: Annotated[int, a("Streamed losses at once.", ge=1)] = 8
     max_commits_in_flight: Annotated[int, a("Commits and aborts at once.", ge=1)] = 16
     stream_idle_s: Annotated[float, a("Seconds without a byte after which a stream is dropped.", gt=0)] = 10.0
+    max_calls_at_workers: Annotated[
+        int, a("Calls that the workers compute at once; others wait for their turn, by caller.", ge=1)
+    ] = 2
 
 
 @dataclass(frozen=True, slots=True)
