@@ -143,3 +143,49 @@ class LiveStream:
     def working(self) -> None:
         """The server is at work: nothing is waited for from the client."""
         self._waiting_since[self._drop] = float("inf")
+
+
+class Unsent:
+    """Replies of unary calls from their handler to the wire: bounded in bytes, and dropped where nobody reads them.
+
+    The place of a call is free again once its handler has ended, but its reply is held until the client has taken it.
+    Thread-safe.
+    """
+
+    def __init__(self, max_bytes: int, longest_s: float) -> None:
+        self._max_bytes, self._longest_s = max_bytes, longest_s
+        self._lock = threading.Lock()
+        self._hints = Hints()
+        self._since: dict[Callable[[], object], tuple[float, int]] = {}
+        self.num_bytes = 0
+        self.num_dropped = 0
+
+    def hand_over(
+        self, num_bytes: int, drop: Callable[[], object], at_end: Callable[[Callable[[], None]], bool]
+    ) -> None:
+        """Count a reply until its call has ended; `drop` ends it, at_end(f) has f called then, or is False if it has.
+
+        Raises:
+            Overloaded: clients do not read as many bytes as may wait.
+        """
+        with self._lock:
+            if self.num_bytes and self.num_bytes + num_bytes > self._max_bytes:
+                raise Overloaded(f"{self.num_bytes} bytes of replies are unread", retry_after_s=self._hints.next())
+            self._since[drop] = time.monotonic(), num_bytes
+            self.num_bytes += num_bytes
+        if not at_end(lambda: self._forget(drop)):
+            self._forget(drop)
+
+    def _forget(self, drop: Callable[[], object]) -> None:
+        with self._lock:
+            _, num_bytes = self._since.pop(drop, (0.0, 0))
+            self.num_bytes -= num_bytes
+
+    def drop_silent(self, now: float) -> int:
+        """End every call whose reply was not read in time; the number ended."""
+        with self._lock:
+            silent = [drop for drop, (since, _) in self._since.items() if now - since > self._longest_s]
+            self.num_dropped += len(silent)
+        for drop in silent:
+            drop()
+        return len(silent)

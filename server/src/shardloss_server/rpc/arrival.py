@@ -1,8 +1,8 @@
 """The gate: before a call takes a thread it is counted, and while its message is on the way it is watched.
 
 gRPC gives a unary call a thread, which waits for the message for as long as the client likes. So every unary method is
-served as a stream of one message, which is the same on the wire: its handler begins before the message is there, may
-count the call by its caller, and has the call at hand for the watch to drop.
+served as a stream of one message, which is the same on the wire: its handler begins before the message is there, counts
+the call by its caller, and has the call at hand for the watch to drop.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from shardloss_server.rpc.status import fail
 DRAINING_RETRY_S = 1.0
 WATCHES_ITSELF = f"/{SERVICE}/StreamLoss"  # from its first piece to its last, by `Handlers.streams`
 Answer = Callable[..., Any]
+Context = grpc.ServicerContext
 
 
 class Gate(grpc.ServerInterceptor):
@@ -53,7 +54,7 @@ class Gate(grpc.ServerInterceptor):
             error = self._refusal()
             self.num_refused += error is not None
             self.num_inside += error is None
-        return refusing(error) if error is not None else self._behind(handler, handler_call_details.method)
+        return self._behind(handler, handler_call_details.method) if error is None else refusing(error)
 
     def _refusal(self) -> ShardlossError | None:
         if self._is_draining:
@@ -63,53 +64,41 @@ class Gate(grpc.ServerInterceptor):
         return None
 
     def _behind(self, handler: Any, method: str) -> Any:
-        """The same method as a stream of requests."""
+        """The same method as one of streams."""
         read, write = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary:
-            return grpc.stream_unary_rpc_method_handler(self._one_message(handler.unary_unary), read, write)
+            return grpc.stream_unary_rpc_method_handler(self._of_one(handler.unary_unary), read, write)
         if handler.unary_stream:
-            return grpc.stream_stream_rpc_method_handler(self._one_message(handler.unary_stream), read, write)
-        if handler.stream_stream:
-            answer = self._stream(handler.stream_stream, method == WATCHES_ITSELF)
-            return grpc.stream_stream_rpc_method_handler(answer, read, write)
-        return grpc.stream_unary_rpc_method_handler(self._whole(handler.stream_unary), read, write)
+            return grpc.stream_stream_rpc_method_handler(self._of_one(handler.unary_stream), read, write)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(self._of_stream(handler.stream_unary), read, write)
+        answer = self._both_ways(handler.stream_stream, method == WATCHES_ITSELF)
+        return grpc.stream_stream_rpc_method_handler(answer, read, write)
 
-    def _one_message(self, answer: Answer) -> Answer:
+    def _of_one(self, answer: Answer) -> Answer:
         @functools.wraps(answer)  # and with it what gRPC reads of a handler, such as that it does not block
-        def handler(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
+        def handler(requests: Iterator[Any], context: Context, *send: Any) -> Any:
             try:
-                return answer(self._received(requests, context), context, *send)
+                request = self._next(requests, context)
+                if request is None:
+                    fail(context, InvalidArgument("the call ended without its message"))
+                return answer(request, context, *send)
             finally:
                 self._leave()
 
         return handler
 
-    def _received(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The one message of a call."""
-        try:
-            with self.arriving.stream(context.cancel, caller_of(context)):
-                request = next(requests, None)
-            if request is None:
-                raise InvalidArgument("the call ended without its message")
-            return request
-        except ShardlossError as error:
-            with self._lock:
-                self.num_refused += 1
-            fail(context, error)
-
-    def _whole(self, answer: Answer) -> Answer:
-        """A method that takes its requests as a stream and gives one answer."""
-
-        def handler(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+    def _of_stream(self, answer: Answer) -> Answer:
+        def handler(requests: Iterator[Any], context: Context) -> Any:
             try:
-                return answer(requests, context)
+                return answer(self._watched(requests, context), context)
             finally:
                 self._leave()
 
         return handler
 
-    def _stream(self, answer: Answer, watches_itself: bool) -> Answer:
-        def handler(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+    def _both_ways(self, answer: Answer, watches_itself: bool) -> Answer:
+        def handler(requests: Iterator[Any], context: Context) -> Iterator[Any]:
             try:
                 yield from answer(requests if watches_itself else self._watched(requests, context), context)
             finally:
@@ -117,16 +106,16 @@ class Gate(grpc.ServerInterceptor):
 
         return handler
 
-    def _watched(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """Requests, for each of which the client may not be waited for longer than for a message."""
-        while True:
-            try:
-                with self.arriving.stream(context.cancel, caller_of(context)):
-                    request = next(requests, None)
-            except ShardlossError as error:
-                fail(context, error)
-            if request is None:
-                return
+    def _next(self, requests: Iterator[Any], context: Context) -> Any:
+        """The next message, for which the client is not waited for too long; None at the end."""
+        try:
+            with self.arriving.stream(context.cancel, caller_of(context)):
+                return next(requests, None)
+        except ShardlossError as error:
+            fail(context, error)
+
+    def _watched(self, requests: Iterator[Any], context: Context) -> Iterator[Any]:
+        while (request := self._next(requests, context)) is not None:
             yield request
 
     def _leave(self) -> None:
@@ -137,7 +126,7 @@ class Gate(grpc.ServerInterceptor):
 def refusing(error: ShardlossError) -> Any:
     """A handler of any method that ends its call with an error at once, whether or not a message comes."""
 
-    def refuse(_requests: Iterator[Any], context: grpc.ServicerContext) -> None:
+    def refuse(_requests: Iterator[Any], context: Context) -> None:
         fail(context, error)
 
     return grpc.stream_unary_rpc_method_handler(refuse)

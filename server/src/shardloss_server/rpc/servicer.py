@@ -31,7 +31,7 @@ from shardloss_server import __version__
 from shardloss_server.config import FRAMING_BYTES, Limits
 from shardloss_server.evaluation.passes import Ask, Evaluator
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams
+from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams, Unsent
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
@@ -83,15 +83,16 @@ class Handlers:
         self.admission = Admission(limits.max_calls_in_flight, limits.max_calls_in_flight * limits.max_message_bytes)
         self.commits = Admission(limits.max_commits_in_flight, limits.max_commits_in_flight * limits.max_message_bytes)
         self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes)
+        self.unsent = Unsent(limits.max_calls_in_flight * limits.max_message_bytes, limits.max_message_s)
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
-    def admitted(self, method: str, num_bytes: int) -> AbstractContextManager[None]:
+    def admitted(self, method: str, request: Any, context: Context) -> AbstractContextManager[None]:
         """The place of a unary call."""
         if method == "GetServerInfo":
             return nullcontext()
         places = self.commits if method in ("Commit", "Abort") else self.admission
-        return places.admit(num_bytes)
+        return places.admit(request.ByteSize(), caller_of(context, request))
 
     def deadline(self, context: Context, request: object = None) -> Deadline:
         """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
@@ -113,10 +114,13 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        with failing_as_status(context), self.handlers.admitted(name, request.ByteSize()), torch.inference_mode():
+        handlers: Handlers = self.handlers
+        with failing_as_status(context), handlers.admitted(name, request, context), torch.inference_mode():
             response = method(self, request, context)
-            if response.ByteSize() > self.handlers.limits.max_message_bytes + FRAMING_BYTES:  # type: ignore[attr-defined]
+            num_bytes: int = response.ByteSize()  # type: ignore[attr-defined]
+            if num_bytes > handlers.limits.max_message_bytes + FRAMING_BYTES:
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
+            handlers.unsent.hand_over(num_bytes, context.cancel, context.add_callback)
             return response
         raise AssertionError("a failed call has ended")
 
@@ -155,10 +159,12 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         return self._loss(request.message, contents, False, context)
 
     def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
-        with failing_as_status(context), self.handlers.streams.stream(context.cancel) as stream:
+        with failing_as_status(context), self.handlers.streams.stream(
+            context.cancel, caller_of(context)
+        ) as stream:
             header, assembler = self._begin(request_iterator)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            with self.handlers.stream_bytes.admit(num_bytes):
+            with self.handlers.stream_bytes.admit(num_bytes, caller_of(context)):
                 deadline = self.handlers.deadline(context, header)
                 columns = self._receive(header, request_iterator, assembler, stream, deadline)
                 stream.working()
