@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, Pending, Staged
+from shardloss_server.cluster.group import Order, Pending, Staged, WorkerFacts, WorkerLost, WorkerStats
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import num_hosts
 from shardloss_server.shard.record import (
@@ -46,6 +46,10 @@ class Gathered(Generic[T]):
             by_shard.update(answer.result(max(0.0, deadline - time.monotonic())))
         return [by_shard[k] for k in sorted(by_shard)]
 
+    @property
+    def computed_s(self) -> float:
+        return max((answer.computed_s for answer in self._pending), default=0.0)
+
 
 class FanoutGroup(ABC):
     """A `ShardGroup` without the workers: a subclass says how to start a worker's method and how to stage a part."""
@@ -53,6 +57,7 @@ class FanoutGroup(ABC):
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
+        self._lives: dict[int, tuple[int, int]] = {}  # by worker: its process, and how often it was another before
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
@@ -71,6 +76,11 @@ class FanoutGroup(ABC):
     @abstractmethod
     def stage(self, part: Part) -> Staged:
         """Place a part for later verbs."""
+
+    @property
+    @abstractmethod
+    def devices(self) -> Sequence[str]:
+        """Where each worker computes."""
 
     @abstractmethod
     def backlog(self) -> int:
@@ -137,6 +147,23 @@ class FanoutGroup(ABC):
     def applied_versions(self, table: str) -> Gathered[int]:
         return self.on_all("applied_version", table)
 
+    def stats(self, timeout_s: float) -> list[WorkerStats]:
+        left = remaining_until(time.monotonic() + timeout_s)
+        asked = [self.start(worker, "stats") for worker in range(self._num_workers)]
+        return [self._stats_of(worker, pending, left()) for worker, pending in enumerate(asked)]
+
+    def _stats_of(self, worker: int, pending: Pending[dict[int, WorkerFacts]], timeout_s: float) -> WorkerStats:
+        device = self.devices[worker]
+        try:
+            facts = answered(pending, timeout_s)[worker]
+        except (TimeoutError, WorkerLost):
+            return WorkerStats(worker, device, 0, False, self._lives.get(worker, (0, 0))[1], 0, 0, 0)
+        pid, restarts = self._lives.get(worker, (facts.pid, 0))
+        restarts += facts.pid != pid
+        self._lives[worker] = facts.pid, restarts
+        memory = facts.resident_bytes, facts.device_bytes, facts.kept_bytes
+        return WorkerStats(worker, device, facts.pid, True, restarts, *memory, facts.versions)
+
     def repair(self, table: str, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         left = remaining_until(deadline)
@@ -152,6 +179,13 @@ class FanoutGroup(ABC):
             complete = max(records.values(), key=len)
             self.on_all("catch_up", table, complete).result(left())
         return highest
+
+
+def timed(call: Callable[..., T], *args: Any) -> tuple[float, T]:
+    """Seconds that a call takes, and its answer."""
+    began = time.perf_counter()
+    answer = call(*args)
+    return time.perf_counter() - began, answer
 
 
 def answered(pending: Pending[T], timeout_s: float) -> T:

@@ -6,8 +6,8 @@ its shards the same order of work, and waits outside the lock. Results come in s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -39,6 +39,36 @@ class ShardMissing(Exception):
     """A worker answered that it holds no such shard: it was restarted, and its rows are gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of its process: memory in bytes; the version of each table by the shards' name of it."""
+
+    pid: int
+    resident_bytes: int
+    device_bytes: int
+    kept_bytes: int
+    versions: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker as its group knows it; what a worker that is not up would say is 0.
+
+    restarts: how often it was seen to be another process than before. resident_bytes are the server's own where workers
+    are its threads; device_bytes are 0 on a CPU. versions: the lowest of its shards of each table.
+    """
+
+    index: int
+    device: str
+    pid: int
+    up: bool
+    restarts: int
+    resident_bytes: int
+    device_bytes: int
+    kept_bytes: int
+    versions: Mapping[str, int] = field(default_factory=dict)
+
+
 class Pending(Protocol[T_co]):
     """Work under way."""
 
@@ -49,6 +79,10 @@ class Pending(Protocol[T_co]):
             TimeoutError: not done within timeout_s; the work goes on and its result is dropped.
             WorkerLost, ShardMissing, OutOfMemory: see there.
         """
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that the slowest worker computed, once `result` has returned."""
 
     def abandon(self) -> None:
         """Nobody waits for it any more: it need not begin, but may have. Only for work that changes nothing."""
@@ -83,6 +117,9 @@ class ShardGroup(Protocol):
     @property
     def devices(self) -> Sequence[str]:
         """Where each worker computes."""
+
+    def stats(self, timeout_s: float) -> list[WorkerStats]:
+        """Every worker by index; one that does not answer in time is down."""
 
     def backlog(self) -> int:
         """Abandoned work that is not finished yet: it stands before whatever is started now."""

@@ -13,10 +13,13 @@ RETRY_AFTER_S = 0.1
 
 
 class Admission:
-    """Counts calls in flight and the bytes they brought; refuses at once rather than queueing. Thread-safe."""
+    """Counts calls in flight and the bytes they brought; refuses at once rather than queueing. Thread-safe.
 
-    def __init__(self, max_calls: int, max_bytes: int) -> None:
-        self._max_calls, self._max_bytes = max_calls, max_bytes
+    limit is the setting that max_calls comes from.
+    """
+
+    def __init__(self, max_calls: int, max_bytes: int, limit: str) -> None:
+        self.max_calls, self.max_bytes, self.limit = max_calls, max_bytes, limit
         self._lock = threading.Lock()
         self.num_calls = 0
         self.num_bytes = 0
@@ -29,10 +32,11 @@ class Admission:
             Overloaded: no place is free; `retry_after_s` says when to repeat.
         """
         with self._lock:
-            full = self.num_calls >= self._max_calls
-            if full or (self.num_calls and self.num_bytes + num_bytes > self._max_bytes):
+            full = self.num_calls >= self.max_calls
+            if full or (self.num_calls and self.num_bytes + num_bytes > self.max_bytes):
                 what = f"{self.num_calls} calls with {self.num_bytes} bytes are in flight"
-                raise Overloaded(f"{what}; repeat shortly", retry_after_s=RETRY_AFTER_S)
+                limit = self.limit if full else "max_message_bytes"
+                raise Overloaded(f"{what}; repeat shortly", retry_after_s=RETRY_AFTER_S, limit=limit)
             self.num_calls += 1
             self.num_bytes += num_bytes
         try:
@@ -54,6 +58,11 @@ class LiveStreams:
         self._lock = threading.Lock()
         self._waiting_since: dict[Callable[[], object], float] = {}
 
+    @property
+    def num_streams(self) -> int:
+        """Streams under way."""
+        return len(self._waiting_since)
+
     @contextmanager
     def stream(self, drop: Callable[[], object]) -> Iterator[LiveStream]:
         """Hold one stream's place; `drop` ends the stream from another thread.
@@ -63,7 +72,8 @@ class LiveStreams:
         """
         with self._lock:
             if len(self._waiting_since) >= self._max_streams:
-                raise Overloaded(f"{self._max_streams} streams are under way", retry_after_s=RETRY_AFTER_S)
+                what = f"{self._max_streams} streams are under way"
+                raise Overloaded(what, retry_after_s=RETRY_AFTER_S, limit="max_streams")
             self._waiting_since[drop] = time.monotonic()
         try:
             yield LiveStream(self._waiting_since, drop)

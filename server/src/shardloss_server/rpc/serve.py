@@ -24,14 +24,18 @@ from shardloss.v1 import (
     table_pb2_grpc,
 )
 
+from shardloss_server import metrics
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import FRAMING_BYTES, CannotServe, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
-from shardloss_server.rpc import tls
+from shardloss_server.metrics import Metrics
+from shardloss_server.rpc import gauges, tls
 from shardloss_server.rpc.access import Access
+from shardloss_server.rpc.call import Calls
+from shardloss_server.rpc.exposition import Exposition
 from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -77,8 +81,11 @@ class Server:
             max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
         )
         self.catalog = Catalog(group, limits)
+        self.metrics = Metrics()
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, streams)
+        self.handlers = Handlers(self.catalog, limits, streams, Calls(self.metrics, config.watching))
+        self._stopping = threading.Event()
+        gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
         self._health = health.HealthServicer()
         self._data = self._make_server(listening.num_threads)
         self._admin = self._make_server(ADMIN_THREADS)
@@ -87,7 +94,7 @@ class Server:
         if listening.socket:
             self._bind_socket(listening.socket)
         self.admin_address = self._bind(self._admin, listening.admin_port)
-        self._stopping = threading.Event()
+        self.exposition = Exposition.of(self.metrics, self.catalog, config.watching)
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
@@ -147,6 +154,8 @@ class Server:
         self._data.start()
         self._admin.start()
         self._watcher.start()
+        if self.exposition is not None:
+            self.exposition.start()
         for service in ("", *SERVICES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving on %s, admin on %s", self.address, self.admin_address)
@@ -164,9 +173,12 @@ class Server:
             self.catalog.close()
             stopped.wait(STOP_S)
             self._admin.stop(0).wait(STOP_S)
+            if self.exposition is not None:
+                self.exposition.stop()
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
             self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
             self.catalog.expire_tickets(time.monotonic())
-            self.handlers.streams.drop_silent(time.monotonic())
+            num_dropped = self.handlers.streams.drop_silent(time.monotonic())
+            self.metrics.count(metrics.STREAMS_DROPPED, by=num_dropped)
