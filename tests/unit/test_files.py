@@ -34,8 +34,8 @@ OPTIMIZERS: dict[str, types.Optimizer] = {
     "adamw": shardloss.AdamW(),
     "sparse_adam": shardloss.SparseAdam(),
 }
-# Of 7 commits; losses are 4 to 8 nats. Rows of bfloat16 without biases also multiply in bfloat16, whose logits depend on
-# the cut by 2^-8 of their size: there two cuts of one table differ as much without any file between.
+# Of 7 commits; losses are 4 to 8 nats. Rows of bfloat16 without biases also multiply in bfloat16, whose logits depend
+# on the cut by 2^-8 of their size: there two cuts of one table differ as much without any file between.
 TOLERANCE = {("float32", True): 1e-5, ("float64", True): 1e-12, ("bfloat16", True): 1e-4, ("bfloat16", False): 0.05}
 CURVES = [
     *(("adam", dtype, True, "safetensors") for dtype in ("float32", "float64", "bfloat16")),

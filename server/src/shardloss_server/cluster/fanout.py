@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, Pending, Staged, WorkerFacts, WorkerLost, WorkerStats
+from shardloss_server.cluster.group import Order, Pending, Staged, WorkerLost
+from shardloss_server.cluster.stats import SeenWorker, WorkerStats
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import num_hosts
 from shardloss_server.shard.record import (
@@ -57,7 +59,8 @@ class FanoutGroup(ABC):
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
-        self._lives: dict[int, tuple[int, int]] = {}  # by worker: its process, and how often it was another before
+        self._pid_of: dict[int, int] = {}  # as each worker was last seen
+        self._num_restarts = [0] * num_workers
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
@@ -76,11 +79,6 @@ class FanoutGroup(ABC):
     @abstractmethod
     def stage(self, part: Part) -> Staged:
         """Place a part for later verbs."""
-
-    @property
-    @abstractmethod
-    def devices(self) -> Sequence[str]:
-        """Where each worker computes."""
 
     @abstractmethod
     def backlog(self) -> int:
@@ -105,6 +103,26 @@ class FanoutGroup(ABC):
     def echo(self, tensor: Tensor) -> Gathered[Tensor]:
         """The tensor, from every worker: what a fan-out costs where nothing is computed."""
         return Gathered(self.start_on(range(self._num_workers), "echo", tensor))
+
+    def stats(self, timeout_s: float) -> list[SeenWorker]:
+        left = remaining_until(time.monotonic() + timeout_s)
+        pending = [self.start(worker, "stats") for worker in range(self._num_workers)]
+        return [self._seen(worker, one, left()) for worker, one in enumerate(pending)]
+
+    def _seen(self, worker: int, pending: Pending[dict[int, Any]], timeout_s: float) -> SeenWorker:
+        stats: WorkerStats | None = None
+        with suppress(TimeoutError, WorkerLost):
+            stats = answered(pending, timeout_s)[worker]
+        if stats is not None:
+            if self._pid_of.setdefault(worker, stats.pid) != stats.pid:
+                self._num_restarts[worker] += 1
+            self._pid_of[worker] = stats.pid
+        return SeenWorker(worker, self.devices[worker], self._num_restarts[worker], stats)
+
+    @property
+    @abstractmethod
+    def devices(self) -> Sequence[str]:
+        """Where each worker computes."""
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Gathered[Score]:
         over = self._num_shards.get(table)
@@ -146,23 +164,6 @@ class FanoutGroup(ABC):
 
     def applied_versions(self, table: str) -> Gathered[int]:
         return self.on_all("applied_version", table)
-
-    def stats(self, timeout_s: float) -> list[WorkerStats]:
-        left = remaining_until(time.monotonic() + timeout_s)
-        asked = [self.start(worker, "stats") for worker in range(self._num_workers)]
-        return [self._stats_of(worker, pending, left()) for worker, pending in enumerate(asked)]
-
-    def _stats_of(self, worker: int, pending: Pending[dict[int, WorkerFacts]], timeout_s: float) -> WorkerStats:
-        device = self.devices[worker]
-        try:
-            facts = answered(pending, timeout_s)[worker]
-        except (TimeoutError, WorkerLost):
-            return WorkerStats(worker, device, 0, False, self._lives.get(worker, (0, 0))[1], 0, 0, 0)
-        pid, restarts = self._lives.get(worker, (facts.pid, 0))
-        restarts += facts.pid != pid
-        self._lives[worker] = facts.pid, restarts
-        memory = facts.resident_bytes, facts.device_bytes, facts.kept_bytes
-        return WorkerStats(worker, device, facts.pid, True, restarts, *memory, facts.versions)
 
     def repair(self, table: str, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s

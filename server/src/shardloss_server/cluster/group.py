@@ -6,12 +6,13 @@ its shards the same order of work, and waits outside the lock. Results come in s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from shardloss_server.cluster.stats import SeenWorker
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -37,36 +38,6 @@ class WorkerLost(Exception):
 
 class ShardMissing(Exception):
     """A worker answered that it holds no such shard: it was restarted, and its rows are gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What a worker says of its process: memory in bytes; the version of each table by the shards' name of it."""
-
-    pid: int
-    resident_bytes: int
-    device_bytes: int
-    kept_bytes: int
-    versions: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """A worker as its group knows it; what a worker that is not up would say is 0.
-
-    restarts: how often it was seen to be another process than before. resident_bytes are the server's own where workers
-    are its threads; device_bytes are 0 on a CPU. versions: the lowest of its shards of each table.
-    """
-
-    index: int
-    device: str
-    pid: int
-    up: bool
-    restarts: int
-    resident_bytes: int
-    device_bytes: int
-    kept_bytes: int
-    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pending(Protocol[T_co]):
@@ -118,9 +89,6 @@ class ShardGroup(Protocol):
     def devices(self) -> Sequence[str]:
         """Where each worker computes."""
 
-    def stats(self, timeout_s: float) -> list[WorkerStats]:
-        """Every worker by index; one that does not answer in time is down."""
-
     def backlog(self) -> int:
         """Abandoned work that is not finished yet: it stands before whatever is started now."""
 
@@ -169,6 +137,9 @@ class ShardGroup(Protocol):
         self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
     ) -> Pending[list[AskedLogits]]:
         """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
+
+    def stats(self, timeout_s: float) -> list[SeenWorker]:
+        """Every worker by index; one that does not answer in time, dead or busy, is told as such."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:
         """The version of every shard."""

@@ -258,6 +258,7 @@ class RayGroup(FanoutGroup):
         ]
         answers = self._started([a.whoami.remote() for a in self._actors], num_cpus, num_gpus)
         self._pids = [pid for pid, _ in answers]
+        self._pid_of = dict(enumerate(self._pids))
         self._devices = [device for _, device in answers]
         if self._links and not self._all_answer(self._links):
             log.warning("not every worker can reach this process: every call goes through Ray, at some 8 ms each")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, ShardMissing, WorkerFacts
+from shardloss_server.cluster.group import Order, ShardMissing
+from shardloss_server.cluster.stats import WorkerStats, of_process
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import hosted_shards
 from shardloss_server.shard import scan
@@ -72,14 +71,11 @@ class Worker:
         """The tensor itself: what a call costs where nothing is computed."""
         return {self.index: tensor}
 
-    def stats(self) -> dict[int, WorkerFacts]:
-        """What this worker's process takes and holds."""
-        on_device = 0 if self.device == "cpu" else torch.cuda.memory_reserved(self.device)
-        versions = {
-            table: min(shard.version for shard in shards.values()) for table, shards in self._tables.items() if shards
-        }
-        facts = WorkerFacts(os.getpid(), resident_bytes(), on_device, self._room.taken_bytes, versions)
-        return {self.index: facts}
+    def stats(self) -> dict[int, WorkerStats]:
+        """What this worker's process takes."""
+        num_shards = sum(map(len, self._tables.values()))
+        versions = {key: min(s.version for s in shards.values()) for key, shards in self._tables.items() if shards}
+        return {self.index: of_process(self.index, self.device, self._room.held_bytes, num_shards, versions)}
 
     def score(self, table: str, with_gradient: bool, keep: bool, part: Part) -> dict[int, Score]:
         return self._each(table, lambda shard, part: shard.score(part, with_gradient, keep), part)
@@ -162,14 +158,6 @@ class Worker:
         """Without autograd; new tensors are made on the worker's device."""
         with torch.inference_mode(), nullcontext() if self.device == "cpu" else torch.device(self.device):
             yield
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 def moved(value: Any, device: str) -> Any:

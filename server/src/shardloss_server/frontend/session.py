@@ -119,11 +119,6 @@ class Sessions:
         self._num_made = 0
         self._num_ended = dict.fromkeys((TicketState.COMMITTED, TicketState.ABORTED, TicketState.EXPIRED), 0)
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions that are remembered."""
-        return len(self._sessions)
-
     def num_tickets(self) -> dict[str, int]:
         """Tickets that were ever opened, and how many of them ended in each way; the rest are open."""
         with self._lock:
@@ -134,6 +129,12 @@ class Sessions:
         """Open tickets of this table."""
         with self._lock:
             return sum(len(session.tickets) for session in self._sessions.values())
+
+    @property
+    def num_known(self) -> int:
+        """Sessions that are remembered."""
+        with self._lock:
+            return len(self._sessions)
 
     def knows(self, session: str) -> bool:
         """Whether this session has been seen and not forgotten."""

@@ -21,6 +21,7 @@ from shardloss_server import logs, metrics
 from shardloss_server.config import Limits, Watching
 from shardloss_server.frontend.meter import METER, Meter
 from shardloss_server.metrics import Metrics
+from shardloss_server.rpc.calls import Calls
 from shardloss_server.rpc.status import fail
 
 log = logging.getLogger("shardloss_server.calls")
@@ -42,11 +43,11 @@ class Sized(Protocol):
 S = TypeVar("S", bound=Sized)
 
 
-class Calls:
+class CallLog:
     """The calls of one server."""
 
     def __init__(self, counted: Metrics, watching: Watching) -> None:
-        self.metrics, self.watching = counted, watching
+        self.metrics, self.watching, self.recent = counted, watching, Calls()
         self.paces: dict[str, Pace] = {}
         self._prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
@@ -72,12 +73,12 @@ class Call:
     A ShardlossError keeps its reason; anything else is INTERNAL, whose trace the log has by the request id.
     """
 
-    def __init__(self, calls: Calls, method: str, context: grpc.ServicerContext) -> None:
-        self.method, self.request_id = method, calls.request_id(context)
+    def __init__(self, call_log: CallLog, method: str, context: grpc.ServicerContext) -> None:
+        self.method, self.request_id = method, call_log.request_id(context)
         self.meter = Meter()
         self.received_bytes = self.sent_bytes = 0
         self.table = self.session = ""
-        self._calls, self._context = calls, context
+        self._log_of, self._context = call_log, context
         self._began = time.perf_counter()
 
     def about(self, request: Any) -> None:
@@ -158,7 +159,7 @@ class Call:
             left_s = self._context.time_remaining()
             reason = CANCELLED if left_s is None or left_s > 0 else reason
         self._count(reason, error)
-        watching, duration_s = self._calls.watching, self.elapsed_s
+        watching, duration_s = self._log_of.watching, self.elapsed_s
         if reason != OK:
             self._log(level_of(error), "call failed", reason, duration_s, error)
         elif duration_s > watching.slow_call_s:
@@ -167,7 +168,13 @@ class Call:
             self._log(logging.INFO, "call", reason, duration_s)
 
     def _count(self, reason: str, error: ShardlossError | None) -> None:
-        count, observe, method, spent = self._calls.metrics.count, self._calls.metrics.observe, self.method, self.meter
+        count, observe, method, spent = (
+            self._log_of.metrics.count,
+            self._log_of.metrics.observe,
+            self.method,
+            self.meter,
+        )
+        self._log_of.recent.note(method, self.elapsed_s, None if reason == OK else reason)
         count(metrics.CALLS, method, reason)
         observe(metrics.CALL_SECONDS, self.elapsed_s, method)
         count(metrics.RECEIVED_BYTES, method, by=self.received_bytes)
@@ -190,8 +197,8 @@ class Call:
     def _log(self, level: int, event: str, reason: str, duration_s: float, error: ShardlossError | None = None) -> None:
         if not log.isEnabledFor(level):
             return
-        pace = self._calls.paces.setdefault(reason, Pace())
-        left_out = 0 if self._calls.watching.log_calls else pace.left_out(time.monotonic())
+        pace = self._log_of.paces.setdefault(reason, Pace())
+        left_out = 0 if self._log_of.watching.log_calls else pace.left_out(time.monotonic())
         if left_out is None:
             return
         said: dict[str, object] = {

@@ -11,6 +11,7 @@ import torch
 
 from shardloss_server import __version__, metrics
 from shardloss_server.cluster.group import ShardGroup
+from shardloss_server.cluster.stats import WorkerStats
 from shardloss_server.config import Limits
 from shardloss_server.frontend.admission import Admission, LiveStreams
 from shardloss_server.frontend.catalog import Catalog, table_bytes
@@ -88,7 +89,7 @@ def read_tables(counted: Metrics, catalog: Catalog) -> None:
         (metrics.TABLE_COMMITS, lambda owner: owner.steps.num_commits),
         (metrics.TABLE_IN_DOUBT, lambda owner: owner.steps.doubt is not None and not owner.steps.under_way),
         (metrics.TABLE_ROWS_LOST, lambda owner: owner.lost is not None),
-        (metrics.SESSIONS, lambda owner: owner.sessions.num_sessions),
+        (metrics.SESSIONS, lambda owner: owner.sessions.num_known),
         (metrics.OPEN_TICKETS, lambda owner: owner.sessions.num_open),
     ):
         counted.read(metric, each(of))
@@ -105,20 +106,17 @@ def read_workers(counted: Metrics, group: ShardGroup, watch: WorkerWatch) -> Non
     """What is known of each worker."""
     one(counted, metrics.WORKERS, lambda: len(group.devices))
     one(counted, metrics.WORKER_FACTS_AGE, watch.age_s)
-    for metric, field in (
-        (metrics.WORKER_UP, "up"),
-        (metrics.WORKER_RESTARTS, "restarts"),
-        (metrics.WORKER_RESIDENT_BYTES, "resident_bytes"),
-        (metrics.WORKER_DEVICE_BYTES, "device_bytes"),
-        (metrics.WORKER_KEPT_BYTES, "kept_bytes"),
+    for metric, of in (
+        (metrics.WORKER_RESIDENT_BYTES, lambda stats: stats.resident_bytes),
+        (metrics.WORKER_DEVICE_BYTES, lambda stats: stats.device_bytes),
+        (metrics.WORKER_KEPT_BYTES, lambda stats: stats.kept_bytes),
     ):
-        counted.read(metric, partial(of_workers, watch, field))
-    counted.read(
-        metrics.WORKER_VERSIONS_BEHIND,
-        lambda: [((str(index),), float(behind)) for index, behind in watch.behind.items()],
-    )
+        counted.read(metric, partial(of_living, watch, of))
+    counted.read(metrics.WORKER_UP, lambda: [((str(w.index),), float(w.stats is not None)) for w in watch.seen])
+    counted.read(metrics.WORKER_RESTARTS, lambda: [((str(w.index),), float(w.num_restarts)) for w in watch.seen])
+    counted.read(metrics.WORKER_VERSIONS_BEHIND, lambda: [((str(i),), float(num)) for i, num in watch.behind.items()])
 
 
-def of_workers(watch: WorkerWatch, field: str) -> Reading:
-    """One fact of every worker."""
-    return [((str(worker.index),), float(getattr(worker, field))) for worker in watch.facts]
+def of_living(watch: WorkerWatch, of: Callable[[WorkerStats], float]) -> Reading:
+    """One fact of every worker that answered."""
+    return [((str(each.index),), float(of(each.stats))) for each in watch.seen if each.stats is not None]

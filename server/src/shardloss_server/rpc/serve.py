@@ -14,6 +14,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from shardloss.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
     loss_pb2,
@@ -34,7 +36,8 @@ from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.metrics import Metrics
 from shardloss_server.rpc import gauges, tls
 from shardloss_server.rpc.access import Access
-from shardloss_server.rpc.call import Calls
+from shardloss_server.rpc.admin import AdminServicer
+from shardloss_server.rpc.call import CallLog
 from shardloss_server.rpc.exposition import Exposition
 from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
 ADMIN_THREADS = 2
 STOP_S = 5.0  # for calls that were cut off to see it
+ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -83,7 +87,7 @@ class Server:
         self.catalog = Catalog(group, limits)
         self.metrics = Metrics()
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, streams, Calls(self.metrics, config.watching))
+        self.handlers = Handlers(self.catalog, limits, streams, CallLog(self.metrics, config.watching))
         self._stopping = threading.Event()
         gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
         self._health = health.HealthServicer()
@@ -116,10 +120,12 @@ class Server:
         loss_pb2_grpc.add_LossServiceServicer_to_server(LossServicer(self.handlers), self._data)
         table_pb2_grpc.add_TableServiceServicer_to_server(TableServicer(self.handlers), self._data)
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationServicer(self.handlers), self._data)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.handlers), self._admin)
         for server in (self._data, self._admin):
             server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.handlers), server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            own = (ADMIN_SERVICE,) if server is self._admin else ()
+            names = (*SERVICES, *own, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
 
     def _bind(self, server: grpc.Server, port: int) -> str:

@@ -37,7 +37,7 @@ from shardloss_server.frontend.plan import draw_with_tries
 from shardloss_server.frontend.request import CommitReply, LabelColumns, LossReply, LossRequest
 from shardloss_server.numerics.optimizer import state_widths
 from shardloss_server.rpc import specs, wire
-from shardloss_server.rpc.call import Call, Calls
+from shardloss_server.rpc.call import Call, CallLog
 
 M = TypeVar("M")
 Context = grpc.ServicerContext
@@ -74,8 +74,8 @@ FEATURES = (
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, calls: Calls) -> None:
-        self.catalog, self.limits, self.streams, self.calls = catalog, limits, streams, calls
+    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, call_log: CallLog) -> None:
+        self.catalog, self.limits, self.streams, self.call_log = catalog, limits, streams, call_log
         message = limits.max_message_bytes
         most_calls, most_commits = limits.max_calls_in_flight, limits.max_commits_in_flight
         self.admission = Admission(most_calls, most_calls * message, "max_calls_in_flight")
@@ -86,7 +86,7 @@ class Handlers:
 
     def admitted(self, method: str, num_bytes: int) -> AbstractContextManager[None]:
         """The place of a unary call."""
-        if method == "GetServerInfo":
+        if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
         places = self.commits if method in ("Commit", "Abort") else self.admission
         return places.admit(num_bytes)
@@ -102,7 +102,7 @@ class Handlers:
 
     def note_loss(self, method: str, request: LossRequest, reply: LossReply) -> None:
         """Count what a loss did."""
-        counted = self.calls.metrics
+        counted = self.call_log.metrics
         if reply.replayed:
             counted.count(metrics.REPLAYS, method)
         else:
@@ -113,22 +113,23 @@ class Handlers:
     def note_commit(self, method: str, reply: CommitReply) -> None:
         """Count what a commit did."""
         if reply.replayed:
-            self.calls.metrics.count(metrics.REPLAYS, method)
+            self.call_log.metrics.count(metrics.REPLAYS, method)
         else:
-            self.calls.metrics.observe(metrics.STALENESS, reply.staleness)
+            self.call_log.metrics.observe(metrics.STALENESS, reply.staleness)
 
 
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
     """Admit a unary call, run it without autograd, and add what it cost where that is asked for.
 
-    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo needs none.
+    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo and GetStatus
+    need none.
     """
     name = method.__name__
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        calls, limit = self.handlers.calls, self.handlers.limits.max_message_bytes + FRAMING_BYTES
-        with calls.begin(name, context, request) as call, self.handlers.admitted(name, call.received_bytes):
+        call_log, limit = self.handlers.call_log, self.handlers.limits.max_message_bytes + FRAMING_BYTES
+        with call_log.begin(name, context, request) as call, self.handlers.admitted(name, call.received_bytes):
             with torch.inference_mode():
                 response = method(self, request, context)
             if call.sending(response).sent_bytes > limit:
@@ -158,8 +159,8 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         return self._loss(request.message, contents, False, context)
 
     def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
-        calls, streams = self.handlers.calls, self.handlers.streams
-        with calls.begin("StreamLoss", context) as call, streams.stream(context.cancel) as stream:
+        call_log, streams = self.handlers.call_log, self.handlers.streams
+        with call_log.begin("StreamLoss", context) as call, streams.stream(context.cancel) as stream:
             pieces_in = call.receiving(request_iterator)
             header, assembler = self._begin(pieces_in)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))

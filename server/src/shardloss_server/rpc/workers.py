@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from shardloss_server.cluster.group import WorkerStats
+from shardloss_server.cluster.stats import SeenWorker, WorkerStats
 from shardloss_server.frontend.catalog import Catalog
 
 INTERVAL_S = 5.0
@@ -19,7 +19,7 @@ class WorkerWatch:
     """What each worker said of itself last."""
 
     def __init__(self, catalog: Catalog, interval_s: float = INTERVAL_S) -> None:
-        self.facts: Sequence[WorkerStats] = ()
+        self.seen: Sequence[SeenWorker] = ()
         self.behind: Mapping[int, int] = {}  # versions, by worker
         self._catalog, self._interval_s = catalog, interval_s
         self._asked = time.monotonic()
@@ -41,10 +41,10 @@ class WorkerWatch:
     def ask(self) -> None:
         """Ask once, and log who came or went."""
         versions = {owner.key: owner.steps.version for owner in self._catalog.owners()}
-        facts = self._catalog.group.stats(TIMEOUT_S)
-        self.behind = {worker.index: behind(worker, versions) for worker in facts if worker.up}
-        self._tell(facts)
-        self.facts, self._asked = facts, time.monotonic()
+        seen = self._catalog.group.stats(TIMEOUT_S)
+        self.behind = {each.index: behind(each.stats, versions) for each in seen if each.stats is not None}
+        self._tell(seen)
+        self.seen, self._asked = seen, time.monotonic()
 
     def _watch(self) -> None:
         while True:
@@ -55,17 +55,15 @@ class WorkerWatch:
             if self._stopping.wait(self._interval_s):
                 return
 
-    def _tell(self, facts: Sequence[WorkerStats]) -> None:
-        known = {worker.index: worker for worker in self.facts}
-        for worker in facts:
-            before = known.get(worker.index)
-            if before is None:
-                continue
-            if worker.restarts > before.restarts:
+    def _tell(self, seen: Sequence[SeenWorker]) -> None:
+        for before, worker in zip(self.seen, seen, strict=False):  # the first time there is nothing before
+            if worker.num_restarts > before.num_restarts:
                 log.warning("worker %d is another process now: its rows are gone", worker.index)
-            if worker.up != before.up:
-                level = logging.INFO if worker.up else logging.WARNING
-                log.log(level, "worker %d %s", worker.index, "answers again" if worker.up else "does not answer")
+            if (worker.stats is None) != (before.stats is None):
+                level, does = (
+                    (logging.WARNING, "does not answer") if worker.stats is None else (logging.INFO, "answers")
+                )
+                log.log(level, "worker %d %s", worker.index, does)
 
 
 def behind(worker: WorkerStats, versions: Mapping[str, int]) -> int:

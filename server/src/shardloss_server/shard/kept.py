@@ -44,6 +44,11 @@ class Room:
         """What waits to be lent."""
         return sum(tensor.nbytes for tensor in tuple(self._spare))
 
+    @property
+    def held_bytes(self) -> int:
+        """All of it: what owners hold and what waits to be lent."""
+        return self.taken_bytes + self.spare_bytes
+
     def take(self, owner: int, num_bytes: int) -> bool:
         """Whether there was room, which is taken now."""
         left = self._max_bytes - self.taken_bytes - num_bytes
