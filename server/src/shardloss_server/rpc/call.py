@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from shardloss.errors import Internal, LimitExceeded, Overloaded, ServiceError, ShardlossError
@@ -22,12 +22,14 @@ from shardloss_server.config import Limits, Watching
 from shardloss_server.frontend.meter import METER, Meter
 from shardloss_server.metrics import Metrics
 from shardloss_server.rpc.calls import Calls
+from shardloss_server.rpc.roles import needed_role
 from shardloss_server.rpc.status import fail
 
 log = logging.getLogger("shardloss_server.calls")
 REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID = re.compile(r"[!-~]{1,64}")
 OK, CANCELLED = "OK", "CANCELLED"
+UNKNOWN = "unknown"  # a method that there is not: callers can make up any number of them
 PLACES = frozenset({field.name for field in fields(Limits)} | {"backlog"})  # limits that a refusal may name
 MAX_LINES_A_SECOND = 10  # of one reason: an overload must not drown in its own log
 MAX_TEXT = 512  # characters of what a caller wrote that are logged
@@ -51,6 +53,13 @@ class CallLog:
         self.paces: dict[str, Pace] = {}
         self._prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
+
+    def refuse(self, path: str, context: grpc.ServicerContext, error: ShardlossError) -> NoReturn:
+        """End a call ("/package.Service/Method") that gets no further."""
+        name = path.rpartition("/")[2] if needed_role(path) is not None else UNKNOWN
+        with self.begin(name, context):
+            raise error
+        raise AssertionError("a failed call has ended")
 
     def begin(self, method: str, context: grpc.ServicerContext, request: Any = None) -> Call:
         """A call that has come: the context manager around all that is done for it."""

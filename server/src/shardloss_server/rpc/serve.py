@@ -76,7 +76,9 @@ class Server:
         self.config = config
         listening = config.listening
         refuse_exposed(listening.host, config.security)
-        self._access = Access(config.security)
+        self.metrics = Metrics()
+        call_log = CallLog(self.metrics, config.watching)
+        self._interceptors = Access(config.security, call_log), Reading(call_log), Splicing()
         reserved = max(1, listening.num_threads // 6)  # threads for streams, and as many for commits
         limits = replace(
             config.limits,
@@ -85,9 +87,8 @@ class Server:
             max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
         )
         self.catalog = Catalog(group, limits)
-        self.metrics = Metrics()
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, streams, CallLog(self.metrics, config.watching))
+        self.handlers = Handlers(self.catalog, limits, streams, call_log)
         self._stopping = threading.Event()
         gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
         self._health = health.HealthServicer()
@@ -112,7 +113,7 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
-            interceptors=[self._access, Reading(), Splicing()],
+            interceptors=self._interceptors,
             maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
         )
 
