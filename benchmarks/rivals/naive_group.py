@@ -53,6 +53,7 @@ class Answer:
     """The answer of one actor call."""
 
     ref: Any
+    computed_s: float = 0.0  # not measured
 
     def result(self, timeout_s: float) -> Any:
         return ray.get(self.ref, timeout=timeout_s)

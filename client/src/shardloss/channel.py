@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
@@ -40,9 +42,12 @@ OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+REQUEST_ID_KEY = "x-request-id"  # the server's log and its errors name a call by it
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+Named: TypeAlias = dict[str, tuple[tuple[str, str], ...]]  # what a stub's call takes beside request and timeout
+Attempt: TypeAlias = Callable[[float, Named], R]
 
 
 def error_of(failure: grpc.RpcError) -> ShardlossError:
@@ -95,6 +100,7 @@ class Channel:
         self._bearer = Bearer(credentials)
         self._grpc = opened(address, credentials)
         self._bearing: Any = Bearing(self._grpc, self._bearer) if self._bearer.metadata() else self._grpc
+        self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
         self._closed = False
         self.max_message_bytes = MESSAGE_BYTES  # what the server takes, once it has said so
 
@@ -135,15 +141,24 @@ class Channel:
         if num_bytes > self.max_message_bytes:
             message = f"the request takes {num_bytes} bytes, above max_message_bytes = {self.max_message_bytes}"
             raise LimitExceeded(message)
-        return self._repeat(lambda left: method(request, timeout=left), timeout_s, whole, repeatable)
+        return self._repeat(lambda left, named: method(request, timeout=left, **named), timeout_s, whole, repeatable)
 
     def stream(
         self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
     ) -> list[R]:
         """As `unary` for a stream both ways; requests are made anew for each try."""
-        return self._repeat(lambda left: list(method(requests(), timeout=left)), timeout_s, True, True)
+        return self._repeat(lambda left, named: list(method(requests(), timeout=left, **named)), timeout_s, True, True)
 
-    def _repeat(self, attempt: Callable[[float], R], timeout_s: float | None, whole: bool, repeatable: bool) -> R:
+    def _repeat(self, attempt: Attempt[R], timeout_s: float | None, whole: bool, repeatable: bool) -> R:
+        """All tries of a call have one request id, which its error names."""
+        request_id = next(self._request_ids)
+        try:
+            return self._tried(attempt, {"metadata": ((REQUEST_ID_KEY, request_id),)}, timeout_s, whole, repeatable)
+        except ShardlossError as error:
+            error.details.setdefault("request_id", request_id)
+            raise
+
+    def _tried(self, attempt: Attempt[R], named: Named, timeout_s: float | None, whole: bool, repeatable: bool) -> R:
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         attempt_s = float("inf") if whole else self.attempt_timeout_s
         backoff_s, last, is_renewed = FIRST_BACKOFF_S, None, False
@@ -154,7 +169,7 @@ class Channel:
             if left <= 0:
                 raise last or DeadlineExceeded("the deadline passed before the call was sent")
             try:
-                return attempt(min(left, attempt_s))
+                return attempt(min(left, attempt_s), named)
             except grpc.RpcError as failure:
                 last = error_of(failure)
             except ValueError:  # grpc's own, on a channel that another thread closed meanwhile

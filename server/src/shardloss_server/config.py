@@ -146,6 +146,8 @@ class Watching:
     metrics_host: Annotated[str, a("Address that the metrics listen on.")] = "127.0.0.1"
     log_format: Annotated[Literal["text", "json"], a("How log lines are written.")] = "text"
     log_level: Annotated[LogLevel, a("The least level that is logged.")] = "INFO"
+    slow_call_s: Annotated[float, a("Seconds above which a call gets a line in the log.", ge=0)] = 1.0
+    log_calls: Annotated[bool, a("A line in the log for every call, not only for failed and slow ones.")] = False
 
 
 ANY_PORT = Listening(port=0, admin_port=0)

@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from shardloss.v1 import cost_pb2 as shardloss_dot_v1_dot_cost__pb2
 from shardloss.v1 import logits_pb2 as shardloss_dot_v1_dot_logits__pb2
 from shardloss.v1 import options_pb2 as shardloss_dot_v1_dot_options__pb2
 from shardloss.v1 import tensor_pb2 as shardloss_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshardloss/v1/evaluation.proto\x12\x0cshardloss.v1\x1a\x19shardloss/v1/logits.proto\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\xef\x01\n\x0f\x45valuateRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06labels\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x19\n\x0cignore_index\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\twant_rank\x18\x05 \x01(\x08\x12\x14\n\x0cwant_sigmoid\x18\x06 \x01(\x08\x12,\n\x06logits\x18\x07 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransformB\x0f\n\r_ignore_index\"\xa8\x01\n\x10\x45valuateResponse\x12\"\n\x04loss\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rank\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\x12%\n\x07sigmoid\x18\x05 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\x93\x01\n\x0bTopKRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x03\x12\x16\n\x0ewant_log_probs\x18\x04 \x01(\x08\x12,\n\x06logits\x18\x05 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\"\xad\x01\n\x0cTopKResponse\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06logits\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\x14\n\x0clast_version\x18\x05 \x01(\x03\"\xb2\x01\n\x0cScoreRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tclass_ids\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x16\n\x0ewant_log_probs\x18\x04 \x01(\x08\x12,\n\x06logits\x18\x05 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\"\x85\x01\n\rScoreResponse\x12$\n\x06logits\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\"\xe5\x01\n\x14SampleClassesRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x03\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfirst_row\x18\x05 \x01(\x03\x12\x12\n\x05top_k\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0ewant_log_probs\x18\x07 \x01(\x08\x12,\n\x06logits\x18\x08 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransformB\x08\n\x06_top_k\"\x90\x01\n\x15SampleClassesResponse\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\x32\xd1\x02\n\x11\x45valuationService\x12O\n\x08\x45valuate\x12\x1d.shardloss.v1.EvaluateRequest\x1a\x1e.shardloss.v1.EvaluateResponse\"\x04\xc8\xda\x18\x01\x12\x43\n\x04TopK\x12\x19.shardloss.v1.TopKRequest\x1a\x1a.shardloss.v1.TopKResponse\"\x04\xc8\xda\x18\x01\x12\x46\n\x05Score\x12\x1a.shardloss.v1.ScoreRequest\x1a\x1b.shardloss.v1.ScoreResponse\"\x04\xc8\xda\x18\x01\x12^\n\rSampleClasses\x12\".shardloss.v1.SampleClassesRequest\x1a#.shardloss.v1.SampleClassesResponse\"\x04\xc8\xda\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshardloss/v1/evaluation.proto\x12\x0cshardloss.v1\x1a\x17shardloss/v1/cost.proto\x1a\x19shardloss/v1/logits.proto\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\x82\x02\n\x0f\x45valuateRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06labels\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x19\n\x0cignore_index\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\twant_rank\x18\x05 \x01(\x08\x12\x14\n\x0cwant_sigmoid\x18\x06 \x01(\x08\x12,\n\x06logits\x18\x07 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x11\n\twant_cost\x18\x08 \x01(\x08\x42\x0f\n\r_ignore_index\"\xd3\x01\n\x10\x45valuateResponse\x12\"\n\x04loss\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rank\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\x12%\n\x07sigmoid\x18\x05 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12)\n\tcall_cost\x18\x06 \x01(\x0b\x32\x16.shardloss.v1.CallCost\"\xa6\x01\n\x0bTopKRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x03\x12\x16\n\x0ewant_log_probs\x18\x04 \x01(\x08\x12,\n\x06logits\x18\x05 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x11\n\twant_cost\x18\x06 \x01(\x08\"\xd8\x01\n\x0cTopKResponse\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06logits\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\x14\n\x0clast_version\x18\x05 \x01(\x03\x12)\n\tcall_cost\x18\x06 \x01(\x0b\x32\x16.shardloss.v1.CallCost\"\xc5\x01\n\x0cScoreRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tclass_ids\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x16\n\x0ewant_log_probs\x18\x04 \x01(\x08\x12,\n\x06logits\x18\x05 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x11\n\twant_cost\x18\x06 \x01(\x08\"\xb0\x01\n\rScoreResponse\x12$\n\x06logits\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\x12)\n\tcall_cost\x18\x05 \x01(\x0b\x32\x16.shardloss.v1.CallCost\"\xf8\x01\n\x14SampleClassesRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x03\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfirst_row\x18\x05 \x01(\x03\x12\x12\n\x05top_k\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0ewant_log_probs\x18\x07 \x01(\x08\x12,\n\x06logits\x18\x08 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x11\n\twant_cost\x18\t \x01(\x08\x42\x08\n\x06_top_k\"\xbb\x01\n\x15SampleClassesResponse\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\'\n\tlog_probs\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x14\n\x0clast_version\x18\x04 \x01(\x03\x12)\n\tcall_cost\x18\x05 \x01(\x0b\x32\x16.shardloss.v1.CallCost2\xd1\x02\n\x11\x45valuationService\x12O\n\x08\x45valuate\x12\x1d.shardloss.v1.EvaluateRequest\x1a\x1e.shardloss.v1.EvaluateResponse\"\x04\xc8\xda\x18\x01\x12\x43\n\x04TopK\x12\x19.shardloss.v1.TopKRequest\x1a\x1a.shardloss.v1.TopKResponse\"\x04\xc8\xda\x18\x01\x12\x46\n\x05Score\x12\x1a.shardloss.v1.ScoreRequest\x1a\x1b.shardloss.v1.ScoreResponse\"\x04\xc8\xda\x18\x01\x12^\n\rSampleClasses\x12\".shardloss.v1.SampleClassesRequest\x1a#.shardloss.v1.SampleClassesResponse\"\x04\xc8\xda\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,22 +43,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATIONSERVICE'].methods_by_name['Score']._serialized_options = b'\310\332\030\001'
   _globals['_EVALUATIONSERVICE'].methods_by_name['SampleClasses']._loaded_options = None
   _globals['_EVALUATIONSERVICE'].methods_by_name['SampleClasses']._serialized_options = b'\310\332\030\001'
-  _globals['_EVALUATEREQUEST']._serialized_start=130
-  _globals['_EVALUATEREQUEST']._serialized_end=369
-  _globals['_EVALUATERESPONSE']._serialized_start=372
-  _globals['_EVALUATERESPONSE']._serialized_end=540
-  _globals['_TOPKREQUEST']._serialized_start=543
-  _globals['_TOPKREQUEST']._serialized_end=690
-  _globals['_TOPKRESPONSE']._serialized_start=693
-  _globals['_TOPKRESPONSE']._serialized_end=866
-  _globals['_SCOREREQUEST']._serialized_start=869
-  _globals['_SCOREREQUEST']._serialized_end=1047
-  _globals['_SCORERESPONSE']._serialized_start=1050
-  _globals['_SCORERESPONSE']._serialized_end=1183
-  _globals['_SAMPLECLASSESREQUEST']._serialized_start=1186
-  _globals['_SAMPLECLASSESREQUEST']._serialized_end=1415
-  _globals['_SAMPLECLASSESRESPONSE']._serialized_start=1418
-  _globals['_SAMPLECLASSESRESPONSE']._serialized_end=1562
-  _globals['_EVALUATIONSERVICE']._serialized_start=1565
-  _globals['_EVALUATIONSERVICE']._serialized_end=1902
+  _globals['_EVALUATEREQUEST']._serialized_start=155
+  _globals['_EVALUATEREQUEST']._serialized_end=413
+  _globals['_EVALUATERESPONSE']._serialized_start=416
+  _globals['_EVALUATERESPONSE']._serialized_end=627
+  _globals['_TOPKREQUEST']._serialized_start=630
+  _globals['_TOPKREQUEST']._serialized_end=796
+  _globals['_TOPKRESPONSE']._serialized_start=799
+  _globals['_TOPKRESPONSE']._serialized_end=1015
+  _globals['_SCOREREQUEST']._serialized_start=1018
+  _globals['_SCOREREQUEST']._serialized_end=1215
+  _globals['_SCORERESPONSE']._serialized_start=1218
+  _globals['_SCORERESPONSE']._serialized_end=1394
+  _globals['_SAMPLECLASSESREQUEST']._serialized_start=1397
+  _globals['_SAMPLECLASSESREQUEST']._serialized_end=1645
+  _globals['_SAMPLECLASSESRESPONSE']._serialized_start=1648
+  _globals['_SAMPLECLASSESRESPONSE']._serialized_end=1835
+  _globals['_EVALUATIONSERVICE']._serialized_start=1838
+  _globals['_EVALUATIONSERVICE']._serialized_end=2175
 # @@protoc_insertion_point(module_scope)

@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from shardloss.v1 import cost_pb2 as shardloss_dot_v1_dot_cost__pb2
 from shardloss.v1 import logits_pb2 as shardloss_dot_v1_dot_logits__pb2
 from shardloss.v1 import options_pb2 as shardloss_dot_v1_dot_options__pb2
 from shardloss.v1 import tensor_pb2 as shardloss_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17shardloss/v1/loss.proto\x12\x0cshardloss.v1\x1a\x19shardloss/v1/logits.proto\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\xe8\x03\n\x07Sampler\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.shardloss.v1.Sampler.Kind\x12\x13\n\x0bnum_sampled\x18\x02 \x01(\x03\x12\x13\n\x06unique\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x17\n\ndistortion\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10num_reserved_ids\x18\x06 \x01(\x03\x12.\n\x07mixture\x18\x07 \x01(\x0b\x32\x1d.shardloss.v1.Sampler.Mixture\x1a\x65\n\x07Mixture\x12$\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12%\n\x06second\x18\x02 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12\r\n\x05share\x18\x03 \x01(\x01\"\x96\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10KIND_LOG_UNIFORM\x10\x01\x12\x10\n\x0cKIND_UNIFORM\x10\x02\x12\x16\n\x12KIND_FIXED_UNIGRAM\x10\x03\x12\x18\n\x14KIND_LEARNED_UNIGRAM\x10\x04\x12\x0c\n\x08KIND_ALL\x10\x05\x12\x10\n\x0cKIND_MIXTURE\x10\x06\x42\t\n\x07_uniqueB\r\n\x0b_distortion\"\x9f\x01\n\rSampledValues\x12%\n\x07sampled\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x31\n\x13true_expected_count\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x34\n\x16sampled_expected_count\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\" \n\x07InBatch\x12\x15\n\rcorrect_log_q\x18\x01 \x01(\x08\".\n\tPartialFc\x12\x13\n\x0bnum_sampled\x18\x01 \x01(\x03\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"U\n\x06HitIds\x12$\n\x06labels\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12%\n\x07sampled\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\xe4\x02\n\x0eSampledSoftmax\x12(\n\x07sampler\x18\x01 \x01(\x0b\x32\x15.shardloss.v1.SamplerH\x00\x12\x35\n\x0esampled_values\x18\x02 \x01(\x0b\x32\x1b.shardloss.v1.SampledValuesH\x00\x12)\n\x08in_batch\x18\x05 \x01(\x0b\x32\x15.shardloss.v1.InBatchH\x00\x12-\n\npartial_fc\x18\x06 \x01(\x0b\x32\x17.shardloss.v1.PartialFcH\x00\x12#\n\x16remove_accidental_hits\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12-\n\x0bhit_removal\x18\x04 \x01(\x0e\x32\x18.shardloss.v1.HitRemoval\x12\x1a\n\x12num_hard_negatives\x18\x07 \x01(\x03\x42\x0c\n\ncandidatesB\x19\n\x17_remove_accidental_hits\"p\n\x0fSampledLogistic\x12-\n\x07\x63olumns\x18\x01 \x01(\x0b\x32\x1c.shardloss.v1.SampledSoftmax\x12\x1b\n\x0esubtract_log_q\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x11\n\x0f_subtract_log_q\"\r\n\x0b\x46ullSigmoid\"8\n\x06Margin\x12\x0f\n\x02m1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\n\n\x02m2\x18\x02 \x01(\x01\x12\n\n\x02m3\x18\x03 \x01(\x01\x42\x05\n\x03_m1\"o\n\x0b\x46ullSoftmax\x12\x17\n\x0flabel_smoothing\x18\x01 \x01(\x01\x12+\n\rclass_weights\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x1a\n\x12unit_mass_gradient\x18\x03 \x01(\x08\"F\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0c\n\x04size\x18\x03 \x01(\x05\x12\x13\n\x0b\x64\x65nominator\x18\x04 \x01(\x01\"\xf5\x07\n\x12\x43omputeLossRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0c\n\x04part\x18\x04 \x01(\x03\x12\x17\n\nafter_step\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12$\n\x06hidden\x18\x06 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06labels\x18\x07 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12+\n\rlabel_weights\x18\x08 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x19\n\x0cignore_index\x18\t \x01(\x03H\x02\x88\x01\x01\x12\x31\n\x0c\x66ull_softmax\x18\n \x01(\x0b\x32\x19.shardloss.v1.FullSoftmaxH\x00\x12\x37\n\x0fsampled_softmax\x18\x0b \x01(\x0b\x32\x1c.shardloss.v1.SampledSoftmaxH\x00\x12\x39\n\x10sampled_logistic\x18\x16 \x01(\x0b\x32\x1d.shardloss.v1.SampledLogisticH\x00\x12\x31\n\x0c\x66ull_sigmoid\x18\x17 \x01(\x0b\x32\x19.shardloss.v1.FullSigmoidH\x00\x12&\n\x08upstream\x18\x0c \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12+\n\ncommit_now\x18\r \x01(\x0b\x32\x17.shardloss.v1.CommitNow\x12\x16\n\twant_loss\x18\x0e \x01(\x08H\x03\x88\x01\x01\x12\x10\n\x08want_lse\x18\x0f \x01(\x08\x12\x18\n\x10want_hidden_grad\x18\x10 \x01(\x08\x12\x17\n\x0fwant_table_grad\x18\x11 \x01(\x08\x12\'\n\ngrad_dtype\x18\x12 \x01(\x0e\x32\x13.shardloss.v1.DType\x12\x1a\n\rmax_staleness\x18\x13 \x01(\x03H\x04\x88\x01\x01\x12\"\n\x05group\x18\x14 \x01(\x0b\x32\x13.shardloss.v1.Group\x12%\n\x07hit_ids\x18\x15 \x01(\x0b\x32\x14.shardloss.v1.HitIds\x12,\n\x06logits\x18\x18 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x0e\n\x06z_loss\x18\x19 \x01(\x01\x12$\n\x06margin\x18\x1a \x01(\x0b\x32\x14.shardloss.v1.Margin\x12\x17\n\x0fwant_scale_grad\x18\x1b \x01(\x08\x12\x15\n\rlabel_columns\x18\x1c \x01(\x08\x42\x06\n\x04lossB\r\n\x0b_after_stepB\x0f\n\r_ignore_indexB\x0c\n\n_want_lossB\x10\n\x0e_max_staleness\"e\n\tCommitNow\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x17\n\ngrad_scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11opened_at_version\x18\x03 \x01(\x03\x42\r\n\x0b_grad_scale\"\x82\x01\n\rTableGradient\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rows\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"B\n\x04\x43ost\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x10\n\x08score_us\x18\x02 \x01(\x03\x12\x16\n\x0enum_candidates\x18\x03 \x01(\x03\"\xfb\x02\n\x13\x43omputeLossResponse\x12\"\n\x04loss\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12!\n\x03lse\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12)\n\x0bhidden_grad\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12/\n\ntable_grad\x18\x04 \x01(\x0b\x32\x1b.shardloss.v1.TableGradient\x12\x0e\n\x06ticket\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x11\n\tstaleness\x18\x07 \x01(\x03\x12\x10\n\x08replayed\x18\x08 \x01(\x08\x12 \n\x04\x63ost\x18\t \x01(\x0b\x32\x12.shardloss.v1.Cost\x12/\n\tcommitted\x18\n \x01(\x0b\x32\x1c.shardloss.v1.CommitResponse\x12(\n\nscale_grad\x18\x0b \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\xa5\x01\n\x11StreamLossRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .shardloss.v1.ComputeLossRequestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.shardloss.v1.ChunkH\x00\x12-\n\x07\x63olumns\x18\x03 \x01(\x0b\x32\x1a.shardloss.v1.LabelColumnsH\x00\x42\x07\n\x05piece\"X\n\x0cLabelColumns\x12\x13\n\x0b\x66irst_class\x18\x01 \x01(\x03\x12%\n\x07weights\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0c\n\x04last\x18\x03 \x01(\x08\"x\n\x12StreamLossResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.shardloss.v1.ComputeLossResponseH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.shardloss.v1.ChunkH\x00\x42\x07\n\x05piece\"=\n\nCommitPart\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x1f\n\x01g\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"A\n\x10\x45xternalGradient\x12-\n\x08gradient\x18\x01 \x01(\x0b\x32\x1b.shardloss.v1.TableGradient\"\x8f\x02\n\rCommitRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\'\n\x05parts\x18\x04 \x03(\x0b\x32\x18.shardloss.v1.CommitPart\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x17\n\ngrad_scale\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rmax_staleness\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12:\n\x12\x65xternal_gradients\x18\x08 \x03(\x0b\x32\x1e.shardloss.v1.ExternalGradientB\r\n\x0b_grad_scaleB\x10\n\x0e_max_staleness\"F\n\x0e\x43ommitResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x11\n\tstaleness\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"<\n\x0c\x41\x62ortRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\"$\n\rAbortResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\x03\"\x84\x01\n\x17SampleCandidatesRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12&\n\x07sampler\x18\x02 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12$\n\x06labels\x18\x04 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\xbd\x01\n\x18SampleCandidatesResponse\x12%\n\x07sampled\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x31\n\x13true_expected_count\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x34\n\x16sampled_expected_count\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x11\n\tnum_tries\x18\x04 \x01(\x03*V\n\nHitRemoval\x12\x1b\n\x17HIT_REMOVAL_UNSPECIFIED\x10\x00\x12\x15\n\x11HIT_REMOVAL_EVERY\x10\x01\x12\x14\n\x10HIT_REMOVAL_LAST\x10\x02\x32\xbe\x03\n\x0bLossService\x12X\n\x0b\x43omputeLoss\x12 .shardloss.v1.ComputeLossRequest\x1a!.shardloss.v1.ComputeLossResponse\"\x04\xc8\xda\x18\x02\x12Y\n\nStreamLoss\x12\x1f.shardloss.v1.StreamLossRequest\x1a .shardloss.v1.StreamLossResponse\"\x04\xc8\xda\x18\x02(\x01\x30\x01\x12I\n\x06\x43ommit\x12\x1b.shardloss.v1.CommitRequest\x1a\x1c.shardloss.v1.CommitResponse\"\x04\xc8\xda\x18\x02\x12\x46\n\x05\x41\x62ort\x12\x1a.shardloss.v1.AbortRequest\x1a\x1b.shardloss.v1.AbortResponse\"\x04\xc8\xda\x18\x02\x12g\n\x10SampleCandidates\x12%.shardloss.v1.SampleCandidatesRequest\x1a&.shardloss.v1.SampleCandidatesResponse\"\x04\xc8\xda\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17shardloss/v1/loss.proto\x12\x0cshardloss.v1\x1a\x17shardloss/v1/cost.proto\x1a\x19shardloss/v1/logits.proto\x1a\x1ashardloss/v1/options.proto\x1a\x19shardloss/v1/tensor.proto\"\xe8\x03\n\x07Sampler\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.shardloss.v1.Sampler.Kind\x12\x13\n\x0bnum_sampled\x18\x02 \x01(\x03\x12\x13\n\x06unique\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x17\n\ndistortion\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10num_reserved_ids\x18\x06 \x01(\x03\x12.\n\x07mixture\x18\x07 \x01(\x0b\x32\x1d.shardloss.v1.Sampler.Mixture\x1a\x65\n\x07Mixture\x12$\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12%\n\x06second\x18\x02 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12\r\n\x05share\x18\x03 \x01(\x01\"\x96\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10KIND_LOG_UNIFORM\x10\x01\x12\x10\n\x0cKIND_UNIFORM\x10\x02\x12\x16\n\x12KIND_FIXED_UNIGRAM\x10\x03\x12\x18\n\x14KIND_LEARNED_UNIGRAM\x10\x04\x12\x0c\n\x08KIND_ALL\x10\x05\x12\x10\n\x0cKIND_MIXTURE\x10\x06\x42\t\n\x07_uniqueB\r\n\x0b_distortion\"\x9f\x01\n\rSampledValues\x12%\n\x07sampled\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x31\n\x13true_expected_count\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x34\n\x16sampled_expected_count\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\" \n\x07InBatch\x12\x15\n\rcorrect_log_q\x18\x01 \x01(\x08\".\n\tPartialFc\x12\x13\n\x0bnum_sampled\x18\x01 \x01(\x03\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"U\n\x06HitIds\x12$\n\x06labels\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12%\n\x07sampled\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\xe4\x02\n\x0eSampledSoftmax\x12(\n\x07sampler\x18\x01 \x01(\x0b\x32\x15.shardloss.v1.SamplerH\x00\x12\x35\n\x0esampled_values\x18\x02 \x01(\x0b\x32\x1b.shardloss.v1.SampledValuesH\x00\x12)\n\x08in_batch\x18\x05 \x01(\x0b\x32\x15.shardloss.v1.InBatchH\x00\x12-\n\npartial_fc\x18\x06 \x01(\x0b\x32\x17.shardloss.v1.PartialFcH\x00\x12#\n\x16remove_accidental_hits\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12-\n\x0bhit_removal\x18\x04 \x01(\x0e\x32\x18.shardloss.v1.HitRemoval\x12\x1a\n\x12num_hard_negatives\x18\x07 \x01(\x03\x42\x0c\n\ncandidatesB\x19\n\x17_remove_accidental_hits\"p\n\x0fSampledLogistic\x12-\n\x07\x63olumns\x18\x01 \x01(\x0b\x32\x1c.shardloss.v1.SampledSoftmax\x12\x1b\n\x0esubtract_log_q\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x11\n\x0f_subtract_log_q\"\r\n\x0b\x46ullSigmoid\"8\n\x06Margin\x12\x0f\n\x02m1\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\n\n\x02m2\x18\x02 \x01(\x01\x12\n\n\x02m3\x18\x03 \x01(\x01\x42\x05\n\x03_m1\"o\n\x0b\x46ullSoftmax\x12\x17\n\x0flabel_smoothing\x18\x01 \x01(\x01\x12+\n\rclass_weights\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x1a\n\x12unit_mass_gradient\x18\x03 \x01(\x08\"F\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0c\n\x04size\x18\x03 \x01(\x05\x12\x13\n\x0b\x64\x65nominator\x18\x04 \x01(\x01\"\x88\x08\n\x12\x43omputeLossRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0c\n\x04part\x18\x04 \x01(\x03\x12\x17\n\nafter_step\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12$\n\x06hidden\x18\x06 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06labels\x18\x07 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12+\n\rlabel_weights\x18\x08 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x19\n\x0cignore_index\x18\t \x01(\x03H\x02\x88\x01\x01\x12\x31\n\x0c\x66ull_softmax\x18\n \x01(\x0b\x32\x19.shardloss.v1.FullSoftmaxH\x00\x12\x37\n\x0fsampled_softmax\x18\x0b \x01(\x0b\x32\x1c.shardloss.v1.SampledSoftmaxH\x00\x12\x39\n\x10sampled_logistic\x18\x16 \x01(\x0b\x32\x1d.shardloss.v1.SampledLogisticH\x00\x12\x31\n\x0c\x66ull_sigmoid\x18\x17 \x01(\x0b\x32\x19.shardloss.v1.FullSigmoidH\x00\x12&\n\x08upstream\x18\x0c \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12+\n\ncommit_now\x18\r \x01(\x0b\x32\x17.shardloss.v1.CommitNow\x12\x16\n\twant_loss\x18\x0e \x01(\x08H\x03\x88\x01\x01\x12\x10\n\x08want_lse\x18\x0f \x01(\x08\x12\x18\n\x10want_hidden_grad\x18\x10 \x01(\x08\x12\x17\n\x0fwant_table_grad\x18\x11 \x01(\x08\x12\'\n\ngrad_dtype\x18\x12 \x01(\x0e\x32\x13.shardloss.v1.DType\x12\x1a\n\rmax_staleness\x18\x13 \x01(\x03H\x04\x88\x01\x01\x12\"\n\x05group\x18\x14 \x01(\x0b\x32\x13.shardloss.v1.Group\x12%\n\x07hit_ids\x18\x15 \x01(\x0b\x32\x14.shardloss.v1.HitIds\x12,\n\x06logits\x18\x18 \x01(\x0b\x32\x1c.shardloss.v1.LogitTransform\x12\x0e\n\x06z_loss\x18\x19 \x01(\x01\x12$\n\x06margin\x18\x1a \x01(\x0b\x32\x14.shardloss.v1.Margin\x12\x17\n\x0fwant_scale_grad\x18\x1b \x01(\x08\x12\x15\n\rlabel_columns\x18\x1c \x01(\x08\x12\x11\n\twant_cost\x18\x1d \x01(\x08\x42\x06\n\x04lossB\r\n\x0b_after_stepB\x0f\n\r_ignore_indexB\x0c\n\n_want_lossB\x10\n\x0e_max_staleness\"e\n\tCommitNow\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x17\n\ngrad_scale\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11opened_at_version\x18\x03 \x01(\x03\x42\r\n\x0b_grad_scale\"\x82\x01\n\rTableGradient\x12\'\n\tclass_ids\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\"\n\x04rows\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12$\n\x06\x62iases\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"B\n\x04\x43ost\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x10\n\x08score_us\x18\x02 \x01(\x03\x12\x16\n\x0enum_candidates\x18\x03 \x01(\x03\"\xa6\x03\n\x13\x43omputeLossResponse\x12\"\n\x04loss\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12!\n\x03lse\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12)\n\x0bhidden_grad\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12/\n\ntable_grad\x18\x04 \x01(\x0b\x32\x1b.shardloss.v1.TableGradient\x12\x0e\n\x06ticket\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x11\n\tstaleness\x18\x07 \x01(\x03\x12\x10\n\x08replayed\x18\x08 \x01(\x08\x12 \n\x04\x63ost\x18\t \x01(\x0b\x32\x12.shardloss.v1.Cost\x12/\n\tcommitted\x18\n \x01(\x0b\x32\x1c.shardloss.v1.CommitResponse\x12(\n\nscale_grad\x18\x0b \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12)\n\tcall_cost\x18\x0c \x01(\x0b\x32\x16.shardloss.v1.CallCost\"\xa5\x01\n\x11StreamLossRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .shardloss.v1.ComputeLossRequestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.shardloss.v1.ChunkH\x00\x12-\n\x07\x63olumns\x18\x03 \x01(\x0b\x32\x1a.shardloss.v1.LabelColumnsH\x00\x42\x07\n\x05piece\"X\n\x0cLabelColumns\x12\x13\n\x0b\x66irst_class\x18\x01 \x01(\x03\x12%\n\x07weights\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x0c\n\x04last\x18\x03 \x01(\x08\"x\n\x12StreamLossResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.shardloss.v1.ComputeLossResponseH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.shardloss.v1.ChunkH\x00\x42\x07\n\x05piece\"=\n\nCommitPart\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x1f\n\x01g\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"A\n\x10\x45xternalGradient\x12-\n\x08gradient\x18\x01 \x01(\x0b\x32\x1b.shardloss.v1.TableGradient\"\xa2\x02\n\rCommitRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\'\n\x05parts\x18\x04 \x03(\x0b\x32\x18.shardloss.v1.CommitPart\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x17\n\ngrad_scale\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rmax_staleness\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12:\n\x12\x65xternal_gradients\x18\x08 \x03(\x0b\x32\x1e.shardloss.v1.ExternalGradient\x12\x11\n\twant_cost\x18\t \x01(\x08\x42\r\n\x0b_grad_scaleB\x10\n\x0e_max_staleness\"q\n\x0e\x43ommitResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x11\n\tstaleness\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12)\n\tcall_cost\x18\x04 \x01(\x0b\x32\x16.shardloss.v1.CallCost\"<\n\x0c\x41\x62ortRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\"$\n\rAbortResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\x03\"\x84\x01\n\x17SampleCandidatesRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12&\n\x07sampler\x18\x02 \x01(\x0b\x32\x15.shardloss.v1.Sampler\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12$\n\x06labels\x18\x04 \x01(\x0b\x32\x14.shardloss.v1.Tensor\"\xbd\x01\n\x18SampleCandidatesResponse\x12%\n\x07sampled\x18\x01 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x31\n\x13true_expected_count\x18\x02 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x34\n\x16sampled_expected_count\x18\x03 \x01(\x0b\x32\x14.shardloss.v1.Tensor\x12\x11\n\tnum_tries\x18\x04 \x01(\x03*V\n\nHitRemoval\x12\x1b\n\x17HIT_REMOVAL_UNSPECIFIED\x10\x00\x12\x15\n\x11HIT_REMOVAL_EVERY\x10\x01\x12\x14\n\x10HIT_REMOVAL_LAST\x10\x02\x32\xbe\x03\n\x0bLossService\x12X\n\x0b\x43omputeLoss\x12 .shardloss.v1.ComputeLossRequest\x1a!.shardloss.v1.ComputeLossResponse\"\x04\xc8\xda\x18\x02\x12Y\n\nStreamLoss\x12\x1f.shardloss.v1.StreamLossRequest\x1a .shardloss.v1.StreamLossResponse\"\x04\xc8\xda\x18\x02(\x01\x30\x01\x12I\n\x06\x43ommit\x12\x1b.shardloss.v1.CommitRequest\x1a\x1c.shardloss.v1.CommitResponse\"\x04\xc8\xda\x18\x02\x12\x46\n\x05\x41\x62ort\x12\x1a.shardloss.v1.AbortRequest\x1a\x1b.shardloss.v1.AbortResponse\"\x04\xc8\xda\x18\x02\x12g\n\x10SampleCandidates\x12%.shardloss.v1.SampleCandidatesRequest\x1a&.shardloss.v1.SampleCandidatesResponse\"\x04\xc8\xda\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,66 +45,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOSSSERVICE'].methods_by_name['Abort']._serialized_options = b'\310\332\030\002'
   _globals['_LOSSSERVICE'].methods_by_name['SampleCandidates']._loaded_options = None
   _globals['_LOSSSERVICE'].methods_by_name['SampleCandidates']._serialized_options = b'\310\332\030\001'
-  _globals['_HITREMOVAL']._serialized_start=4661
-  _globals['_HITREMOVAL']._serialized_end=4747
-  _globals['_SAMPLER']._serialized_start=124
-  _globals['_SAMPLER']._serialized_end=612
-  _globals['_SAMPLER_MIXTURE']._serialized_start=332
-  _globals['_SAMPLER_MIXTURE']._serialized_end=433
-  _globals['_SAMPLER_KIND']._serialized_start=436
-  _globals['_SAMPLER_KIND']._serialized_end=586
-  _globals['_SAMPLEDVALUES']._serialized_start=615
-  _globals['_SAMPLEDVALUES']._serialized_end=774
-  _globals['_INBATCH']._serialized_start=776
-  _globals['_INBATCH']._serialized_end=808
-  _globals['_PARTIALFC']._serialized_start=810
-  _globals['_PARTIALFC']._serialized_end=856
-  _globals['_HITIDS']._serialized_start=858
-  _globals['_HITIDS']._serialized_end=943
-  _globals['_SAMPLEDSOFTMAX']._serialized_start=946
-  _globals['_SAMPLEDSOFTMAX']._serialized_end=1302
-  _globals['_SAMPLEDLOGISTIC']._serialized_start=1304
-  _globals['_SAMPLEDLOGISTIC']._serialized_end=1416
-  _globals['_FULLSIGMOID']._serialized_start=1418
-  _globals['_FULLSIGMOID']._serialized_end=1431
-  _globals['_MARGIN']._serialized_start=1433
-  _globals['_MARGIN']._serialized_end=1489
-  _globals['_FULLSOFTMAX']._serialized_start=1491
-  _globals['_FULLSOFTMAX']._serialized_end=1602
-  _globals['_GROUP']._serialized_start=1604
-  _globals['_GROUP']._serialized_end=1674
-  _globals['_COMPUTELOSSREQUEST']._serialized_start=1677
-  _globals['_COMPUTELOSSREQUEST']._serialized_end=2690
-  _globals['_COMMITNOW']._serialized_start=2692
-  _globals['_COMMITNOW']._serialized_end=2793
-  _globals['_TABLEGRADIENT']._serialized_start=2796
-  _globals['_TABLEGRADIENT']._serialized_end=2926
-  _globals['_COST']._serialized_start=2928
-  _globals['_COST']._serialized_end=2994
-  _globals['_COMPUTELOSSRESPONSE']._serialized_start=2997
-  _globals['_COMPUTELOSSRESPONSE']._serialized_end=3376
-  _globals['_STREAMLOSSREQUEST']._serialized_start=3379
-  _globals['_STREAMLOSSREQUEST']._serialized_end=3544
-  _globals['_LABELCOLUMNS']._serialized_start=3546
-  _globals['_LABELCOLUMNS']._serialized_end=3634
-  _globals['_STREAMLOSSRESPONSE']._serialized_start=3636
-  _globals['_STREAMLOSSRESPONSE']._serialized_end=3756
-  _globals['_COMMITPART']._serialized_start=3758
-  _globals['_COMMITPART']._serialized_end=3819
-  _globals['_EXTERNALGRADIENT']._serialized_start=3821
-  _globals['_EXTERNALGRADIENT']._serialized_end=3886
-  _globals['_COMMITREQUEST']._serialized_start=3889
-  _globals['_COMMITREQUEST']._serialized_end=4160
-  _globals['_COMMITRESPONSE']._serialized_start=4162
-  _globals['_COMMITRESPONSE']._serialized_end=4232
-  _globals['_ABORTREQUEST']._serialized_start=4234
-  _globals['_ABORTREQUEST']._serialized_end=4294
-  _globals['_ABORTRESPONSE']._serialized_start=4296
-  _globals['_ABORTRESPONSE']._serialized_end=4332
-  _globals['_SAMPLECANDIDATESREQUEST']._serialized_start=4335
-  _globals['_SAMPLECANDIDATESREQUEST']._serialized_end=4467
-  _globals['_SAMPLECANDIDATESRESPONSE']._serialized_start=4470
-  _globals['_SAMPLECANDIDATESRESPONSE']._serialized_end=4659
-  _globals['_LOSSSERVICE']._serialized_start=4750
-  _globals['_LOSSSERVICE']._serialized_end=5196
+  _globals['_HITREMOVAL']._serialized_start=4810
+  _globals['_HITREMOVAL']._serialized_end=4896
+  _globals['_SAMPLER']._serialized_start=149
+  _globals['_SAMPLER']._serialized_end=637
+  _globals['_SAMPLER_MIXTURE']._serialized_start=357
+  _globals['_SAMPLER_MIXTURE']._serialized_end=458
+  _globals['_SAMPLER_KIND']._serialized_start=461
+  _globals['_SAMPLER_KIND']._serialized_end=611
+  _globals['_SAMPLEDVALUES']._serialized_start=640
+  _globals['_SAMPLEDVALUES']._serialized_end=799
+  _globals['_INBATCH']._serialized_start=801
+  _globals['_INBATCH']._serialized_end=833
+  _globals['_PARTIALFC']._serialized_start=835
+  _globals['_PARTIALFC']._serialized_end=881
+  _globals['_HITIDS']._serialized_start=883
+  _globals['_HITIDS']._serialized_end=968
+  _globals['_SAMPLEDSOFTMAX']._serialized_start=971
+  _globals['_SAMPLEDSOFTMAX']._serialized_end=1327
+  _globals['_SAMPLEDLOGISTIC']._serialized_start=1329
+  _globals['_SAMPLEDLOGISTIC']._serialized_end=1441
+  _globals['_FULLSIGMOID']._serialized_start=1443
+  _globals['_FULLSIGMOID']._serialized_end=1456
+  _globals['_MARGIN']._serialized_start=1458
+  _globals['_MARGIN']._serialized_end=1514
+  _globals['_FULLSOFTMAX']._serialized_start=1516
+  _globals['_FULLSOFTMAX']._serialized_end=1627
+  _globals['_GROUP']._serialized_start=1629
+  _globals['_GROUP']._serialized_end=1699
+  _globals['_COMPUTELOSSREQUEST']._serialized_start=1702
+  _globals['_COMPUTELOSSREQUEST']._serialized_end=2734
+  _globals['_COMMITNOW']._serialized_start=2736
+  _globals['_COMMITNOW']._serialized_end=2837
+  _globals['_TABLEGRADIENT']._serialized_start=2840
+  _globals['_TABLEGRADIENT']._serialized_end=2970
+  _globals['_COST']._serialized_start=2972
+  _globals['_COST']._serialized_end=3038
+  _globals['_COMPUTELOSSRESPONSE']._serialized_start=3041
+  _globals['_COMPUTELOSSRESPONSE']._serialized_end=3463
+  _globals['_STREAMLOSSREQUEST']._serialized_start=3466
+  _globals['_STREAMLOSSREQUEST']._serialized_end=3631
+  _globals['_LABELCOLUMNS']._serialized_start=3633
+  _globals['_LABELCOLUMNS']._serialized_end=3721
+  _globals['_STREAMLOSSRESPONSE']._serialized_start=3723
+  _globals['_STREAMLOSSRESPONSE']._serialized_end=3843
+  _globals['_COMMITPART']._serialized_start=3845
+  _globals['_COMMITPART']._serialized_end=3906
+  _globals['_EXTERNALGRADIENT']._serialized_start=3908
+  _globals['_EXTERNALGRADIENT']._serialized_end=3973
+  _globals['_COMMITREQUEST']._serialized_start=3976
+  _globals['_COMMITREQUEST']._serialized_end=4266
+  _globals['_COMMITRESPONSE']._serialized_start=4268
+  _globals['_COMMITRESPONSE']._serialized_end=4381
+  _globals['_ABORTREQUEST']._serialized_start=4383
+  _globals['_ABORTREQUEST']._serialized_end=4443
+  _globals['_ABORTRESPONSE']._serialized_start=4445
+  _globals['_ABORTRESPONSE']._serialized_end=4481
+  _globals['_SAMPLECANDIDATESREQUEST']._serialized_start=4484
+  _globals['_SAMPLECANDIDATESREQUEST']._serialized_end=4616
+  _globals['_SAMPLECANDIDATESRESPONSE']._serialized_start=4619
+  _globals['_SAMPLECANDIDATESRESPONSE']._serialized_end=4808
+  _globals['_LOSSSERVICE']._serialized_start=4899
+  _globals['_LOSSSERVICE']._serialized_end=5345
 # @@protoc_insertion_point(module_scope)

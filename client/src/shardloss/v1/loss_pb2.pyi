@@ -1,3 +1,4 @@
+from shardloss.v1 import cost_pb2 as _cost_pb2
 from shardloss.v1 import logits_pb2 as _logits_pb2
 from shardloss.v1 import options_pb2 as _options_pb2
 from shardloss.v1 import tensor_pb2 as _tensor_pb2
@@ -157,7 +158,7 @@ class Group(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., size: _Optional[int] = ..., denominator: _Optional[float] = ...) -> None: ...
 
 class ComputeLossRequest(_message.Message):
-    __slots__ = ("table", "session", "step", "part", "after_step", "hidden", "labels", "label_weights", "ignore_index", "full_softmax", "sampled_softmax", "sampled_logistic", "full_sigmoid", "upstream", "commit_now", "want_loss", "want_lse", "want_hidden_grad", "want_table_grad", "grad_dtype", "max_staleness", "group", "hit_ids", "logits", "z_loss", "margin", "want_scale_grad", "label_columns")
+    __slots__ = ("table", "session", "step", "part", "after_step", "hidden", "labels", "label_weights", "ignore_index", "full_softmax", "sampled_softmax", "sampled_logistic", "full_sigmoid", "upstream", "commit_now", "want_loss", "want_lse", "want_hidden_grad", "want_table_grad", "grad_dtype", "max_staleness", "group", "hit_ids", "logits", "z_loss", "margin", "want_scale_grad", "label_columns", "want_cost")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +187,7 @@ class ComputeLossRequest(_message.Message):
     MARGIN_FIELD_NUMBER: _ClassVar[int]
     WANT_SCALE_GRAD_FIELD_NUMBER: _ClassVar[int]
     LABEL_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    WANT_COST_FIELD_NUMBER: _ClassVar[int]
     table: str
     session: str
     step: int
@@ -214,7 +216,8 @@ class ComputeLossRequest(_message.Message):
     margin: Margin
     want_scale_grad: bool
     label_columns: bool
-    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., after_step: _Optional[int] = ..., hidden: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., label_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ignore_index: _Optional[int] = ..., full_softmax: _Optional[_Union[FullSoftmax, _Mapping]] = ..., sampled_softmax: _Optional[_Union[SampledSoftmax, _Mapping]] = ..., sampled_logistic: _Optional[_Union[SampledLogistic, _Mapping]] = ..., full_sigmoid: _Optional[_Union[FullSigmoid, _Mapping]] = ..., upstream: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., commit_now: _Optional[_Union[CommitNow, _Mapping]] = ..., want_loss: bool = ..., want_lse: bool = ..., want_hidden_grad: bool = ..., want_table_grad: bool = ..., grad_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_staleness: _Optional[int] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., hit_ids: _Optional[_Union[HitIds, _Mapping]] = ..., logits: _Optional[_Union[_logits_pb2.LogitTransform, _Mapping]] = ..., z_loss: _Optional[float] = ..., margin: _Optional[_Union[Margin, _Mapping]] = ..., want_scale_grad: bool = ..., label_columns: bool = ...) -> None: ...
+    want_cost: bool
+    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., after_step: _Optional[int] = ..., hidden: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., label_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ignore_index: _Optional[int] = ..., full_softmax: _Optional[_Union[FullSoftmax, _Mapping]] = ..., sampled_softmax: _Optional[_Union[SampledSoftmax, _Mapping]] = ..., sampled_logistic: _Optional[_Union[SampledLogistic, _Mapping]] = ..., full_sigmoid: _Optional[_Union[FullSigmoid, _Mapping]] = ..., upstream: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., commit_now: _Optional[_Union[CommitNow, _Mapping]] = ..., want_loss: bool = ..., want_lse: bool = ..., want_hidden_grad: bool = ..., want_table_grad: bool = ..., grad_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_staleness: _Optional[int] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., hit_ids: _Optional[_Union[HitIds, _Mapping]] = ..., logits: _Optional[_Union[_logits_pb2.LogitTransform, _Mapping]] = ..., z_loss: _Optional[float] = ..., margin: _Optional[_Union[Margin, _Mapping]] = ..., want_scale_grad: bool = ..., label_columns: bool = ..., want_cost: bool = ...) -> None: ...
 
 class CommitNow(_message.Message):
     __slots__ = ("learning_rate", "grad_scale", "opened_at_version")
@@ -247,7 +250,7 @@ class Cost(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., score_us: _Optional[int] = ..., num_candidates: _Optional[int] = ...) -> None: ...
 
 class ComputeLossResponse(_message.Message):
-    __slots__ = ("loss", "lse", "hidden_grad", "table_grad", "ticket", "version", "staleness", "replayed", "cost", "committed", "scale_grad")
+    __slots__ = ("loss", "lse", "hidden_grad", "table_grad", "ticket", "version", "staleness", "replayed", "cost", "committed", "scale_grad", "call_cost")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_GRAD_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +262,7 @@ class ComputeLossResponse(_message.Message):
     COST_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     SCALE_GRAD_FIELD_NUMBER: _ClassVar[int]
+    CALL_COST_FIELD_NUMBER: _ClassVar[int]
     loss: _tensor_pb2.Tensor
     lse: _tensor_pb2.Tensor
     hidden_grad: _tensor_pb2.Tensor
@@ -270,7 +274,8 @@ class ComputeLossResponse(_message.Message):
     cost: Cost
     committed: CommitResponse
     scale_grad: _tensor_pb2.Tensor
-    def __init__(self, loss: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lse: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., hidden_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., table_grad: _Optional[_Union[TableGradient, _Mapping]] = ..., ticket: _Optional[str] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., replayed: bool = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., committed: _Optional[_Union[CommitResponse, _Mapping]] = ..., scale_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    call_cost: _cost_pb2.CallCost
+    def __init__(self, loss: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lse: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., hidden_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., table_grad: _Optional[_Union[TableGradient, _Mapping]] = ..., ticket: _Optional[str] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., replayed: bool = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., committed: _Optional[_Union[CommitResponse, _Mapping]] = ..., scale_grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., call_cost: _Optional[_Union[_cost_pb2.CallCost, _Mapping]] = ...) -> None: ...
 
 class StreamLossRequest(_message.Message):
     __slots__ = ("header", "chunk", "columns")
@@ -315,7 +320,7 @@ class ExternalGradient(_message.Message):
     def __init__(self, gradient: _Optional[_Union[TableGradient, _Mapping]] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("table", "session", "step", "parts", "learning_rate", "grad_scale", "max_staleness", "external_gradients")
+    __slots__ = ("table", "session", "step", "parts", "learning_rate", "grad_scale", "max_staleness", "external_gradients", "want_cost")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +329,7 @@ class CommitRequest(_message.Message):
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     EXTERNAL_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    WANT_COST_FIELD_NUMBER: _ClassVar[int]
     table: str
     session: str
     step: int
@@ -332,17 +338,20 @@ class CommitRequest(_message.Message):
     grad_scale: float
     max_staleness: int
     external_gradients: _containers.RepeatedCompositeFieldContainer[ExternalGradient]
-    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[CommitPart, _Mapping]]] = ..., learning_rate: _Optional[float] = ..., grad_scale: _Optional[float] = ..., max_staleness: _Optional[int] = ..., external_gradients: _Optional[_Iterable[_Union[ExternalGradient, _Mapping]]] = ...) -> None: ...
+    want_cost: bool
+    def __init__(self, table: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[CommitPart, _Mapping]]] = ..., learning_rate: _Optional[float] = ..., grad_scale: _Optional[float] = ..., max_staleness: _Optional[int] = ..., external_gradients: _Optional[_Iterable[_Union[ExternalGradient, _Mapping]]] = ..., want_cost: bool = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ("version", "staleness", "replayed")
+    __slots__ = ("version", "staleness", "replayed", "call_cost")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    CALL_COST_FIELD_NUMBER: _ClassVar[int]
     version: int
     staleness: int
     replayed: bool
-    def __init__(self, version: _Optional[int] = ..., staleness: _Optional[int] = ..., replayed: bool = ...) -> None: ...
+    call_cost: _cost_pb2.CallCost
+    def __init__(self, version: _Optional[int] = ..., staleness: _Optional[int] = ..., replayed: bool = ..., call_cost: _Optional[_Union[_cost_pb2.CallCost, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("table", "session", "step")

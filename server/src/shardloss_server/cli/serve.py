@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from shardloss_server import __version__
+from shardloss_server import __version__, logs
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
@@ -34,7 +34,7 @@ def serve(settings: Settings) -> None:
     from shardloss.allocator import keep_freed_memory
 
     config = settings.server()
-    logging.basicConfig(level=config.watching.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(config.watching.log_format, config.watching.log_level)
     keep_freed_memory(one_arena=True)
     stop = threading.Event()
     install_signals(stop)
@@ -79,6 +79,8 @@ def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Ev
         server = Server(group, config)
         server.start()
         typer.echo(f"shardloss-server {__version__} serves on {server.address} with {', '.join(group.devices)}")
+        if server.exposition is not None:
+            log.info("metrics on http://%s/metrics", server.exposition.address)
         if config.listening.ready_file is not None:
             announce(config.listening.ready_file, server.address)
         stop.wait()

@@ -48,6 +48,10 @@ class Gathered(Generic[T]):
             by_shard.update(answer.result(max(0.0, deadline - time.monotonic())))
         return [by_shard[k] for k in sorted(by_shard)]
 
+    @property
+    def computed_s(self) -> float:
+        return max((answer.computed_s for answer in self._pending), default=0.0)
+
 
 class FanoutGroup(ABC):
     """A `ShardGroup` without the workers: a subclass says how to start a worker's method and how to stage a part."""
@@ -176,6 +180,13 @@ class FanoutGroup(ABC):
             complete = max(records.values(), key=len)
             self.on_all("catch_up", table, complete).result(left())
         return highest
+
+
+def timed(call: Callable[..., T], *args: Any) -> tuple[float, T]:
+    """Seconds that a call takes, and its answer."""
+    began = time.perf_counter()
+    answer = call(*args)
+    return time.perf_counter() - began, answer
 
 
 def answered(pending: Pending[T], timeout_s: float) -> T:

@@ -51,6 +51,10 @@ class Pending(Protocol[T_co]):
             WorkerLost, ShardMissing, OutOfMemory: see there.
         """
 
+    @property
+    def computed_s(self) -> float:
+        """Seconds that the slowest worker computed, once `result` has returned."""
+
     def abandon(self) -> None:
         """Nobody waits for it any more: it need not begin, but may have. Only for work that changes nothing."""
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from shardloss_server.cluster.fanout import FanoutGroup
+from shardloss_server.cluster.fanout import FanoutGroup, timed
 from shardloss_server.cluster.group import Pending, Staged
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.kept import KEPT_BYTES
@@ -18,10 +18,14 @@ from shardloss_server.shard.record import Part
 class LocalPending:
     """The answer of one worker thread."""
 
-    future: Future[dict[int, Any]]
+    future: Future[tuple[float, dict[int, Any]]]
 
     def result(self, timeout_s: float) -> dict[int, Any]:
-        return self.future.result(timeout_s)
+        return self.future.result(timeout_s)[1]
+
+    @property
+    def computed_s(self) -> float:
+        return self.future.result(0)[0]
 
     def abandon(self) -> None:
         self.future.cancel()
@@ -45,7 +49,7 @@ class LocalGroup(FanoutGroup):
         return [worker.device for worker in self._workers]
 
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
-        return LocalPending(self._threads[worker].submit(getattr(self._workers[worker], method), *args))
+        return LocalPending(self._threads[worker].submit(timed, getattr(self._workers[worker], method), *args))
 
     def backlog(self) -> int:
         return 0  # what is abandoned does not begin

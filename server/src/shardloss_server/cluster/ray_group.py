@@ -18,7 +18,7 @@ import torch
 from shardloss.allocator import keep_freed_memory
 
 from shardloss_server.cluster import linked_worker, relay
-from shardloss_server.cluster.fanout import FanoutGroup, remaining_until
+from shardloss_server.cluster.fanout import FanoutGroup, remaining_until, timed
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.link import Links
 from shardloss_server.cluster.listener import Invitation
@@ -92,6 +92,10 @@ class WorkerActor:
     def call(self, method: str, *args: Any) -> Any:
         """Answer one verb of `Worker`."""
         return getattr(self._worker, method)(*args)
+
+    def timed_call(self, method: str, *args: Any) -> tuple[float, Any]:
+        """The same, with the seconds that it took."""
+        return timed(self.call, method, *args)
 
     def whoami(self) -> tuple[int, str]:
         """Process id and device."""
@@ -167,20 +171,22 @@ def all_there_is(timeout_s: float) -> int:
 
 def has_died(actor: Any) -> bool:
     """Whether Ray knows that the actor's process has ended, and has not started it anew yet."""
-    found = ray_state.actors(actor._actor_id.hex())  # type: ignore[no-untyped-call]
+    found = ray_state.actors(actor._actor_id.hex())
     return found.get("State") in ("RESTARTING", "DEAD")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RayPending:
     """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
 
     ref: Any
     abandoned: list[Any]
+    computed_s: float = 0.0
 
     def result(self, timeout_s: float) -> Any:
         try:
-            return ray.get(self.ref, timeout=timeout_s)
+            self.computed_s, answer = ray.get(self.ref, timeout=timeout_s)
+            return answer
         except GetTimeoutError as error:
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
         except RayTaskError as error:
@@ -332,7 +338,7 @@ class RayGroup(FanoutGroup):
         self._relays = []
 
     def _watch_for_deaths(self) -> None:
-        """A broken link alone loses nothing: ask Ray whether the worker has died, which may be long before it is back."""
+        """A broken link alone loses nothing: ask Ray whether the worker died, which may be long before it is back."""
         while self._links is not None and not self._closed.wait(DEATH_POLL_S):
             for worker, link in self._links.away().items():
                 lives = link.lives
@@ -363,7 +369,7 @@ class RayGroup(FanoutGroup):
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
         if self._links:
             return self._links.call([worker], method, *args)[0]
-        return RayPending(self._actors[worker].call.remote(method, *args), self._abandoned)
+        return RayPending(self._actors[worker].timed_call.remote(method, *args), self._abandoned)
 
     def start_on(
         self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None

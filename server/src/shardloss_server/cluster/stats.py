@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class WorkerStats:
     num_threads: int
     num_cores: int
     num_shards: int
+    versions: Mapping[str, int]  # of each table, by the shards' name of it: the lowest of its shards here
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class SeenWorker:
     stats: WorkerStats | None
 
 
-def of_process(index: int, device: str, kept_bytes: int, num_shards: int) -> WorkerStats:
+def of_process(index: int, device: str, kept_bytes: int, num_shards: int, versions: Mapping[str, int]) -> WorkerStats:
     """Stats of the process and the thread that this is called in."""
     return WorkerStats(
         index=index,
@@ -49,6 +51,7 @@ def of_process(index: int, device: str, kept_bytes: int, num_shards: int) -> Wor
         num_threads=torch.get_num_threads(),
         num_cores=len(os.sched_getaffinity(0)),
         num_shards=num_shards,
+        versions=versions,
     )
 
 

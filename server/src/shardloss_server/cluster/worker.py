@@ -74,7 +74,8 @@ class Worker:
     def stats(self) -> dict[int, WorkerStats]:
         """What this worker's process takes."""
         num_shards = sum(map(len, self._tables.values()))
-        return {self.index: of_process(self.index, self.device, self._room.held_bytes, num_shards)}
+        versions = {key: min(s.version for s in shards.values()) for key, shards in self._tables.items() if shards}
+        return {self.index: of_process(self.index, self.device, self._room.held_bytes, num_shards, versions)}
 
     def score(self, table: str, with_gradient: bool, keep: bool, part: Part) -> dict[int, Score]:
         return self._each(table, lambda shard, part: shard.score(part, with_gradient, keep), part)

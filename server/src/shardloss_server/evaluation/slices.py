@@ -11,6 +11,7 @@ from torch import Tensor
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
+from shardloss_server.frontend.meter import meter, products
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.numerics.ranking import Best, beside, ordered
 from shardloss_server.numerics.transform import Transform
@@ -92,6 +93,7 @@ class Scan:
         shards_a_worker = -(-spec.placement.num_shards // max(1, self._group.num_workers))
         macs = macs_a_class(question, spec.dim) * rows_a_shard * shards_a_worker
         num_pieces = max(1, min(-(-macs // SLICE_MACS), rows_a_shard))
+        meter().flops += products(len(question.hidden) * spec.num_classes, spec)
         for piece in range(num_pieces):
             answers = self._owner.ask(
                 lambda piece=piece: self._group.scan(self._owner.key, question, piece, num_pieces),  # type: ignore[misc]
@@ -111,6 +113,7 @@ class Scan:
         """Those of one slice."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids, self.transform)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
+        meter().flops += products(class_ids.numel(), self._owner.spec)
         version = self._owner.same_version([a.version for a in answers])
         self._seen.append(version)
         return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]), version)

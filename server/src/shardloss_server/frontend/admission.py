@@ -20,10 +20,12 @@ class Admission:
 
     A caller may hold as many places, and as many bytes, as are left free beside its own: alone half of them, and
     somebody else always finds some.
+
+    limit is the setting that max_calls comes from.
     """
 
-    def __init__(self, max_calls: int, max_bytes: int) -> None:
-        self.max_calls, self.max_bytes = max_calls, max_bytes
+    def __init__(self, max_calls: int, max_bytes: int, limit: str) -> None:
+        self.max_calls, self.max_bytes, self.limit = max_calls, max_bytes, limit
         self._lock = threading.Lock()
         self._hints = Hints()
         self._calls: Counter[str] = Counter()
@@ -43,8 +45,9 @@ class Admission:
         with self._lock:
             if not self._has_place(num_bytes, caller):
                 self.num_refused += 1
-                what = f"{self.num_calls} calls with {self.num_bytes} bytes are in flight"
-                raise Overloaded(f"{what}; repeat later", retry_after_s=self._hints.next())
+                what, free = f"{self.num_calls} calls with {self.num_bytes} bytes are in flight", self._num_free
+                limit = "max_message_bytes" if has_share(self._calls[caller], free) else self.limit
+                raise Overloaded(f"{what}; repeat later", retry_after_s=self._hints.next(), limit=limit)
             self._count(caller, 1, num_bytes)
         try:
             yield
@@ -57,7 +60,11 @@ class Admission:
         free_bytes = self.max_bytes - self.num_bytes - num_bytes
         if self.num_calls and (free_bytes < 0 or self._bytes[caller] > free_bytes):
             return False
-        return has_share(self._calls[caller], self.max_calls - self.num_calls)
+        return has_share(self._calls[caller], self._num_free)
+
+    @property
+    def _num_free(self) -> int:
+        return self.max_calls - self.num_calls
 
     def _count(self, caller: str, num_calls: int, num_bytes: int) -> None:
         self.num_calls += num_calls
@@ -80,8 +87,8 @@ class LiveStreams:
     are free. A caller may hold as many places as are left free. Thread-safe.
     """
 
-    def __init__(self, max_streams: int, idle_s: float) -> None:
-        self._max_streams, self._idle_s = max_streams, idle_s
+    def __init__(self, max_streams: int, idle_s: float, limit: str) -> None:
+        self._max_streams, self._idle_s, self._limit = max_streams, idle_s, limit
         self._lock = threading.Lock()
         self._hints = Hints()
         self._waiting_since: dict[Callable[[], object], float] = {}
@@ -105,7 +112,8 @@ class LiveStreams:
         with self._lock:
             if not has_share(self._streams[caller], self._max_streams - self.num_streams):
                 self.num_refused += 1
-                raise Overloaded(f"{self.num_streams} streams are under way", retry_after_s=self._hints.next())
+                what = f"{self.num_streams} streams are under way"
+                raise Overloaded(what, retry_after_s=self._hints.next(), limit=self._limit)
             self._waiting_since[drop] = began
             self._streams[caller] += 1
         try:

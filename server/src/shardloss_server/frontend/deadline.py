@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from shardloss.errors import DeadlineExceeded
 
+from shardloss_server.frontend.meter import meter
+
 CALLER_CHECK_S = 0.5  # how soon a wait sees that its caller has gone away
 
 
@@ -49,8 +51,12 @@ class Deadline:
         Raises:
             DeadlineExceeded: it did not, in time.
         """
-        while not ready(min(self.left(), CALLER_CHECK_S)):
-            self.check(what)
+        began = time.perf_counter()
+        try:
+            while not ready(min(self.left(), CALLER_CHECK_S)):
+                self.check(what)
+        finally:
+            meter().wait_s += time.perf_counter() - began
 
     @contextmanager
     def holding(self, lock: threading.Lock, what: str) -> Iterator[None]:

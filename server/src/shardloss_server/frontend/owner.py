@@ -34,6 +34,7 @@ from shardloss_server.frontend import validate
 from shardloss_server.frontend.counts import ClassCounts, CountsRead
 from shardloss_server.frontend.deadline import CALLER_CHECK_S, Deadline
 from shardloss_server.frontend.finish import merge
+from shardloss_server.frontend.meter import meter
 from shardloss_server.frontend.replies import LastReplies
 from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
@@ -222,7 +223,8 @@ class TableOwner:
             self._ensure_settled(deadline)
         deadline.check("the shards were asked")
         if self._group.backlog() > MAX_BACKLOG * len(self._group.devices):
-            raise Overloaded("the workers are busy with calls whose deadline has passed", retry_after_s=RETRY_AFTER_S)
+            busy = "the workers are busy with calls whose deadline has passed"
+            raise Overloaded(busy, retry_after_s=RETRY_AFTER_S, limit="backlog")
         with self._turn(deadline, holds_commits=settled):
             with deadline.holding(self._order, "the table's order of work"):
                 self._refuse_lost()
@@ -329,6 +331,7 @@ class TableOwner:
         if len(staged) < len(tickets):
             raise TableUnavailable("a ticket was closed meanwhile; repeat the call")
         self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
+        meter().flops += sum(ticket.flops for ticket in tickets)
         return CommitReply(self.steps.version, staleness, False)
 
     def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
@@ -377,6 +380,7 @@ class TableOwner:
         if ticket.version == self.steps.version:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False, True), deadline, settled=True)
+        meter().flops += ticket.flops
         self.same_version([score.version for score in scores])
         return merge(scores).statistics.lse
 
@@ -439,15 +443,23 @@ class TableOwner:
             self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
+        began, spent = time.perf_counter(), meter()
+
         def result() -> T:
             while True:
                 try:
-                    return pending.result(deadline.left() if changing else min(deadline.left(), CALLER_CHECK_S))
+                    answers = pending.result(deadline.left() if changing else min(deadline.left(), CALLER_CHECK_S))
                 except TimeoutError:
                     if changing or deadline.left() == 0:
                         raise
+                else:
+                    spent.kernel_s += pending.computed_s
+                    return answers
 
-        return self._guarded(result, changing)
+        try:
+            return self._guarded(result, changing)
+        finally:
+            spent.fanout_s += time.perf_counter() - began
 
     def _guarded(self, wait: Callable[[], T], changing: bool) -> T:
         """Turn what can go wrong in a group into our errors."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from shardloss.errors import RequestError, SessionExpired, StepTooOld, TicketAborted
 
+from shardloss_server.cluster.group import Staged
 from shardloss_server.config import Limits
 from shardloss_server.frontend import validate
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.finish import added, finish, join, merge, num_candidates, upstream_of
+from shardloss_server.frontend.meter import flops_of, meter, of_columns
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.frontend.plan import PADDING, mined_part, plan, unlabelled, with_mass
 from shardloss_server.frontend.replies import NO_REPLY, commit_of, kept_reply, with_commit
@@ -33,9 +35,21 @@ from shardloss_server.frontend.request import (
 from shardloss_server.frontend.session import Ticket, TicketState
 from shardloss_server.frontend.steepness import steepness
 from shardloss_server.numerics.partial import add_all
-from shardloss_server.shard.record import LabelTarget, Part, TableSpec, Upstream
+from shardloss_server.shard.record import LabelTarget, Part, Score, TableSpec, Upstream
 
 LEARNED_KINDS = ("learned_unigram", "mixture")  # a mixture may hold learned counts
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """A part with all shards' answers; targets are those of a label distribution; flops of one pass over it."""
+
+    part: Part
+    staged: Staged
+    targets: list[LabelTarget]
+    scores: list[Score]
+    flops: int
+    cost: Cost
 
 
 class Pipeline:
@@ -98,18 +112,30 @@ class Pipeline:
 
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
         """plan -> fan out -> merge -> finish; where the loss follows a step, that step is on its way before it."""
-        began = time.monotonic()
-        ready = None if depends_on_steps(request) else plan(request, owner.spec, owner.counts)
-        waiting = time.monotonic()
-        if request.after_step is not None:  # whose labels may count in the plan
-            owner.wait_for_step(request.session, request.after_step, deadline, applied=ready is None)
-        began += time.monotonic() - waiting
-        part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
-        staged = owner.stage(part)
+        spent, began = meter(), time.monotonic()
+        with spent.planning():
+            ready = None if depends_on_steps(request) else plan(request, owner.spec, owner.counts)
+            waiting = time.monotonic()
+            if request.after_step is not None:  # whose labels may count in the plan
+                owner.wait_for_step(request.session, request.after_step, deadline, applied=ready is None)
+            began += time.monotonic() - waiting
+            part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
+            staged = owner.stage(part)
         planned = time.monotonic()
         scores = owner.score(staged, request.want.hidden_grad, ticket is not None, deadline)
-        scored = time.monotonic()
-        merged, version = merge(scores), scores[0].version
+        scored, flops = time.monotonic(), flops_of(part, owner.spec)
+        spent.flops += flops * (1 + request.want.hidden_grad + request.want.table_grad)
+        cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates(part, owner.spec))
+        with spent.finishing():
+            scored_part = ScoredPart(part, staged, targets, scores, flops, cost)
+            return self._finished(owner, request, ticket, scored_part, deadline)
+
+    def _finished(
+        self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, scored: ScoredPart, deadline: Deadline
+    ) -> LossReply:
+        """merge -> finish; the ticket then holds what its commit needs."""
+        part, staged, targets = scored.part, scored.staged, scored.targets
+        merged, version = merge(scored.scores), scored.scores[0].version
         if request.after_step is not None:
             owner.steps.check_follows(request.session, request.after_step, version)
         if targets:
@@ -119,12 +145,11 @@ class Pipeline:
         if request.want.table_grad:
             upstream = Upstream(merged.statistics.lse, upstream_of(request, part.batch.mass))
             table_grad = join(owner.gradient(staged, upstream, version, deadline))
-        cost = Cost(round((planned - began) * 1e6), round((scored - planned) * 1e6), num_candidates(part, owner.spec))
         name = "" if ticket is None else ticket.name
-        reply = finish(request, part, merged, table_grad, name, version, cost, owner.spec.bias)
+        reply = finish(request, part, merged, table_grad, name, version, scored.cost, owner.spec.bias)
         if ticket is not None:
             ticket.staged, ticket.lse, ticket.num_rows = staged, merged.statistics.lse, len(request.hidden)
-            ticket.version, ticket.reply = version, reply
+            ticket.version, ticket.reply, ticket.flops = version, reply, scored.flops
             ticket.steepness = steepness(part, merged.statistics.lse)
             ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
@@ -143,6 +168,7 @@ class Pipeline:
         if request.sampled is None or not request.sampled.num_hard_negatives:
             return part, []
         k = request.sampled.num_hard_negatives
+        meter().flops += flops_of(part, owner.spec)
         return mined_part(part, owner.mine(owner.stage(part), k, deadline), k), []
 
     def _collected(
@@ -159,6 +185,7 @@ class Pipeline:
         for piece in request.label_columns or ():
             end = validate.label_columns(piece, end, len(request.hidden), owner.spec)
             targets += owner.add_labels(staged, piece.first_class, piece.weights, g, deadline)
+            meter().flops += of_columns(piece.weights, owner.spec) * (1 + (g is not None))
             owner.same_version([target.version for target in targets])
             targets = [added(targets)]
         total = added(targets)

@@ -58,6 +58,7 @@ class Ticket:
     labels: Tensor | None = None  # [L] that count
     is_held: bool = False  # a commit is at work on it: it does not expire
     num_rows: int = 0
+    flops: int = 0  # of one pass over its part
     version: int = 0
     reply: LossReply | None = None
 
@@ -95,6 +96,7 @@ class TicketBudget:
                     f"{self.num_tickets} open tickets keep {self.num_bytes} bytes; the limits are "
                     f"{self._max_tickets} and {self._max_bytes}: commit or abort steps",
                     retry_after_s=RETRY_AFTER_S,
+                    limit="max_open_tickets" if self.num_tickets >= self._max_tickets else "max_ticket_bytes",
                 )
             self.num_tickets += 1
             self.num_bytes += num_bytes
@@ -115,6 +117,12 @@ class Sessions:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._closed: OrderedDict[str, TicketState] = OrderedDict()
         self._num_made = 0
+        self._num_ended = dict.fromkeys((TicketState.COMMITTED, TicketState.ABORTED, TicketState.EXPIRED), 0)
+
+    def num_tickets(self) -> dict[str, int]:
+        """Tickets that were ever opened, and how many of them ended in each way; the rest are open."""
+        with self._lock:
+            return {"opened": self._num_made} | {state.value: num for state, num in self._num_ended.items()}
 
     @property
     def num_open(self) -> int:
@@ -189,7 +197,8 @@ class Sessions:
             return
         idle = next((name for name, session in self._sessions.items() if not session.tickets), None)
         if idle is None:
-            raise Overloaded(f"all {self._max_sessions} sessions hold open tickets", retry_after_s=RETRY_AFTER_S)
+            full = f"all {self._max_sessions} sessions hold open tickets"
+            raise Overloaded(full, retry_after_s=RETRY_AFTER_S, limit="max_sessions")
         del self._sessions[idle]
 
     def discard(self, ticket: Ticket) -> None:
@@ -284,6 +293,7 @@ class Sessions:
         if ticket.state is not TicketState.OPEN:
             return
         ticket.state = state
+        self._num_ended[state] += 1
         if known is not None:
             known.tickets.pop((ticket.step, ticket.part), None)
         self._budget.give_back(ticket.num_bytes)

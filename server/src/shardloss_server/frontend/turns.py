@@ -1,7 +1,8 @@
 """Turns at the workers: few calls are there at once, and the others wait by caller, whoever was served least first.
 
-A turn is held for one fan-out, and never while a call waits for its client or for another's step. What a caller was served is counted in seconds of turns. One that comes back after a pause begins where the last turn began, and may
-take a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
+A turn is held for one fan-out, and never while a call waits for its client or for another's step. What a caller was
+served is counted in seconds of turns. One that comes back after a pause begins where the last turn began, and may take
+a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
 (start-time fair queueing).
 """
 
@@ -150,7 +151,7 @@ class Turns:
             del self._waiting[turn.caller]
 
     def _forget(self) -> None:
-        """Where nobody holds a turn or waits, all begin anew; else whoever would begin where anybody does is forgotten."""
+        """Where nobody holds a turn or waits, all begin anew; else whoever would begin there anyway is forgotten."""
         if not self._held and not self._waiting and not self._urgent:
             self._served.clear()
             self._now_served = 0.0

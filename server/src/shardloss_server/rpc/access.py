@@ -17,8 +17,8 @@ from shardloss_server.access.grants import Grants
 from shardloss_server.access.token_files import watched_grants
 from shardloss_server.access.watched import Unreadable
 from shardloss_server.config import CannotServe, Security
+from shardloss_server.rpc.call import CallLog
 from shardloss_server.rpc.roles import is_open, needed_role
-from shardloss_server.rpc.status import fail
 
 AUTHORIZATION = "authorization"
 NAMES = ("x509_common_name", "x509_subject_alternative_name")
@@ -32,12 +32,13 @@ class Access(grpc.ServerInterceptor):
     Without a tokens file everyone who could connect is admin: on this machine, or by mutual TLS.
     """
 
-    def __init__(self, security: Security) -> None:
+    def __init__(self, security: Security, call_log: CallLog) -> None:
         """Raises CannotServe where the tokens file cannot be read."""
         try:
             self._grants = None if security.tokens_file is None else watched_grants(security.tokens_file)
         except Unreadable as error:
             raise CannotServe(str(error)) from None
+        self._call_log = call_log
         self._is_mutual = security.tls_client_ca_file is not None
 
     def intercept_service(self, continuation: Callable[[Any], Handler], handler_call_details: Any) -> Handler:
@@ -48,31 +49,30 @@ class Access(grpc.ServerInterceptor):
         grants = ANY if self._grants is None else self._grants.value()
         values = [value for key, value in handler_call_details.invocation_metadata if key == AUTHORIZATION]
         if self._is_mutual and grants.certificates and not values:
-            return by_certificate(continuation(handler_call_details), grants, path)
+            return by_certificate(continuation(handler_call_details), grants, path, self._call_log)
         try:
             caller = ANYONE if self._grants is None else caller_by_token(values, grants)
             handler = continuation(handler_call_details)
             if handler is not None:  # else gRPC says that there is no such method
                 refuse_lower(caller, needed_role(path), path)
         except (Unauthenticated, PermissionDenied) as error:
-            return refusing(error)
+            return refusing(error, path, self._call_log)
         return handler
 
 
 ANY = Grants()
 
 
-def refusing(error: Refusal) -> Handler:
+def refusing(error: Refusal, path: str, call_log: CallLog) -> Handler:
     """A handler that refuses, without asking for the message."""
 
     def refuse(_messages: Iterator[Any], context: grpc.ServicerContext) -> NoReturn:
-        fail(context, error)
-        raise AssertionError("a failed call has ended")
+        call_log.refuse(path, context, error)
 
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-def by_certificate(handler: Handler, grants: Grants, path: str) -> Handler:
+def by_certificate(handler: Handler, grants: Grants, path: str, call_log: CallLog) -> Handler:
     """A handler that looks at the client's certificate before it asks for the message."""
     if handler is None:
         return None
@@ -83,14 +83,14 @@ def by_certificate(handler: Handler, grants: Grants, path: str) -> Handler:
     )
 
     def checked(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        refuse_by_certificate(context, grants, path)
+        refuse_by_certificate(context, grants, path, call_log)
         return behaviour(messages if handler.request_streaming else only(messages, context), context)
 
     make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     return make(checked, handler.request_deserializer, handler.response_serializer)
 
 
-def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: str) -> None:
+def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: str, call_log: CallLog) -> None:
     """End the call of a client whose certificate may not make it."""
     peer: Any = context.auth_context()
     names = {name.decode("utf-8", "replace") for key in NAMES for name in peer.get(key, ())}
@@ -98,7 +98,7 @@ def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: s
         caller: Caller = caller_by_certificate(names, grants)
         refuse_lower(caller, needed_role(path), path)
     except (Unauthenticated, PermissionDenied) as error:
-        fail(context, error)
+        call_log.refuse(path, context, error)
 
 
 def only(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:

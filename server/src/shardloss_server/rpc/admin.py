@@ -39,7 +39,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             workers = self.handlers.catalog.group.stats(STATS_S)
         finally:
             self._looking.release()
-        calls = self.handlers.calls
+        calls = self.handlers.call_log.recent
         status = admin_pb2.Status(
             versions=versions(),
             uptime_s=calls.age_s,
@@ -87,7 +87,9 @@ def versions() -> dict[str, str]:
 
 def worker_message(worker: SeenWorker) -> admin_pb2.Worker:
     """A worker as it was seen."""
-    message = admin_pb2.Worker() if worker.stats is None else admin_pb2.Worker(**asdict(worker.stats), up=True)
+    facts = {} if worker.stats is None else asdict(worker.stats) | {"up": True}
+    facts.pop("versions", None)
+    message = admin_pb2.Worker(**facts)
     message.index, message.device, message.num_restarts = worker.index, worker.device, worker.num_restarts
     return message
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardloss.errors import Internal, LimitExceeded, Overloaded, ShardlossError
+from shardloss.errors import Overloaded
 
 WINDOW_S = 60.0
 KEPT = 1 << 12  # calls of a method whose time is remembered; of a faster method quantiles are of the last so many
@@ -71,19 +70,10 @@ class Calls:
         """Seconds since the server was made."""
         return time.monotonic() - self._began
 
-    @contextmanager
-    def noted(self, method: str) -> Iterator[None]:
-        """Around the whole of a call: how it ended, and how long it took."""
-        began, reason = time.monotonic(), None
-        try:
-            yield
-        except Exception as error:
-            reason = reason_of(error)
-            raise
-        finally:
-            now = time.monotonic()
-            with self._lock:
-                self._methods.setdefault(method, Method()).note(now, now - began, reason)
+    def note(self, method: str, seconds: float, reason: str | None) -> None:
+        """A call has ended; reason is None where it went well."""
+        with self._lock:
+            self._methods.setdefault(method, Method()).note(time.monotonic(), seconds, reason)
 
     def seen(self) -> list[MethodCalls]:
         """Every method that was called, by name."""
@@ -96,13 +86,6 @@ class Calls:
         """Calls refused as OVERLOADED since the start."""
         with self._lock:
             return sum(method.errors[Overloaded.reason] for method in self._methods.values())
-
-
-def reason_of(error: Exception) -> str:
-    """The reason that a failed call is answered with."""
-    if isinstance(error, ShardlossError):
-        return error.reason
-    return LimitExceeded.reason if isinstance(error, MemoryError) else Internal.reason
 
 
 def quantile(ascending: list[float], share: float) -> float:

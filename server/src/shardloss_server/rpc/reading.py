@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from shardloss.errors import InvalidArgument
 
-from shardloss_server.rpc.status import fail
+from shardloss_server.rpc.call import CallLog
 
 
 class Unreadable:
@@ -22,6 +22,9 @@ class Unreadable:
 class Reading(grpc.ServerInterceptor):
     """Every method refuses what it cannot read by name."""
 
+    def __init__(self, call_log: CallLog) -> None:
+        self._call_log = call_log
+
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
         """The handler of a method; of streams both ways, its iterator raises InvalidArgument."""
         handler, method = continuation(handler_call_details), handler_call_details.method
@@ -29,7 +32,7 @@ class Reading(grpc.ServerInterceptor):
             return handler
         reader = reading(handler.request_deserializer, method)
         if handler.unary_unary:
-            answer = refusing(handler.unary_unary)
+            answer = refusing(handler.unary_unary, method, self._call_log)
             return grpc.unary_unary_rpc_method_handler(answer, reader, handler.response_serializer)
         if handler.stream_stream:
             answer = checking(handler.stream_stream)
@@ -49,12 +52,14 @@ def reading(read: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]
     return readable
 
 
-def refusing(answer: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+def refusing(
+    answer: Callable[[Any, grpc.ServicerContext], Any], path: str, call_log: CallLog
+) -> Callable[[Any, grpc.ServicerContext], Any]:
     """A unary method that refuses what was not read."""
 
     def answered(request: Any, context: grpc.ServicerContext) -> Any:
         if isinstance(request, Unreadable):
-            fail(context, request.error)
+            call_log.refuse(path, context, request.error)
         return answer(request, context)
 
     return answered

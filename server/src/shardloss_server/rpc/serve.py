@@ -26,16 +26,20 @@ from shardloss.v1 import (
     table_pb2_grpc,
 )
 
+from shardloss_server import metrics
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import FRAMING_BYTES, CannotServe, Limits, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
-from shardloss_server.rpc import tls
+from shardloss_server.metrics import Metrics
+from shardloss_server.rpc import gauges, tls
 from shardloss_server.rpc.access import Access
 from shardloss_server.rpc.admin import AdminServicer
 from shardloss_server.rpc.arrival import Gate
+from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.exposition import Exposition
 from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -74,14 +78,22 @@ class Server:
         self.config = config
         listening = config.listening
         refuse_exposed(listening.host, config.security)
-        self._access = Access(config.security)
+        self.metrics = Metrics()
+        call_log = CallLog(self.metrics, config.watching)
+        self._interceptors = Access(config.security, call_log), Reading(call_log), Splicing()
         limits = shared_out(listening.num_threads, config.limits)
         self.catalog = Catalog(group, limits)
-        streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
-        self.handlers = Handlers(self.catalog, limits, streams)
+        streams = LiveStreams(limits.max_streams, limits.stream_idle_s, "max_streams")
+        self.handlers = Handlers(self.catalog, limits, streams, call_log)
+        self._stopping = threading.Event()
+        gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
         self._health = health.HealthServicer()
-        self.gate = Gate(places_of(limits), LiveStreams(limits.max_calls_arriving, limits.max_message_s))
-        self.admin_gate = Gate(ADMIN_CALLS, LiveStreams(ADMIN_CALLS, limits.max_message_s))
+        arriving, arriving_admin = (
+            LiveStreams(places, limits.max_message_s, "max_calls_arriving")
+            for places in (limits.max_calls_arriving, ADMIN_CALLS)
+        )
+        self.gate = Gate(places_of(limits), arriving, call_log)
+        self.admin_gate = Gate(ADMIN_CALLS, arriving_admin, call_log)
         self._data = self._make_server(listening.num_threads, self.gate)
         self._admin = self._make_server(2 * ADMIN_CALLS, self.admin_gate)
         self._register()
@@ -89,7 +101,7 @@ class Server:
         if listening.socket:
             self._bind_socket(listening.socket)
         self.admin_address = self._bind(self._admin, listening.admin_port)
-        self._stopping = threading.Event()
+        self.exposition = Exposition.of(self.metrics, self.catalog, config.watching)
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
@@ -109,7 +121,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", round(1000 * limits.peer_answer_s)),
                 ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
-            interceptors=[gate, self._access, Reading(), Splicing()],
+            interceptors=[gate, *self._interceptors],
         )
 
     def _register(self) -> None:
@@ -156,6 +168,8 @@ class Server:
         self._data.start()
         self._admin.start()
         self._watcher.start()
+        if self.exposition is not None:
+            self.exposition.start()
         for service in ("", *SERVICES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving on %s, admin on %s", self.address, self.admin_address)
@@ -174,6 +188,8 @@ class Server:
             self.catalog.close()
             stopped.wait(STOP_S)
             self._admin.stop(0).wait(STOP_S)
+            if self.exposition is not None:
+                self.exposition.stop()
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
@@ -181,7 +197,7 @@ class Server:
             now = time.monotonic()
             self.catalog.expire_tickets(now)
             for streams in (self.handlers.streams, self.handlers.unsent, self.gate.arriving, self.admin_gate.arriving):
-                streams.drop_silent(now)
+                self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:

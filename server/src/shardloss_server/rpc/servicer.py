@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -14,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 import torch
 from shardloss import chunks
-from shardloss.errors import Internal, InvalidArgument, LimitExceeded, ShardlossError
+from shardloss.errors import InvalidArgument, LimitExceeded
 from shardloss.splice import Spliced
 from shardloss.v1 import (
     evaluation_pb2,
@@ -27,7 +25,7 @@ from shardloss.v1 import (
     table_pb2_grpc,
 )
 
-from shardloss_server import __version__
+from shardloss_server import __version__, metrics
 from shardloss_server.config import FRAMING_BYTES, Limits
 from shardloss_server.evaluation.passes import Ask, Evaluator
 from shardloss_server.frontend import validate
@@ -36,15 +34,13 @@ from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
 from shardloss_server.frontend.plan import draw_with_tries
-from shardloss_server.frontend.request import LabelColumns
+from shardloss_server.frontend.request import CommitReply, LabelColumns, LossReply, LossRequest
 from shardloss_server.numerics.optimizer import state_widths
 from shardloss_server.rpc import specs, wire
+from shardloss_server.rpc.call import Call, CallLog, Sized
 from shardloss_server.rpc.caller import caller_of
-from shardloss_server.rpc.calls import Calls
-from shardloss_server.rpc.status import fail
 
-log = logging.getLogger(__name__)
-M = TypeVar("M")
+M = TypeVar("M", bound=Sized)
 Context = grpc.ServicerContext
 LossMessage = Spliced[loss_pb2.ComputeLossRequest]
 StreamMessage = Spliced[loss_pb2.StreamLossRequest]
@@ -79,13 +75,14 @@ FEATURES = (
 class Handlers:
     """What every service needs: the front end, admission and the one place where errors become statuses."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams) -> None:
-        self.catalog, self.limits, self.streams = catalog, limits, streams
-        self.admission = Admission(limits.max_calls_in_flight, limits.max_calls_in_flight * limits.max_message_bytes)
-        self.commits = Admission(limits.max_commits_in_flight, limits.max_commits_in_flight * limits.max_message_bytes)
-        self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes)
-        self.calls = Calls()
-        self.unsent = Unsent(limits.max_calls_in_flight * limits.max_message_bytes, limits.max_message_s)
+    def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, call_log: CallLog) -> None:
+        self.catalog, self.limits, self.streams, self.call_log = catalog, limits, streams, call_log
+        message = limits.max_message_bytes
+        most_calls, most_commits = limits.max_calls_in_flight, limits.max_commits_in_flight
+        self.admission = Admission(most_calls, most_calls * message, "max_calls_in_flight")
+        self.commits = Admission(most_commits, most_commits * message, "max_commits_in_flight")
+        self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes, "max_streams")
+        self.unsent = Unsent(most_calls * message, limits.max_message_s)
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
@@ -106,9 +103,26 @@ class Handlers:
             deadline.cancel()
         return deadline
 
+    def note_loss(self, method: str, request: LossRequest, reply: LossReply) -> None:
+        """Count what a loss did."""
+        counted = self.call_log.metrics
+        if reply.replayed:
+            counted.count(metrics.REPLAYS, method)
+        else:
+            counted.count(metrics.LOSS_ROWS, by=len(request.hidden))
+            if reply.committed is not None:
+                self.note_commit(method, reply.committed)
+
+    def note_commit(self, method: str, reply: CommitReply) -> None:
+        """Count what a commit did."""
+        if reply.replayed:
+            self.call_log.metrics.count(metrics.REPLAYS, method)
+        else:
+            self.call_log.metrics.observe(metrics.STALENESS, reply.staleness)
+
 
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
-    """Admit a unary call, run it without autograd, and turn every error into its status.
+    """Admit a unary call, run it without autograd, and add what it cost where that is asked for.
 
     Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo and GetStatus
     need none.
@@ -118,41 +132,24 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
         handlers: Handlers = self.handlers
-        with (
-            failing_as_status(context),
-            handlers.calls.noted(name),
-            handlers.admitted(name, request, context),
-            torch.inference_mode(),
-        ):
-            response = method(self, request, context)
-            num_bytes: int = response.ByteSize()  # type: ignore[attr-defined]
-            if num_bytes > handlers.limits.max_message_bytes + FRAMING_BYTES:
+        limit = handlers.limits.max_message_bytes + FRAMING_BYTES
+        with handlers.call_log.begin(name, context, request) as call, handlers.admitted(name, request, context):
+            with torch.inference_mode():
+                response = method(self, request, context)
+            if call.sending(response).sent_bytes > limit:
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
-            handlers.unsent.hand_over(num_bytes, context.cancel, context.add_callback)
+            handlers.unsent.hand_over(call.sent_bytes, context.cancel, context.add_callback)
+            add_cost(call, request, response)
             return response
         raise AssertionError("a failed call has ended")
 
     return handler
 
 
-class failing_as_status:  # noqa: N801  (reads as a phrase)
-    """Context manager: a ShardlossError ends the call with its status; anything else is INTERNAL with a request id."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ShardlossError):
-            fail(self._context, error)
-        if isinstance(error, MemoryError):
-            fail(self._context, LimitExceeded("the server has not enough memory for this call"))
-        if isinstance(error, Exception) and self._context.is_active():  # else the caller went away
-            request_id = secrets.token_hex(8)
-            log.exception("request %s failed", request_id, exc_info=error)
-            fail(self._context, Internal(f"internal error; the server's log has request {request_id}"))
+def add_cost(call: Call, request: Any, response: Any) -> None:
+    """Say in a reply what its call has cost, where the request asks for it."""
+    if getattr(getattr(request, "message", request), "want_cost", False):
+        getattr(response, "message", response).call_cost.CopyFrom(call.cost(call.sent_bytes))
 
 
 class LossServicer(loss_pb2_grpc.LossServiceServicer):
@@ -167,19 +164,18 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         return self._loss(request.message, contents, False, context)
 
     def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
-        with (
-            failing_as_status(context),
-            self.handlers.calls.noted("StreamLoss"),
-            self.handlers.streams.stream(context.cancel, caller_of(context)) as stream,
-        ):
-            header, assembler = self._begin(request_iterator)
+        call_log, streams, caller = self.handlers.call_log, self.handlers.streams, caller_of(context)
+        with call_log.begin("StreamLoss", context) as call, streams.stream(context.cancel, caller) as stream:
+            pieces_in = call.receiving(request_iterator)
+            header, assembler = self._begin(pieces_in)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            with self.handlers.stream_bytes.admit(num_bytes, caller_of(context)):
+            with self.handlers.stream_bytes.admit(num_bytes, caller):
                 deadline = self.handlers.deadline(context, header)
-                columns = self._receive(header, request_iterator, assembler, stream, deadline)
+                columns = self._receive(header, pieces_in, assembler, stream, deadline)
                 stream.working()
                 with torch.inference_mode():
                     response = self._loss(header, assembler.contents(), True, context, columns)
+                add_cost(call.sending(response), header, response)
                 reply, pieces = chunks.detach(response, "hidden_grad", self.handlers.limits.max_chunk_bytes)
                 stream.moved()
                 yield Spliced(loss_pb2.StreamLossResponse(header=reply))
@@ -254,11 +250,14 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         limits = self.handlers.limits
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
         decoded = wire.loss_request(request, most, contents, columns)
-        return wire.loss_response(self.handlers.pipeline.loss(decoded, self.handlers.deadline(context, request)))
+        reply = self.handlers.pipeline.loss(decoded, self.handlers.deadline(context, request))
+        self.handlers.note_loss("StreamLoss" if is_stream else "ComputeLoss", decoded, reply)
+        return wire.loss_response(reply)
 
     @answers
     def Commit(self, request: loss_pb2.CommitRequest, context: Context) -> loss_pb2.CommitResponse:
         reply = self.handlers.pipeline.commit(wire.commit_request(request), self.handlers.deadline(context, request))
+        self.handlers.note_commit("Commit", reply)
         return wire.commit_response(reply)
 
     @answers

@@ -41,8 +41,8 @@ def status_of(error: ShardlossError) -> status_pb2.Status:
     return status
 
 
-def fail(context: grpc.ServicerContext, error: ShardlossError) -> None:
-    """End a call with an error's status; raises, as grpc's abort does."""
+def fail(context: grpc.ServicerContext, error: ShardlossError, *metadata: tuple[str, str]) -> None:
+    """End a call with an error's status, beside other trailing metadata; raises, as grpc's abort does."""
     status = status_of(error)
-    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
+    context.set_trailing_metadata((*metadata, (DETAILS_KEY, status.SerializeToString())))
     context.abort(getattr(grpc.StatusCode, error.status), status.message)

@@ -1,0 +1,267 @@
+"""Every call from its first moment to its last: named, metered, counted and logged; its errors become statuses."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+from shardloss.errors import Internal, LimitExceeded, Overloaded, ServiceError, ShardlossError
+from shardloss.v1 import cost_pb2
+
+from shardloss_server import logs, metrics
+from shardloss_server.config import Limits, Watching
+from shardloss_server.frontend.meter import METER, Meter
+from shardloss_server.metrics import Metrics
+from shardloss_server.rpc.calls import Calls
+from shardloss_server.rpc.roles import needed_role
+from shardloss_server.rpc.status import fail
+
+log = logging.getLogger("shardloss_server.calls")
+REQUEST_ID_KEY = "x-request-id"
+REQUEST_ID = re.compile(r"[!-~]{1,64}")
+OK, CANCELLED = "OK", "CANCELLED"
+UNKNOWN = "unknown"  # a method that there is not: callers can make up any number of them
+PLACES = frozenset(
+    {field.name for field in fields(Limits)} | {"backlog", "num_threads"}
+)  # limits that a refusal may name
+MAX_LINES_A_SECOND = 10  # of one reason: an overload must not drown in its own log
+MAX_TEXT = 512  # characters of what a caller wrote that are logged
+
+
+class Sized(Protocol):
+    """A message."""
+
+    def ByteSize(self) -> int:  # noqa: N802  (as protobuf has it)
+        """Its bytes on the wire."""
+
+
+S = TypeVar("S", bound=Sized)
+
+
+class CallLog:
+    """The calls of one server."""
+
+    def __init__(self, counted: Metrics, watching: Watching) -> None:
+        self.metrics, self.watching, self.recent = counted, watching, Calls()
+        self.paces: dict[str, Pace] = {}
+        self._prefix = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+
+    def refuse(self, path: str, context: grpc.ServicerContext, error: ShardlossError) -> NoReturn:
+        """End a call ("/package.Service/Method") that gets no further."""
+        name = path.rpartition("/")[2] if needed_role(path) is not None else UNKNOWN
+        with self.begin(name, context):
+            raise error
+        raise AssertionError("a failed call has ended")
+
+    def begin(self, method: str, context: grpc.ServicerContext, request: Any = None) -> Call:
+        """A call that has come: the context manager around all that is done for it."""
+        call = Call(self, method, context)
+        if request is not None:
+            call.about(request)
+        return call
+
+    def request_id(self, context: grpc.ServicerContext) -> str:
+        """The caller's name for this call, where it is a short printable one; else ours."""
+        for key, value in context.invocation_metadata() or ():
+            if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
+                return value
+        return f"{self._prefix}-{next(self._numbers)}"
+
+
+class Call:
+    """One call. As a context manager it ends the call with a status where an error leaves it.
+
+    A ShardlossError keeps its reason; anything else is INTERNAL, whose trace the log has by the request id.
+    """
+
+    def __init__(self, call_log: CallLog, method: str, context: grpc.ServicerContext) -> None:
+        self.method, self.request_id = method, call_log.request_id(context)
+        self.meter = Meter()
+        self.received_bytes = self.sent_bytes = 0
+        self.table = self.session = ""
+        self._log_of, self._context = call_log, context
+        self._began = time.perf_counter()
+
+    def about(self, request: Any) -> None:
+        """Its request, or the header of its stream: whose bytes count, and what it is about."""
+        self.received_bytes += request.ByteSize()
+        message = getattr(request, "message", request)
+        header = getattr(message, "header", message)
+        self.table = str(getattr(header, "table", "") or getattr(getattr(header, "spec", None), "name", ""))
+        self.session = str(getattr(header, "session", ""))
+
+    def receiving(self, pieces: Iterable[S]) -> Iterator[S]:
+        """The messages of its stream, counted as they come; the first says what it is about."""
+        for place, piece in enumerate(pieces):
+            if place:
+                self.received_bytes += piece.ByteSize()
+            else:
+                self.about(piece)
+            yield piece
+
+    def sending(self, reply: Sized) -> Call:
+        """Its reply is made; of a stream, its header with all its content."""
+        self.sent_bytes = reply.ByteSize()
+        return self
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since it had a thread."""
+        return time.perf_counter() - self._began
+
+    def cost(self, sent_bytes: int) -> cost_pb2.CallCost:
+        """What it has cost so far, with a reply of so many bytes."""
+        spent = self.meter
+        times = {f"{name}_us": round(1e6 * getattr(spent, f"{name}_s")) for name in TIMES}
+        return cost_pb2.CallCost(
+            total_us=round(1e6 * self.elapsed_s),
+            received_bytes=self.received_bytes,
+            sent_bytes=sent_bytes,
+            flops=spent.flops,
+            **times,
+        )
+
+    def describe(self) -> Mapping[str, object]:
+        """What a line of the log says of it: never a token, a row, or a session by which others could commit."""
+        said = {"request_id": self.request_id, "method": self.method}
+        if self.table:
+            said["table"] = printable(self.table)
+        if self.session:
+            said["session"] = digest(self.session)
+        return said
+
+    def __enter__(self) -> Call:
+        """Each gRPC call has a context of its own, which ends with it: nothing is set back."""
+        METER.set(self.meter)
+        logs.CALL.set(self.describe)
+        self._context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        ours = None if error is None else self._ours(error)
+        self._note(OK if error is None else CANCELLED if ours is None else ours.reason, ours)
+        if ours is not None:
+            ours.details["request_id"] = self.request_id
+            fail(self._context, ours, (REQUEST_ID_KEY, self.request_id))
+
+    def _ours(self, error: BaseException) -> ShardlossError | None:
+        """What the caller is told; None where it has gone away."""
+        if isinstance(error, ShardlossError):
+            return error
+        if isinstance(error, MemoryError):
+            return LimitExceeded("the server has not enough memory for this call")
+        if isinstance(error, Exception) and self._context.is_active():
+            log.exception("call failed inside", exc_info=error)
+            return Internal(f"internal error; the server's log has request {self.request_id}")
+        return None
+
+    def _note(self, reason: str, error: ShardlossError | None) -> None:
+        if error is not None and not self._context.is_active() and reason in GIVEN_UP:
+            left_s = self._context.time_remaining()
+            reason = CANCELLED if left_s is None or left_s > 0 else reason
+        self._count(reason, error)
+        watching, duration_s = self._log_of.watching, self.elapsed_s
+        if reason != OK:
+            self._log(level_of(error), "call failed", reason, duration_s, error)
+        elif duration_s > watching.slow_call_s:
+            self._log(logging.WARNING, "slow call", reason, duration_s)
+        elif watching.log_calls:
+            self._log(logging.INFO, "call", reason, duration_s)
+
+    def _count(self, reason: str, error: ShardlossError | None) -> None:
+        count, observe, method, spent = (
+            self._log_of.metrics.count,
+            self._log_of.metrics.observe,
+            self.method,
+            self.meter,
+        )
+        self._log_of.recent.note(method, self.elapsed_s, None if reason == OK else reason)
+        count(metrics.CALLS, method, reason)
+        observe(metrics.CALL_SECONDS, self.elapsed_s, method)
+        count(metrics.RECEIVED_BYTES, method, by=self.received_bytes)
+        count(metrics.SENT_BYTES, method, by=self.sent_bytes)
+        if isinstance(error, Overloaded):
+            limit = error.details.get("limit", "")
+            count(metrics.REFUSALS, limit if limit in PLACES else "other")
+        if spent.fanout_s:
+            observe(metrics.KERNEL_SECONDS, spent.kernel_s, method)
+            count(metrics.FLOPS, method, by=spent.flops)
+            if spent.finish_s:  # only a loss is finished
+                for phase, seconds in (
+                    ("wait", spent.wait_s),
+                    ("plan", spent.plan_s),
+                    ("fanout", spent.fanout_s),
+                    ("finish", spent.finish_s),
+                ):
+                    observe(metrics.PHASE_SECONDS, seconds, phase)
+
+    def _log(self, level: int, event: str, reason: str, duration_s: float, error: ShardlossError | None = None) -> None:
+        if not log.isEnabledFor(level):
+            return
+        pace = self._log_of.paces.setdefault(reason, Pace())
+        left_out = 0 if self._log_of.watching.log_calls else pace.left_out(time.monotonic())
+        if left_out is None:
+            return
+        said: dict[str, object] = {
+            "reason": reason,
+            "duration_ms": round(1e3 * duration_s, 3),
+            "received_bytes": self.received_bytes,
+            "sent_bytes": self.sent_bytes,
+            "peer": self._context.peer(),
+        }
+        if error is not None:
+            said["error"] = printable(error.message)
+        if left_out:
+            said["left_out"] = left_out
+        log.log(level, event, extra=said)
+
+
+TIMES = ("wait", "plan", "fanout", "kernel", "finish")
+GIVEN_UP = ("DEADLINE_EXCEEDED",)  # what a wait ends with, too, once its caller has gone away
+
+
+class Pace:
+    """At most MAX_LINES_A_SECOND lines. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._second, self._num_lines, self._num_left_out = -1.0, 0, 0
+
+    def left_out(self, now: float) -> int | None:
+        """How many lines were left out since the last one; None: leave this one out, too."""
+        with self._lock:
+            if now - self._second >= 1.0:
+                self._second, self._num_lines = now, 0
+            if self._num_lines >= MAX_LINES_A_SECOND:
+                self._num_left_out += 1
+                return None
+            self._num_lines += 1
+            left_out, self._num_left_out = self._num_left_out, 0
+            return left_out
+
+
+def level_of(error: ShardlossError | None) -> int:
+    """ERROR where an operator must look, WARNING where the server refused, INFO where the caller did something."""
+    if isinstance(error, ServiceError):
+        return logging.ERROR
+    return logging.WARNING if isinstance(error, Overloaded) else logging.INFO
+
+
+def digest(session: str) -> str:
+    """A session's name in the log: the same for the same session, but no key to it."""
+    return hashlib.blake2b(session.encode("utf-8", "replace"), digest_size=6).hexdigest()
+
+
+def printable(text: str) -> str:
+    """A caller's text on one line of the log."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])

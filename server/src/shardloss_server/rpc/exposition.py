@@ -1,0 +1,52 @@
+"""The metrics of a server over HTTP, for Prometheus."""
+
+from __future__ import annotations
+
+import threading
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import start_http_server
+
+from shardloss_server.config import CannotServe, Watching
+from shardloss_server.frontend.catalog import Catalog
+from shardloss_server.metrics import Metrics
+from shardloss_server.rpc.gauges import read_workers
+from shardloss_server.rpc.workers import WorkerWatch
+
+
+class Exposition:
+    """The metrics at http://address/metrics, with what the workers said last.
+
+    Raises:
+        CannotServe: the port cannot be listened on.
+    """
+
+    def __init__(self, counted: Metrics, catalog: Catalog, host: str, port: int) -> None:
+        self._workers = WorkerWatch(catalog)
+        read_workers(counted, catalog.group, self._workers)
+        self._http: WSGIServer
+        self._thread: threading.Thread
+        try:
+            self._http, self._thread = start_http_server(port, host, counted.registry)
+        except (OSError, OverflowError) as error:
+            raise CannotServe(f"cannot listen for metrics on {host} port {port}: {error}") from None
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._http.server_port}"
+
+    @staticmethod
+    def of(counted: Metrics, catalog: Catalog, watching: Watching) -> Exposition | None:
+        """As the settings have it; None: nobody listens."""
+        if watching.metrics_port is None:
+            return None
+        return Exposition(counted, catalog, watching.metrics_host, watching.metrics_port)
+
+    def start(self) -> None:
+        """Ask the workers from now on."""
+        self._workers.start()
+
+    def stop(self) -> None:
+        """Let go of the port. Idempotent."""
+        self._workers.stop()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
