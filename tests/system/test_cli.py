@@ -131,7 +131,8 @@ def test_a_table_goes_through_its_life(run_json: Any, data: Path, fresh_name: Ca
     name = fresh_name()
     made = run_json(
         "table", "create", name, "--classes", str(V), "--dim", str(D), "--optimizer", "adam:beta1=0.8",
-        "--count-labels", "--initializer", "normal:stddev=0.1,seed=3", "--shards", "3", "--placement", "div", "--no-bias",
+        "--count-labels",
+        "--initializer", "normal:stddev=0.1,seed=3", "--shards", "3", "--placement", "div", "--no-bias",
     )  # fmt: skip
     assert made["optimizer"] == {"kind": "adam", "beta1": 0.8, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     assert made["initializer"] == {"kind": "normal", "stddev": 0.1, "seed": 3}
@@ -384,6 +385,9 @@ def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: Non
     assert findings(run_json(*args))["token"]["verdict"] == "ok"
     token.unlink()
     assert wrong(run_json(*args, code=1)) == ["token"]
+    document = run_json("doctor", "--token-file", str(token), code=1)  # where a server is there, it cannot be asked
+    assert wrong(document) == ["token"]
+    assert "cannot be told" in findings(document)["port"]["found"]
 
 
 def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(

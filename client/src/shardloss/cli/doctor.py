@@ -21,7 +21,7 @@ from shardloss.cli.checks import CHECKS, Disk, Facts, Finding, Port, Verdict
 from shardloss.cli.connection import Connection
 from shardloss.cli.invocation import Invocation, command
 from shardloss.cli.output import grid
-from shardloss.errors import ShardlossError
+from shardloss.errors import InvalidArgument, PermissionDenied, ShardlossError, Unauthenticated
 from shardloss.status import ServerStatus
 
 ANSWER_S = 3.0  # for a server to say that it is there
@@ -105,14 +105,14 @@ def looked_at(connection: Connection) -> Look:
     return Look(status, "", status.time_s - (before + after) / 2, (after - before) / 2)
 
 
-def answers(connection: Connection, admin: bool) -> bool:
-    """Whether a server of ours answers at a port: also one that refuses us."""
+def answers(connection: Connection, admin: bool) -> bool | None:
+    """Whether a server of ours answers at a port, also one that refuses us; None: our own credentials are none."""
     if nobody_listens(connection.admin_address if admin else connection.address):
         return False
     try:
         connection.connect(admin=admin, timeout_s=ANSWER_S).close()
     except ShardlossError as error:
-        return error.reason in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        return None if isinstance(error, InvalidArgument) else isinstance(error, (Unauthenticated, PermissionDenied))
     return True
 
 
@@ -122,13 +122,13 @@ def nobody_listens(address: str) -> bool:
     return port is not None and port.is_free
 
 
-def port_at(address: str, *, is_ours: bool = False) -> Port | None:
+def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
     """Whether this machine could listen there; None: the address is not this machine's."""
     host, _, number = address.rpartition(":")
     if not number.isdigit() or address.startswith("unix:"):
         return None
-    if is_ours:
-        return Port(address, is_free=False, is_ours=True)
+    if is_ours is not False:
+        return Port(address, is_free=False, is_ours=is_ours)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a server that has just ended is free
         try:
