@@ -6,14 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from shardloss_server.cluster.fanout import FanoutGroup
-from shardloss_server.cluster.group import Order, ShardMissing, Staged
-from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.cluster.group import Order, Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.local import LocalGroup, LocalPending
 from shardloss_server.frontend.finish import merge
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
@@ -218,6 +219,28 @@ def test_a_worker_that_does_not_answer_in_time_is_told_from_the_others() -> None
         assert [one.stats is None for one in group.stats(TIMEOUT_S)] == [False] * 3
     finally:
         release.set()
+        group.close()
+
+
+@pytest.mark.parametrize("error", [WorkerLost, ShardMissing, TimeoutError])
+def test_a_worker_that_is_gone_is_told_from_the_others(error: type[Exception]) -> None:
+    """However its group learns of it."""
+
+    class HalfGone(LocalGroup):
+        def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+            pending = super().start(worker, method, *args)
+            if worker == 0:
+                assert isinstance(pending, LocalPending)
+                pending.future.result(TIMEOUT_S)
+                gone: Future[dict[int, Any]] = Future()
+                gone.set_exception(error("it died"))
+                return LocalPending(gone)
+            return pending
+
+    group = HalfGone(2)
+    try:
+        assert [one.stats is None for one in group.stats(TIMEOUT_S)] == [True, False]
+    finally:
         group.close()
 
 
