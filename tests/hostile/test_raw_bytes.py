@@ -48,7 +48,7 @@ METHODS: list[MethodDescriptor] = [
     for method in service.methods
 ]
 ELSEWHERE = "somebody-elses-table-that-is-not-here"
-CHANGING = {"Commit", "Abort", "CreateTable", "DeleteTable", "WriteRows"}
+CHANGING = {"Commit", "Abort", "CreateTable", "DeleteTable", "RenameTable", "WriteRows"}
 
 
 def path_of(method: MethodDescriptor) -> str:
@@ -96,6 +96,7 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.create(),
         world.get(),
         world.delete(),
+        world.rename(),
         world.read(),
         world.write(),
         world.evaluate(),
@@ -103,6 +104,7 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.score(),
         world.sample_classes(),
         write_counts(world),
+        world.read_counts(),
         *[every(world) for every in LOSSES],
     ]
     by_method: dict[str, list[Message]] = {}
