@@ -108,8 +108,7 @@ def refusal(raw: grpc.Channel, method: MethodDescriptor, request: Message) -> Ex
     try:
         call_raw(raw, method, [request.SerializeToString()])
     except grpc.RpcError as failure:
-        error = error_of(failure)
-        return error
+        return error_of(failure)
     return None
 
 
