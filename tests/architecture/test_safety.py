@@ -109,7 +109,7 @@ with serving(LIMITS) as server, shardloss.connect(server.address) as client:
     client.create_table("bfloat16", num_classes=V, dim=D, dtype="bfloat16")
     client.create_table("wide", num_classes=LIMITS.max_batch + 3, dim=D)
     world, seen, wrong = World(server, client, "words"), 0, []
-    for bad in TABLE[::5]:
+    for bad in TABLE[::10]:
         request = bad.request(world)
         bad.spoil(request)
         try:
@@ -127,7 +127,7 @@ sys.exit(bool(wrong))
 
 
 def test_input_is_refused_alike_without_asserts() -> None:
-    """Under python -O every fifth bad request of the hostile tests is refused by the same error and field."""
+    """Under python -O every tenth bad request of the hostile tests is refused by the same error and field."""
     done = subprocess.run(
         [sys.executable, "-O", "-c", OPTIMIZED],
         cwd=ROOT,
@@ -138,4 +138,4 @@ def test_input_is_refused_alike_without_asserts() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) > 100
+    assert int(done.stdout.split()[0]) > 50
