@@ -26,7 +26,14 @@ PROCESSES = {"subprocess", "pty", "pexpect"}
 
 # Who may know of files in the server: none of these takes a path from the wire.
 FILE_ROOMS = {"cli", "access", "settings.py", "config.py", "metrics.py"}
-FILE_MODULES = {"cluster/link.py", "cluster/ray_group.py", "rpc/serve.py", "rpc/probe.py"}
+FILE_MODULES = {
+    "cluster/link.py",
+    "cluster/ray_group.py",
+    "cluster/stats.py",
+    "rpc/admin.py",
+    "rpc/probe.py",
+    "rpc/serve.py",
+}
 KNOW_FILES = {"pathlib", "os", "shutil", "tempfile", "glob"}
 NARROWING = re.compile(r"^(\w[\w.()\[\]]* is not None|isinstance\(.+\))$")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ import pytest
 import shardloss
 from google.protobuf.descriptor import MethodDescriptor
 from shardloss.channel import DETAILS_KEY
+from shardloss_server import logs
 from shardloss_server.cluster.group import Pending, ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup, LocalPending
 from shardloss_server.config import ServerConfig
@@ -108,6 +110,14 @@ def test_a_bug_is_internal_with_a_request_id_and_nothing_else(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of every RPC: the id leads to the server's log, which holds the rest."""
+    logged: set[object] = set()
+
+    def note(_: logging.LogRecord) -> bool:
+        describe = logs.CALL.get()
+        logged.add(describe()["request_id"] if describe else None)
+        return True
+
+    monkeypatch.setattr(caplog.handler, "filters", [note])
 
     def bug(*_: object, **__: object) -> object:
         raise FAILURES["an object's"]()
@@ -126,8 +136,8 @@ def test_a_bug_is_internal_with_a_request_id_and_nothing_else(
                 assert_no_leak(*all_of(end))
                 assert DETAILS_KEY in dict(end.trailing_metadata() or ())
                 if end.code() is grpc.StatusCode.INTERNAL:
-                    request_id = re.findall(r"[0-9a-f-]{16,}", end.details() or "")
+                    request_id = re.findall(r"has request (\S+)$", end.details() or "")
                     assert request_id
-                    assert request_id[-1] in caplog.text
+                    assert request_id[-1] in logged
         monkeypatch.undo()
     assert SECRET in caplog.text
