@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long fuzz check format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -55,6 +55,14 @@ bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rival
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
+.venv-audit/.ready: tools/requirements-audit.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory service; skips aloud where none answers
+	.venv-audit/bin/python tools/audit.py $(if $(OSV_URL),--service $(OSV_URL))
+
 test: setup  ## All tests that fit 12 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow"
 
@@ -88,4 +96,4 @@ docs: setup  ## Write the generated pages of docs/
 	$(BIN)/shardloss-server config page > docs/configuration.md
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(RIVALS:%=.venv-%) build
+	rm -rf $(VENV) $(RIVALS:%=.venv-%) .venv-audit build
