@@ -34,8 +34,8 @@ def test_a_caller_leaves_as_many_places_as_it_holds() -> None:
 def test_bytes_are_shared_as_places_are() -> None:
     places = Admission(100, 1000, "max")
     with ExitStack() as stack:
-        assert [take(places, stack, caller, 100) for caller in "ab"] == [5, 2]
-        assert places.num_bytes == 700
+        assert [take(places, stack, caller, 100) for caller in "ab"] == [5, 3]
+        assert places.num_bytes == 800
 
 
 def test_one_call_may_be_larger_than_all_bytes() -> None:
