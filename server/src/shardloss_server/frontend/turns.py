@@ -5,7 +5,7 @@ served is counted in seconds of turns. One that comes back after a pause begins 
 a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
 (start-time fair queueing).
 
-What is at the workers already is before everybody, and many calls there keep the workers busiest. So there are many only
+What is at the workers already is before everybody, and many calls there keep the workers busiest. So there are many
 as long as all callers ask for as much; where one asks for less than its share there are few, and it is answered soon.
 """
 
