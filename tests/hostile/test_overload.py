@@ -104,7 +104,7 @@ def test_silent_calls_do_not_silence_the_admin_port() -> None:
 
 def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
     """By the gate, before a byte of its message: the status is ours, with a reason and RetryInfo."""
-    with serving(num_threads=12, max_calls_arriving=4, max_message_s=PATIENCE_S) as (server, _), ExitStack() as open_:
+    with serving(num_threads=16, max_calls_arriving=4, max_message_s=PATIENCE_S) as (server, _), ExitStack() as open_:
         for _ in range(12):
             silent = open_.enter_context(Connection(server.address))
             silent.call(COMPUTE_LOSS)

@@ -205,7 +205,7 @@ class Server:
 def shared_out(num_threads: int, limits: Limits) -> Limits:
     """The limits for which the threads suffice: each call holds one, and refusals need some."""
     reserved = max(1, num_threads // 12)  # for streams, for commits, and for refusals
-    calls = min(limits.max_calls_in_flight, max(1, num_threads // 2 - reserved))
+    calls = min(limits.max_calls_in_flight, num_threads // 2 - reserved // 2)
     return replace(
         limits,
         max_calls_in_flight=calls,
