@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long fuzz check audit format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-load test-long fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -65,6 +65,9 @@ audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory 
 
 test: setup  ## All tests that fit 12 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
+	$(BIN)/python -m pytest -q -s -m load tests/load
 
 test-long: setup  ## The tests of a minute or more
 	$(BIN)/python -m pytest -q -m slow

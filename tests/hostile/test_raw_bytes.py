@@ -105,7 +105,6 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.score(),
         world.sample_classes(),
         write_counts(world),
-        world.read_counts(),
         *[every(world) for every in LOSSES],
     ]
     by_method: dict[str, list[Message]] = {}

@@ -97,8 +97,8 @@ class Limits:
     max_commits_in_flight: Annotated[int, a("Commits and aborts at once.", ge=1)] = 16
     stream_idle_s: Annotated[float, a("Seconds without a byte after which a stream is dropped.", gt=0)] = 10.0
     max_calls_at_workers: Annotated[
-        int, a("Calls that the workers compute at once; others wait for their turn, by caller.", ge=1)
-    ] = 2
+        int, a("Calls at the workers at once; others wait for their turn, by caller.", ge=1)
+    ] = 8
     max_calls_arriving: Annotated[int, a("Calls at once whose message is on its way.", ge=1)] = 64
     max_message_s: Annotated[
         float, a("Seconds in which a message, either way, must be across; else its call is dropped.", gt=0)

@@ -50,6 +50,11 @@ class Catalog:
             raise TableNotFound(f"no table is named {table!r}; create it first", field="table")
         return owner
 
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that the tables remember."""
+        return sum(owner.sessions.num_sessions for owner in self.owners())
+
     def owners(self) -> list[TableOwner]:
         """All tables by name."""
         return [owner for _, owner in sorted(self._owners.copy().items())]

@@ -83,7 +83,7 @@ class TableOwner:
     ) -> None:
         self.spec, self.limits, self._turns = spec, limits, turns
         self.key = f"{spec.name}#{table_id}"  # the shards' name of it: a table made anew is another one
-        self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s)
+        self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s, limits.session_ttl_s)
         self.steps = Steps(limits.max_sessions)
         self.last_replies = LastReplies()
         self.counts = ClassCounts(spec.num_classes, spec.count_labels)

@@ -111,8 +111,11 @@ class TicketBudget:
 class Sessions:
     """All sessions of one table. Thread-safe."""
 
-    def __init__(self, table_id: str, budget: TicketBudget, max_sessions: int, ttl_s: float) -> None:
+    def __init__(
+        self, table_id: str, budget: TicketBudget, max_sessions: int, ttl_s: float, session_ttl_s: float = float("inf")
+    ) -> None:
         self._table_id, self._budget, self._max_sessions, self._ttl_s = table_id, budget, max_sessions, ttl_s
+        self._session_ttl_s = session_ttl_s
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._closed: OrderedDict[str, TicketState] = OrderedDict()
@@ -135,6 +138,11 @@ class Sessions:
         """Sessions that are remembered."""
         with self._lock:
             return len(self._sessions)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that this table remembers."""
+        return len(self._sessions)
 
     def knows(self, session: str) -> bool:
         """Whether this session has been seen and not forgotten."""
@@ -273,13 +281,22 @@ class Sessions:
         return len(doomed)
 
     def expire(self, now: float) -> int:
-        """Close the open tickets of every session not heard of for ttl_s; the number closed."""
+        """Close the open tickets of every session not heard of for ttl_s; the number closed.
+
+        A session without tickets is forgotten after session_ttl_s; what the ledger knows of its steps stays.
+        """
         with self._lock:
             stale = [s for s in self._sessions.values() if now - s.last_seen > self._ttl_s]
             doomed = [ticket for session in stale for ticket in session.tickets.values() if is_idle(ticket)]
             for ticket in doomed:
                 self._close(ticket, TicketState.EXPIRED)
+            self._forget(now)
             return len(doomed)
+
+    def _forget(self, now: float) -> None:
+        idle = [name for name, s in self._sessions.items() if now - s.last_seen > self._session_ttl_s and not s.tickets]
+        for name in idle:
+            del self._sessions[name]
 
     def clear(self) -> None:
         """Give every ticket back: the table is going away."""

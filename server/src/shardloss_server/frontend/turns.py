@@ -1,9 +1,12 @@
-"""Turns at the workers: few calls are there at once, and the others wait by caller, whoever was served least first.
+"""Turns at the workers: some calls are there at once, and the others wait by caller, whoever was served least first.
 
 A turn is held for one fan-out, and never while a call waits for its client or for another's step. What a caller was
 served is counted in seconds of turns. One that comes back after a pause begins where the last turn began, and may take
 a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
 (start-time fair queueing).
+
+What is at the workers already is before everybody, and many calls there keep the workers busiest. So there are many
+as long as all callers ask for as much; where one asks for less than its share there are few, and it is answered soon.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from shardloss.errors import Overloaded
 from shardloss_server.frontend.deadline import Deadline
 
 STALLED_S = 1.0  # a turn held for longer does not count any more: a worker that hangs must not hold up the others
+FEW_AT_ONCE, LIGHT_S = 2, 5.0  # turns at once, for so long after a light caller asked
+LIGHT_TURNS = 2  # by which a light caller is ahead at most: others are ahead by STEP_TURNS, as they always wait
 MOST_KNOWN = 1024  # callers, before those that were served least are forgotten
 FIRST_COST_S, NEW_SHARE = 0.005, 0.1  # what a turn takes as long as none has ended; the share of the last in the mean
 STEP_TURNS = 4  # turns of mean length that a caller may be ahead: a loss and its commit, which may score once more
@@ -46,6 +51,7 @@ class Turns:
         self._urgent: deque[Turn] = deque()
         self._waiting: dict[str, deque[Turn]] = {}
         self._served: dict[str, float] = {}
+        self._light_at = float("-inf")  # when a light caller asked last
         self._now_served = 0.0  # where the last turn began: nobody's next begins before it
         self.mean_s = FIRST_COST_S
         self.num_refused = 0
@@ -82,9 +88,14 @@ class Turns:
         with self._lock:
             if not goes_first:
                 self._refuse_late(turn.caller, deadline)
+            self._note_light(turn.caller)
             self._line_of(turn).append(turn)
             self._grant()
         return turn
+
+    def _note_light(self, caller: str) -> None:
+        if self._waiting and self._served.get(caller, 0.0) <= self._now_served + LIGHT_TURNS * self.mean_s:
+            self._light_at = self._clock()
 
     def _line_of(self, turn: Turn) -> deque[Turn]:
         return self._urgent if turn.goes_first else self._waiting.setdefault(turn.caller, deque())
@@ -109,7 +120,8 @@ class Turns:
         """Give free turns away."""
         while self._urgent or self._waiting:
             now = self._clock()
-            if sum(now - turn.began < STALLED_S for turn in self._held) >= self._max_at_once:
+            most = min(self._max_at_once, FEW_AT_ONCE) if now - self._light_at < LIGHT_S else self._max_at_once
+            if sum(now - turn.began < STALLED_S for turn in self._held) >= most:
                 return
             turn = self._urgent.popleft() if self._urgent else self._next()
             turn.began, turn.expected_s = now, self.mean_s
@@ -119,7 +131,7 @@ class Turns:
             turn.granted.set()
 
     def _next(self) -> Turn:
-        caller = min(self._waiting, key=self._share)
+        caller = min(self._waiting, key=lambda caller: (self._share(caller), self._served.get(caller, 0.0)))
         turns = self._waiting[caller]
         self._now_served = self._share(caller)
         turn = turns.popleft()

@@ -52,7 +52,7 @@ from shardloss_server.rpc.splicing import Splicing
 
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
-ADMIN_CALLS = 8  # at once, on the admin port; as many threads refuse
+ADMIN_CALLS = 16  # that arrive at once, on the admin port; three times as many may be inside
 MAX_CALLS_A_CONNECTION = 1024  # further ones wait inside their client
 STOP_S = 5.0  # for calls that were cut off to see it
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -93,9 +93,9 @@ class Server:
             for places in (limits.max_calls_arriving, ADMIN_CALLS)
         )
         self.gate = Gate(places_of(limits), arriving, call_log)
-        self.admin_gate = Gate(ADMIN_CALLS, arriving_admin, call_log)
+        self.admin_gate = Gate(3 * ADMIN_CALLS, arriving_admin, call_log)
         self._data = self._make_server(listening.num_threads, self.gate)
-        self._admin = self._make_server(2 * ADMIN_CALLS, self.admin_gate)
+        self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate)
         self._register()
         self.address = self._bind(self._data, listening.port)
         if listening.socket:
@@ -116,9 +116,11 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.max_concurrent_streams", MAX_CALLS_A_CONNECTION),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.http2.max_pings_without_data", 0),  # else two, and a silent peer would not be asked again
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", round(1000 * limits.peer_ping_s)),
                 ("grpc.keepalive_timeout_ms", round(1000 * limits.peer_answer_s)),
+                ("grpc.http2.ping_timeout_ms", round(1000 * limits.peer_answer_s)),  # what counts, and is 60 s else
                 ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
             interceptors=[gate, *self._interceptors],
@@ -203,7 +205,7 @@ class Server:
 def shared_out(num_threads: int, limits: Limits) -> Limits:
     """The limits for which the threads suffice: each call holds one, and refusals need some."""
     reserved = max(1, num_threads // 12)  # for streams, for commits, and for refusals
-    calls = min(limits.max_calls_in_flight, max(1, num_threads // 2 - reserved))
+    calls = min(limits.max_calls_in_flight, num_threads // 2 - reserved // 2)
     return replace(
         limits,
         max_calls_in_flight=calls,

@@ -1,0 +1,324 @@
+"""Too many calls, silent ones, peers that are gone: refused with a hint or dropped, and every gauge is 0 again."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+
+import grpc
+import numpy as np
+import pytest
+import shardloss
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from shardloss import wire
+from shardloss.errors import LimitExceeded, Overloaded, ServerUnavailable, ShardlossError
+from shardloss.v1 import loss_pb2, server_pb2, server_pb2_grpc
+from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.config import Limits, Listening, ServerConfig
+from shardloss_server.rpc.serve import Server
+
+from tests.conformance.faulty import FaultyGroup
+
+from .http2 import Connection
+from .world import LIMITS, World, once
+
+PATIENCE_S = 20.0
+COMPUTE_LOSS, INFO = "/shardloss.v1.LossService/ComputeLoss", "/shardloss.v1.ServerService/GetServerInfo"
+DETAILS_KEY = "grpc-status-details-bin"
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come about"
+        pause.wait(0.005)
+
+
+@contextmanager
+def serving(num_threads: int = 48, **limits: float) -> Iterator[tuple[Server, FaultyGroup]]:
+    """A server of low limits over a group that can be held up."""
+    inner = LocalGroup(1)
+    group = FaultyGroup(inner)
+    listening = Listening(port=0, admin_port=0, num_threads=num_threads)
+    server = Server(group, ServerConfig(listening, dataclasses.replace(LIMITS, **limits)))
+    server.start()
+    try:
+        yield server, group
+    finally:
+        server.stop(grace_s=0.5)
+        inner.close()
+
+
+def assert_idle(server: Server) -> None:
+    """Every gauge goes back to 0."""
+    handlers = server.handlers
+    counted = (handlers.admission, handlers.commits, handlers.stream_bytes)
+    eventually(lambda: server.gate.num_inside == server.gate.arriving.num_streams == 0, "an empty gate")
+    eventually(lambda: all(places.num_calls == places.num_bytes == 0 for places in counted), "free places")
+    eventually(lambda: handlers.streams.num_streams == handlers.unsent.num_bytes == 0, "the end of streams and replies")
+    eventually(lambda: server.catalog.turns.num_held == server.catalog.turns.num_waiting == 0, "no turns")
+
+
+def retry_info(failure: grpc.RpcError) -> float:
+    """The hint of a refusal as any client reads it, seconds."""
+    details = dict(failure.trailing_metadata())[DETAILS_KEY]
+    for packed in status_pb2.Status.FromString(details).details:
+        info = error_details_pb2.RetryInfo()
+        if packed.Unpack(info):
+            return info.retry_delay.ToMilliseconds() / 1000
+    return 0.0
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0\0\1\0abc"], ids=["nothing", "a beginning"])
+def test_calls_whose_message_does_not_come_are_dropped(fresh_name: Callable[[], str], sent: bytes) -> None:
+    """However many stand on one connection, others are answered; then they are gone, and what they held is free."""
+    with serving(max_calls_arriving=8, max_message_s=2.0) as (server, _), Connection(server.address) as silent:
+        for _ in range(60):
+            silent.call(COMPUTE_LOSS, sent)
+        eventually(lambda: server.gate.arriving.num_streams > 2, "silent calls")
+        with shardloss.connect(server.address) as client:
+            world = World(server, client, fresh_name())
+            world.assert_untouched()
+        assert server.gate.arriving.num_refused > 0
+        eventually(lambda: server.gate.arriving.num_dropped > 2, "the end of the silent calls")
+        assert_idle(server)
+
+
+def test_silent_calls_do_not_silence_the_admin_port() -> None:
+    """Health is answered there beside as many of them as a connection may open."""
+    with serving(max_message_s=1.0) as (server, _), Connection(server.admin_address) as silent:
+        for _ in range(60):
+            silent.call("/grpc.health.v1.Health/Check")
+        eventually(lambda: server.admin_gate.num_inside > 0, "silent calls")
+        with grpc.insecure_channel(server.admin_address) as channel:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        eventually(lambda: server.admin_gate.num_inside == 0, "the end of the silent calls")
+
+
+def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
+    """By the gate, before a byte of its message: the status is ours, with a reason and RetryInfo."""
+    with serving(num_threads=16, max_calls_arriving=4, max_message_s=PATIENCE_S) as (server, _), ExitStack() as open_:
+        for _ in range(12):
+            silent = open_.enter_context(Connection(server.address))
+            silent.call(COMPUTE_LOSS)
+        eventually(lambda: server.gate.arriving.num_streams >= 4, "full places")
+        channel = open_.enter_context(grpc.insecure_channel(server.address))
+        with pytest.raises(grpc.RpcError) as refused:
+            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert retry_info(refused.value) > 0
+
+
+def test_a_reply_that_nobody_reads_is_dropped() -> None:
+    """Its bytes are held no longer than a message may take, though its handler ended long before."""
+    with serving(max_message_s=0.5) as (server, _), Connection(server.address, window=0) as deaf:
+        for _ in range(20):
+            deaf.call(INFO, b"\0\0\0\0\0", is_whole=True)
+        eventually(lambda: server.handlers.unsent.num_bytes > 0, "unread replies")
+        eventually(lambda: server.handlers.unsent.num_dropped == 20, "the end of their calls")
+        assert_idle(server)
+
+
+def test_every_refusal_of_an_overload_has_a_hint_and_is_counted(fresh_name: Callable[[], str]) -> None:
+    """30 calls at once for 4 places: those refused say when to come back, the others are answered."""
+    with serving(max_calls_in_flight=4) as (server, group), shardloss.connect(server.address) as client:
+        world = World(server, client, fresh_name())
+        go = threading.Event()
+        group.before_score = lambda: go.wait(PATIENCE_S)
+        calls = [client.losses.ComputeLoss.future(world.full(), timeout=PATIENCE_S) for _ in range(30)]
+        eventually(lambda: sum(call.done() for call in calls) >= 26, "the refusals")
+        go.set()
+        refused = [call for call in calls if call.exception() is not None]
+        assert 26 <= len(refused) < 30
+        assert all(call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_info(call) > 0 for call in refused)
+        assert len({retry_info(call) for call in refused}) > 10, "clients of equal hints come back together"
+        assert server.handlers.admission.num_refused + server.gate.arriving.num_refused == len(refused)
+        assert_idle(server)
+
+
+def test_the_client_comes_back_when_the_hint_says(fresh_name: Callable[[], str]) -> None:
+    """20 trainers on 2 places all finish: refusals are repeated until they find one."""
+    with serving(max_calls_in_flight=2) as (server, _), shardloss.connect(server.address) as client:
+        world = World(server, client, fresh_name())
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: world.table.read_rows(np.arange(3)).version, range(40)))
+        assert answers == [3] * 40
+        assert_idle(server)
+
+
+def test_abandoned_sessions_and_tickets_are_forgotten(fresh_name: Callable[[], str]) -> None:
+    """Tickets after ticket_ttl_s, their sessions after session_ttl_s; a forgotten one may begin anew."""
+    with serving(ticket_ttl_s=0.3, session_ttl_s=0.6) as (server, _), shardloss.connect(server.address) as client:
+        table = client.create_table(fresh_name(), num_classes=11, dim=5)
+        hidden, labels = np.ones((2, 5), np.float32), np.zeros(2, int)
+        sessions = [table.session() for _ in range(50)]
+        for session in sessions:
+            session.compute_loss(hidden, labels, shardloss.FullSoftmax())
+        assert server.catalog.num_sessions > 0
+        eventually(lambda: server.catalog.budget.num_tickets == server.catalog.num_sessions == 0, "empty gauges")
+        assert server.catalog.budget.num_bytes == 0
+        again = sessions[0].compute_loss(hidden, labels, shardloss.FullSoftmax())
+        assert sessions[0].commit([(again, None)], learning_rate=0.1).version == 1
+
+
+def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str]) -> None:
+    """Health says NOT_SERVING first, a new call is refused as SERVER_UNAVAILABLE, and the step ends as it began."""
+    with serving() as (server, group), shardloss.connect(server.address) as client, ExitStack() as open_:
+        world = World(server, client, fresh_name())
+        entered, go = threading.Event(), threading.Event()
+        group.before_apply = lambda: (entered.set(), go.wait(PATIENCE_S))
+        open_.callback(go.set)
+        committing = client.losses.Commit.future(world.commit(), timeout=PATIENCE_S)
+        assert entered.wait(PATIENCE_S)
+        stopping = threading.Thread(target=lambda: server.stop(grace_s=PATIENCE_S))
+        stopping.start()
+        channel = open_.enter_context(grpc.insecure_channel(server.admin_address))
+        health = health_pb2_grpc.HealthStub(channel)
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        eventually(lambda: health.Check(health_pb2.HealthCheckRequest()).status == not_serving, "NOT_SERVING")
+        with pytest.raises(ServerUnavailable):
+            once(client.losses.ComputeLoss, world.full())
+        assert not committing.done()
+        go.set()
+        assert committing.result(PATIENCE_S).version == 4
+        stopping.join(PATIENCE_S)
+        assert not stopping.is_alive()
+
+
+class Cable:
+    """A way to a server that can be cut: the bytes of both sides are lost from then on, and nobody is told."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.rsplit(":", 1)
+        self._target = host, int(port)
+        self._is_cut = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = [self._listener]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                if not self._is_cut:
+                    sink.sendall(content)
+
+    def cut(self) -> None:
+        self._is_cut = True
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+
+
+def test_calls_of_a_peer_behind_a_cut_cable_end(fresh_name: Callable[[], str]) -> None:
+    """A peer that does not answer a ping is gone: its call, which has no deadline, gives its place back."""
+    with (
+        serving(peer_ping_s=1.0, peer_answer_s=1.0, max_deadline_s=600.0) as (server, _),
+        shardloss.connect(server.address) as client,
+    ):
+        world = World(server, client, fresh_name())
+        request = world.full()
+        request.session, request.step, request.after_step = "open", 9, 8
+        with closing(Cable(server.address)) as cable, grpc.insecure_channel(cable.address) as channel:
+            call = channel.unary_unary(
+                COMPUTE_LOSS, loss_pb2.ComputeLossRequest.SerializeToString, loss_pb2.ComputeLossResponse.FromString
+            ).future(request)
+            eventually(lambda: server.handlers.admission.num_calls == 1, "the waiting call")
+            cable.cut()
+            assert_idle(server)
+            call.cancel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Exceeded:
+    """A limit set so low that the second of two sessions' losses exceeds it, and how that is refused."""
+
+    limit: str
+    value: float
+    error: type[ShardlossError]
+
+    def __str__(self) -> str:
+        return self.limit
+
+
+EXCEEDED = [
+    Exceeded("max_open_tickets", 1, Overloaded),
+    Exceeded("max_ticket_bytes", 1_000, Overloaded),
+    Exceeded("max_ticket_bytes", 20, LimitExceeded),
+    Exceeded("max_sessions", 1, Overloaded),
+]
+
+
+@pytest.mark.parametrize("exceeded", EXCEEDED, ids=str)
+def test_a_limit_of_tickets_and_sessions_is_kept(exceeded: Exceeded, fresh_name: Callable[[], str]) -> None:
+    """The refusal names the reason, and hints where it may be repeated; once a step is given up there is room again."""
+    with serving(**{exceeded.limit: exceeded.value}) as (server, _), shardloss.connect(server.address) as client:
+        table = client.create_table(fresh_name(), num_classes=11, dim=5)
+        request = loss_pb2.ComputeLossRequest(
+            table=table.name,
+            hidden=wire.encode(np.ones((2, 5), np.float32)),
+            labels=wire.encode(np.zeros(2, int)),
+            full_softmax=loss_pb2.FullSoftmax(),
+        )
+
+        def loss(session: str) -> loss_pb2.ComputeLossResponse:
+            request.session, request.step = session, 1
+            return once(client.losses.ComputeLoss, request)
+
+        def open_all() -> None:
+            for session in "abcdefgh":
+                loss(session)
+
+        with pytest.raises(exceeded.error) as refused:
+            open_all()
+        if exceeded.error is Overloaded:
+            assert refused.value.retry_after_s > 0
+            once(client.losses.Abort, loss_pb2.AbortRequest(table=table.name, session="a", step=1))
+            assert loss("z").ticket
+        request.session, request.step = "", 0
+        assert once(client.losses.ComputeLoss, request).loss.inline
+
+
+@pytest.mark.parametrize("kind", ["max_calls_in_flight", "max_commits_in_flight"])
+def test_a_limit_of_calls_is_kept(kind: str, fresh_name: Callable[[], str]) -> None:
+    """One call holds the only place: the next of its kind is refused, one of the other kind is not."""
+    with serving(**{kind: 1}) as (server, group), shardloss.connect(server.address) as client:
+        world = World(server, client, fresh_name())
+        entered, go = threading.Event(), threading.Event()
+        group.before_apply = group.before_score = lambda: (entered.set(), go.wait(PATIENCE_S))
+        commits, calls = (client.losses.Commit, world.commit()), (client.losses.ComputeLoss, world.full())
+        (method, request), (other, other_request) = (calls, commits) if "calls" in kind else (commits, calls)
+        first = method.future(request, timeout=PATIENCE_S)
+        assert entered.wait(PATIENCE_S)
+        with pytest.raises(Overloaded) as refused:
+            once(method, request)
+        assert refused.value.retry_after_s > 0
+        second = other.future(other_request, timeout=PATIENCE_S)
+        eventually(lambda: server.catalog.turns.num_held + server.catalog.turns.num_waiting == 2, "the other call")
+        go.set()
+        assert first.result(PATIENCE_S)
+        assert second.result(PATIENCE_S)
+        assert_idle(server)
+
+
+def test_every_limit_is_reported() -> None:
+    """GetServerInfo has a field of each, so that nobody finds one out by being refused."""
+    names = {field.name for field in dataclasses.fields(Limits)}
+    assert names == {field.name for field in server_pb2.ServerLimits.DESCRIPTOR.fields}

@@ -1,0 +1,96 @@
+"""Places and hints: nobody holds so many that others find none, and who is refused comes back in a line."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+import pytest
+from shardloss.errors import Overloaded
+from shardloss_server.frontend.admission import Admission, LiveStreams, Unsent
+from shardloss_server.frontend.hints import LEAST_S, MOST_S, Hints
+
+
+def take(places: Admission, stack: ExitStack, caller: str, num_bytes: int = 1) -> int:
+    """Places that a caller gets before it is refused."""
+    for count in range(100):
+        try:
+            stack.enter_context(places.admit(num_bytes, caller))
+        except Overloaded:
+            return count
+    raise AssertionError("nothing was refused")
+
+
+def test_a_caller_leaves_as_many_places_as_it_holds() -> None:
+    """Alone it gets half of them and one; the next gets half of the rest; all are free again afterwards."""
+    places = Admission(15, 1000, "max")
+    with ExitStack() as stack:
+        assert [take(places, stack, caller) for caller in "abc"] == [8, 4, 2]
+        assert places.num_refused == 3
+        assert places.num_calls == 14
+    assert (places.num_calls, places.num_bytes) == (0, 0)
+
+
+def test_bytes_are_shared_as_places_are() -> None:
+    places = Admission(100, 1000, "max")
+    with ExitStack() as stack:
+        assert [take(places, stack, caller, 100) for caller in "ab"] == [5, 3]
+        assert places.num_bytes == 800
+
+
+def test_one_call_may_be_larger_than_all_bytes() -> None:
+    """Where nothing else is inside: its own limit is another one."""
+    places = Admission(4, 10, "max")
+    with places.admit(50, "a"):
+        assert places.num_bytes == 50
+
+
+def test_hints_stand_in_a_line() -> None:
+    """Each refused call is told to come after the one before, as fast as places become free, until MOST_S."""
+    now = 50.0
+    hints = Hints(lambda: now, lambda _low, _high: 1.0)
+    for _ in range(200):
+        hints.ended(held_s=1.0, num_calls=10)
+    line = [hints.next() for _ in range(60)]
+    assert line == sorted(line)
+    assert line[9] == pytest.approx(1.0, rel=0.01)
+    assert line[-1] <= MOST_S
+    now += 1000
+    assert LEAST_S <= hints.next() < line[5]
+
+
+def test_equal_hints_are_spread() -> None:
+    """Also at the end of the line, where the hint is bounded."""
+    hints = Hints(lambda: 0.0)
+    given = [hints.next() for _ in range(2000)]
+    assert len(set(given[-100:])) == 100
+    assert all(LEAST_S / 2 < hint <= MOST_S for hint in given)
+
+
+@pytest.mark.parametrize("num_streams, after_s", [(1, 8.5), (4, 1.0)])
+def test_a_silent_stream_is_dropped_sooner_where_places_are_few(num_streams: int, after_s: float) -> None:
+    """After nearly all of idle_s while most places are free; after a tenth of it where none is."""
+    streams, dropped = LiveStreams(4, 10.0, "max"), []
+    with ExitStack() as stack:
+        for number in range(num_streams):
+            stack.enter_context(streams.stream(lambda number=number: dropped.append(number), f"{number}"))
+        now = time.monotonic()
+        assert streams.drop_silent(now + 0.9 * after_s) == 0
+        assert streams.drop_silent(now + 1.1 * after_s) == num_streams == len(dropped)
+    assert streams.num_streams == 0
+
+
+def test_unread_replies_are_bounded() -> None:
+    """Their bytes are free as the calls end; a call that has ended already is not counted."""
+    unsent, ends = Unsent(100, 1.0), []
+
+    def at_end(end: object) -> bool:
+        ends.append(end)
+        return True
+
+    unsent.hand_over(90, lambda: "a", at_end)
+    with pytest.raises(Overloaded):
+        unsent.hand_over(11, lambda: "b", at_end)
+    ends[0]()
+    unsent.hand_over(50, lambda: "c", lambda _end: False)
+    assert unsent.num_bytes == 0
