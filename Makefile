@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long fuzz check format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-long test-compose fuzz check format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,10 +56,13 @@ bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rival
 	touch $@
 
 test: setup  ## All tests that fit 12 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not compose"
 
 test-long: setup  ## The tests of a minute or more
 	$(BIN)/python -m pytest -q -m slow
+
+test-compose: setup  ## The compose file on a real engine: images, health, training, a killed worker (minutes)
+	$(BIN)/python -m pytest -q -s -m compose tests/compose
 
 fuzz: setup  ## Ten minutes of spoilt requests and noise, from another seed each time; make test does 30 s of it
 	SHARDLOSS_FUZZ_S=600 SHARDLOSS_FUZZ_SEED=$(shell date +%s) $(BIN)/python -m pytest -q -s --timeout 900 tests/hostile/test_fuzz.py
