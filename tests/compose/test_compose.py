@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,14 +116,14 @@ def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
 ) -> None:
     """ROWS_LOST and never a wrong number; a crashed one is restarted, one that was killed by hand when it is started."""
     hidden, labels = np.ones((N, D), np.float32), np.arange(N) % V
-    how = "killed by hand" if by_engine else "crashed"
+    how, name = ("killed by hand", "by-hand") if by_engine else ("crashed", "crashed")
 
     def train(session: shardloss.Session) -> int:
         result = session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
         assert result.committed is not None
         return result.committed.version
 
-    session = client.create_table("killed", num_classes=V, dim=D, num_shards=2).session()
+    session = client.create_table(name, num_classes=V, dim=D, num_shards=2).session()
     steps = [train(session) for _ in range(3)]
     assert steps == [1, 2, 3]
     victim = project.containers("worker")[0]
@@ -132,16 +133,16 @@ def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
         repeat(lambda: train(session), LOST_S)
     figures[f"a worker {how}: ROWS_LOST after, s"] = f"{time.monotonic() - began:.1f}"
     figures[f"a worker {how}: what it says"] = str(raised.value)
-    client.delete_table("killed")
+    client.delete_table(name)
     if by_engine:
         output(["docker", "start", victim])
     else:
         eventually(lambda: project.state(victim)["RestartCount"] > restarts, "it is restarted", HEALTHY_S)
-    again = client.create_table("killed", num_classes=V, dim=D, num_shards=2).session()
+    again = client.create_table(name, num_classes=V, dim=D, num_shards=2).session()
     assert train(again) == 1
     figures[f"a worker {how}: trained again after, s"] = f"{time.monotonic() - began:.1f}"
     eventually(lambda: project.is_healthy("worker"), "all workers are healthy", HEALTHY_S)
-    client.delete_table("killed")
+    client.delete_table(name)
 
 
 def kill(container: str, by_engine: bool) -> None:
@@ -149,13 +150,11 @@ def kill(container: str, by_engine: bool) -> None:
     if by_engine:
         output(["docker", "kill", container])
     else:
-        with pytest.raises(AssertionError, match="137"):
-            output(["docker", "exec", container, "sh", "-c", "kill -9 -1"])
+        subprocess.run(["docker", "exec", container, "sh", "-c", "kill -9 -1"], timeout=LOST_S, check=False)
 
 
-def repeat(step: object, timeout_s: float) -> None:
-    """Call until it raises."""
-    assert callable(step)
+def repeat(step: Callable[[], object], timeout_s: float) -> None:
+    """Call until it raises, or the time is over."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         step()
