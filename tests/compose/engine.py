@@ -31,7 +31,9 @@ def output(command: list[str], timeout_s: float = COMMAND_S, **options: Any) -> 
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace", **options
     )
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+    )
     return done.stdout
 
 
@@ -47,7 +49,8 @@ def compose_command() -> list[str]:
     if engine.returncode:
         raise NoEngine(f"no engine answers: {engine.stderr.strip().splitlines()[-1:]}")
     for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and not subprocess.run([*command, "version"], capture_output=True).returncode:
+        asked = [*command, "version"]
+        if shutil.which(command[0]) and not subprocess.run(asked, capture_output=True, check=False).returncode:
             return command
     raise NoEngine("neither docker compose nor docker-compose is here")
 
@@ -115,4 +118,8 @@ class Project:
     def left(self) -> list[str]:
         """Containers, networks and volumes that are still there."""
         kinds = (["ps", "-aq"], ["network", "ls", "-q"], ["volume", "ls", "-q"])
-        return [each for kind in kinds for each in output(["docker", *kind, "--filter", f"label={LABEL}={self.name}"]).split()]
+        return [
+            each
+            for kind in kinds
+            for each in output(["docker", *kind, "--filter", f"label={LABEL}={self.name}"]).split()
+        ]

@@ -114,7 +114,7 @@ def test_the_example_trains_through_it(project: Project, figures: Figures) -> No
 def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
     project: Project, client: shardloss.LossClient, figures: Figures, by_engine: bool
 ) -> None:
-    """ROWS_LOST and never a wrong number; a crashed one is restarted, one that was killed by hand when it is started."""
+    """ROWS_LOST and never a wrong number; a crashed one is restarted, one killed by hand once it is started."""
     hidden, labels = np.ones((N, D), np.float32), np.arange(N) % V
     how, name = ("killed by hand", "by-hand") if by_engine else ("crashed", "crashed")
 
