@@ -74,6 +74,7 @@ format: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/hadolint deploy/docker/Dockerfile
 
 types: setup
 	$(BIN)/mypy
