@@ -111,7 +111,7 @@ def test_a_service_has_no_privilege(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
-    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["security_opt"] == ["no-new-privileges=true"]
     assert "max-size" in service["logging"]["options"]
     assert "healthcheck" in service
     assert not service.keys() & {"privileged", "user", "ulimits", "cap_add", "pid", "ipc"}

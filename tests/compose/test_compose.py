@@ -68,6 +68,8 @@ def client(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_two_workers_serve(project: Project, client: shardloss.LossClient, figures: Figures) -> None:
     """As many as --scale asked for; images are measured."""
     assert client.server_info().num_workers == 2
+    status = json.loads(project.inside("server", "shardloss", "status", "--output", "json"))
+    assert [worker["up"] for worker in status["workers"]] == [True, True]
     for target in ("cpu", "demo"):
         size = output(["docker", "image", "inspect", "--format", "{{.Size}}", f"shardloss:{target}"])
         figures[f"image {target}, MB"] = f"{int(size) / MB:.0f}"
