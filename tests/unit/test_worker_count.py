@@ -14,7 +14,7 @@ def test_without_a_number_there_is_one_worker_a_core_and_each_tells_of_itself() 
     num_threads = torch.get_num_threads()
     group = make_group(Workers(workers=0, local=True))
     try:
-        assert [seen.worker for seen in group.stats(10.0)] == list(range(os.cpu_count() or 1))
+        assert [seen.index for seen in group.stats(10.0)] == list(range(os.cpu_count() or 1))
     finally:
         group.close()
         torch.set_num_threads(num_threads)
