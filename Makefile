@@ -9,7 +9,7 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-load test-long fuzz check audit format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -64,13 +64,16 @@ audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory 
 	.venv-audit/bin/python tools/audit.py $(if $(OSV_URL),--service $(OSV_URL))
 
 test: setup  ## All tests that fit 12 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not compose and not load"
 
 test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
 	$(BIN)/python -m pytest -q -s -m load tests/load
 
 test-long: setup  ## The tests of a minute or more
 	$(BIN)/python -m pytest -q -m slow
+
+test-compose: setup  ## The compose file on a real engine: images, health, training, a killed worker (minutes)
+	$(BIN)/python -m pytest -q -s -m compose tests/compose
 
 fuzz: setup  ## Ten minutes of spoilt requests and noise, from another seed each time; make test does 30 s of it
 	SHARDLOSS_FUZZ_S=600 SHARDLOSS_FUZZ_SEED=$(shell date +%s) $(BIN)/python -m pytest -q -s --timeout 900 tests/hostile/test_fuzz.py
@@ -82,6 +85,7 @@ format: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/hadolint deploy/docker/Dockerfile
 
 types: setup
 	$(BIN)/mypy

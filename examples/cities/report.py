@@ -20,12 +20,16 @@ from examples.cities.settings import Settings
 from examples.cities.train import Curve
 
 RECENT = 20  # steps that the shown loss and speed are taken over
+LINE_S = 10.0
 SMOOTH = 50  # steps that the picture's line is the mean of
 
 
 @contextmanager
 def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], None]]:
-    """A bar with the loss and the rows a second of the last steps; yields what to call after each step."""
+    """A bar with the loss and the rows a second of the last steps; yields what to call after each step.
+
+    Where no terminal shows a bar, as in a container's log: a line every LINE_S.
+    """
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -36,9 +40,15 @@ def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], Non
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
         task = bar.add_task("training", total=num_steps, loss=float("nan"), rows_per_s=0.0)
 
+        next_line_s = LINE_S
+
         def on_step(curve: Curve) -> None:
-            loss = float(np.mean(curve.losses[-RECENT:]))
-            bar.update(task, completed=len(curve.losses), loss=loss, rows_per_s=recent_speed(curve))
+            nonlocal next_line_s
+            num_done, loss, speed = len(curve.losses), float(np.mean(curve.losses[-RECENT:])), recent_speed(curve)
+            bar.update(task, completed=num_done, loss=loss, rows_per_s=speed)
+            if not console.is_terminal and curve.train_s >= next_line_s:
+                console.print(f"training: {num_done:,} of {num_steps:,} steps, loss {loss:.3f}, {speed:,.0f} rows/s")
+                next_line_s = curve.train_s + LINE_S
 
         yield on_step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
@@ -60,7 +61,7 @@ class FanoutGroup(ABC):
         self._num_workers = num_workers
         self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
         self._pid_of: dict[int, int] = {}  # as each worker was last seen
-        self._num_restarts = [0] * num_workers
+        self._num_restarts: Counter[int] = Counter()
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:

@@ -32,7 +32,7 @@ from shardloss_server.shard.record import Part
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE, ROUTE = range(1, 8)
 SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
 SWEEP_MS = 1000
-WITHOUT_ROWS = {"create", "drop", "echo"}  # what a worker answers that has lost its rows
+WITHOUT_ROWS = {"create", "drop", "echo", "stats"}  # what a worker answers that has lost its rows
 
 log = logging.getLogger(__name__)
 Timed = tuple[float, dict[int, Any]]  # seconds that a worker computed, and its answer

@@ -40,6 +40,7 @@ OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk a
 START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 10.0
 JOINED_POLL_S = 0.2
+JOINED_S = 5.0  # after its head, a cluster's nodes come back within seconds of each other
 DEATH_POLL_S = 0.5
 log = logging.getLogger(__name__)
 
@@ -154,19 +155,23 @@ def resources() -> dict[str, float]:
     return found
 
 
-def all_there_is(timeout_s: float) -> int:
-    """As many workers as the cluster has GPUs, or else CPUs; waits until it has one.
+def all_there_is(timeout_s: float, settled_s: float) -> int:
+    """As many workers as the cluster has GPUs, or else CPUs, once no node has come or gone for settled_s.
 
     Raises:
-        WorkersNotStarted: no node with either has joined in time.
+        WorkersNotStarted: there are none in time.
     """
-    left = remaining_until(time.monotonic() + timeout_s)
+    found, since = 0, time.monotonic()
+    left = remaining_until(since + timeout_s)
     while left():
         has = resources()
-        if found := int(has.get("GPU", 0.0)) or int(has.get("CPU", 0.0)):
+        seen = int(has.get("GPU", 0.0)) or int(has.get("CPU", 0.0))
+        if seen != found:
+            found, since = seen, time.monotonic()
+        elif found and time.monotonic() - since >= settled_s:
             return found
         time.sleep(JOINED_POLL_S)
-    raise WorkersNotStarted(f"no node with a CPU or a GPU joined the cluster within {timeout_s:.0f} s: add nodes")
+    raise WorkersNotStarted(f"no node with a CPU or a GPU is in the cluster after {timeout_s:.0f} s: add nodes")
 
 
 def has_died(actor: Any) -> bool:
@@ -233,7 +238,7 @@ class RayGroup(FanoutGroup):
         try:
             if self._owns_ray:
                 self._start_ray(address)
-            self._num_workers = num_workers or all_there_is(START_TIMEOUT_S)
+            self._num_workers = num_workers or all_there_is(START_TIMEOUT_S, JOINED_S if address else 0.0)
             register_tensors()
             self._start_actors(num_threads, kept_bytes, with_links=links)
             self._watcher.start()

@@ -1,0 +1,175 @@
+"""What is deployed is what was promised: images without privileges, a compose file that names what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from shardloss_server.settings import ALL
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text()
+INSTRUCTIONS = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE)).splitlines()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+GPU: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = sorted(name for name, service in SERVICES.items() if service["image"].startswith("${SHARDLOSS"))
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = str(1 << 30), str(2**31 - 1), "1"  # docs/design.md
+
+
+def stages() -> dict[str, list[str]]:
+    """The instructions of each stage, by its name."""
+    found: dict[str, list[str]] = {}
+    for line in INSTRUCTIONS:
+        if line.startswith("FROM "):
+            name = line.split(" AS ")[1]
+            found[name] = []
+        elif line and found:
+            found[name].append(line)
+    return found
+
+
+def base_of(stage: str) -> str:
+    """What a stage is made from."""
+    return re.search(rf"(?m)^FROM (\S+) AS {stage}$", DOCKERFILE)[1]  # type: ignore[index]
+
+
+def lineage(stage: str) -> list[str]:
+    """A stage and all that it is made from."""
+    return [stage, *lineage(base_of(stage))] if stage in stages() else []
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "demo"])
+def test_a_target_runs_as_nobody_on_the_slim_base(target: str) -> None:
+    """Its last USER is no root; nothing is installed in the stages it is made of; it comes from the pinned base."""
+    made_of = lineage(target)
+    lines = [line for stage in reversed(made_of) for line in stages()[stage]]
+    assert base_of(made_of[-1]) == "${PYTHON_IMAGE}"
+    assert [line for line in lines if line.startswith("USER ")][-1] == "USER 10001:10001"
+    assert not [line for line in lines if re.search(r"apt|pip3? install|\$INSTALL|curl|wget|git ", line)]
+    assert "pip uninstall" in " ".join(lines)
+
+
+def test_the_base_is_pinned_and_the_file_is_plain() -> None:
+    """A version and a release in its tag; no syntax line, no mount: the classic builder takes it, too."""
+    assert INSTRUCTIONS[0] == "ARG PYTHON_IMAGE=python:3.11-slim-bookworm"
+    assert "syntax=" not in DOCKERFILE
+    assert "--mount" not in DOCKERFILE
+
+
+def test_every_requirement_is_pinned_by_the_one_file() -> None:
+    """Each installation has the constraints; the allocator's variables are what the code sets."""
+    lines = "\n".join(line for lines in stages().values() for line in lines)
+    installs = re.findall(r"pip [^&\n]*\binstall\b[^&\n]*", lines)
+    assert len(installs) >= 2
+    assert all("--constraint constraints.txt" in each for each in installs)
+    runtime = " ".join(stages()["runtime"])
+    for name, value in (
+        ("MALLOC_MMAP_THRESHOLD_", M_MMAP_THRESHOLD),
+        ("MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD),
+        ("MALLOC_ARENA_MAX", M_ARENA_MAX),
+        ("OMP_NUM_THREADS", "1"),
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+    ):
+        assert re.search(rf"\b{name}={value}(\s|$)", runtime), name
+
+
+def test_no_secret_and_no_junk_reaches_the_engine() -> None:
+    """Everything is left out but what is named; what is copied exists."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    assert {"**/*.token", "**/*.key", "**/*.pem"} <= set(lines)
+    kept = [line[1:] for line in lines if line.startswith("!")]
+    for line in INSTRUCTIONS:
+        if line.startswith("COPY ") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(source == path or source.startswith(path + "/") for path in kept), source
+    assert not re.search(r"(?i)(password|secret|token)\s*=\s*\S", DOCKERFILE)
+
+
+def test_health_and_start_are_commands_that_exist() -> None:
+    """The image's own health check, and the one of the compose file."""
+    from shardloss_server.__main__ import app
+
+    commands = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
+    assert {"serve", "health"} <= commands
+    assert 'CMD ["shardloss-server", "health", "--address", "127.0.0.1:7071"]' in DOCKERFILE
+
+
+def environment_of(service: dict[str, Any]) -> dict[str, Any]:
+    """Its variables."""
+    return dict(service.get("environment") or {})
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_has_no_privilege(name: str) -> None:
+    """A root file system that is read only, no capability, no more of them later, bounded logs, a health check."""
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges=true"]
+    assert "max-size" in service["logging"]["options"]
+    assert "healthcheck" in service
+    assert not service.keys() & {"privileged", "user", "ulimits", "cap_add", "pid", "ipc"}
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_ports_are_published_on_this_machine_alone(name: str) -> None:
+    """And by a variable, so that another port can be taken."""
+    for port in SERVICES[name].get("ports", []):
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{SHARDLOSS_PUBLISH_[A-Z_]+:-\d+\}:\d+", port), port
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_setting_in_the_compose_file_exists(name: str) -> None:
+    """A setting of the server by its variable; no other variable looks like one."""
+    known = {setting.variable for setting in ALL.values()}
+    ours = {key for key in environment_of(SERVICES[name]) if key.startswith("SHARDLOSS_SERVER_")}
+    assert ours <= known, ours - known
+
+
+@pytest.mark.parametrize("name", ["head", "worker", "server"])
+def test_ray_asks_for_its_token_on_every_node(name: str) -> None:
+    """Said everywhere; its volume is nobody else's but theirs and init's."""
+    environment = environment_of(SERVICES[name])
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_AUTH_TOKEN_PATH"] == "/ray-token/token"
+    holders = {each for each, s in SERVICES.items() if any("ray-token" in str(v) for v in s.get("volumes", []))}
+    assert holders == {"init", "head", "worker", "server"}
+
+
+def test_a_node_that_is_silent_is_dead_in_seconds() -> None:
+    """Ray's own periods took 65 s (docs/design.md, "What was measured")."""
+    head = environment_of(SERVICES["head"])
+    found = [int(head[f"RAY_health_check_{each}"]) for each in ("period_ms", "timeout_ms", "failure_threshold")]
+    assert found == [1000, 2000, 3]
+
+
+def test_a_stop_leaves_time_to_drain() -> None:
+    """The engine kills later than the front end gives up."""
+    server = SERVICES["server"]
+    grace = int(server["stop_grace_period"].removesuffix("s"))
+    assert grace > float(environment_of(server)["SHARDLOSS_SERVER_DRAIN_S"])
+
+
+def test_the_compose_file_suits_both_composes() -> None:
+    """No version key, which v2 warns of and 1.29 needs not; workers are started again; volumes have names."""
+    assert "version" not in COMPOSE
+    assert SERVICES["worker"]["restart"] == "on-failure"
+    named = {
+        str(v).split(":")[0] for s in SERVICES.values() for v in s.get("volumes", []) if not str(v).startswith(".")
+    }
+    assert named == set(COMPOSE["volumes"])
+    targets = {s["build"]["target"] for file in (COMPOSE, GPU) for s in file["services"].values() if "build" in s}
+    assert targets == {"cpu", "demo", "cuda"} <= set(stages())
+
+
+def test_the_gpu_variant_reserves_devices() -> None:
+    """Every GPU, for the worker alone."""
+    (device,) = GPU["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert list(GPU["services"]) == ["worker"]

@@ -1,0 +1,162 @@
+"""The compose file on a real engine: built, healthy, trained through, a worker killed, taken away whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shardloss
+from engine import BUILD_S, HEALTHY_S, NoEngine, Project, compose_command, eventually, output
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_S + 2 * HEALTHY_S)]
+MB = 1e6
+TRAIN_S = 20
+V, D, N = 907, 64, 256
+LOST_S = 30.0
+Figures = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[Figures]:
+    """What was measured, printed at the end."""
+    found: Figures = {}
+    yield found
+    print("\n\n" + "\n".join(f"{name:<52} {value:>24}" for name, value in found.items()))
+
+
+@pytest.fixture(scope="module")
+def project(figures: Figures) -> Iterator[Project]:
+    """The service with two workers; nothing of it is left afterwards but images."""
+    try:
+        found = Project(compose_command(), f"shardloss-test-{os.getpid()}-{secrets.token_hex(2)}")
+    except NoEngine as error:
+        pytest.skip(str(error))
+    try:
+        began = time.monotonic()
+        found.run("--profile", "demo", "build", timeout_s=BUILD_S)
+        figures["build, s (cached layers included)"] = f"{time.monotonic() - began:.0f}"
+        began = time.monotonic()
+        found.run("up", "--detach", "--scale", "worker=2", timeout_s=HEALTHY_S)
+        eventually(lambda: found.is_healthy("server"), "the front end is healthy", HEALTHY_S)
+        figures["from `up` to a healthy front end, s"] = f"{time.monotonic() - began:.1f}"
+        yield found
+    except AssertionError:
+        print(found.run("logs", "--tail", "40"))
+        raise
+    finally:
+        found.run("--profile", "demo", "down", "--volumes", "--remove-orphans")
+        assert found.left() == []
+
+
+@pytest.fixture(scope="module")
+def client(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[shardloss.LossClient]:
+    """A trainer on this machine, with the admin's token from the volume."""
+    token: Path = tmp_path_factory.mktemp("tokens") / "admin.token"
+    token.touch(0o600)
+    token.write_text(project.inside("server", "cat", "/tokens/admin.token"))
+    with shardloss.connect(project.address, token_file=token, timeout_s=60, attempt_timeout_s=10) as found:
+        yield found
+
+
+def test_two_workers_serve(project: Project, client: shardloss.LossClient, figures: Figures) -> None:
+    """As many as --scale asked for; images are measured."""
+    assert client.server_info().num_workers == 2
+    status = json.loads(project.inside("server", "shardloss", "status", "--output", "json"))
+    assert [worker["up"] for worker in status["workers"]] == [True, True]
+    for target in ("cpu", "demo"):
+        size = output(["docker", "image", "inspect", "--format", "{{.Size}}", f"shardloss:{target}"])
+        figures[f"image {target}, MB"] = f"{int(size) / MB:.0f}"
+    base = output(["docker", "image", "inspect", "--format", "{{.Size}}", "python:3.11-slim-bookworm"])
+    figures["  of which the base image of this engine, MB"] = f"{int(base) / MB:.0f}"
+
+
+@pytest.mark.parametrize("service", ["head", "worker", "server"])
+def test_a_container_is_nobody_and_writes_nothing(project: Project, service: str) -> None:
+    """Another user than root, a root file system that is read only, no capability, no build tools."""
+    state = project.state(project.containers(service)[0])
+    assert state["HostConfig"]["ReadonlyRootfs"]
+    assert state["HostConfig"]["CapDrop"] == ["ALL"]
+    assert project.inside(service, "id", "-u").strip() == "10001"
+    for path in ("/x", "/opt/shardloss/x", "/usr/local/bin/x"):
+        assert project.inside(service, "sh", "-c", f"touch {path} 2>/dev/null || echo refused").strip() == "refused"
+    assert project.inside(service, "sh", "-c", "command -v pip gcc || echo none").strip() == "none"
+
+
+def test_tokens_are_kept_and_not_made_anew(project: Project) -> None:
+    """`init` runs again at every `up`; clients go on with what they have."""
+    before = project.inside("server", "sha256sum", "/tokens/tokens.toml", "/ray-token/token")
+    project.run("run", "--rm", "init")
+    assert project.inside("server", "sha256sum", "/tokens/tokens.toml", "/ray-token/token") == before
+    assert "600" in project.inside("server", "stat", "-c", "%a", "/tokens/admin.token")
+
+
+def test_a_caller_without_a_token_is_refused(project: Project) -> None:
+    """The port is published, and open to who has a token alone."""
+    with pytest.raises(shardloss.errors.Unauthenticated):
+        shardloss.connect(project.address, timeout_s=20)
+
+
+def test_the_example_trains_through_it(project: Project, figures: Figures) -> None:
+    """The city finder learns: over all classes its loss falls below where it began."""
+    arguments = ["train", "--out", "/demo", "--train-seconds", str(TRAIN_S), "--eval-names", "500"]
+    project.run("run", "--rm", "demo", *arguments)
+    result = json.loads(project.run("run", "--rm", "--entrypoint", "cat", "demo", "/demo/result.json"))
+    figures["rows a second of the example, 2 workers"] = f"{result['rows_per_s']:,.0f}"
+    assert result["after"]["nll"] < result["before"]["nll"] - 0.5
+
+
+@pytest.mark.parametrize("by_engine", [False, True], ids=["crash", "docker-kill"])
+def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
+    project: Project, client: shardloss.LossClient, figures: Figures, by_engine: bool
+) -> None:
+    """ROWS_LOST and never a wrong number; a crashed one is restarted, one killed by hand once it is started."""
+    hidden, labels = np.ones((N, D), np.float32), np.arange(N) % V
+    how, name = ("killed by hand", "by-hand") if by_engine else ("crashed", "crashed")
+
+    def train(session: shardloss.Session) -> int:
+        result = session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
+        assert result.committed is not None
+        return result.committed.version
+
+    session = client.create_table(name, num_classes=V, dim=D, num_shards=2).session()
+    steps = [train(session) for _ in range(3)]
+    assert steps == [1, 2, 3]
+    victim = project.containers("worker")[0]
+    restarts, began = project.state(victim)["RestartCount"], time.monotonic()
+    kill(victim, by_engine)
+    with pytest.raises(shardloss.errors.RowsLost) as raised:
+        repeat(lambda: train(session), LOST_S)
+    figures[f"a worker {how}: ROWS_LOST after, s"] = f"{time.monotonic() - began:.1f}"
+    figures[f"a worker {how}: what it says"] = str(raised.value)
+    client.delete_table(name)
+    if by_engine:
+        output(["docker", "start", victim])
+    else:
+        eventually(lambda: project.state(victim)["RestartCount"] > restarts, "it is restarted", HEALTHY_S)
+    again = client.create_table(name, num_classes=V, dim=D, num_shards=2).session()
+    assert train(again) == 1
+    figures[f"a worker {how}: trained again after, s"] = f"{time.monotonic() - began:.1f}"
+    eventually(lambda: project.is_healthy("worker"), "all workers are healthy", HEALTHY_S)
+    client.delete_table(name)
+
+
+def kill(container: str, by_engine: bool) -> None:
+    """By the engine, after which it stays down; or each of its processes, as a machine out of memory might."""
+    if by_engine:
+        output(["docker", "kill", container])
+    else:
+        subprocess.run(["docker", "exec", container, "sh", "-c", "kill -9 -1"], timeout=LOST_S, check=False)
+
+
+def repeat(step: Callable[[], object], timeout_s: float) -> None:
+    """Call until it raises, or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        step()
