@@ -78,7 +78,7 @@ class Server:
         refuse_exposed(listening.host, config.security)
         self.metrics = Metrics()
         call_log = CallLog(self.metrics, config.watching)
-        self._interceptors = Access(config.security, call_log), Reading(call_log), Splicing()
+        self._interceptors = [Access(config.security, call_log), Reading(call_log), Splicing()]
         reserved = max(1, listening.num_threads // 6)  # threads for streams, and as many for commits
         limits = replace(
             config.limits,
