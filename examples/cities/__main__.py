@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,12 @@ def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(prog="examples.cities", description="Find a city by any spelling of its name.")
     commands = top.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train through a service of its own, evaluate, answer misspelt names")
+    train = commands.add_parser("train", help="train through a service, evaluate, answer misspelt names")
+    train.add_argument(
+        "--address",
+        default=os.environ.get("SHARDLOSS_ADDRESS"),
+        help="train through the service that is there; default: SHARDLOSS_ADDRESS, or else a service of its own",
+    )
     train.add_argument("--full", action="store_true", help="evaluate on every held-out name")
     train.add_argument("--small", action="store_true", help="2,000 cities, few steps: a smoke test")
     train.add_argument("--seed", type=at_least(0), default=0)
@@ -82,7 +88,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
     from examples.cities import demo, service
 
     try:
-        demo.run(settings_of(options), options.out, console)
+        demo.run(settings_of(options), options.out, console, options.address)
     except (service.ServiceFailed, shardloss.ShardlossError) as error:
         console.print(f"{error}", style="red")
         return 1

@@ -17,15 +17,18 @@ from examples.cities.model import Answer
 from examples.cities.names import ATTRIBUTION, normalised
 from examples.cities.ngrams import bags
 from examples.cities.settings import Settings
-from examples.cities.train import make_encoder, make_table, train
+from examples.cities.train import TABLE, make_encoder, make_table, train
 
 MISSPELT = ("Koeln", "Sanktpeterburg", "Shanghaj", "Lissabbon", "Мюнхенн", "Nu York")
 NUM_ANSWERS = 5
 MODEL = "model.npz"
 
 
-def run(settings: Settings, out: Path, console: Console) -> None:
-    """Train through a service of our own, evaluate before and after, answer misspelt names, leave files in out."""
+def run(settings: Settings, out: Path, console: Console, address: str | None = None) -> None:
+    """Train, evaluate before and after, answer misspelt names, leave files in out.
+
+    Goes through the service at address, where the table stays afterwards, or else through one of its own.
+    """
     out.mkdir(parents=True, exist_ok=True)
     console.print(ATTRIBUTION)
     with console.status("reading the names"):
@@ -34,10 +37,16 @@ def run(settings: Settings, out: Path, console: Console) -> None:
         f"{cities.num_classes:,} cities, {len(cities.class_ids):,} names: {len(cities.training):,} to train on, "
         f"{len(cities.held_out):,} held out"
     )
-    console.print(f"starting the service with {settings.num_workers} workers")
-    with service.running(settings.num_workers, out / "server.log") as address, shardloss.connect(address) as client:
-        through_service(settings, cities, client, out, console)
-    console.print(f"the service has ended; picture, figures and model are in {out}")
+    if address is not None:
+        with service.connected(address) as client:
+            service.forget(client, TABLE)
+            through_service(settings, cities, client, out, console)
+    else:
+        console.print(f"starting the service with {settings.num_workers} workers")
+        with service.running(settings.num_workers, out / "server.log") as own, shardloss.connect(own) as client:
+            through_service(settings, cities, client, out, console)
+        console.print("the service has ended")
+    console.print(f"picture, figures and model are in {out}")
 
 
 def through_service(

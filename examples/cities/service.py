@@ -1,4 +1,4 @@
-"""The service as this demo's own process: started, waited for, and always stopped."""
+"""The service: as this demo's own process, started, waited for and always stopped; or one that is there already."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import shardloss
 
 START_S = 120.0
 STOP_S = 30.0
@@ -38,6 +40,26 @@ def running(num_workers: int, log: Path) -> Iterator[str]:
             yield wait_ready(process, ready, log)
         finally:
             stop(process)
+
+
+def connected(address: str) -> shardloss.LossClient:
+    """A client of the service at address, with the token that SHARDLOSS_TOKEN_FILE names, as the command line takes it.
+
+    Raises:
+        shardloss.ShardlossError: no service answers there, or it does not take the token.
+    """
+    return shardloss.connect(
+        address,
+        token_file=os.environ.get("SHARDLOSS_TOKEN_FILE"),
+        ca_file=os.environ.get("SHARDLOSS_CA_FILE"),
+        allow_plaintext_token=os.environ.get("SHARDLOSS_ALLOW_PLAINTEXT_TOKEN", "").lower() in ("1", "true", "yes"),
+    )
+
+
+def forget(client: shardloss.LossClient, table: str) -> None:
+    """Delete what an earlier run has left: this one begins anew."""
+    with suppress(shardloss.errors.TableNotFound):
+        client.delete_table(table)
 
 
 def command(num_workers: int, ready: Path) -> list[str]:

@@ -220,6 +220,40 @@ def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: 
     gone.gate.set()
 
 
+def test_calls_that_need_rows_miss_them_at_once_where_the_worker_is_known_to_have_died(links: Links) -> None:
+    """Those that wait for it and those that come; what makes a table or drops one waits until it is back."""
+    sock = linked_worker.connect(links.invitation, 0)
+    threading.Thread(target=linked_worker.LinkedWorker(Worker().call, sock).run, daemon=True).start()
+    assert links.wait(PATIENCE_S)
+    assert not links.away()
+    shut(sock)
+    eventually(lambda: bool(links.away()), "the link is broken")
+    waiting, made = links.call([0], "score")[0], links.call([0], "create")[0]
+    link = links.away()[0]
+    link.bury(link.lives)
+    for pending in (waiting, links.call([0], "apply")[0]):
+        with pytest.raises(ShardMissing, match="worker 0 has died"):
+            pending.result(PATIENCE_S)
+    back = Worker()
+    linked_worker.start(back.call, [links.invitation], 0, 1)
+    made.result(PATIENCE_S)
+    ask(links, "score")
+    assert [method for method, _ in back.calls] == ["create", "score"]
+
+
+def test_a_death_that_is_heard_of_late_is_none_of_the_next_life(links: Links, worker: Worker) -> None:
+    """The worker has come back meanwhile, and may have gone again: its link broke, and nothing died."""
+    link = links.links[0]
+    heard, sock = link.lives, link._sock
+    assert sock is not None
+    link.bury(heard)
+    assert ask(links, "score") == ()
+    shut(sock)
+    eventually(lambda: link.lives > heard and link.linked.is_set(), "a new link")
+    link.bury(heard)
+    assert ask(links, "score") == ()
+
+
 def test_a_link_that_breaks_is_made_anew_by_its_worker(links: Links, worker: Worker) -> None:
     """The rows are still there: only calls under way are lost."""
     assert ask(links, "echo", 1) == (1,)

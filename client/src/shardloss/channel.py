@@ -15,6 +15,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shardloss import errors
+from shardloss.bearing import Bearing
+from shardloss.credentials import Bearer, Credentials, is_local
 from shardloss.errors import (
     BadReply,
     ClientClosed,
@@ -23,6 +25,7 @@ from shardloss.errors import (
     Overloaded,
     ShardlossError,
     TransientError,
+    Unauthenticated,
 )
 from shardloss.splice import Splice, Spliced
 
@@ -30,6 +33,15 @@ DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
 MESSAGE_BYTES = 64 * 2**20  # what the client takes in one message; the server's limits are tighter
 
+OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", 20000),
+    ("grpc.keepalive_timeout_ms", 10000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
 REQUEST_ID_KEY = "x-request-id"  # the server's log and its errors name a call by it
 
 Q = TypeVar("Q")
@@ -63,6 +75,15 @@ def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
     return None
 
 
+def opened(address: str, credentials: Credentials) -> grpc.Channel:
+    """A gRPC channel, encrypted where the credentials ask for it."""
+    # A proxy from the environment would read what was to stay on this machine.
+    options = (*OPTIONS, ("grpc.enable_http_proxy", 0)) if is_local(address) else OPTIONS
+    if not credentials.is_tls:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(*credentials.certificates()), options=options)
+
+
 class Channel:
     """One gRPC channel with an overall deadline a call and retries of transient errors under the same request.
 
@@ -70,31 +91,26 @@ class Channel:
     again, and each later one may take twice as long as the one before, so that slow work comes to its end.
     """
 
-    def __init__(self, address: str, timeout_s: float, attempt_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, timeout_s: float, attempt_timeout_s: float, credentials: Credentials | None = None
+    ) -> None:
+        credentials = credentials or Credentials()
+        credentials.check(address)
         self.timeout_s, self.attempt_timeout_s = timeout_s, attempt_timeout_s
-        self._grpc = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MESSAGE_BYTES),
-                ("grpc.enable_retries", 0),
-                ("grpc.keepalive_time_ms", 20000),
-                ("grpc.keepalive_timeout_ms", 10000),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 2000),
-            ],
-        )
+        self._bearer = Bearer(credentials)
+        self._grpc = opened(address, credentials)
+        self._bearing: Any = Bearing(self._grpc, self._bearer) if self._bearer.metadata() else self._grpc
         self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
         self._closed = False
         self.max_message_bytes = MESSAGE_BYTES  # what the server takes, once it has said so
 
     def stub(self, make: Callable[[grpc.Channel], R]) -> R:
         """A service's stub on this channel."""
-        return make(self._grpc)
+        return make(self._bearing)
 
     def spliced(self, method: MethodDescriptor, request: Splice[Any], reply: Splice[Any]) -> Callable[..., Any]:
         """A method that takes and gives `Spliced` messages, a stream of them where it is one of streams."""
-        kind = self._grpc.stream_stream if method.client_streaming else self._grpc.unary_unary
+        kind = self._bearing.stream_stream if method.client_streaming else self._bearing.unary_unary
         name = f"/{method.containing_service.full_name}/{method.name}"
         made: Callable[..., Any] = kind(name, request_serializer=request.join, response_deserializer=reply.split)
         return made
@@ -115,6 +131,7 @@ class Channel:
     ) -> R:
         """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time.
 
+        Where a token is refused and its file holds another by now, the call is repeated with that one.
         A call that is not repeatable is repeated only where the server refused it at once as OVERLOADED.
 
         Raises:
@@ -144,7 +161,7 @@ class Channel:
     def _tried(self, attempt: Attempt[R], named: Named, timeout_s: float | None, whole: bool, repeatable: bool) -> R:
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         attempt_s = float("inf") if whole else self.attempt_timeout_s
-        backoff_s, last = FIRST_BACKOFF_S, None
+        backoff_s, last, is_renewed = FIRST_BACKOFF_S, None, False
         while True:
             if self._closed:
                 raise ClientClosed("the client was closed")
@@ -158,6 +175,9 @@ class Channel:
             except ValueError:  # grpc's own, on a channel that another thread closed meanwhile
                 if not self._closed:
                     raise
+                continue
+            if isinstance(last, Unauthenticated) and not is_renewed and self._bearer.renew():
+                is_renewed = True
                 continue
             if not isinstance(last, TransientError if repeatable else Overloaded):
                 raise last

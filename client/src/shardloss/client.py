@@ -11,9 +11,13 @@ from typing import Any, TypeVar, cast
 
 from shardloss import allocator, messages, splice, types
 from shardloss.channel import Channel
+from shardloss.credentials import Credentials, FilePath
 from shardloss.errors import NotSupported
+from shardloss.status import ServerStatus, server_status
 from shardloss.table import Table
 from shardloss.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     evaluation_pb2_grpc,
     loss_pb2,
     loss_pb2_grpc,
@@ -29,7 +33,18 @@ FILL_S = 600.0  # deadline of a call that fills a whole table
 
 
 def connect(
-    address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0, keep_freed_memory: bool = True
+    address: str,
+    *,
+    token: str | None = None,
+    token_file: FilePath | None = None,
+    tls: bool = False,
+    ca_file: FilePath | None = None,
+    client_cert_file: FilePath | None = None,
+    client_key_file: FilePath | None = None,
+    allow_plaintext_token: bool = False,
+    timeout_s: float = 60.0,
+    attempt_timeout_s: float = 20.0,
+    keep_freed_memory: bool = True,
 ) -> LossClient:
     """Connect to a server ("host:port", or "unix:/path" on its own machine) and read its limits.
 
@@ -38,12 +53,20 @@ def connect(
     lost reply is asked for again; each later try may take twice as long. With keep_freed_memory glibc is told, for the
     whole process, not to hand large freed blocks back to the kernel: a message of 2 MB costs a third then.
 
+    token, or token_file (a file that holds it alone and is read again when it changes), goes with every call. ca_file
+    (PEM) asks for TLS and says whose certificates a server may show; tls=True asks for it with the system's roots.
+    client_cert_file and client_key_file (PEM) are this client's own, for mutual TLS. A token is sent in plaintext to
+    this machine alone, unless allow_plaintext_token says otherwise.
+
     Raises:
+        InvalidArgument: a file cannot be read, or a token would go over a network in plaintext.
+        Unauthenticated, PermissionDenied: the server wants another token.
         ServerUnavailable, DeadlineExceeded: no server answers there.
     """
     if keep_freed_memory:
         allocator.keep_freed_memory()
-    return LossClient(address, timeout_s=timeout_s, attempt_timeout_s=attempt_timeout_s)
+    credentials = Credentials(token, token_file, tls, ca_file, client_cert_file, client_key_file, allow_plaintext_token)
+    return LossClient(address, timeout_s=timeout_s, attempt_timeout_s=attempt_timeout_s, credentials=credentials)
 
 
 class LossClient:
@@ -52,9 +75,16 @@ class LossClient:
     It neither copies nor pickles, and so does nothing that holds it: tables, lazy logits, heads in torch.save(model).
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 60.0, attempt_timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 60.0,
+        attempt_timeout_s: float = 20.0,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.address = address
-        self.channel = Channel(address, timeout_s, attempt_timeout_s)
+        self.channel = Channel(address, timeout_s, attempt_timeout_s, credentials)
         self.losses = self.channel.stub(loss_pb2_grpc.LossServiceStub)
         methods = loss_pb2.DESCRIPTOR.services_by_name["LossService"].methods_by_name
         self.send_loss = self.channel.spliced(methods["ComputeLoss"], splice.LOSS_REQUEST, splice.LOSS_REPLY)
@@ -118,6 +148,15 @@ class LossClient:
         """
         request = server_pb2.GetServerInfoRequest()
         return messages.server_info(self.channel.unary(self._server.GetServerInfo, request, None))
+
+    def status(self) -> ServerStatus:
+        """What the server, its workers and its tables do now; of a client that is connected to the admin port.
+
+        Raises:
+            NotSupported: the address is not that of an admin port.
+        """
+        stub = self.channel.stub(admin_pb2_grpc.AdminServiceStub)
+        return server_status(self.channel.unary(stub.GetStatus, admin_pb2.GetStatusRequest(), None))
 
     def create_table(
         self,

@@ -39,8 +39,10 @@ class Listening:
     port: Annotated[int, a("Data port; 0 takes a free one.", ge=0, le=65535)] = 7070
     admin_port: Annotated[int, a("Port of health, status and reflection; 0 takes a free one.", ge=0, le=65535)] = 7071
     socket: Annotated[str, a("Path of a Unix socket to listen on as well, for unix:PATH.")] = ""
-    # Above max_calls_in_flight: a sixth is for streams, a sixth for commits, and refusals need some.
-    num_threads: Annotated[int, a("Threads that take calls.", ge=4)] = 102
+    # Each call holds one from its first byte: under way, as a stream or a commit, or arriving; and refusals need some.
+    num_threads: Annotated[
+        int, a("Threads that take calls; a call holds one while its message arrives, too.", ge=4)
+    ] = 192
     drain_s: Annotated[float, a("Seconds that calls in flight have at a stop.", ge=0)] = 10.0
     ready_file: Annotated[Path | None, a("File that gets host:port of the data port once it serves.")] = None
 
@@ -94,6 +96,24 @@ class Limits:
     max_streams: Annotated[int, a("Streamed losses at once.", ge=1)] = 8
     max_commits_in_flight: Annotated[int, a("Commits and aborts at once.", ge=1)] = 16
     stream_idle_s: Annotated[float, a("Seconds without a byte after which a stream is dropped.", gt=0)] = 10.0
+    max_calls_at_workers: Annotated[
+        int, a("Calls that the workers compute at once; others wait for their turn, by caller.", ge=1)
+    ] = 2
+    max_calls_arriving: Annotated[int, a("Calls at once whose message is on its way.", ge=1)] = 64
+    max_message_s: Annotated[
+        float, a("Seconds in which a message, either way, must be across; else its call is dropped.", gt=0)
+    ] = 30.0
+    session_ttl_s: Annotated[
+        float, a("Seconds after its last call in which a session without open tickets is forgotten.", gt=0)
+    ] = 3600.0
+    peer_ping_s: Annotated[float, a("Seconds of silence on a connection after which its peer is asked.", ge=1)] = 20.0
+    peer_answer_s: Annotated[
+        float, a("Seconds in which an asked peer must answer; else its connection and calls end.", ge=1)
+    ] = 10.0
+    connection_idle_s: Annotated[
+        float,
+        a("Seconds without a call after which a connection is closed; clients connect again by themselves.", ge=1),
+    ] = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

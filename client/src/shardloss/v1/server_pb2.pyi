@@ -26,7 +26,7 @@ class ServerInfo(_message.Message):
     def __init__(self, version: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., num_workers: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_chunk_bytes", "max_request_bytes", "max_reply_bytes", "max_batch", "max_num_true", "max_num_sampled", "max_dim", "max_num_classes", "max_num_shards", "max_table_bytes", "max_tables", "max_parts", "max_open_tickets", "max_ticket_bytes", "max_sessions", "max_calls_in_flight", "max_top_k", "ticket_ttl_s", "max_deadline_s", "max_streams", "stream_idle_s", "max_commits_in_flight")
+    __slots__ = ("max_message_bytes", "max_chunk_bytes", "max_request_bytes", "max_reply_bytes", "max_batch", "max_num_true", "max_num_sampled", "max_dim", "max_num_classes", "max_num_shards", "max_table_bytes", "max_tables", "max_parts", "max_open_tickets", "max_ticket_bytes", "max_sessions", "max_calls_in_flight", "max_top_k", "ticket_ttl_s", "max_deadline_s", "max_streams", "stream_idle_s", "max_commits_in_flight", "max_calls_at_workers", "max_calls_arriving", "max_message_s", "session_ttl_s", "peer_ping_s", "peer_answer_s", "connection_idle_s")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,13 @@ class ServerLimits(_message.Message):
     MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     STREAM_IDLE_S_FIELD_NUMBER: _ClassVar[int]
     MAX_COMMITS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_CALLS_AT_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CALLS_ARRIVING_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_S_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_PING_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_ANSWER_S_FIELD_NUMBER: _ClassVar[int]
+    CONNECTION_IDLE_S_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_chunk_bytes: int
     max_request_bytes: int
@@ -73,4 +80,11 @@ class ServerLimits(_message.Message):
     max_streams: int
     stream_idle_s: float
     max_commits_in_flight: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_num_true: _Optional[int] = ..., max_num_sampled: _Optional[int] = ..., max_dim: _Optional[int] = ..., max_num_classes: _Optional[int] = ..., max_num_shards: _Optional[int] = ..., max_table_bytes: _Optional[int] = ..., max_tables: _Optional[int] = ..., max_parts: _Optional[int] = ..., max_open_tickets: _Optional[int] = ..., max_ticket_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ..., max_calls_in_flight: _Optional[int] = ..., max_top_k: _Optional[int] = ..., ticket_ttl_s: _Optional[float] = ..., max_deadline_s: _Optional[float] = ..., max_streams: _Optional[int] = ..., stream_idle_s: _Optional[float] = ..., max_commits_in_flight: _Optional[int] = ...) -> None: ...
+    max_calls_at_workers: int
+    max_calls_arriving: int
+    max_message_s: float
+    session_ttl_s: float
+    peer_ping_s: float
+    peer_answer_s: float
+    connection_idle_s: float
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_num_true: _Optional[int] = ..., max_num_sampled: _Optional[int] = ..., max_dim: _Optional[int] = ..., max_num_classes: _Optional[int] = ..., max_num_shards: _Optional[int] = ..., max_table_bytes: _Optional[int] = ..., max_tables: _Optional[int] = ..., max_parts: _Optional[int] = ..., max_open_tickets: _Optional[int] = ..., max_ticket_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ..., max_calls_in_flight: _Optional[int] = ..., max_top_k: _Optional[int] = ..., ticket_ttl_s: _Optional[float] = ..., max_deadline_s: _Optional[float] = ..., max_streams: _Optional[int] = ..., stream_idle_s: _Optional[float] = ..., max_commits_in_flight: _Optional[int] = ..., max_calls_at_workers: _Optional[int] = ..., max_calls_arriving: _Optional[int] = ..., max_message_s: _Optional[float] = ..., session_ttl_s: _Optional[float] = ..., peer_ping_s: _Optional[float] = ..., peer_answer_s: _Optional[float] = ..., connection_idle_s: _Optional[float] = ...) -> None: ...

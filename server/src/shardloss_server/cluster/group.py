@@ -37,7 +37,7 @@ class WorkerLost(Exception):
 
 
 class ShardMissing(Exception):
-    """A worker answered that it holds no such shard: it was restarted, and its rows are gone."""
+    """A worker holds no such shard: it died and its rows are gone, whether or not it has been started anew."""
 
 
 class Pending(Protocol[T_co]):

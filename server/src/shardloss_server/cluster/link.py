@@ -25,13 +25,14 @@ from typing import Any
 
 from shardloss_server.cluster import frames
 from shardloss_server.cluster.frames import Buffer, LinkClosed
-from shardloss_server.cluster.group import WorkerLost
+from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.listener import Invitation, Listener, shut
 from shardloss_server.shard.record import Part
 
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE, ROUTE = range(1, 8)
 SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
 SWEEP_MS = 1000
+WITHOUT_ROWS = {"create", "drop", "echo"}  # what a worker answers that has lost its rows
 
 log = logging.getLogger(__name__)
 Timed = tuple[float, dict[int, Any]]  # seconds that a worker computed, and its answer
@@ -100,11 +101,17 @@ class Call:
     body: list[Buffer]
     parts: Sequence[KeptPart]
     route: Route | None = None
+    needs_rows: bool = False
 
     def fail(self, why: str) -> None:
         """Nobody will answer, and whether the work was done is unknown."""
         if not self.answer.done():
             self.answer.set_exception(WorkerLost(why))
+
+    def miss(self, why: str) -> None:
+        """The rows that it is about are gone."""
+        if not self.answer.done():
+            self.answer.set_exception(ShardMissing(why))
 
 
 class Link:
@@ -119,6 +126,8 @@ class Link:
         self._early: deque[Call] = deque()
         self._freed: deque[int] = deque()
         self._is_closed = False
+        self._is_dead = False
+        self.lives = 0
         self.linked = threading.Event()
 
     def adopt(self, sock: socket.socket) -> None:
@@ -128,11 +137,28 @@ class Link:
             if self._is_closed:
                 sock.close()
                 return
-            self._sock = sock
+            self._sock, self._is_dead = sock, False
+            self.lives += 1
             threading.Thread(target=self._read, args=(sock,), name=f"link-{self.name}", daemon=True).start()
             self.linked.set()
             while self._early and self._sock is not None:
                 self._send_call(self._early.popleft())
+
+    def bury(self, lives: int) -> None:
+        """Its process is known to have ended in this life: what needs its rows misses them, now and until it is back.
+
+        It may have come back since; a later life is none of this.
+        """
+        with self._sending:
+            if self._sock is not None or self.lives != lives:
+                return
+            if not self._is_dead:
+                log.warning("%s has died, and its rows with it", self.name)
+            self._is_dead = True
+            waiting, self._early = self._early, deque(call for call in self._early if not call.needs_rows)
+            for call in waiting:
+                if call.needs_rows:
+                    call.miss(f"{self.name} has died")
 
     def call(
         self,
@@ -142,12 +168,15 @@ class Link:
         route: Route | None = None,
         *,
         waits: bool = True,
+        needs_rows: bool = False,
     ) -> LinkPending:
         """Start a call; its parts go before it where the other end lacks them. waits: while that is away."""
-        call = Call(number, Future(), body, parts, route)
+        call = Call(number, Future(), body, parts, route, needs_rows)
         with self._sending:
             if self._is_closed:
                 call.fail("the group is closed")
+            elif self._is_dead and needs_rows:
+                call.miss(f"{self.name} has died")
             elif self._sock is None and waits:
                 self._early.append(call)
             else:
@@ -313,6 +342,11 @@ class Links:
         ways = {self._relay_of.get(worker, link) for worker, link in enumerate(self.links)}
         return all(link.linked.wait(timeout_s) for link in ways)
 
+    def away(self) -> dict[int, Link]:
+        """The workers without a relay that are not here, with their links."""
+        direct = ((worker, link) for worker, link in enumerate(self.links) if worker not in self._relay_of)
+        return {worker: link for worker, link in direct if not link.linked.is_set()}
+
     def keep(self, part: Part) -> KeptPart:
         """A part for workers to keep."""
         return kept_over(self._all, KeptPart(next(self._numbers), part))
@@ -334,7 +368,8 @@ class Links:
                 pending.append(link.call(number, body, parts, route))
                 self._give_up_gone(theirs)
             else:  # one that has left its relay's node may next be found there again
-                pending.append(link.call(number, body, parts, waits=theirs[0] not in self._relay_of))
+                is_direct, needs_rows = theirs[0] not in self._relay_of, method not in WITHOUT_ROWS
+                pending.append(link.call(number, body, parts, waits=is_direct, needs_rows=needs_rows))
         return pending
 
     def close(self) -> None:

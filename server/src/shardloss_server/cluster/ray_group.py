@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # workers are no background work: a trainer waits for them
 
 import ray  # reads the variables above
+from ray._private import state as ray_state  # its public sister asks the dashboard, which need not be there
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -39,6 +40,7 @@ OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk a
 START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 10.0
 JOINED_POLL_S = 0.2
+DEATH_POLL_S = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -167,6 +169,12 @@ def all_there_is(timeout_s: float) -> int:
     raise WorkersNotStarted(f"no node with a CPU or a GPU joined the cluster within {timeout_s:.0f} s: add nodes")
 
 
+def has_died(actor: Any) -> bool:
+    """Whether Ray knows that the actor's process has ended, and has not started it anew yet."""
+    found = ray_state.actors(actor._actor_id.hex())
+    return found.get("State") in ("RESTARTING", "DEAD")
+
+
 @dataclass(slots=True)
 class RayPending:
     """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
@@ -219,6 +227,8 @@ class RayGroup(FanoutGroup):
         self._abandoned: list[Any] = []
         self._links: Links | None = None
         self._counting = threading.Lock()
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_for_deaths, name="deaths", daemon=True)
         self._owns_ray = not ray.is_initialized()
         try:
             if self._owns_ray:
@@ -226,6 +236,7 @@ class RayGroup(FanoutGroup):
             self._num_workers = num_workers or all_there_is(START_TIMEOUT_S)
             register_tensors()
             self._start_actors(num_threads, kept_bytes, with_links=links)
+            self._watcher.start()
         except BaseException:
             self.close()
             raise
@@ -326,6 +337,17 @@ class RayGroup(FanoutGroup):
             ray.kill(actor)
         self._relays = []
 
+    def _watch_for_deaths(self) -> None:
+        """A broken link alone loses nothing: ask Ray whether the worker died, which may be long before it is back."""
+        while self._links is not None and not self._closed.wait(DEATH_POLL_S):
+            for worker, link in self._links.away().items():
+                lives = link.lives
+                try:
+                    if has_died(self._actors[worker]):
+                        link.bury(lives)
+                except Exception as error:  # the cluster's head is away: nothing is known
+                    log.warning("whether worker %d lives is unknown: %s", worker, error)
+
     @property
     def has_links(self) -> bool:
         """Whether calls go over links."""
@@ -379,6 +401,9 @@ class RayGroup(FanoutGroup):
             raise OutOfMemory("the object store is full") from error
 
     def close(self) -> None:
+        self._closed.set()
+        if self._watcher.is_alive():
+            self._watcher.join(LINK_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []

@@ -17,6 +17,7 @@ from shardloss_server.config import Limits
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.frontend.session import TicketBudget
+from shardloss_server.frontend.turns import Turns
 from shardloss_server.numerics.optimizer import OptimizerSpec, state_widths
 from shardloss_server.shard.record import TableSpec
 
@@ -33,6 +34,7 @@ class Catalog:
     def __init__(self, group: ShardGroup, limits: Limits) -> None:
         self.group, self.limits = group, limits
         self.budget = TicketBudget(limits.max_open_tickets, limits.max_ticket_bytes)
+        self.turns = Turns(limits.max_calls_at_workers)
         self._owners: dict[str, TableOwner] = {}
         self._retired: deque[TableOwner] = deque()  # whose shards may still be there
         self._making = threading.Lock()
@@ -68,7 +70,7 @@ class Catalog:
             if len(self._owners) >= self.limits.max_tables:
                 raise LimitExceeded(f"max_tables = {self.limits.max_tables} tables exist; delete one", field="spec")
             refuse_too_large(spec, [owner.spec for owner in self.owners()], self.limits)
-            owner = TableOwner(spec, self.group, self.limits, self.budget, secrets.token_hex(8))
+            owner = TableOwner(spec, self.group, self.limits, self.budget, self.turns, secrets.token_hex(8))
             try:
                 owner.create(deadline)
             except BaseException:

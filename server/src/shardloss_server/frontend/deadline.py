@@ -15,15 +15,18 @@ CALLER_CHECK_S = 0.5  # how soon a wait sees that its caller has gone away
 
 
 class Deadline:
-    """A moment on the monotonic clock, seconds; or the present one, once the caller has gone away."""
+    """A moment on the monotonic clock, seconds; or the present one, once the caller has gone away.
 
-    def __init__(self, at: float) -> None:
-        self._at = at
+    caller is who waits, as `rpc/caller.py` names it; "" is the server itself.
+    """
+
+    def __init__(self, at: float, caller: str = "") -> None:
+        self._at, self.caller = at, caller
 
     @staticmethod
-    def after(seconds: float) -> Deadline:
+    def after(seconds: float, caller: str = "") -> Deadline:
         """The moment `seconds` from now."""
-        return Deadline(time.monotonic() + seconds)
+        return Deadline(time.monotonic() + seconds, caller)
 
     def cancel(self) -> None:
         """Nobody waits any more."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -38,6 +39,7 @@ from shardloss_server.frontend.replies import LastReplies
 from shardloss_server.frontend.request import CommitReply, CommitRequest
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget
 from shardloss_server.frontend.steps import Doubt, Steps
+from shardloss_server.frontend.turns import Turns
 from shardloss_server.numerics.optimizer import State
 from shardloss_server.shard.ledger import Outcome
 from shardloss_server.shard.record import (
@@ -70,8 +72,16 @@ class TableOwner:
     (`ShardGroup.repair`); a record that no shard holds never happened.
     """
 
-    def __init__(self, spec: TableSpec, group: ShardGroup, limits: Limits, budget: TicketBudget, table_id: str) -> None:
-        self.spec, self.limits = spec, limits
+    def __init__(
+        self,
+        spec: TableSpec,
+        group: ShardGroup,
+        limits: Limits,
+        budget: TicketBudget,
+        turns: Turns,
+        table_id: str,
+    ) -> None:
+        self.spec, self.limits, self._turns = spec, limits, turns
         self.key = f"{spec.name}#{table_id}"  # the shards' name of it: a table made anew is another one
         self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s)
         self.steps = Steps(limits.max_sessions)
@@ -82,6 +92,7 @@ class TableOwner:
         self._collected_for: Ticket | None = None  # which is worth no more than what the shards collected for it
         self._order = threading.Lock()
         self._commits = threading.Lock()
+        self._line = Turns(1)  # before `_commits`
         self._lost: str | None = None
         self._retired = False
         self._closing = False
@@ -172,8 +183,7 @@ class TableOwner:
         Raises:
             TableUnavailable: a commit fell between; score again.
         """
-        with deadline.holding(self._commits, "a commit of this table"):
-            self._settle(deadline)
+        with self._changing(deadline, "a commit of this table"):
             if self.steps.version != version:
                 raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
             return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
@@ -205,21 +215,25 @@ class TableOwner:
             return CountsRead(*self.counts.read(first_class, num_classes), self.steps.version)
 
     def ask(self, start: Callable[[], Pending[T]], deadline: Deadline, settled: bool = False) -> T:
-        """Start work on every shard in this table's order, and wait for it outside of the order."""
+        """Start work on every shard in this table's order, once its turn comes, and wait for it outside of the order.
+
+        settled: the caller holds `_commits`.
+        """
         if not settled:
             self._ensure_settled(deadline)
         deadline.check("the shards were asked")
         if self._group.backlog() > MAX_BACKLOG * len(self._group.devices):
             busy = "the workers are busy with calls whose deadline has passed"
             raise Overloaded(busy, retry_after_s=RETRY_AFTER_S, limit="backlog")
-        with deadline.holding(self._order, "the table's order of work"):
-            self._refuse_lost()
-            pending = start()
-        try:
-            return self._wait(pending, deadline)
-        except DeadlineExceeded:
-            pending.abandon()
-            raise
+        with self._turn(deadline, holds_commits=settled):
+            with deadline.holding(self._order, "the table's order of work"):
+                self._refuse_lost()
+                pending = start()
+            try:
+                return self._wait(pending, deadline)
+            except DeadlineExceeded:
+                pending.abandon()
+                raise
 
     def same_version(self, versions: Sequence[int]) -> int:
         """The one version of all shards.
@@ -253,8 +267,7 @@ class TableOwner:
 
     def commit(self, request: CommitRequest, deadline: Deadline) -> CommitReply:
         """Apply one optimizer step exactly once; a repeat is answered from the ledger."""
-        with deadline.holding(self._commits, "another commit of this table"):
-            self._settle(deadline)
+        with self._changing(deadline, "another commit of this table"):
             kept = self._kept_outcome(request)
             if kept is not None:
                 return CommitReply(kept.version, kept.staleness, True)
@@ -291,14 +304,24 @@ class TableOwner:
         num_commits: int | None = None,
     ) -> int:
         """Overwrite rows, state and num_commits as one version and return it; where there is nothing, no version."""
-        with deadline.holding(self._commits, "another commit of this table"):
-            self._settle(deadline)
+        with self._changing(deadline, "another commit of this table"):
             if len(class_ids) == 0 and num_commits is None:
                 return self.steps.version
             version = self.steps.version + 1
             write = RowWrite(version, class_ids, rows, biases, weight_state or {}, bias_state or {}, num_commits)
             self._change(Doubt(write, []), lambda: self._group.write(self.key, write), deadline)
             return self.steps.version
+
+    @contextmanager
+    def _changing(self, deadline: Deadline, what: str) -> Iterator[None]:
+        """One change of the table at a time, callers in turns."""
+        with self._line.turn(deadline), deadline.holding(self._commits, what):
+            self._settle(deadline)
+            yield
+
+    def _turn(self, deadline: Deadline, holds_commits: bool) -> AbstractContextManager[None]:
+        """A turn at the workers: the next one, for who holds `_commits` while others wait for it."""
+        return self._turns.turn(deadline, goes_first=holds_commits and self._line.num_waiting > 0)
 
     def _apply(self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline) -> CommitReply:
         upstreams, staleness = self._upstreams(request, tickets, deadline)
@@ -366,12 +389,13 @@ class TableOwner:
         if deadline.left() == 0:
             raise DeadlineExceeded("the deadline passed before the change began; nothing was changed")
         try:
-            with deadline.holding(self._order, "the table's order of work"):
-                self._refuse_lost()
-                self.steps.begin(doubt)
-                pending = start()
-            self.steps.wake()
-            self._wait(pending, deadline, changing=True)
+            with self._turn(deadline, holds_commits=True):
+                with deadline.holding(self._order, "the table's order of work"):
+                    self._refuse_lost()
+                    self.steps.begin(doubt)
+                    pending = start()
+                self.steps.wake()
+                self._wait(pending, deadline, changing=True)
             self._note(doubt)
         finally:
             self.steps.under_way = False

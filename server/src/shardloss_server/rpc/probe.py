@@ -25,7 +25,9 @@ class Identity:
         """
         if self.ca_file is None:
             return None
-        ca, key, cert = (path and path.read_bytes() for path in (self.ca_file, self.key_file, self.cert_file))
+        ca, key, cert = (
+            None if path is None else path.read_bytes() for path in (self.ca_file, self.key_file, self.cert_file)
+        )
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 

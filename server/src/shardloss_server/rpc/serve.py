@@ -29,7 +29,7 @@ from shardloss.v1 import (
 from shardloss_server import metrics
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cluster.group import ShardGroup
-from shardloss_server.config import FRAMING_BYTES, CannotServe, ServerConfig
+from shardloss_server.config import FRAMING_BYTES, CannotServe, Limits, ServerConfig
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
@@ -37,6 +37,7 @@ from shardloss_server.metrics import Metrics
 from shardloss_server.rpc import gauges, tls
 from shardloss_server.rpc.access import Access
 from shardloss_server.rpc.admin import AdminServicer
+from shardloss_server.rpc.arrival import Gate
 from shardloss_server.rpc.call import CallLog
 from shardloss_server.rpc.exposition import Exposition
 from shardloss_server.rpc.reading import Reading
@@ -51,7 +52,8 @@ from shardloss_server.rpc.splicing import Splicing
 
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
-ADMIN_THREADS = 2
+ADMIN_CALLS = 8  # at once, on the admin port; as many threads refuse
+MAX_CALLS_A_CONNECTION = 1024  # further ones wait inside their client
 STOP_S = 5.0  # for calls that were cut off to see it
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICES = tuple(
@@ -78,22 +80,22 @@ class Server:
         refuse_exposed(listening.host, config.security)
         self.metrics = Metrics()
         call_log = CallLog(self.metrics, config.watching)
-        self._interceptors = [Access(config.security, call_log), Reading(call_log), Splicing()]
-        reserved = max(1, listening.num_threads // 6)  # threads for streams, and as many for commits
-        limits = replace(
-            config.limits,
-            max_calls_in_flight=min(config.limits.max_calls_in_flight, max(1, listening.num_threads - 2 * reserved)),
-            max_streams=min(config.limits.max_streams, reserved),
-            max_commits_in_flight=min(config.limits.max_commits_in_flight, reserved),
-        )
+        self._interceptors = Access(config.security, call_log), Reading(call_log), Splicing()
+        limits = shared_out(listening.num_threads, config.limits)
         self.catalog = Catalog(group, limits)
-        streams = LiveStreams(limits.max_streams, limits.stream_idle_s)
+        streams = LiveStreams(limits.max_streams, limits.stream_idle_s, "max_streams")
         self.handlers = Handlers(self.catalog, limits, streams, call_log)
         self._stopping = threading.Event()
         gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
         self._health = health.HealthServicer()
-        self._data = self._make_server(listening.num_threads)
-        self._admin = self._make_server(ADMIN_THREADS)
+        arriving, arriving_admin = (
+            LiveStreams(places, limits.max_message_s, "max_calls_arriving")
+            for places in (limits.max_calls_arriving, ADMIN_CALLS)
+        )
+        self.gate = Gate(places_of(limits), arriving, call_log)
+        self.admin_gate = Gate(ADMIN_CALLS, arriving_admin, call_log)
+        self._data = self._make_server(listening.num_threads, self.gate)
+        self._admin = self._make_server(2 * ADMIN_CALLS, self.admin_gate)
         self._register()
         self.address = self._bind(self._data, listening.port)
         if listening.socket:
@@ -103,18 +105,23 @@ class Server:
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
-    def _make_server(self, num_threads: int) -> grpc.Server:
-        limit = self.config.limits.max_message_bytes + FRAMING_BYTES
+    def _make_server(self, num_threads: int, gate: Gate) -> grpc.Server:
+        limits = self.config.limits
+        limit = limits.max_message_bytes + FRAMING_BYTES
         return grpc.server(
             futures.ThreadPoolExecutor(num_threads, "rpc"),
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
+                ("grpc.max_concurrent_streams", MAX_CALLS_A_CONNECTION),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", round(1000 * limits.peer_ping_s)),
+                ("grpc.keepalive_timeout_ms", round(1000 * limits.peer_answer_s)),
+                ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
-            interceptors=self._interceptors,
-            maximum_concurrent_rpcs=4 * self.config.limits.max_calls_in_flight,
+            interceptors=[gate, *self._interceptors],
         )
 
     def _register(self) -> None:
@@ -174,6 +181,7 @@ class Server:
                 return
             self._stopping.set()
             self._health.enter_graceful_shutdown()
+            self.gate.drain()
             grace = self.config.listening.drain_s if grace_s is None else grace_s
             stopped = self._data.stop(grace)
             stopped.wait(grace)
@@ -186,6 +194,26 @@ class Server:
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
             self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
-            self.catalog.expire_tickets(time.monotonic())
-            num_dropped = self.handlers.streams.drop_silent(time.monotonic())
-            self.metrics.count(metrics.STREAMS_DROPPED, by=num_dropped)
+            now = time.monotonic()
+            self.catalog.expire_tickets(now)
+            for streams in (self.handlers.streams, self.handlers.unsent, self.gate.arriving, self.admin_gate.arriving):
+                self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
+
+
+def shared_out(num_threads: int, limits: Limits) -> Limits:
+    """The limits for which the threads suffice: each call holds one, and refusals need some."""
+    reserved = max(1, num_threads // 12)  # for streams, for commits, and for refusals
+    calls = min(limits.max_calls_in_flight, max(1, num_threads // 2 - reserved))
+    return replace(
+        limits,
+        max_calls_in_flight=calls,
+        max_streams=min(limits.max_streams, reserved),
+        max_commits_in_flight=min(limits.max_commits_in_flight, reserved),
+        max_calls_arriving=min(limits.max_calls_arriving, max(1, num_threads - calls - 3 * reserved)),
+    )
+
+
+def places_of(limits: Limits) -> int:
+    """Calls that may be inside at once, of all kinds."""
+    arrived = limits.max_calls_in_flight + limits.max_streams + limits.max_commits_in_flight
+    return arrived + limits.max_calls_arriving

@@ -29,7 +29,7 @@ from shardloss_server import __version__, metrics
 from shardloss_server.config import FRAMING_BYTES, Limits
 from shardloss_server.evaluation.passes import Ask, Evaluator
 from shardloss_server.frontend import validate
-from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams
+from shardloss_server.frontend.admission import Admission, LiveStream, LiveStreams, Unsent
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.pipeline import Pipeline
@@ -37,9 +37,10 @@ from shardloss_server.frontend.plan import draw_with_tries
 from shardloss_server.frontend.request import CommitReply, LabelColumns, LossReply, LossRequest
 from shardloss_server.numerics.optimizer import state_widths
 from shardloss_server.rpc import specs, wire
-from shardloss_server.rpc.call import Call, CallLog
+from shardloss_server.rpc.call import Call, CallLog, Sized
+from shardloss_server.rpc.caller import caller_of
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Sized)
 Context = grpc.ServicerContext
 LossMessage = Spliced[loss_pb2.ComputeLossRequest]
 StreamMessage = Spliced[loss_pb2.StreamLossRequest]
@@ -81,21 +82,23 @@ class Handlers:
         self.admission = Admission(most_calls, most_calls * message, "max_calls_in_flight")
         self.commits = Admission(most_commits, most_commits * message, "max_commits_in_flight")
         self.stream_bytes = Admission(limits.max_streams, 2 * limits.max_request_bytes, "max_streams")
+        self.unsent = Unsent(most_calls * message, limits.max_message_s)
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
-    def admitted(self, method: str, num_bytes: int) -> AbstractContextManager[None]:
+    def admitted(self, method: str, request: Any, context: Context) -> AbstractContextManager[None]:
         """The place of a unary call."""
         if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
         places = self.commits if method in ("Commit", "Abort") else self.admission
-        return places.admit(num_bytes)
+        return places.admit(request.ByteSize(), caller_of(context, request))
 
-    def deadline(self, context: Context) -> Deadline:
+    def deadline(self, context: Context, request: object = None) -> Deadline:
         """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
         left = context.time_remaining()
         longest = self.limits.max_deadline_s
-        deadline = Deadline.after(longest if left is None else min(left, longest))
+        seconds = longest if left is None else min(left, longest)
+        deadline = Deadline.after(seconds, caller_of(context, request))
         if not context.add_callback(deadline.cancel):
             deadline.cancel()
         return deadline
@@ -128,12 +131,14 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
 
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
-        call_log, limit = self.handlers.call_log, self.handlers.limits.max_message_bytes + FRAMING_BYTES
-        with call_log.begin(name, context, request) as call, self.handlers.admitted(name, call.received_bytes):
+        handlers: Handlers = self.handlers
+        limit = handlers.limits.max_message_bytes + FRAMING_BYTES
+        with handlers.call_log.begin(name, context, request) as call, handlers.admitted(name, request, context):
             with torch.inference_mode():
                 response = method(self, request, context)
             if call.sending(response).sent_bytes > limit:
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
+            handlers.unsent.hand_over(call.sent_bytes, context.cancel, context.add_callback)
             add_cost(call, request, response)
             return response
         raise AssertionError("a failed call has ended")
@@ -159,13 +164,13 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         return self._loss(request.message, contents, False, context)
 
     def StreamLoss(self, request_iterator: Iterator[StreamMessage], context: Context) -> Iterator[StreamReply]:
-        call_log, streams = self.handlers.call_log, self.handlers.streams
-        with call_log.begin("StreamLoss", context) as call, streams.stream(context.cancel) as stream:
+        call_log, streams, caller = self.handlers.call_log, self.handlers.streams, caller_of(context)
+        with call_log.begin("StreamLoss", context) as call, streams.stream(context.cancel, caller) as stream:
             pieces_in = call.receiving(request_iterator)
             header, assembler = self._begin(pieces_in)
             num_bytes = sum(tensor.chunk.num_bytes for _, tensor in chunks.tensors_of(header))
-            with self.handlers.stream_bytes.admit(num_bytes):
-                deadline = self.handlers.deadline(context)
+            with self.handlers.stream_bytes.admit(num_bytes, caller):
+                deadline = self.handlers.deadline(context, header)
                 columns = self._receive(header, pieces_in, assembler, stream, deadline)
                 stream.working()
                 with torch.inference_mode():
@@ -245,19 +250,19 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         limits = self.handlers.limits
         most = limits.max_reply_bytes if is_stream else min(limits.max_message_bytes, limits.max_reply_bytes)
         decoded = wire.loss_request(request, most, contents, columns)
-        reply = self.handlers.pipeline.loss(decoded, self.handlers.deadline(context))
+        reply = self.handlers.pipeline.loss(decoded, self.handlers.deadline(context, request))
         self.handlers.note_loss("StreamLoss" if is_stream else "ComputeLoss", decoded, reply)
         return wire.loss_response(reply)
 
     @answers
     def Commit(self, request: loss_pb2.CommitRequest, context: Context) -> loss_pb2.CommitResponse:
-        reply = self.handlers.pipeline.commit(wire.commit_request(request), self.handlers.deadline(context))
+        reply = self.handlers.pipeline.commit(wire.commit_request(request), self.handlers.deadline(context, request))
         self.handlers.note_commit("Commit", reply)
         return wire.commit_response(reply)
 
     @answers
     def Abort(self, request: loss_pb2.AbortRequest, context: Context) -> loss_pb2.AbortResponse:
-        deadline = self.handlers.deadline(context)
+        deadline = self.handlers.deadline(context, request)
         num_aborted = self.handlers.pipeline.abort(request.table, request.session, request.step, deadline)
         return loss_pb2.AbortResponse(num_aborted=num_aborted)
 
@@ -297,7 +302,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
     def CreateTable(self, request: table_pb2.CreateTableRequest, context: Context) -> table_pb2.CreateTableResponse:
         num_shards = max(1, self.handlers.catalog.group.num_workers)
         spec = specs.table_spec(request.spec, num_shards)
-        owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context))
+        owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context, request))
         return table_pb2.CreateTableResponse(table=specs.table_message(owner), created=created)
 
     @answers
@@ -311,12 +316,12 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
 
     @answers
     def DeleteTable(self, request: table_pb2.DeleteTableRequest, context: Context) -> table_pb2.DeleteTableResponse:
-        self.handlers.catalog.delete(request.table, self.handlers.deadline(context))
+        self.handlers.catalog.delete(request.table, self.handlers.deadline(context, request))
         return table_pb2.DeleteTableResponse()
 
     @answers
     def RenameTable(self, request: table_pb2.RenameTableRequest, context: Context) -> table_pb2.RenameTableResponse:
-        owner = self.handlers.catalog.rename(request.table, request.new_name, self.handlers.deadline(context))
+        owner = self.handlers.catalog.rename(request.table, request.new_name, self.handlers.deadline(context, request))
         return table_pb2.RenameTableResponse(table=specs.table_message(owner))
 
     @answers
@@ -328,7 +333,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         num_bytes = len(class_ids) * num_tensors * (owner.spec.dim + 1) * 8
         if num_bytes > limits.max_message_bytes:
             raise LimitExceeded(f"{len(class_ids)} rows may take {num_bytes} bytes; read fewer", field="class_ids")
-        rows = owner.read(class_ids, self.handlers.deadline(context), request.want_state)
+        rows = owner.read(class_ids, self.handlers.deadline(context, request), request.want_state)
         response = table_pb2.ReadRowsResponse(
             rows=wire.from_tensor(rows.rows),
             version=rows.version,
@@ -355,7 +360,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
             class_ids,
             rows,
             biases,
-            self.handlers.deadline(context),
+            self.handlers.deadline(context, request),
             weight_state=of_rows,
             bias_state=of_biases,
             num_commits=num_commits,
@@ -388,7 +393,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         validate.class_range(request.first_class, request.num_classes, owner.spec)
         if 16 * request.num_classes > self.handlers.limits.max_message_bytes:
             raise LimitExceeded(f"counts of {request.num_classes} classes exceed one message", field="num_classes")
-        counts = owner.read_counts(request.first_class, request.num_classes, self.handlers.deadline(context))
+        counts = owner.read_counts(request.first_class, request.num_classes, self.handlers.deadline(context, request))
         return table_pb2.ReadClassCountsResponse(
             counts=None if counts.written is None else wire.from_tensor(torch.from_numpy(counts.written)),
             learned=None if counts.learned is None else wire.from_tensor(torch.from_numpy(counts.learned)),
@@ -437,7 +442,9 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
     def _ask(self, request: Question, context: Context) -> Ask:
         """What every question holds."""
         hidden = wire.to_tensor(request.hidden, "hidden")
-        return Ask(request.table, hidden, wire.logit_transform(request.logits), self.handlers.deadline(context))
+        return Ask(
+            request.table, hidden, wire.logit_transform(request.logits), self.handlers.deadline(context, request)
+        )
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):

@@ -1,0 +1,18 @@
+"""The command line `shardloss` (docs/cli.md): tables, their files, exact evaluation, status and doctor."""
+
+from __future__ import annotations
+
+import sys
+
+NEEDED = ("typer", "rich")
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code: 0 done, 1 refused or failed, 2 misused."""
+    try:
+        from shardloss.cli.app import run
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in NEEDED:
+            raise
+        sys.exit(f"the command line needs the package {error.name}: pip install 'shardloss[cli]'")
+    sys.exit(run())

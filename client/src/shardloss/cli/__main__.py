@@ -1,0 +1,5 @@
+"""`python -m shardloss.cli`."""
+
+from shardloss.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""The commands together, and how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import typer
+
+from shardloss import __version__
+from shardloss.cli import doctor, evaluate, status, table
+from shardloss.cli.output import Output, fail
+
+app = typer.Typer(
+    name="shardloss",
+    help="Softmax losses over class tables that live in a service: tables, files, evaluation, status.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(table.app, name="table")
+app.command("evaluate")(evaluate.evaluate)
+app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
+
+# typer has no public name for what a misused command raises, but for this kind of it
+MISUSED: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command: 0 done, 1 refused or failed, 2 misused, 130 interrupted."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        code = typer.main.get_command(app).main(args, prog_name="shardloss", standalone_mode=False)
+    except MISUSED as error:
+        if wants_json(args):
+            fail(Output.JSON, "USAGE", error.format_message())
+        else:
+            error.show()
+        return 2
+    except typer.Abort:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def wants_json(args: Sequence[str]) -> bool:
+    """Whether a command line that could not be read asks for JSON."""
+    given = [after for before, after in pairwise(args) if before == "--output"]
+    given += [arg.removeprefix("--output=") for arg in args if arg.startswith("--output=")]
+    return (given or [os.environ.get("SHARDLOSS_OUTPUT", "")])[-1] == Output.JSON

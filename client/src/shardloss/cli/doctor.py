@@ -1,0 +1,144 @@
+"""`shardloss doctor`: names what is wrong with this set-up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from shardloss import __version__
+from shardloss.cli.checks import CHECKS, Disk, Facts, Finding, Port, Verdict
+from shardloss.cli.connection import Connection
+from shardloss.cli.invocation import Invocation, command
+from shardloss.cli.output import grid
+from shardloss.errors import ShardlossError
+from shardloss.status import ServerStatus
+
+ANSWER_S = 3.0  # for a server to say that it is there
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@command
+def doctor(
+    call: Invocation,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT that a server is to listen on; repeat it. Default: the addresses connected to."),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The server's data_dir, whose disk is looked at.")] = None,
+) -> None:
+    """Look for what is wrong with this set-up, and say what to do; ends with 1 where something is."""
+    facts = gathered(call.connection, listen or [], data_dir)
+    findings = [check(facts) for check in CHECKS]
+    wrong = [finding for finding in findings if finding.verdict is Verdict.WRONG]
+    call.emit({"ok": not wrong, "findings": findings}, lambda: shown(findings))
+    if wrong:
+        raise typer.Exit(1)
+
+
+def shown(findings: list[Finding]) -> RenderableType:
+    """Findings as people read them."""
+    marks = {Verdict.OK: "ok", Verdict.WRONG: "WRONG", Verdict.SKIPPED: "-"}
+    rows = [(each.check, marks[each.verdict], each.found + (f"\n-> {each.do}" if each.do else "")) for each in findings]
+    return grid(("check", "", "found"), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A server's status or why there is none, and its clock minus ours, seconds."""
+
+    status: ServerStatus | None
+    why: str
+    clock_s: float
+    error_s: float
+
+
+def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -> Facts:
+    """What this machine and the server say."""
+    look = looked_at(connection)
+    answering = {connection.admin_address} if look.status is not None else set()
+    if answers(connection):
+        answering.add(connection.address)
+    addresses = listen or [connection.address, connection.admin_address]
+    ray_dir = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    folders = [("Ray's folder", ray_dir)] + ([("data_dir", str(data_dir))] if data_dir else [])
+    return Facts(
+        ports=[port for one in addresses if (port := port_at(one, not listen and one in answering)) is not None],
+        token_file=str(connection.token_file or ""),
+        token_mode=mode_of(connection.token_file),
+        shm=disk_at("/dev/shm", str(SHARED_MEMORY)),
+        disks=[disk for what, path in folders if (disk := disk_at(what, path)) is not None],
+        num_cores=len(os.sched_getaffinity(0)),
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
+        client_version=__version__,
+        protobuf_version=metadata.version("protobuf"),
+        status=look.status,
+        no_status=look.why,
+        clock_s=look.clock_s,
+        clock_error_s=look.error_s,
+    )
+
+
+def looked_at(connection: Connection) -> Look:
+    """Ask the admin port; half of the way there and back is how far its clock can be told."""
+    try:
+        with connection.connect(admin=True, timeout_s=ANSWER_S) as client:
+            before = time.time()
+            status = client.status()
+            after = time.time()
+    except ShardlossError as error:
+        return Look(None, f"no status from {connection.admin_address}: {error.reason}: {error.message}", 0.0, 0.0)
+    return Look(status, "", status.time_s - (before + after) / 2, (after - before) / 2)
+
+
+def answers(connection: Connection) -> bool:
+    """Whether a server of ours answers at the data port: also one that refuses us."""
+    try:
+        connection.connect(timeout_s=ANSWER_S).close()
+    except ShardlossError as error:
+        return error.reason in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+    return True
+
+
+def port_at(address: str, is_ours: bool) -> Port | None:
+    """Whether this machine could listen there; None: the address is not this machine's."""
+    host, _, number = address.rpartition(":")
+    if not number.isdigit() or address.startswith("unix:"):
+        return None
+    if is_ours:
+        return Port(address, is_free=False, is_ours=True)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a server that has just ended is free
+        try:
+            probe.bind((host.strip("[]"), int(number)))
+        except (OSError, OverflowError) as error:
+            return Port(address, is_free=False) if getattr(error, "errno", 0) == errno.EADDRINUSE else None
+    return Port(address, is_free=True)
+
+
+def mode_of(path: Path | None) -> int | None:
+    """Mode of a file; None: no file, -1: it is not there."""
+    if path is None:
+        return None
+    with suppress(OSError):
+        return path.stat().st_mode
+    return -1
+
+
+def disk_at(what: str, path: str) -> Disk | None:
+    """The file system of a folder; None: it is not there."""
+    try:
+        room = os.statvfs(path)
+    except OSError:
+        return None
+    return Disk(what, path, room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize)

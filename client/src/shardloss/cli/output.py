@@ -1,0 +1,95 @@
+"""What commands print: text for people, or one JSON document; progress goes to stderr, where that is a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Grid
+
+PIPED_COLUMNS = 240  # of text that goes into a file or a pipe: nothing is cut to the width of no terminal
+
+
+class Output(StrEnum):
+    """For whom."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option(envvar="SHARDLOSS_OUTPUT", help="For people, or one JSON document.")]
+
+
+def screen() -> Console:
+    """Standard output."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=PIPED_COLUMNS, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: dataclasses are objects, numbers that JSON lacks are null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def emit(output: Output, document: Any, text: Callable[[], RenderableType]) -> None:
+    """Print a command's result."""
+    if output is Output.JSON:
+        typer.echo(json.dumps(plain(document)))
+    else:
+        screen().print(text())
+
+
+def fail(output: Output, reason: str, message: str, **details: Any) -> None:
+    """Print why a command failed: as JSON on stdout, as text on stderr."""
+    if output is Output.JSON:
+        typer.echo(json.dumps({"error": {"reason": reason, "message": message, **plain(details)}}))
+    else:
+        typer.echo(f"{reason}: {message}", err=True)
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> Grid:
+    """A table of text; numbers stand right."""
+    made = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        is_number = bool(rows) and not isinstance(rows[0][place], str)
+        made.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        made.add_row(
+            *(f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row)
+        )
+    return made
+
+
+class Size(float):
+    """A number of bytes, as people read it."""
+
+    def __str__(self) -> str:
+        """1.5 GiB."""
+        value, units = float(self), ["B", "KiB", "MiB", "GiB", "TiB"]
+        while value >= 1024 and len(units) > 1:
+            value, units = value / 1024, units[1:]
+        return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr that is told (done, of how many); nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -1,0 +1,107 @@
+"""What a running server says of itself on its admin port (proto/shardloss/v1/admin.proto has units and meanings)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from shardloss.v1 import admin_pb2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker; where it is not up, all but index, device and num_restarts is 0."""
+
+    index: int
+    up: bool
+    device: str
+    node: str
+    pid: int
+    num_restarts: int
+    resident_bytes: int
+    device_bytes: int
+    kept_bytes: int
+    num_threads: int
+    num_cores: int
+    num_shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatus:
+    """One table; num_bytes of its rows, biases, state and label counts together."""
+
+    name: str
+    num_classes: int
+    dim: int
+    dtype: str
+    num_shards: int
+    version: int
+    num_commits: int
+    num_sessions: int
+    num_open_tickets: int
+    num_bytes: int
+    rows_lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlacesStatus:
+    """What calls of one kind hold, and may hold."""
+
+    name: str
+    num_calls: int
+    num_bytes: int
+    max_calls: int
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodStatus:
+    """One method: calls and errors by reason since the start; rate (a second) and seconds of the last minute."""
+
+    name: str
+    num_calls: int
+    errors: Mapping[str, int]
+    rate: float
+    median_s: float
+    p90_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """One look at a server; time_s is its clock in seconds since 1970, /dev/shm's sizes are 0 where it has none."""
+
+    versions: Mapping[str, str]
+    uptime_s: float
+    time_s: float
+    num_workers: int
+    workers: Sequence[WorkerStatus]
+    shm_free_bytes: int
+    shm_total_bytes: int
+    tables: Sequence[TableStatus]
+    places: Sequence[PlacesStatus]
+    num_refused: int
+    methods: Sequence[MethodStatus]
+
+
+PARTS = {"workers": WorkerStatus, "tables": TableStatus, "places": PlacesStatus, "methods": MethodStatus}
+
+
+def server_status(message: admin_pb2.Status) -> ServerStatus:
+    """The status of a message."""
+    return of(
+        ServerStatus, message, **{name: [of(kind, m) for m in getattr(message, name)] for name, kind in PARTS.items()}
+    )
+
+
+def of(kind: type[T], message: Message, **known: Any) -> T:
+    """A message's fields in a dataclass of the same names; maps become dicts."""
+    names = [field.name for field in fields(kind) if field.name not in known]  # type: ignore[arg-type]
+    values = {name: getattr(message, name) for name in names}
+    plain = {name: dict(value) if hasattr(value, "items") else value for name, value in values.items()}
+    return kind(**plain, **known)

@@ -1,0 +1,159 @@
+"""Turns at the workers: few calls are there at once, and the others wait by caller, whoever was served least first.
+
+A turn is held for one fan-out, and never while a call waits for its client or for another's step. What a caller was
+served is counted in seconds of turns. One that comes back after a pause begins where the last turn began, and may take
+a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
+(start-time fair queueing).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from shardloss.errors import Overloaded
+
+from shardloss_server.frontend.deadline import Deadline
+
+STALLED_S = 1.0  # a turn held for longer does not count any more: a worker that hangs must not hold up the others
+MOST_KNOWN = 1024  # callers, before those that were served least are forgotten
+FIRST_COST_S, NEW_SHARE = 0.005, 0.1  # what a turn takes as long as none has ended; the share of the last in the mean
+STEP_TURNS = 4  # turns of mean length that a caller may be ahead: a loss and its commit, which may score once more
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """Work for the workers, from the wish to be next to its end."""
+
+    caller: str
+    goes_first: bool
+    began: float = 0.0  # s, once granted
+    expected_s: float = 0.0
+    granted: threading.Event = field(default_factory=threading.Event)
+
+
+class Turns:
+    """Grants at most max_at_once turns. Thread-safe; clock is in seconds."""
+
+    def __init__(self, max_at_once: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_at_once, self._clock = max_at_once, clock
+        self._lock = threading.Lock()
+        self._held: set[Turn] = set()
+        self._urgent: deque[Turn] = deque()
+        self._waiting: dict[str, deque[Turn]] = {}
+        self._served: dict[str, float] = {}
+        self._now_served = 0.0  # where the last turn began: nobody's next begins before it
+        self.mean_s = FIRST_COST_S
+        self.num_refused = 0
+
+    @property
+    def num_held(self) -> int:
+        """Calls at the workers."""
+        return len(self._held)
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for their turn."""
+        with self._lock:
+            return len(self._urgent) + sum(map(len, self._waiting.values()))
+
+    @contextmanager
+    def turn(self, deadline: Deadline, *, goes_first: bool = False) -> Iterator[None]:
+        """Hold a turn for the deadline's caller, once it comes; goes_first is for who holds up others meanwhile.
+
+        Raises:
+            Overloaded: it would come after the deadline; `retry_after_s` is how long it would take.
+            DeadlineExceeded: it did not come in time, or the caller went away.
+        """
+        turn = self._ask(deadline, goes_first)
+        try:
+            if not turn.granted.is_set():
+                deadline.wait(lambda seconds: self._came(turn, seconds), "its turn at the workers came")
+            yield
+        finally:
+            self._end(turn)
+
+    def _ask(self, deadline: Deadline, goes_first: bool) -> Turn:
+        turn = Turn(deadline.caller, goes_first)
+        with self._lock:
+            if not goes_first:
+                self._refuse_late(turn.caller, deadline)
+            self._line_of(turn).append(turn)
+            self._grant()
+        return turn
+
+    def _line_of(self, turn: Turn) -> deque[Turn]:
+        return self._urgent if turn.goes_first else self._waiting.setdefault(turn.caller, deque())
+
+    def _refuse_late(self, caller: str, deadline: Deadline) -> None:
+        """Each other caller has as many turns before this one as this caller has itself."""
+        own = len(self._waiting.get(caller, ())) + 1
+        ahead = len(self._urgent) + sum(min(len(turns), own) for turns in self._waiting.values())
+        wait_s = ahead * self.mean_s / self._max_at_once
+        if ahead and wait_s > deadline.left():
+            self.num_refused += 1
+            raise Overloaded(f"{ahead} calls are before this one, {wait_s:.2f} s of work", retry_after_s=wait_s)
+
+    def _came(self, turn: Turn, seconds: float) -> bool:
+        if turn.granted.wait(seconds):
+            return True
+        with self._lock:
+            self._grant()  # meanwhile a turn may have stalled
+        return turn.granted.is_set()
+
+    def _grant(self) -> None:
+        """Give free turns away."""
+        while self._urgent or self._waiting:
+            now = self._clock()
+            if sum(now - turn.began < STALLED_S for turn in self._held) >= self._max_at_once:
+                return
+            turn = self._urgent.popleft() if self._urgent else self._next()
+            turn.began, turn.expected_s = now, self.mean_s
+            served_s = max(self._served.get(turn.caller, 0.0), self._now_served)
+            self._served[turn.caller] = served_s + self.mean_s
+            self._held.add(turn)
+            turn.granted.set()
+
+    def _next(self) -> Turn:
+        caller = min(self._waiting, key=self._share)
+        turns = self._waiting[caller]
+        self._now_served = self._share(caller)
+        turn = turns.popleft()
+        if not turns:
+            del self._waiting[caller]
+        return turn
+
+    def _share(self, caller: str) -> float:
+        """Where the caller's next turn begins."""
+        return max(self._served.get(caller, 0.0) - STEP_TURNS * self.mean_s, self._now_served)
+
+    def _end(self, turn: Turn) -> None:
+        with self._lock:
+            if turn in self._held:
+                self._held.discard(turn)
+                took_s = self._clock() - turn.began
+                served_s = self._served.get(turn.caller, self._now_served)
+                self._served[turn.caller] = served_s + took_s - turn.expected_s
+                self.mean_s += NEW_SHARE * (min(took_s, STALLED_S) - self.mean_s)
+            else:
+                self._give_up(turn)
+            self._forget()
+            self._grant()
+
+    def _give_up(self, turn: Turn) -> None:
+        turns = self._line_of(turn)
+        turns.remove(turn)
+        if not turns and not turn.goes_first:
+            del self._waiting[turn.caller]
+
+    def _forget(self) -> None:
+        """Where nobody holds a turn or waits, all begin anew; else whoever would begin there anyway is forgotten."""
+        if not self._held and not self._waiting and not self._urgent:
+            self._served.clear()
+            self._now_served = 0.0
+        elif len(self._served) > MOST_KNOWN:
+            self._served = {caller: s for caller, s in self._served.items() if s > self._now_served}

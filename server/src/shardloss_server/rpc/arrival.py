@@ -1,0 +1,136 @@
+"""The gate: before a call takes a thread it is counted, and while its message is on the way it is watched.
+
+gRPC gives a unary call a thread, which waits for the message for as long as the client likes. So every unary method is
+served as a stream of one message, which is the same on the wire: its handler begins before the message is there, counts
+the call by its caller, and has the call at hand for the watch to drop.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+from shardloss.errors import InvalidArgument, Overloaded, ServerUnavailable, ShardlossError
+
+from shardloss_server.frontend.admission import LiveStreams
+from shardloss_server.frontend.hints import Hints
+from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.caller import caller_of
+from shardloss_server.rpc.splicing import SERVICE
+
+DRAINING_RETRY_S = 1.0
+WATCHES_ITSELF = f"/{SERVICE}/StreamLoss"  # from its first piece to its last, by `Handlers.streams`
+Answer = Callable[..., Any]
+Context = grpc.ServicerContext
+
+
+class Gate(grpc.ServerInterceptor):
+    """Lets at most max_inside calls take a thread, from their first byte to the end of their handler. Thread-safe.
+
+    arriving are the places of calls whose message is on its way.
+    """
+
+    def __init__(self, max_inside: int, arriving: LiveStreams, call_log: CallLog) -> None:
+        self._max_inside, self.arriving, self._call_log = max_inside, arriving, call_log
+        self._hints = Hints()
+        self._lock = threading.Lock()
+        self._is_draining = False
+        self.num_inside = 0
+        self.num_refused = 0
+
+    def drain(self) -> None:
+        """From now on refuse every new call as SERVER_UNAVAILABLE."""
+        self._is_draining = True
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        """The handler of a method behind the gate, or one that refuses without waiting for a message."""
+        handler, path = continuation(handler_call_details), handler_call_details.method
+        if handler is None:
+            return None
+        with self._lock:
+            error = self._refusal()
+            self.num_refused += error is not None
+            self.num_inside += error is None
+        return self._behind(handler, path) if error is None else refusing(error, path, self._call_log)
+
+    def _refusal(self) -> ShardlossError | None:
+        if self._is_draining:
+            return ServerUnavailable("the server is shutting down", retry_after_s=DRAINING_RETRY_S)
+        if self.num_inside >= self._max_inside:
+            return Overloaded(
+                f"{self.num_inside} calls are inside", retry_after_s=self._hints.next(), limit="num_threads"
+            )
+        return None
+
+    def _behind(self, handler: Any, path: str) -> Any:
+        """The same method as one of streams."""
+        read, write = handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary:
+            return grpc.stream_unary_rpc_method_handler(self._of_one(handler.unary_unary, path), read, write)
+        if handler.unary_stream:
+            return grpc.stream_stream_rpc_method_handler(self._of_one(handler.unary_stream, path), read, write)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(self._of_stream(handler.stream_unary, path), read, write)
+        answer = self._both_ways(handler.stream_stream, path)
+        return grpc.stream_stream_rpc_method_handler(answer, read, write)
+
+    def _of_one(self, answer: Answer, path: str) -> Answer:
+        @functools.wraps(answer)  # and with it what gRPC reads of a handler, such as that it does not block
+        def handler(requests: Iterator[Any], context: Context, *send: Any) -> Any:
+            try:
+                request = self._next(requests, context, path)
+                if request is None:
+                    self._call_log.refuse(path, context, InvalidArgument("the call ended without its message"))
+                return answer(request, context, *send)
+            finally:
+                self._leave()
+
+        return handler
+
+    def _of_stream(self, answer: Answer, path: str) -> Answer:
+        def handler(requests: Iterator[Any], context: Context) -> Any:
+            try:
+                return answer(self._watched(requests, context, path), context)
+            finally:
+                self._leave()
+
+        return handler
+
+    def _both_ways(self, answer: Answer, path: str) -> Answer:
+        def handler(requests: Iterator[Any], context: Context) -> Iterator[Any]:
+            try:
+                yield from answer(
+                    requests if path == WATCHES_ITSELF else self._watched(requests, context, path), context
+                )
+            finally:
+                self._leave()
+
+        return handler
+
+    def _next(self, requests: Iterator[Any], context: Context, path: str) -> Any:
+        """The next message, for which the client is not waited for too long; None at the end."""
+        try:
+            with self.arriving.stream(context.cancel, caller_of(context)):
+                return next(requests, None)
+        except ShardlossError as error:
+            self._call_log.refuse(path, context, error)
+
+    def _watched(self, requests: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
+        while (request := self._next(requests, context, path)) is not None:
+            yield request
+
+    def _leave(self) -> None:
+        with self._lock:
+            self.num_inside -= 1
+
+
+def refusing(error: ShardlossError, path: str, call_log: CallLog) -> Any:
+    """A handler of any method that ends its call with an error at once, whether or not a message comes."""
+
+    def refuse(_requests: Iterator[Any], context: Context) -> NoReturn:
+        call_log.refuse(path, context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)

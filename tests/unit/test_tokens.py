@@ -1,0 +1,263 @@
+"""Tokens files: what they may hold, who writes them, and what is read when they change."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from shardloss.errors import Unauthenticated
+from shardloss_server.__main__ import app
+from shardloss_server.access import token_files
+from shardloss_server.access.gate import caller_by_token
+from shardloss_server.access.grants import BadTokens, Grants, Role, digest_of, parse
+from shardloss_server.access.token_files import escaped, init, read_grants, text_of, watched_grants, write
+from shardloss_server.access.watched import Unreadable, Watched
+from typer.testing import CliRunner, Result
+
+DIGEST = digest_of(b"secret").hex()
+OTHER = digest_of(b"another").hex()
+
+
+def entry(name: str = '"a"', role: str = '"reader"', sha256: str = f'"{DIGEST}"', more: str = "") -> str:
+    return f"[[token]]\nname = {name}\nrole = {role}\nsha256 = {sha256}\n{more}\n"
+
+
+def test_a_whole_file_is_read() -> None:
+    """Both kinds of entries; times with any offset."""
+    certificate = '[[certificate]]\nname = "x.example.org"\nrole = "admin"\n'
+    text = entry() + entry('"b"', '"admin"', f'"{OTHER}"', "expires = 2030-01-01T02:00:00+02:00") + certificate
+    grants = parse(text)
+    assert [(token.name, token.role) for token in grants.tokens] == [("a", Role.READER), ("b", Role.ADMIN)]
+    assert grants.tokens[1].expires == datetime(2030, 1, 1, tzinfo=UTC)
+    assert grants.certificate(["y", "x.example.org"]) is Role.ADMIN
+    assert grants.certificate(["y"]) is None
+    assert parse(entry(more='expires = "2030-01-01T00:00:00Z"')).tokens[0].expires == grants.tokens[1].expires
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[[token]", "no TOML"),
+        ("tokens = 3", "'tokens' is unknown"),
+        ("token = 3", "[[token]]"),
+        ("token = [3]", "[[token]]"),
+        (entry() + entry('"b"', more="note = 1", sha256=f'"{OTHER}"'), "[[token]] 2: 'note' is unknown"),
+        (entry() + "[[token]]\nname = 'b'\nrole = 'reader'\n", "[[token]] 2: sha256 is missing"),
+        (entry(role='"root"'), "[[token]] 1: role = 'root' must be one of reader, trainer, admin"),
+        (entry(role="3"), "role = 3"),
+        (entry(name="3"), "name = 3"),
+        (entry(name='""'), "name = ''"),
+        (entry(name='"a b"'), "name = 'a b'"),
+        (entry(name='"../a"'), "name = '../a'"),
+        (entry(sha256='"secret"'), "sha256 must be 64"),
+        (entry(sha256=f'"{DIGEST.upper()}"'), "lower-case"),
+        (entry(more="expires = 2030-01-01"), "expires = '2030-01-01'"),
+        (entry(more="expires = 2030-01-01T00:00:00"), "expires = '2030-01-01 00:00:00'"),
+        (entry(more='expires = "soon"'), "expires = 'soon'"),
+        (entry() + entry(sha256=f'"{OTHER}"'), "[[token]] 2: its name is that of [[token]] 1"),
+        (entry() + entry('"b"'), "[[token]] 2: its sha256 is that of [[token]] 1"),
+        ('[[certificate]]\nname = "x"\n', "[[certificate]] 1: role is missing"),
+        ('[[certificate]]\nname = "x"\nrole = "reader"\n' * 2, "[[certificate]] 2: its name"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_entry(text: str, words: str) -> None:
+    with pytest.raises(BadTokens) as caught:
+        parse(text)
+    assert words in str(caught.value)
+
+
+def test_a_token_pasted_for_its_digest_is_not_shown() -> None:
+    """An easy mistake: it would be in the log."""
+    with pytest.raises(BadTokens) as caught:
+        parse(entry(sha256='"my-very-secret"'))
+    assert "my-very-secret" not in str(caught.value)
+
+
+def test_a_token_ends_at_its_time() -> None:
+    """Not a moment later."""
+    expires = datetime(2030, 1, 1, tzinfo=UTC)
+    grants = parse(entry(more="expires = 2030-01-01T00:00:00Z"))
+    assert caller_by_token(["Bearer secret"], grants, lambda: expires - timedelta(seconds=1)).role is Role.READER
+    with pytest.raises(Unauthenticated, match="expired at 2030-01-01T00:00:00Z"):
+        caller_by_token(["Bearer secret"], grants, lambda: expires)
+    with pytest.raises(Unauthenticated, match="unknown"):
+        caller_by_token(["Bearer secre"], grants)
+
+
+def test_every_entry_is_compared_whatever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In constant time each: how long it takes tells nothing."""
+    grants, compared = parse(entry() + entry('"b"', sha256=f'"{OTHER}"')), []
+    real = token_files.secrets.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append(a) or real(a, b))
+    for secret in (b"secret", b"another", b"neither"):
+        compared.clear()
+        grants.token(secret)
+        assert compared == [token.digest for token in grants.tokens]
+
+
+def tokens(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["tokens", *map(str, arguments)])
+
+
+def test_init_makes_one_token_a_role_once(tmp_path: Path) -> None:
+    """0600 all of them; a repeat changes nothing, and what was revoked stays so."""
+    assert tokens("init", "--dir", tmp_path).exit_code == 0
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(files) == {"tokens.toml", "reader.token", "trainer.token", "admin.token"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+    grants = read_grants(tmp_path / "tokens.toml")
+    for word in ("reader", "trainer", "admin"):
+        token = files[f"{word}.token"].strip()
+        assert len(token) >= 43
+        found = grants.token(token)
+        assert found is not None
+        assert (found.name, found.role.word) == (word, word)
+    assert tokens("init", "--dir", tmp_path).exit_code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    token_files.revoke(tmp_path / "tokens.toml", "reader")
+    assert "nothing to do" in tokens("init", "--dir", tmp_path).output
+    assert [token.name for token in read_grants(tmp_path / "tokens.toml").tokens] == ["trainer", "admin"]
+
+
+def test_an_init_that_was_cut_off_is_finished(tmp_path: Path) -> None:
+    """The tokens file comes last, and holds the tokens that were there."""
+    write(tmp_path / "admin.token", "of-before\n", replace=False)
+    assert len(init(tmp_path)) == 3
+    found = read_grants(tmp_path / "tokens.toml").token(b"of-before")
+    assert found is not None
+    assert found.role is Role.ADMIN
+
+
+def test_create_list_and_revoke(tmp_path: Path) -> None:
+    """A token's way through the commands; nobody prints it."""
+    file, out = tmp_path / "t.toml", tmp_path / "x.token"
+    made = tokens(
+        "create", "--name", "x", "--role", "trainer", "--expires-days", 2, "--tokens-file", file, "--out", out
+    )
+    assert made.exit_code == 0
+    secret = out.read_text().strip()
+    assert secret not in made.output
+    assert secret not in file.read_text()
+    with file.open("a") as comment:
+        comment.write("# of mine\n")
+    assert (
+        tokens("create", "--name", "y", "--role", "admin", "--tokens-file", file, "--out", tmp_path / "y").exit_code
+        == 0
+    )
+    assert "# of mine" in file.read_text()
+    listed = json.loads(tokens("list", "--tokens-file", file, "--output", "json").output)
+    assert [(each["name"], each["role"], each["expired"]) for each in listed] == [
+        ("x", "trainer", False),
+        ("y", "admin", False),
+    ]
+    until = datetime.fromisoformat(listed[0]["expires"]) - datetime.now(UTC)
+    assert timedelta(days=1.9) < until <= timedelta(days=2)
+    assert tokens("revoke", "--name", "x", "--tokens-file", file).exit_code == 0
+    assert read_grants(file).token(secret.encode()) is None
+    assert "trainer" not in tokens("list", "--tokens-file", file).output
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["create", "--name", "x", "--role", "root"], "--role root must be one of reader, trainer, admin"),
+        (["create", "--name", "../x", "--role", "reader"], "'../x'"),
+        (["create", "--name", "there", "--role", "reader"], "has a token named there already"),
+        (["revoke", "--name", "x"], "no token named x"),
+    ],
+)
+def test_a_command_that_cannot_says_why_and_changes_nothing(tmp_path: Path, arguments: list[str], words: str) -> None:
+    file, out = tmp_path / "t.toml", tmp_path / "x.token"
+    tokens("create", "--name", "there", "--role", "reader", "--tokens-file", file, "--out", tmp_path / "there")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = tokens(*arguments, "--tokens-file", file, *(["--out", out] if arguments[0] == "create" else []))
+    assert done.exit_code == 1
+    assert words in done.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    """A token of somebody else's."""
+    out = tmp_path / "x.token"
+    out.write_text("mine")
+    done = tokens("create", "--name", "x", "--role", "reader", "--tokens-file", tmp_path / "t.toml", "--out", out)
+    assert done.exit_code == 1
+    assert out.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.token"]
+
+
+def test_an_entry_is_not_written_where_its_token_cannot_be(tmp_path: Path) -> None:
+    """And no token without its entry."""
+    absent = tmp_path / "absent" / "t.toml"
+    done = tokens("create", "--name", "x", "--role", "reader", "--tokens-file", absent, "--out", tmp_path / "x")
+    assert done.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_name_of_a_certificate_survives_a_revocation() -> None:
+    """The file is written anew: what was in quotes stays the same."""
+    name = 'a"b\\c\n\u00e9\U0001f600'
+    grants = parse(f'[[certificate]]\nname = "{escaped(name)}"\nrole = "reader"\n')
+    assert parse(text_of(grants)).certificate([name]) is Role.READER
+
+
+def test_a_world_readable_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log; its digests still count."""
+    init(tmp_path)
+    os.chmod(tmp_path / "tokens.toml", 0o644)
+    assert len(watched_grants(tmp_path / "tokens.toml").value().tokens) == 3
+    assert "mode 644" in caplog.text
+
+
+def test_an_empty_file_lets_nobody_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.toml").write_text("")
+    assert watched_grants(tmp_path / "t.toml").value() == Grants()
+    assert "every call is refused" in caplog.text
+
+
+def test_a_file_is_looked_at_no_more_than_its_interval_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for tokens: calls cost no look each."""
+    path, now = tmp_path / "f", [100.0]
+    monkeypatch.setattr("shardloss_server.access.watched.time.monotonic", lambda: now[0])
+    path.write_text("1")
+    watched = Watched([path], path.read_text, 1.0)
+    path.write_text("22")
+    assert watched.value() == "1"
+    now[0] += 1.0
+    assert watched.value() == "22"
+
+
+def test_a_file_that_goes_away_or_is_wrong_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so once, until it changes again."""
+    path = tmp_path / "f"
+
+    def read() -> int:
+        try:
+            return int(path.read_text())
+        except (OSError, ValueError) as error:
+            raise Unreadable(f"{path} is wrong: {error}") from None
+
+    path.write_text("1")
+    watched = Watched([path], read, 0.0)
+    with caplog.at_level(logging.ERROR):
+        path.write_text("many")
+        assert [watched.value() for _ in range(3)] == [1, 1, 1]
+        assert caplog.text.count("still holds") == 1
+        path.unlink()
+        assert watched.value() == 1
+        assert caplog.text.count("still holds") == 2
+    path.write_text("444")
+    assert watched.value() == 444
+
+
+def test_offsets_are_written_as_utc() -> None:
+    """A file says the same time after it was written anew."""
+    there = datetime(2030, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
+    text = text_of(parse(entry(more=f"expires = {there.isoformat()}")))
+    assert "expires = 2030-01-01T00:00:00Z" in text
+    assert parse(text).tokens[0].expires == there
