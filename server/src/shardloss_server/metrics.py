@@ -75,7 +75,14 @@ CALLS_IN_FLIGHT = gauge(
 CALLS_IN_FLIGHT_LIMIT = gauge("calls_in_flight_limit", "calls", "Places of each kind.", "place")
 CALLS_IN_FLIGHT_BYTES = gauge("calls_in_flight_bytes", "bytes", "Bytes that the calls inside have brought.", "place")
 CALLS_IN_FLIGHT_BYTES_LIMIT = gauge("calls_in_flight_bytes_limit", "bytes", "Bytes that they may bring.", "place")
-STREAMS_DROPPED = counter("streams_dropped", "streams", "Streams dropped because they stood still.")
+CALLS_ARRIVING = gauge("calls_arriving", "calls", "Calls whose message is on its way, before they have a place.")
+UNREAD_BYTES = gauge("unread_reply_bytes", "bytes", "Replies that are made and that their clients have not read yet.")
+STREAMS_DROPPED = counter(
+    "streams_dropped", "calls", "Calls dropped because their client stood still, sending or reading."
+)
+TURNS_HELD = gauge("turns_held", "calls", "Calls at the workers: fan-outs under way.")
+TURNS_HELD_LIMIT = gauge("turns_held_limit", "calls", "Fan-outs at once: max_calls_at_workers.")
+TURNS_WAITING = gauge("turns_waiting", "calls", "Calls that wait for their turn at the workers: the queue.")
 SERVING = gauge("serving", "1 or 0", "Whether the server takes calls: 0 while it drains.")
 
 # The work of a call.
@@ -149,6 +156,9 @@ BACKLOG = gauge("backlog_calls", "calls", "Abandoned work before the workers: it
 # The server itself.
 
 BUILD_INFO = gauge("build_info", "1", "Versions that this server runs.", "version", "python", "torch")
+TOKEN_EXPIRY_SECONDS = gauge(
+    "token_expiry_time_seconds", "seconds since 1970", "When a token of the tokens file ends.", "token"
+)
 START_SECONDS = gauge("start_time_seconds", "seconds since 1970", "When this server was made.")
 
 ALL: Sequence[Metric] = tuple(each for each in globals().copy().values() if isinstance(each, Metric))

@@ -30,6 +30,9 @@ def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], boo
     one(counted, metrics.SERVING, lambda: not is_stopping())
     one(counted, metrics.TICKET_BYTES, lambda: catalog.budget.num_bytes)
     one(counted, metrics.TABLES, lambda: len(catalog.owners()))
+    one(counted, metrics.UNREAD_BYTES, lambda: handlers.unsent.num_bytes)
+    one(counted, metrics.TURNS_HELD, lambda: catalog.turns.num_held)
+    one(counted, metrics.TURNS_WAITING, lambda: catalog.turns.num_waiting)
     one(counted, metrics.BACKLOG, catalog.group.backlog)
     one(counted, metrics.START_SECONDS, lambda: made)
     build = __version__, platform.python_version(), str(torch.__version__)
@@ -44,6 +47,7 @@ def one(counted: Metrics, metric: Metric, read: Callable[[], float]) -> None:
 def read_limits(counted: Metrics, limits: Limits) -> None:
     """What the limits are, beside what they bound."""
     for metric, value in (
+        (metrics.TURNS_HELD_LIMIT, limits.max_calls_at_workers),
         (metrics.TABLES_LIMIT, limits.max_tables),
         (metrics.TABLE_BYTES_LIMIT, limits.max_table_bytes),
         (metrics.SESSIONS_LIMIT, limits.max_sessions),
