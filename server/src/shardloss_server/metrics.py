@@ -159,6 +159,9 @@ BUILD_INFO = gauge("build_info", "1", "Versions that this server runs.", "versio
 TOKEN_EXPIRY_SECONDS = gauge(
     "token_expiry_time_seconds", "seconds since 1970", "When a token of the tokens file ends.", "token"
 )
+MEMORY_LIMIT_BYTES = gauge(
+    "memory_limit_bytes", "bytes", "What the front end's container may take, or else the memory of its machine."
+)
 START_SECONDS = gauge("start_time_seconds", "seconds since 1970", "When this server was made.")
 
 ALL: Sequence[Metric] = tuple(each for each in globals().copy().values() if isinstance(each, Metric))
