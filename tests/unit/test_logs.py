@@ -203,6 +203,14 @@ def test_an_overload_does_not_drown_in_its_own_log() -> None:
     assert pace.left_out(101.5) == 0
 
 
+def test_what_ray_puts_on_every_record_is_not_in_a_line(make: Callable[..., Logged]) -> None:
+    logged = make()
+    logging.getLogger("shardloss_server").info("mine", extra={"_ray_timestamp_ns": 1, "worker": 2})
+    (line,) = logged.of("mine")
+    assert line["worker"] == 2
+    assert not any(name.startswith("_ray") for name in line)
+
+
 def test_text_has_the_same_as_json(make: Callable[..., Logged]) -> None:
     logged = make("text")
     error = wrong(logged.table)
