@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,6 +28,15 @@ def seed() -> int:
     """The one seed of every test: torch and NumPy start from it."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """What a test has the log written to is closed after it: nobody writes there any more."""
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture

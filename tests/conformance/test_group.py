@@ -6,14 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from shardloss_server.cluster.fanout import FanoutGroup
-from shardloss_server.cluster.group import Order, ShardMissing, Staged
-from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.cluster.group import Order, Pending, ShardMissing, Staged, WorkerLost
+from shardloss_server.cluster.local import LocalGroup, LocalPending
 from shardloss_server.frontend.finish import merge
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.loss import hidden_gradient, per_example_loss
@@ -31,6 +32,7 @@ NUM_SHARDS = 4  # over 1, 2 and 3 workers: even, and with one worker that holds 
 TIMEOUT_S = 60.0
 LEARNING_RATE = 0.3
 EXACT = 1e-12
+STATE = ("first_moment", "second_moment")  # of an optimizer of the Adam family
 
 GROUPS = [
     pytest.param(1, id="local1"),
@@ -102,8 +104,10 @@ def make_shards(group: FanoutGroup, fresh_name: Callable[[], str]) -> Iterator[C
     """Makes tables that are dropped after the test."""
     made: list[str] = []
 
-    def make(num_shards: int = NUM_SHARDS, placement: str = "div", name: str | None = None) -> Shards:
-        spec = spec_of(name or fresh_name(), num_shards, placement)
+    def make(
+        num_shards: int = NUM_SHARDS, placement: str = "div", name: str | None = None, optimizer: str = "sgd"
+    ) -> Shards:
+        spec = spec_of(name or fresh_name(), num_shards, placement, optimizer)
         made.append(spec.name)
         group.create(spec, 8).result(TIMEOUT_S)
         return Shards(group, spec)
@@ -118,10 +122,10 @@ def shards(make_shards: Callable[..., Shards]) -> Shards:
     return make_shards()
 
 
-def spec_of(name: str, num_shards: int = NUM_SHARDS, placement: str = "div") -> TableSpec:
+def spec_of(name: str, num_shards: int = NUM_SHARDS, placement: str = "div", optimizer: str = "sgd") -> TableSpec:
     cut = Placement(placement, NUM_CLASSES, num_shards)
     start = Initializer("normal", 0.7, 3)
-    return TableSpec(name, NUM_CLASSES, DIM, "float64", True, cut, start, OptimizerSpec("sgd"))
+    return TableSpec(name, NUM_CLASSES, DIM, "float64", True, cut, start, OptimizerSpec(optimizer))
 
 
 def part_of(batch: oracle.Batch) -> Part:
@@ -182,6 +186,74 @@ def test_a_group_says_where_it_computes(group: FanoutGroup) -> None:
     assert group.num_workers == (0 if isinstance(group, LocalGroup) else len(group.devices))
     assert len(group.devices) >= 1
     assert all(device == "cpu" or device.startswith("cuda") for device in group.devices)
+
+
+def test_every_worker_says_what_it_takes(
+    group: FanoutGroup, make_shards: Callable[..., Shards], rng: np.random.Generator
+) -> None:
+    """By index: its process, its memory, its shards and what it keeps; none was started anew."""
+    before = group.stats(TIMEOUT_S)
+    shards = make_shards()
+    shards.loss(part_of(batch_of("sampled", rng)))
+    seen = group.stats(TIMEOUT_S)
+    assert [one.index for one in seen] == list(range(len(group.devices)))
+    assert [one.device for one in seen] == list(group.devices)
+    assert all(one.num_restarts == 0 for one in seen)
+    stats = [one.stats for one in seen if one.stats is not None]
+    assert len(stats) == len(seen)
+    assert all(one.resident_bytes > 1e7 and one.num_cores >= 1 and one.num_threads >= 1 for one in stats)
+    held = [one.stats.num_shards for one in before if one.stats is not None]
+    assert sum(one.num_shards for one in stats) == sum(held) + NUM_SHARDS
+    is_own = isinstance(group, (LocalGroup, RelayedGroup))
+    assert all((one.pid == os.getpid()) == is_own for one in stats)
+
+
+def test_a_worker_that_does_not_answer_in_time_is_told_from_the_others() -> None:
+    """The others are told all the same; the one that was busy answers again."""
+    group, release = LocalGroup(3), threading.Event()
+    try:
+        busy = group._threads[1].submit(release.wait, TIMEOUT_S)
+        assert [one.stats is None for one in group.stats(0.2)] == [False, True, False]
+        release.set()
+        busy.result(TIMEOUT_S)
+        assert [one.stats is None for one in group.stats(TIMEOUT_S)] == [False] * 3
+    finally:
+        release.set()
+        group.close()
+
+
+@pytest.mark.parametrize("error", [WorkerLost, ShardMissing, TimeoutError])
+def test_a_worker_that_is_gone_is_told_from_the_others(error: type[Exception]) -> None:
+    """However its group learns of it."""
+
+    class HalfGone(LocalGroup):
+        def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
+            pending = super().start(worker, method, *args)
+            if worker == 0:
+                assert isinstance(pending, LocalPending)
+                pending.future.result(TIMEOUT_S)
+                gone: Future[dict[int, Any]] = Future()
+                gone.set_exception(error("it died"))
+                return LocalPending(gone)
+            return pending
+
+    group = HalfGone(2)
+    try:
+        assert [one.stats is None for one in group.stats(TIMEOUT_S)] == [True, False]
+    finally:
+        group.close()
+
+
+def test_a_worker_in_another_process_than_before_was_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted once, however often it is looked at."""
+    group = LocalGroup(2)
+    try:
+        assert [one.num_restarts for one in group.stats(TIMEOUT_S)] == [0, 0]
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        for _ in range(2):
+            assert [one.num_restarts for one in group.stats(TIMEOUT_S)] == [1, 1]
+    finally:
+        group.close()
 
 
 @pytest.mark.ray
@@ -361,6 +433,28 @@ def test_written_rows_are_read_back(shards: Shards, rng: np.random.Generator) ->
     found = shards.read()
     np.testing.assert_array_equal(found.rows, before.rows)
     np.testing.assert_array_equal(found.biases, before.biases)
+
+
+def test_state_and_step_are_written_and_read_back(group: FanoutGroup, make_shards: Callable[..., Shards]) -> None:
+    """Of rows and biases, on every shard; a peer that lagged takes them from the record."""
+    shards = make_shards(optimizer="sparse_adam")
+    shards.group.write(shards.name, RowWrite(1, torch.arange(1), torch.zeros(1, DIM), None)).result(TIMEOUT_S)
+    ids = torch.tensor([1, 8, 4])
+    rows, biases = (torch.randn(size, dtype=torch.float64) for size in ((3, DIM), (3,)))
+    of_rows = {name: torch.rand(3, DIM, dtype=torch.float64) for name in STATE}
+    of_biases = {name: torch.rand(3, 1, dtype=torch.float64) for name in STATE}
+    write = RowWrite(2, ids, rows, biases, of_rows, of_biases, num_commits=40)
+    group.start(0, "write", shards.name, write).result(TIMEOUT_S)
+    assert group.repair(shards.name, TIMEOUT_S) == 2
+    pieces = group.read(shards.name, ids, True).result(TIMEOUT_S)
+    assert [piece.num_commits for piece in pieces] == [40] * NUM_SHARDS
+    for piece in pieces:
+        mine = (piece.class_ids[:, None] == ids).int().argmax(1)
+        assert torch.equal(piece.rows, rows[mine])
+        for name in STATE:
+            assert torch.equal(piece.weight_state[name], of_rows[name][mine])
+            assert torch.equal(piece.bias_state[name], of_biases[name][mine])
+    assert all(not piece.weight_state for piece in group.read(shards.name, ids).result(TIMEOUT_S))
 
 
 def test_a_write_without_biases_leaves_them(shards: Shards) -> None:

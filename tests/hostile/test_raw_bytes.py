@@ -48,7 +48,7 @@ METHODS: list[MethodDescriptor] = [
     for method in service.methods
 ]
 ELSEWHERE = "somebody-elses-table-that-is-not-here"
-CHANGING = {"Commit", "Abort", "CreateTable", "DeleteTable", "WriteRows"}
+CHANGING = {"Commit", "Abort", "CreateTable", "DeleteTable", "RenameTable", "WriteRows"}
 
 
 def path_of(method: MethodDescriptor) -> str:
@@ -96,7 +96,9 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
         world.create(),
         world.get(),
         world.delete(),
+        world.rename(),
         world.read(),
+        world.read_counts(),
         world.write(),
         world.evaluate(),
         world.top_k(),

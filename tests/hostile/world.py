@@ -166,8 +166,14 @@ class World:
     def delete(self) -> table_pb2.DeleteTableRequest:
         return table_pb2.DeleteTableRequest(table=self.name)
 
+    def rename(self) -> table_pb2.RenameTableRequest:
+        return table_pb2.RenameTableRequest(table=self.name, new_name="new-name")
+
     def read(self) -> table_pb2.ReadRowsRequest:
-        return table_pb2.ReadRowsRequest(table=self.name, class_ids=wire.encode(np.array([3, 0, 3])))
+        return table_pb2.ReadRowsRequest(table=self.name, class_ids=wire.encode(np.array([3, 0, 3])), want_state=True)
+
+    def read_counts(self) -> table_pb2.ReadClassCountsRequest:
+        return table_pb2.ReadClassCountsRequest(table=self.name, first_class=2, num_classes=3)
 
     def write(self) -> table_pb2.WriteRowsRequest:
         return table_pb2.WriteRowsRequest(

@@ -181,6 +181,21 @@ def test_bfloat16_rows_keep_every_bit(make: Make) -> None:
     np.testing.assert_array_equal(table.read_state(0, V).rows, bits)
 
 
+def test_an_older_server_is_refused(
+    client: shardloss.LossClient, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave the state out without a word."""
+    table = make()
+    files.export_table(table, tmp_path / "t.safetensors")
+    monkeypatch.setattr(client, "info", replace(client.info, features=("evaluate",)))
+    for call in (
+        lambda: files.export_table(table, tmp_path / "u.safetensors"),
+        lambda: files.import_table(client, tmp_path / "t.safetensors", f"{table.name}-b"),
+    ):
+        with pytest.raises(errors.NotSupported, match="update it"):
+            call()
+
+
 # Others train meanwhile; it breaks off
 
 

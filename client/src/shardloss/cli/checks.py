@@ -38,11 +38,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An address to listen on: whether it is free; whether a server of ours answers there."""
+    """An address to listen on: whether it is free; whether a server of ours answers there, None where nobody knows."""
 
     address: str
     is_free: bool
-    is_ours: bool = False
+    is_ours: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Facts:
 
 def port(facts: Facts) -> Finding:
     """Whether a server could listen, or does."""
-    taken = [one.address for one in facts.ports if not one.is_free and not one.is_ours]
+    taken = [one.address for one in facts.ports if not one.is_free and one.is_ours is False]
     if taken:
         return Finding(
             "port",
@@ -90,7 +90,8 @@ def port(facts: Facts) -> Finding:
         )
     if not facts.ports:
         return Finding("port", Verdict.SKIPPED, "the server is on another machine")
-    said = (f"{one.address} {'answers' if one.is_ours else 'is free'}" for one in facts.ports)
+    words = {True: "answers", False: "is free", None: "is taken, by what cannot be told with these credentials"}
+    said = (f"{one.address} {words[one.is_ours]}" for one in facts.ports)
     return Finding("port", Verdict.OK, ", ".join(said))
 
 

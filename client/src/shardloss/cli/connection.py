@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,6 +21,15 @@ AdminAddress = Annotated[
 TokenFile = Annotated[
     Path | None,
     typer.Option(envvar="SHARDLOSS_TOKEN_FILE", rich_help_panel=PANEL, help="File that holds the token alone."),
+]
+Tls = Annotated[
+    bool,
+    typer.Option(
+        "--tls",
+        envvar="SHARDLOSS_TLS",
+        rich_help_panel=PANEL,
+        help="TLS with the system's roots; --ca-file says it too.",
+    ),
 ]
 CaFile = Annotated[
     Path | None,
@@ -55,6 +64,7 @@ class Connection:
     address: Address = "127.0.0.1:7070"
     admin_address: AdminAddress = "127.0.0.1:7071"
     token_file: TokenFile = None
+    tls: Tls = False
     ca_file: CaFile = None
     client_cert_file: ClientCertFile = None
     client_key_file: ClientKeyFile = None
@@ -67,13 +77,14 @@ class Connection:
         Raises:
             ShardlossError: as `shardloss.connect`.
         """
-        credentials: dict[str, Any] = {
-            "token_file": self.token_file,
-            "ca_file": self.ca_file,
-            "client_cert_file": self.client_cert_file,
-            "client_key_file": self.client_key_file,
-            "allow_plaintext_token": self.allow_plaintext_token or None,
-        }
-        given = {name: value for name, value in credentials.items() if value is not None}
         address = self.admin_address if admin else self.address
-        return shardloss.connect(address, timeout_s=timeout_s or self.timeout_s, **given)
+        return shardloss.connect(
+            address,
+            timeout_s=timeout_s or self.timeout_s,
+            token_file=self.token_file,
+            tls=self.tls,
+            ca_file=self.ca_file,
+            client_cert_file=self.client_cert_file,
+            client_key_file=self.client_key_file,
+            allow_plaintext_token=self.allow_plaintext_token,
+        )

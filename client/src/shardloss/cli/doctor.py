@@ -21,11 +21,11 @@ from shardloss.cli.checks import CHECKS, Disk, Facts, Finding, Port, Verdict
 from shardloss.cli.connection import Connection
 from shardloss.cli.invocation import Invocation, command
 from shardloss.cli.output import grid
-from shardloss.errors import ShardlossError
+from shardloss.errors import InvalidArgument, PermissionDenied, ShardlossError, Unauthenticated
 from shardloss.status import ServerStatus
 
 ANSWER_S = 3.0  # for a server to say that it is there
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = "/dev/shm"
 
 
 @command
@@ -66,17 +66,19 @@ class Look:
 def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -> Facts:
     """What this machine and the server say."""
     look = looked_at(connection)
-    answering = {connection.admin_address} if look.status is not None else set()
-    if answers(connection):
-        answering.add(connection.address)
-    addresses = listen or [connection.address, connection.admin_address]
+    addresses = {connection.address: False, connection.admin_address: True}
+    ports = (
+        [port_at(address) for address in listen]
+        if listen
+        else [port_at(address, is_ours=answers(connection, admin)) for address, admin in addresses.items()]
+    )
     ray_dir = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
     folders = [("Ray's folder", ray_dir)] + ([("data_dir", str(data_dir))] if data_dir else [])
     return Facts(
-        ports=[port for one in addresses if (port := port_at(one, not listen and one in answering)) is not None],
+        ports=[port for port in ports if port is not None],
         token_file=str(connection.token_file or ""),
         token_mode=mode_of(connection.token_file),
-        shm=disk_at("/dev/shm", str(SHARED_MEMORY)),
+        shm=disk_at("/dev/shm", SHARED_MEMORY),
         disks=[disk for what, path in folders if (disk := disk_at(what, path)) is not None],
         num_cores=len(os.sched_getaffinity(0)),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
@@ -91,6 +93,8 @@ def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -
 
 def looked_at(connection: Connection) -> Look:
     """Ask the admin port; half of the way there and back is how far its clock can be told."""
+    if nobody_listens(connection.admin_address):
+        return Look(None, f"no server listens on {connection.admin_address}", 0.0, 0.0)
     try:
         with connection.connect(admin=True, timeout_s=ANSWER_S) as client:
             before = time.time()
@@ -101,22 +105,30 @@ def looked_at(connection: Connection) -> Look:
     return Look(status, "", status.time_s - (before + after) / 2, (after - before) / 2)
 
 
-def answers(connection: Connection) -> bool:
-    """Whether a server of ours answers at the data port: also one that refuses us."""
+def answers(connection: Connection, admin: bool) -> bool | None:
+    """Whether a server of ours answers at a port, also one that refuses us; None: our own credentials are none."""
+    if nobody_listens(connection.admin_address if admin else connection.address):
+        return False
     try:
-        connection.connect(timeout_s=ANSWER_S).close()
+        connection.connect(admin=admin, timeout_s=ANSWER_S).close()
     except ShardlossError as error:
-        return error.reason in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        return None if isinstance(error, InvalidArgument) else isinstance(error, (Unauthenticated, PermissionDenied))
     return True
 
 
-def port_at(address: str, is_ours: bool) -> Port | None:
+def nobody_listens(address: str) -> bool:
+    """Whether it is this machine's address and free."""
+    port = port_at(address)
+    return port is not None and port.is_free
+
+
+def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
     """Whether this machine could listen there; None: the address is not this machine's."""
     host, _, number = address.rpartition(":")
     if not number.isdigit() or address.startswith("unix:"):
         return None
-    if is_ours:
-        return Port(address, is_free=False, is_ours=True)
+    if is_ours is not False:
+        return Port(address, is_free=False, is_ours=is_ours)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a server that has just ended is free
         try:

@@ -61,9 +61,9 @@ def fail(output: Output, reason: str, message: str, **details: Any) -> None:
         typer.echo(f"{reason}: {message}", err=True)
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> Grid:
+def grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Grid:
     """A table of text; numbers stand right."""
-    made = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Grid(box=None, show_header=any(columns), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         is_number = bool(rows) and not isinstance(rows[0][place], str)
         made.add_column(column, justify="right" if is_number else "left", overflow="fold")

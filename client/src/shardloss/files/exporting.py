@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardloss import types
-from shardloss.errors import BadFile, InvalidArgument, TableMoved
+from shardloss.client import LossClient
+from shardloss.errors import BadFile, BadReply, InvalidArgument, NotSupported, TableMoved
 from shardloss.files import npy
 from shardloss.files.facts import BIASES, COUNTS, LEARNED, OF_BIASES, OF_WEIGHTS, WEIGHTS, Facts, shapes
 from shardloss.files.opening import FORMATS
@@ -18,6 +19,7 @@ from shardloss.files.stored import Stored, writing
 from shardloss.table import Table
 from shardloss.wire import Array
 
+FEATURE = "table_state"  # of a server that reads and writes optimizer state
 COUNTS_PAGE = 1 << 16  # classes whose counts go in one message
 Progress = Callable[[int, int], None]  # rows done, of how many
 
@@ -64,6 +66,7 @@ def export_table(
     kind = format or ("safetensors" if path.suffix == ".safetensors" else "numpy")
     if kind not in FORMATS:
         raise InvalidArgument(f"format = {format!r} must be one of {', '.join(FORMATS)}", field="format")
+    refuse_old(table.client)
     table = table.client.table(table.name)
     first, counts = table.read_state(0, 1), table.read_class_counts(0, 1)
     facts = Facts(table.spec, first.version, first.version, first.num_commits)
@@ -77,6 +80,16 @@ def export_table(
     return Exported(str(path), kind, num_rows, num_bytes, facts.version, facts.last_version, facts.num_commits)
 
 
+def refuse_old(client: LossClient) -> None:
+    """Refuse a server that would leave optimizer state out without a word.
+
+    Raises:
+        NotSupported: it is older than files of tables.
+    """
+    if FEATURE not in client.info.features:
+        raise NotSupported(f"the server ({client.info.version}) has no {FEATURE}: update it")
+
+
 def write_pages(
     table: Table, tensors: Mapping[str, Stored], facts: Facts, allow_moving: bool, progress: Progress
 ) -> Facts:
@@ -85,7 +98,10 @@ def write_pages(
     for start, stop in spans(num_rows, table.page_rows):
         page = table.read_state(start, stop - start)
         facts = stayed(facts, page.version, page.num_commits, allow_moving)
-        for name, values in named(page).items():
+        parts = named(page)
+        if parts.keys() != tensors.keys() - {COUNTS, LEARNED}:
+            raise BadReply(f"the server answered {sorted(parts)} for rows of table {table.name!r}")
+        for name, values in parts.items():
             tensors[name].write(start, values)
         progress(stop, num_rows)
     for start, stop in spans(num_rows, COUNTS_PAGE) if tensors.keys() & {COUNTS, LEARNED} else ():

@@ -20,7 +20,7 @@ from shardloss.errors import (
     TableExists,
     TableNotFound,
 )
-from shardloss.files.exporting import COUNTS_PAGE, Progress, spans, unseen
+from shardloss.files.exporting import COUNTS_PAGE, Progress, refuse_old, spans, unseen
 from shardloss.files.facts import BIASES, COUNTS, LEARNED, OF_BIASES, OF_WEIGHTS, WEIGHTS
 from shardloss.files.opening import Opened, open_file
 from shardloss.files.stored import Stored
@@ -72,6 +72,7 @@ def import_table(
         InvalidArgument, LimitExceeded: the server refuses the table or a row; none is left.
         TransientError, ServiceError: it broke off; the message says what to do.
     """
+    refuse_old(client)
     opened = open_file(path)
     asked = (weights_name, biases_name, dtype, bias, optimizer, count_labels or None)
     if opened.facts is not None and weights_name is None:

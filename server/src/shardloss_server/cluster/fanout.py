@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from shardloss_server.cluster.group import Order, Pending, Staged, WorkerLost
+from shardloss_server.cluster.group import Order, Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.stats import SeenWorker, WorkerStats
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import num_hosts
@@ -111,7 +111,7 @@ class FanoutGroup(ABC):
 
     def _seen(self, worker: int, pending: Pending[dict[int, Any]], timeout_s: float) -> SeenWorker:
         stats: WorkerStats | None = None
-        with suppress(TimeoutError, WorkerLost):
+        with suppress(TimeoutError, WorkerLost, ShardMissing):  # missing: it is known to have died
             stats = answered(pending, timeout_s)[worker]
         if stats is not None:
             if self._pid_of.setdefault(worker, stats.pid) != stats.pid:

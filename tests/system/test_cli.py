@@ -1,0 +1,490 @@
+"""The client's command line against a server: what it prints, as what it ends, what the doctor finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import shardloss
+import typer
+from shardloss.cli import app, checks, doctor
+from shardloss_server.rpc import admin
+from shardloss_server.rpc.serve import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = (ROOT / "docs/cli.md").read_text()
+V, D = 40, 8
+
+
+@pytest.fixture
+def run(local_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command against the server: exit code, stdout, stderr."""
+    monkeypatch.setenv("SHARDLOSS_ADDRESS", local_server.address)
+    monkeypatch.setenv("SHARDLOSS_ADMIN_ADDRESS", local_server.admin_address)
+    monkeypatch.delenv("SHARDLOSS_OUTPUT", raising=False)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = app.run(args)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def run_json(run: Any) -> Callable[..., Any]:
+    """Runs a command that ends with 0, or the given code; its JSON document."""
+
+    def run_json(*args: str, code: int = 0) -> Any:
+        found, out, err = run(*args, "--output", "json")
+        assert found == code, (out, err)
+        assert err == ""
+        assert len(out.splitlines()) == 1
+        return json.loads(out)
+
+    return run_json
+
+
+@pytest.fixture
+def data(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documentation's examples name; the tables they make are deleted."""
+    monkeypatch.chdir(tmp_path)
+    np.save("hidden.npy", rng.normal(size=(30, D)).astype(np.float32))
+    np.save("labels.npy", rng.integers(0, V, 30))
+    safetensors.numpy.save_file({"lm_head.weight": rng.normal(size=(V, D)).astype(np.float32)}, "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def only_its_own(client: shardloss.LossClient) -> Iterator[None]:
+    """Tables that a test made by fixed names are deleted."""
+    before = {info.name for info in client.list_tables()}
+    yield
+    for info in client.list_tables():
+        if info.name not in before:
+            client.delete_table(info.name)
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command by its words."""
+    root: Any = typer.main.get_command(app.app)
+    for name, one in root.commands.items():
+        yield from ((f"{name} {sub}", its) for sub, its in getattr(one, "commands", {"": one}).items())
+
+
+def examples() -> list[str]:
+    return [line for block in re.findall(r"```sh\n(.*?)```", DOCS, re.S) for line in block.splitlines()]
+
+
+def test_the_examples_of_the_docs_run_as_they_stand(run: Any, data: Path, only_its_own: None) -> None:
+    """One after the other; the doctor finds nothing wrong with the test's own server, but what this machine is."""
+    for line in examples():
+        code, out, err = run(*line.split()[1:])
+        assert code == 0 or "doctor" in line, (line, out, err)
+        assert out, line
+
+
+def test_every_command_and_shared_option_is_in_the_docs() -> None:
+    """Each command has an example, and each option that the docs name is one of a command."""
+    lines = examples()
+    options = {"--help"}
+    for words, one in commands():
+        assert any(
+            line.startswith(f"shardloss {words.strip()} ") or line == f"shardloss {words.strip()}" for line in lines
+        ) or (words.strip() == "version"), words
+        options |= {name for parameter in one.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    files_docs = (ROOT / "docs/files.md").read_text()
+    server_options = {"--port", "--admin-port"}
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", DOCS + files_docs))
+    assert named - server_options <= options
+    variables = set(re.findall(r"SHARDLOSS_[A-Z_]+", DOCS))
+    known = {
+        parameter.envvar for _, one in commands() for parameter in one.params if getattr(parameter, "envvar", None)
+    }
+    assert variables == known
+
+
+def test_the_example_of_the_files_page_runs(local_server: Server, data: Path, only_its_own: None) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/files.md").read_text(), re.S)
+    exec(compile(example.replace("127.0.0.1:7070", local_server.address), "files.md", "exec"), {})
+
+
+# Tables
+
+
+def test_a_table_goes_through_its_life(run_json: Any, data: Path, fresh_name: Callable[[], str]) -> None:
+    """Made, shown, listed, exported, imported on another cut, deleted: each a JSON document."""
+    name = fresh_name()
+    made = run_json(
+        "table", "create", name, "--classes", str(V), "--dim", str(D), "--optimizer", "adam:beta1=0.8",
+        "--count-labels",
+        "--initializer", "normal:stddev=0.1,seed=3", "--shards", "3", "--placement", "div", "--no-bias",
+    )  # fmt: skip
+    assert made["optimizer"] == {"kind": "adam", "beta1": 0.8, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    assert made["initializer"] == {"kind": "normal", "stddev": 0.1, "seed": 3}
+    assert (made["num_shards"], made["placement"], made["bias"], made["count_labels"]) == (3, "div", False, True)
+    assert run_json("table", "show", name) == made
+    assert made in run_json("table", "list")["tables"]
+    exported = run_json("table", "export", name, "t", "--format", "numpy")
+    assert (exported["format"], exported["num_rows"], exported["version"]) == ("numpy", V, 0)
+    imported = run_json("table", "import", "t", f"{name}-b", "--shards", "2")
+    assert imported["num_shards"] == 2
+    assert imported["placement"] == "div"
+    assert run_json("table", "delete", f"{name}-b", "--yes") == {"deleted": f"{name}-b"}
+    assert run_json("table", "show", f"{name}-b", code=1)["error"]["reason"] == "TABLE_NOT_FOUND"
+
+
+def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data: Path) -> None:
+    """On stderr for people, on stdout as JSON; 1 for what is refused, 2 for a misused command."""
+    code, out, err = run("table", "import", "nothing.safetensors", "x")
+    assert (code, out) == (1, "")
+    assert err == "BAD_FILE: nothing.safetensors does not exist\n"
+    refused = run_json("table", "create", "Bad Name", "--classes", "2", "--dim", "2", code=1)["error"]
+    assert (refused["reason"], refused["field"]) == ("INVALID_ARGUMENT", "spec.name")
+    for args, complaint in (
+        (("table", "create", "x", "--classes", "0", "--dim", "2"), "--classes"),
+        (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "os"), "one of|none of sgd"),
+        (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:beta=1"), "it has beta1"),
+        (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:eps=small"), "is no float"),
+        (("table", "create", "x", "--classes", "2", "--dim", "2", "--initializer", "normal"), "needs stddev"),
+        (("tabel", "list"), "tabel"),
+        (("table", "list", "--port", "7"), "--port"),
+    ):
+        error = run_json(*args, code=2)["error"]
+        assert error["reason"] == "USAGE"
+        assert re.search(complaint, error["message"])
+        code, out, err = run(*args)
+        assert (code, out) == (2, "")
+        assert re.search(complaint, err)
+
+
+def test_a_server_that_is_away_is_a_named_error(run_json: Any) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers, and nobody else gets it
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        error = run_json("table", "list", "--address", address, "--timeout-s", "0.3", code=1)["error"]
+    assert error["reason"] in ("SERVER_UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def test_an_interrupted_import_says_what_it_left(
+    run_json: Any,
+    data: Path,
+    client: shardloss.LossClient,
+    fresh_name: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exit code 130, and how to go on; resumed, it ends."""
+    name = fresh_name()
+    args = ("table", "import", "model.safetensors", name, "--weights-name", "lm_head.weight")
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shardloss.Table, "write_state", interrupt)
+        error = run_json(*args, code=130)["error"]
+    assert error["reason"] == "INTERRUPTED"
+    assert f"shardloss table delete {name}.part" in error["message"]
+    assert run_json(*args, code=1)["error"]["reason"] == "TABLE_EXISTS"
+    assert run_json(*args, "--resume")["name"] == name
+
+
+def test_deleting_asks_first(
+    run: Any, client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch
+) -> None:
+    """Where nobody can be asked, --yes must say it."""
+    name = client.create_table(fresh_name(), num_classes=2, dim=2).name
+    assert run("table", "delete", name)[0] == 2
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("typer.confirm", lambda text, abort: (_ for _ in ()).throw(typer.Abort()))
+    assert run("table", "delete", name)[0] == 130
+    assert client.table(name).name == name
+    monkeypatch.setattr("typer.confirm", lambda text, abort: True)
+    assert run("table", "delete", name)[0] == 0
+
+
+def test_progress_shows_on_a_terminal_alone(run: Any, data: Path, monkeypatch, fresh_name: Callable[[], str]) -> None:
+    """On stderr: stdout holds the result and nothing else."""
+    name = fresh_name()
+    args = ("table", "import", "model.safetensors", name, "--weights-name", "lm_head.weight", "--output", "json")
+    code, out, err = run(*args)
+    assert (code, err) == (0, "")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    code, out, err = run("table", "export", name, "t", "--output", "json")
+    assert code == 0
+    assert json.loads(out)["num_rows"] == V
+    assert "export" in err
+
+
+# Evaluation
+
+
+def test_evaluate_reports_what_the_library_does(
+    run_json: Any, data: Path, client: shardloss.LossClient, fresh_name: Callable[[], str]
+) -> None:
+    """Exact figures over .npy files and over safetensors, in batches that do not divide the rows."""
+    table = client.create_table(fresh_name(), num_classes=V, dim=D)
+    hidden, labels = np.load("hidden.npy"), np.load("labels.npy")
+    labels[4] = -100
+    np.save("labels.npy", labels)
+    exact = table.evaluate(hidden, labels, logits=shardloss.LogitTransform(scale=2.0))
+    options = ("--k", "3", "--scale", "2", "--batch", "7")
+    found = run_json("evaluate", table.name, "--hidden", "hidden.npy", "--labels", "labels.npy", *options)
+    assert found["counted"] == 29
+    assert found["nll"] == pytest.approx(exact.mean_loss, rel=1e-12)
+    assert (found["hit@3"], found["mrr"]) == (pytest.approx(exact.hit_rate(3)), pytest.approx(exact.mrr()))
+    safetensors.numpy.save_file({"x": hidden, "labels": labels}, "set.safetensors")
+    files = ("--hidden", "set.safetensors", "--labels", "set.safetensors", "--hidden-name", "x")
+    assert run_json("evaluate", table.name, *files, *options) == found
+    np.save("short.npy", labels[:-1])
+    error = run_json("evaluate", table.name, "--hidden", "hidden.npy", "--labels", "short.npy", code=1)["error"]
+    assert "29 labels for 30 rows" in error["message"]
+    error = run_json("evaluate", table.name, "--hidden", "labels.npy", "--labels", "labels.npy", code=1)["error"]
+    assert "rank 2" in error["message"]
+
+
+# Status
+
+
+def test_status_tells_what_the_server_does(run: Any, run_json: Any, client: shardloss.LossClient, fresh_name) -> None:
+    """Workers, tables, calls with their errors, and memory."""
+    table = client.create_table(fresh_name(), num_classes=7, dim=3, num_shards=2, optimizer=shardloss.Adam())
+    hidden, labels = np.zeros((2, 3), np.float32), np.array([1, 2])
+    table.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
+    with pytest.raises(shardloss.errors.TableNotFound):
+        client.table("nowhere")
+    seen = run_json("status")
+    assert seen["num_workers"] == 2
+    assert [worker["up"] for worker in seen["workers"]] == [True, True]
+    assert all(worker["pid"] == os.getpid() and worker["resident_bytes"] > 1e7 for worker in seen["workers"])
+    (one,) = (each for each in seen["tables"] if each["name"] == table.name)
+    assert (one["version"], one["num_commits"], one["num_sessions"], one["rows_lost"]) == (1, 1, 1, False)
+    assert one["num_bytes"] == 7 * 4 * (3 + 1) * 3  # rows and biases, each with two moments
+    methods = {method["name"]: method for method in seen["methods"]}
+    assert methods["GetTable"]["errors"]["TABLE_NOT_FOUND"] >= 1
+    assert methods["ComputeLoss"]["num_calls"] >= 1
+    assert 0 < methods["ComputeLoss"]["median_s"] <= methods["ComputeLoss"]["p99_s"]
+    assert methods["ComputeLoss"]["rate"] > 0
+    assert {each["name"]: each["num_calls"] for each in seen["places"]} == {"calls": 0, "commits": 0, "streams": 0}
+    assert abs(seen["time_s"] - time.time()) < 60
+    assert seen["versions"]["shardloss-server"] == shardloss.__version__
+    code, out, _ = run("status")
+    assert code == 0
+    assert table.name in out
+    assert "2 of 2 workers" in out
+
+
+@pytest.mark.parametrize("output", ["json", "text"])
+def test_status_goes_on_until_it_is_interrupted(run: Any, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """One object a line; Ctrl-C is its regular end."""
+    waits = iter([None, None])
+
+    def wait(seconds: float) -> None:
+        assert seconds == 0.5
+        if next(waits, KeyboardInterrupt) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardloss.cli.status.time", SimpleNamespace(sleep=wait))
+    code, out, _ = run("status", "--watch", "--interval-s", "0.5", "--output", output)
+    assert code == 0
+    if output == "json":
+        uptimes = [json.loads(line)["uptime_s"] for line in out.splitlines()]
+        assert len(uptimes) == 3
+        assert uptimes == sorted(uptimes)
+    else:
+        assert "2 of 2 workers" in out
+
+
+def test_the_data_port_does_not_tell_the_status(client: shardloss.LossClient) -> None:
+    """Only the admin port does."""
+    with pytest.raises(shardloss.errors.NotSupported):
+        client.status()
+
+
+# Doctor
+
+
+@pytest.fixture
+def sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What this machine itself may lack is there."""
+    rich = checks.Disk("", "", 1 << 40, 1 << 40)
+    monkeypatch.setattr(doctor, "disk_at", lambda what, path: replace(rich, what=what, path=path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def free_address() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def findings(document: Any) -> dict[str, Any]:
+    return {finding["check"]: finding for finding in document["findings"]}
+
+
+def wrong(document: Any) -> list[str]:
+    assert document["ok"] is False
+    return [finding["check"] for finding in document["findings"] if finding["verdict"] == "wrong"]
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_sound_server(run: Any, run_json: Any, sound: None) -> None:
+    document = run_json("doctor")
+    assert document["ok"] is True
+    verdicts = {name: each["verdict"] for name, each in findings(document).items()}
+    assert verdicts.pop("token") == "skipped"
+    assert set(verdicts.values()) == {"ok"}
+    assert len(document["findings"]) == len(checks.CHECKS) == 8
+    assert "2 of 2 workers are up" in run("doctor")[1]
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """An address where something listens that is no server of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_the_doctor_names_a_taken_port(
+    run_json: Any, sound: None, taken: str, monkeypatch, local_server: Server
+) -> None:
+    """Given by --listen, or where a server should answer; to start another one, a server's own port too."""
+    monkeypatch.setattr(doctor, "ANSWER_S", 0.3)
+    for args in (("--listen", taken), ("--address", taken), ("--listen", local_server.address)):
+        document = run_json("doctor", *args, code=1)
+        assert wrong(document) == ["port"]
+        assert args[1] in findings(document)["port"]["found"]
+    assert findings(run_json("doctor", "--listen", free_address()))["port"]["verdict"] == "ok"
+
+
+def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: None, tmp_path: Path) -> None:
+    """Before a server is there; so does it one that is missing."""
+    token, address = tmp_path / "reader.token", free_address()
+    token.write_text("secret")
+    args = ("doctor", "--address", address, "--admin-address", address, "--token-file", str(token))
+    token.chmod(0o640)
+    document = run_json(*args, code=1)
+    assert wrong(document) == ["token"]
+    assert "mode 0640: others can read it" in findings(document)["token"]["found"]
+    assert f"chmod 600 {token}" in findings(document)["token"]["do"]
+    token.chmod(0o600)
+    assert findings(run_json(*args))["token"]["verdict"] == "ok"
+    token.unlink()
+    assert wrong(run_json(*args, code=1)) == ["token"]
+    document = run_json("doctor", "--token-file", str(token), code=1)  # where a server is there, it cannot be asked
+    assert wrong(document) == ["token"]
+    assert "cannot be told" in findings(document)["port"]["found"]
+
+
+def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(
+    run_json: Any, monkeypatch: pytest.MonkeyPatch, local_server: Server
+) -> None:
+    """/proc is a file system without room; the server's machine is asked for its own /dev/shm."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(admin, "SHARED_MEMORY", "/nowhere")
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", "/proc")
+    document = run_json("doctor", "--data-dir", "/proc", code=1)
+    assert {"shared memory", "disk"} <= set(wrong(document))
+    assert "data_dir /proc: 0 B free" in findings(document)["disk"]["found"]
+    assert "needs 512.0 MiB" in findings(document)["shared memory"]["found"]
+    assert "--shm-size" in findings(document)["shared memory"]["do"]
+
+
+def test_the_doctor_names_too_many_threads(run_json: Any, sound: None, monkeypatch, local_server: Server) -> None:
+    """Of a server's workers; without a server, of whatever starts here."""
+    group = local_server.catalog.group
+    seen = group.stats(1.0)
+    greedy = [replace(one, stats=one.stats and replace(one.stats, num_threads=64)) for one in seen]
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "stats", lambda timeout_s: greedy)
+        document = run_json("doctor", code=1)
+    assert wrong(document) == ["threads"]
+    assert "2 workers compute with 128 threads" in findings(document)["threads"]["found"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    nowhere = ("--address", free_address(), "--admin-address", free_address())
+    document = run_json("doctor", *nowhere, code=1)
+    assert wrong(document) == ["threads"]
+    assert "OMP_NUM_THREADS is unset" in findings(document)["threads"]["found"]
+    assert findings(document)["workers"]["verdict"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("reported", "do"),
+    [
+        ({"shardloss-server": "0.2.0", "protobuf": "6.33.6"}, "install the same release"),
+        ({"shardloss-server": shardloss.__version__, "protobuf": "5.29.1"}, "update protobuf there"),
+    ],
+)
+def test_the_doctor_names_other_versions(run_json: Any, sound: None, monkeypatch, reported: Any, do: str) -> None:
+    monkeypatch.setattr(admin, "versions", lambda: reported)
+    document = run_json("doctor", code=1)
+    assert wrong(document) == ["versions"]
+    assert do in findings(document)["versions"]["do"]
+
+
+def test_the_doctor_names_workers_that_are_missing(
+    run: Any, run_json: Any, sound: None, monkeypatch, local_server
+) -> None:
+    """So does the status."""
+    group = local_server.catalog.group
+    first, second = group.stats(1.0)
+    monkeypatch.setattr(group, "stats", lambda timeout_s: [first, replace(second, stats=None)])
+    document = run_json("doctor", code=1)
+    assert wrong(document) == ["workers"]
+    assert findings(document)["workers"]["found"] == "1 of 2 workers are up; 1 did not answer"
+    assert "DOWN" in run("status")[1]
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_the_doctor_names_a_clock_that_is_wrong(run_json: Any, sound: None, monkeypatch, ahead_s: float) -> None:
+    monkeypatch.setattr(admin, "time", SimpleNamespace(time=lambda: time.time() + ahead_s))
+    document = run_json("doctor", code=1)
+    assert wrong(document) == ["clock"]
+    assert ("ahead of" if ahead_s > 0 else "behind") in findings(document)["clock"]["found"]
+
+
+# What it needs
+
+
+WITHOUT = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name + " is not here", name=name)
+sys.meta_path.insert(0, Block())
+sys.argv = ["shardloss", "version"]
+import shardloss.files
+from shardloss.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code", "out", "err"),
+    [
+        ({"torch", "ray", "shardloss_server", "safetensors"}, 0, f"{shardloss.__version__}\n", ""),
+        ({"typer"}, 1, "", "the command line needs the package typer: pip install 'shardloss[cli]'\n"),
+        ({"rich"}, 1, "", "the command line needs the package rich: pip install 'shardloss[cli]'\n"),
+    ],
+)
+def test_it_says_in_one_sentence_what_is_not_installed(blocked: set[str], code: int, out: str, err: str) -> None:
+    """Neither torch, nor Ray, nor the server; files need not even typer."""
+    script = WITHOUT.replace("{blocked}", repr(blocked))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
