@@ -101,6 +101,7 @@ protos-check: setup  ## Fail where the stubs are not what the contract generates
 
 docs: setup  ## Write the generated pages of docs/
 	$(BIN)/shardloss-server config page > docs/configuration.md
+	$(BIN)/shardloss-server metrics page > docs/metrics.md
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) $(RIVALS:%=.venv-%) .venv-audit build

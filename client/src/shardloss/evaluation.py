@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardloss.cost import CallCost
 from shardloss.errors import InvalidArgument
 from shardloss.wire import Array
 
@@ -85,7 +86,8 @@ class Evaluation:
 
     loss [N] nats; rank [N] of the true class, 1 the best; sigmoid [N], sigmoid cross-entropy over all classes, nats.
     counted [N] is False in ignored rows, where all else is 0; None: all count. version and last_version are the table's
-    when the first slice ran, and the last. The means are over counted rows, nan where there is none.
+    when the first slice ran, and the last; cost is None unless asked for. The means are over counted rows, nan where
+    there is none.
     """
 
     loss: Array
@@ -94,6 +96,7 @@ class Evaluation:
     last_version: int
     sigmoid: Array | None = None
     counted: Array | None = None
+    cost: CallCost | None = None
 
     def summary(self) -> EvaluationSummary:
         """The sums of these rows."""

@@ -38,6 +38,7 @@ class Losses(Questions):
         want_table_grad: bool = False,
         want_scale_grad: bool = False,
         grad_dtype: str | None = None,
+        want_cost: bool = False,
     ) -> types.LossResult:
         """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
 
@@ -47,7 +48,8 @@ class Losses(Questions):
         want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
         optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats. grad_dtype is what
         the gradient of hidden crosses the wire in, None the table's compute dtype; bfloat16 is widened to float32 here.
-        Where hidden is a NumPy array it is sent from its memory, which must not change until the call returns.
+        want_cost asks what the call cost the server. Where hidden is a NumPy array it is sent from its memory, which
+        must not change until the call returns.
 
         Raises:
             InvalidArgument: naming the field and the first offending index.
@@ -68,6 +70,7 @@ class Losses(Questions):
             want_table_grad=want_table_grad,
             want_scale_grad=want_scale_grad,
             grad_dtype=grad_dtype,
+            want_cost=want_cost,
         )
         request.message.step = step
         return self.send_loss(request, label_distribution)

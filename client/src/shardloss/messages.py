@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from shardloss import types, wire
+from shardloss import cost, types, wire
 from shardloss.errors import BadReply, InvalidArgument, LimitExceeded, NotSupported, ShardlossError
 from shardloss.splice import Spliced
 from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, server_pb2, table_pb2, tensor_pb2
@@ -288,6 +288,7 @@ def loss_request(
     want_table_grad: bool = False,
     want_scale_grad: bool = False,
     grad_dtype: str | None = None,
+    want_cost: bool = False,
 ) -> Spliced[loss_pb2.ComputeLossRequest]:
     """A ComputeLoss without its key; it holds the memory of hidden, not a copy."""
     encoded = beside(hidden, "hidden")
@@ -302,6 +303,7 @@ def loss_request(
         want_table_grad=want_table_grad,
         want_scale_grad=want_scale_grad,
         grad_dtype=None if grad_dtype is None else choose(FLOATS, grad_dtype, "grad_dtype"),
+        want_cost=want_cost,
     )
     set_loss(message, loss)
     if label_weights is not None:
@@ -346,13 +348,19 @@ def loss_result(message: loss_pb2.ComputeLossResponse, contents: wire.Contents |
         num_candidates=message.cost.num_candidates,
         committed=commit_result(message.committed) if message.HasField("committed") else None,
         scale_grad=optional(message.scale_grad, message.HasField("scale_grad"), "scale_grad", contents),
+        cost=cost_of(message),
     )
 
 
 @reading_reply()
 def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
     """A step's outcome."""
-    return types.CommitResult(message.version, message.staleness, message.replayed)
+    return types.CommitResult(message.version, message.staleness, message.replayed, cost_of(message))
+
+
+def cost_of(message: Any) -> types.CallCost | None:
+    """What a call cost; None where it was not asked to tell."""
+    return cost.call_cost(message.call_cost) if message.HasField("call_cost") else None
 
 
 @writing_request()
@@ -372,6 +380,7 @@ def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
         message.version,
         message.last_version,
         optional(message.sigmoid, message.HasField("sigmoid"), "sigmoid", None),
+        cost=cost_of(message),
     )
 
 
@@ -383,6 +392,7 @@ def class_samples(message: evaluation_pb2.SampleClassesResponse) -> types.ClassS
         optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
         message.version,
         message.last_version,
+        cost_of(message),
     )
 
 
@@ -395,6 +405,7 @@ def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
         optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
         message.version,
         message.last_version,
+        cost_of(message),
     )
 
 
@@ -406,6 +417,7 @@ def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
         optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
         message.version,
         message.last_version,
+        cost_of(message),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from shardloss import evaluation, messages, types
+from shardloss.cost import sum_of
 from shardloss.errors import BadReply
 from shardloss.messages import numbers
 from shardloss.paging import asked, check_length, count_of, joined, of_rank, pages
@@ -27,7 +28,7 @@ class Questions:
     """The exact questions of a `Table`.
 
     Each goes in pages, and each page has the whole of the client's timeout_s. `logits` says how logits are made of
-    hidden and rows, as the model was trained; None is hidden . row + bias.
+    hidden and rows, as the model was trained; None is hidden . row + bias. `want_cost` asks what all pages cost.
     """
 
     client: LossClient
@@ -43,6 +44,7 @@ class Questions:
         want_sigmoid: bool = False,
         ignore_index: int | None = -100,
         logits: types.LogitTransform | None = None,
+        want_cost: bool = False,
     ) -> types.Evaluation:
         """Exact negative log likelihood [N] in nats, and rank, over all classes of hidden [N, D] with labels [N].
 
@@ -66,6 +68,7 @@ class Questions:
                     want_sigmoid=want_sigmoid,
                     ignore_index=ignore_index,
                     logits=transform,
+                    want_cost=want_cost,
                 )
             return messages.evaluation(self._ask(self.client.questions.Evaluate, request))
 
@@ -77,6 +80,7 @@ class Questions:
             last_version=found[-1].last_version,
             sigmoid=joined([page.sigmoid for page in found]) if want_sigmoid else None,
             counted=np.ones(len(labels), dtype=bool) if ignore_index is None else np.asarray(labels != ignore_index),
+            cost=sum_of([page.cost for page in found]),
         )
 
     def evaluate_batches(
@@ -117,7 +121,13 @@ class Questions:
         return ask(np.zeros((0, self.spec.dim)), np.zeros(0, np.int64)) if total is None else total
 
     def top_k(
-        self, hidden: Array, k: int, *, want_log_probs: bool = True, logits: types.LogitTransform | None = None
+        self,
+        hidden: Array,
+        k: int,
+        *,
+        want_log_probs: bool = True,
+        logits: types.LogitTransform | None = None,
+        want_cost: bool = False,
     ) -> types.TopK:
         """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages.
 
@@ -134,6 +144,7 @@ class Questions:
                     k=k,
                     want_log_probs=want_log_probs,
                     logits=transform,
+                    want_cost=want_cost,
                 )
             return messages.top_k(self._ask(self.client.questions.TopK, request))
 
@@ -144,6 +155,7 @@ class Questions:
             joined([page.log_probs for page in found]),
             found[0].version,
             found[-1].last_version,
+            sum_of([page.cost for page in found]),
         )
 
     def score(
@@ -153,6 +165,7 @@ class Questions:
         *,
         want_log_probs: bool = False,
         logits: types.LogitTransform | None = None,
+        want_cost: bool = False,
     ) -> types.Scores:
         """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
 
@@ -173,13 +186,15 @@ class Questions:
                     class_ids=numbers(asked_ids, "class_ids"),
                     want_log_probs=want_log_probs,
                     logits=transform,
+                    want_cost=want_cost,
                 )
             return messages.scores(self._ask(self.client.questions.Score, request))
 
         found = [asked(ask, page) for page in self._pages(len(hidden), 3 * class_ids.shape[-1])]
         all_logits = np.concatenate([page.logits for page in found])
         log_probs = joined([page.log_probs for page in found])
-        return types.Scores(all_logits, log_probs, found[0].version, found[-1].last_version)
+        costs = sum_of([page.cost for page in found])
+        return types.Scores(all_logits, log_probs, found[0].version, found[-1].last_version, costs)
 
     def probabilities(self, hidden: Array, class_ids: Array, *, logits: types.LogitTransform | None = None) -> Array:
         """Probabilities [N, S] among all classes of class_ids [S] (shared) or [N, S]: exp of `score`'s log_probs.
@@ -202,6 +217,7 @@ class Questions:
         top_k: int | None = None,
         want_log_probs: bool = False,
         logits: types.LogitTransform | None = None,
+        want_cost: bool = False,
     ) -> types.ClassSamples:
         """num_samples S independent classes of each row of hidden [N, D], by its exact softmax; in pages.
 
@@ -226,6 +242,7 @@ class Questions:
                     top_k=top_k,
                     want_log_probs=want_log_probs,
                     logits=transform,
+                    want_cost=want_cost,
                 )
             return messages.class_samples(self._ask(self.client.questions.SampleClasses, request))
 
@@ -238,6 +255,7 @@ class Questions:
             joined([page.log_probs for page in found]),
             found[0].version,
             found[-1].last_version,
+            sum_of([page.cost for page in found]),
         )
 
     def _ask(self, method: Callable[..., T], request: Message) -> T:

@@ -37,6 +37,7 @@ class Session:
         want_hidden_grad: bool = True,
         want_scale_grad: bool = False,
         grad_dtype: str | None = None,
+        want_cost: bool = False,
     ) -> types.LossResult:
         """Score the next part of the present step, as `Table.compute_loss`, and leave its ticket open for `commit`.
 
@@ -55,6 +56,7 @@ class Session:
             want_hidden_grad=want_hidden_grad,
             want_scale_grad=want_scale_grad,
             grad_dtype=grad_dtype,
+            want_cost=want_cost,
         )
         self._key(request.message)
         self.num_parts += 1
@@ -68,11 +70,12 @@ class Session:
         learning_rate: float,
         grad_scale: float = 1.0,
         max_staleness: int | None = None,
+        want_cost: bool = False,
     ) -> types.CommitResult:
         """One optimizer step over (result or ticket, g [N] or None for ones) of the present step, exactly once.
 
         All parts together fit one message (about a million rows of float32 in 4 MiB). learning_rate >= 0; grad_scale
-        multiplies every g.
+        multiplies every g; want_cost asks what the call cost the server.
 
         Raises:
             TransientError: the same commit may be repeated; it is applied once.
@@ -80,6 +83,7 @@ class Session:
             TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
         request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
+        request.want_cost = want_cost
         with self._passing(StepTooOld, StepReused):
             result = self._send_commit(request)
         self._next_step()
@@ -148,6 +152,7 @@ class Session:
         ignore_index: int | None = None,
         want_hidden_grad: bool = True,
         grad_dtype: str | None = None,
+        want_cost: bool = False,
     ) -> types.LossResult:
         """Score hidden [N, D] and commit in one call: the table's objective is grad_scale * sum(upstream [N] * loss),
         None is ones.
@@ -170,6 +175,7 @@ class Session:
             upstream=upstream,
             want_hidden_grad=want_hidden_grad,
             grad_dtype=grad_dtype,
+            want_cost=want_cost,
         )
         self._key(request.message)
         with messages.writing_request():

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shardloss.evaluation import Evaluation as Evaluation  # noqa: PLC0414  (a public value like those below)
+from shardloss.cost import CallCost as CallCost  # noqa: PLC0414  (a public value like those below)
+from shardloss.evaluation import Evaluation as Evaluation  # noqa: PLC0414
 from shardloss.evaluation import EvaluationSummary as EvaluationSummary  # noqa: PLC0414
 from shardloss.evaluation import SamplingGap as SamplingGap  # noqa: PLC0414
 from shardloss.wire import Array
@@ -266,7 +267,7 @@ class FullSigmoid:
 Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
 
-# Answers.
+# Answers. Their cost is None unless the call asks for it by want_cost.
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +305,7 @@ class CommitResult:
     version: int
     staleness: int
     replayed: bool
+    cost: CallCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +326,7 @@ class LossResult:
     num_candidates: int
     committed: CommitResult | None
     scale_grad: Array | None = None
+    cost: CallCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +338,7 @@ class TopK:
     log_probs: Array | None
     version: int
     last_version: int
+    cost: CallCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +349,7 @@ class Scores:
     log_probs: Array | None
     version: int
     last_version: int
+    cost: CallCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +360,7 @@ class ClassSamples:
     log_probs: Array | None
     version: int
     last_version: int
+    cost: CallCost | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from shardloss_server import __version__
-from shardloss_server.cli import config, tokens
+from shardloss_server.cli import config, metrics, tokens
 from shardloss_server.cli.health import health
 from shardloss_server.cli.serve import serve
 
@@ -13,6 +13,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax loss
 app.command("serve")(serve)
 app.command("health")(health)
 app.add_typer(config.app, name="config")
+app.add_typer(metrics.app, name="metrics")
 app.add_typer(tokens.app, name="tokens")
 
 

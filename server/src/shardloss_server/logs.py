@@ -23,8 +23,14 @@ def with_call(_logger: object, _method: str, line: EventDict) -> EventDict:
     return line if describe is None else {**describe(), **line}
 
 
+def without_others(_logger: object, _method: str, line: EventDict) -> EventDict:
+    """Leave out what libraries put on every record for themselves, as Ray does."""
+    return {name: value for name, value in line.items() if not name.startswith("_ray")}
+
+
 PROCESSORS: tuple[Processor, ...] = (
     structlog.stdlib.ExtraAdder(),
+    without_others,
     with_call,
     structlog.stdlib.add_log_level,
     structlog.stdlib.add_logger_name,

@@ -178,7 +178,8 @@ class Unsent:
         """
         with self._lock:
             if self.num_bytes and self.num_bytes + num_bytes > self.max_bytes:
-                raise Overloaded(f"{self.num_bytes} bytes of replies are unread", retry_after_s=self._hints.next())
+                unread = f"{self.num_bytes} bytes of replies are unread"
+                raise Overloaded(unread, retry_after_s=self._hints.next(), limit="unread_replies")
             self._since[drop] = time.monotonic(), num_bytes
             self.num_bytes += num_bytes
         if not at_end(lambda: self._forget(drop)):

@@ -101,7 +101,8 @@ class TableOwner:
     def create(self, deadline: Deadline) -> None:
         """Allocate and fill the shards."""
         spec = replace(self.spec, name=self.key)
-        self._wait(self._group.create(spec, self.limits.max_sessions), deadline)
+        began = time.perf_counter()
+        self._wait(self._group.create(spec, self.limits.max_sessions), deadline, began)
 
     @property
     def lost(self) -> str | None:
@@ -228,9 +229,9 @@ class TableOwner:
         with self._turn(deadline, holds_commits=settled):
             with deadline.holding(self._order, "the table's order of work"):
                 self._refuse_lost()
-                pending = start()
+                began, pending = time.perf_counter(), start()
             try:
-                return self._wait(pending, deadline)
+                return self._wait(pending, deadline, began)
             except DeadlineExceeded:
                 pending.abandon()
                 raise
@@ -393,9 +394,9 @@ class TableOwner:
                 with deadline.holding(self._order, "the table's order of work"):
                     self._refuse_lost()
                     self.steps.begin(doubt)
-                    pending = start()
+                    began, pending = time.perf_counter(), start()
                 self.steps.wake()
-                self._wait(pending, deadline, changing=True)
+                self._wait(pending, deadline, began, changing=True)
             self._note(doubt)
         finally:
             self.steps.under_way = False
@@ -442,8 +443,9 @@ class TableOwner:
             self.steps.give_up()
             self.sessions.release(doubt.tickets)
 
-    def _wait(self, pending: Pending[T], deadline: Deadline, changing: bool = False) -> T:
-        began, spent = time.perf_counter(), meter()
+    def _wait(self, pending: Pending[T], deadline: Deadline, began: float, changing: bool = False) -> T:
+        """The answers to what began at a moment of time.perf_counter."""
+        spent = meter()
 
         def result() -> T:
             while True:

@@ -107,7 +107,8 @@ class Turns:
         wait_s = ahead * self.mean_s / self._max_at_once
         if ahead and wait_s > deadline.left():
             self.num_refused += 1
-            raise Overloaded(f"{ahead} calls are before this one, {wait_s:.2f} s of work", retry_after_s=wait_s)
+            ahead_of_it = f"{ahead} calls are before this one, {wait_s:.2f} s of work"
+            raise Overloaded(ahead_of_it, retry_after_s=wait_s, limit="max_calls_at_workers")
 
     def _came(self, turn: Turn, seconds: float) -> bool:
         if turn.granted.wait(seconds):

@@ -41,6 +41,11 @@ class Access(grpc.ServerInterceptor):
         self._call_log = call_log
         self._is_mutual = security.tls_client_ca_file is not None
 
+    def expiries(self) -> list[tuple[tuple[str, ...], float]]:
+        """When each token that ends does so, by name, seconds since 1970."""
+        tokens = () if self._grants is None else self._grants.value().tokens
+        return [((token.name,), token.expires.timestamp()) for token in tokens if token.expires is not None]
+
     def intercept_service(self, continuation: Callable[[Any], Handler], handler_call_details: Any) -> Handler:
         """The method's handler, or one that refuses."""
         path = handler_call_details.method

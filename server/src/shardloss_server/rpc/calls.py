@@ -73,7 +73,8 @@ class Calls:
     def note(self, method: str, seconds: float, reason: str | None) -> None:
         """A call has ended; reason is None where it went well."""
         with self._lock:
-            self._methods.setdefault(method, Method()).note(time.monotonic(), seconds, reason)
+            known = self._methods.get(method) or self._methods.setdefault(method, Method())
+            known.note(time.monotonic(), seconds, reason)
 
     def seen(self) -> list[MethodCalls]:
         """Every method that was called, by name."""

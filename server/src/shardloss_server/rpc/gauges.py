@@ -6,13 +6,16 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
+from shardloss.errors import Internal
+from shardloss.v1 import admin_pb2, evaluation_pb2, loss_pb2, server_pb2, table_pb2
 
 from shardloss_server import __version__, metrics
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.cluster.stats import WorkerStats
-from shardloss_server.config import Limits
+from shardloss_server.config import Limits, physical_memory_bytes
 from shardloss_server.frontend.admission import Admission, LiveStreams
 from shardloss_server.frontend.catalog import Catalog, table_bytes
 from shardloss_server.frontend.owner import TableOwner
@@ -20,20 +23,43 @@ from shardloss_server.metrics import Metric, Metrics, Reading
 from shardloss_server.rpc.servicer import Handlers
 from shardloss_server.rpc.workers import WorkerWatch
 
+METHODS = tuple(
+    method.name
+    for module in (admin_pb2, evaluation_pb2, loss_pb2, server_pb2, table_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
 
 def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], bool]) -> None:
     """Have every metric of a server that says what stands read from it."""
     read_places(counted, handlers)
     read_tables(counted, handlers.catalog)
     read_limits(counted, handlers.limits)
-    catalog, made = handlers.catalog, time.time()
+    catalog, made, memory_limit = handlers.catalog, time.time(), memory_limit_bytes()
+    for method in METHODS:  # there before the first one: a rate sees no growth in a series that begins with it
+        counted.count(metrics.CALLS, method, Internal.reason, by=0)
     one(counted, metrics.SERVING, lambda: not is_stopping())
     one(counted, metrics.TICKET_BYTES, lambda: catalog.budget.num_bytes)
     one(counted, metrics.TABLES, lambda: len(catalog.owners()))
+    one(counted, metrics.UNREAD_BYTES, lambda: handlers.unsent.num_bytes)
+    one(counted, metrics.TURNS_HELD, lambda: catalog.turns.num_held)
+    one(counted, metrics.TURNS_WAITING, lambda: catalog.turns.num_waiting)
     one(counted, metrics.BACKLOG, catalog.group.backlog)
+    one(counted, metrics.MEMORY_LIMIT_BYTES, lambda: memory_limit)
     one(counted, metrics.START_SECONDS, lambda: made)
     build = __version__, platform.python_version(), str(torch.__version__)
     counted.read(metrics.BUILD_INFO, lambda: [(build, 1.0)])
+
+
+def memory_limit_bytes() -> int:
+    """What this process's control group may take, at most this machine's memory."""
+    try:
+        limit = int(CGROUP_LIMIT.read_text())
+    except (OSError, ValueError):  # there is none, or it is "max"
+        limit = physical_memory_bytes()
+    return min(limit, physical_memory_bytes())
 
 
 def one(counted: Metrics, metric: Metric, read: Callable[[], float]) -> None:
@@ -44,6 +70,7 @@ def one(counted: Metrics, metric: Metric, read: Callable[[], float]) -> None:
 def read_limits(counted: Metrics, limits: Limits) -> None:
     """What the limits are, beside what they bound."""
     for metric, value in (
+        (metrics.TURNS_HELD_LIMIT, limits.max_calls_at_workers),
         (metrics.TABLES_LIMIT, limits.max_tables),
         (metrics.TABLE_BYTES_LIMIT, limits.max_table_bytes),
         (metrics.SESSIONS_LIMIT, limits.max_sessions),

@@ -80,7 +80,8 @@ class Server:
         refuse_exposed(listening.host, config.security)
         self.metrics = Metrics()
         call_log = CallLog(self.metrics, config.watching)
-        self._interceptors = Access(config.security, call_log), Reading(call_log), Splicing()
+        self._access = Access(config.security, call_log)
+        self._interceptors = self._access, Reading(call_log), Splicing()
         limits = shared_out(listening.num_threads, config.limits)
         self.catalog = Catalog(group, limits)
         streams = LiveStreams(limits.max_streams, limits.stream_idle_s, "max_streams")
@@ -101,6 +102,8 @@ class Server:
         if listening.socket:
             self._bind_socket(listening.socket)
         self.admin_address = self._bind(self._admin, listening.admin_port)
+        gauges.one(self.metrics, metrics.CALLS_ARRIVING, lambda: self.gate.arriving.num_streams)
+        self.metrics.read(metrics.TOKEN_EXPIRY_SECONDS, self._access.expiries)
         self.exposition = Exposition.of(self.metrics, self.catalog, config.watching)
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
