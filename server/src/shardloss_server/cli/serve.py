@@ -52,7 +52,7 @@ def serve(settings: Settings) -> None:
 
 
 def end() -> NoReturn:
-    """Leave with 0. All is closed and gone; at the interpreter's own end C++ threads of Ray and gRPC may yet abort it."""
+    """Leave with 0: all is closed, but at the interpreter's own end C++ threads of Ray and gRPC may yet abort it."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
