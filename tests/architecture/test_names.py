@@ -1,0 +1,187 @@
+"""Every name that the documentation and the deployment use exists: variables, flags, commands, ports, metrics, reasons.
+
+One walk over README, docs, the compose files, the image, the manifests, the rules and the dashboard; the code says what
+there is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import typer
+import yaml
+from google.protobuf import descriptor_pool
+from shardloss.cli.app import app as client_app
+from shardloss.errors import BY_REASON
+from shardloss_server import metrics
+from shardloss_server.__main__ import app as server_app
+from shardloss_server.config import Listening
+from shardloss_server.settings import ALL, FILE_VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = {"shardloss-server": typer.main.get_command(server_app), "shardloss": typer.main.get_command(client_app)}
+PAGES = [
+    *sorted(path for path in ROOT.glob("docs/**/*.md") if "adr" not in path.parts),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "client/README.md", "server/README.md")),
+]
+DEPLOYED = sorted(ROOT.glob("docker-compose*.yml")) + sorted(
+    path for path in ROOT.glob("deploy/**/*") if path.is_file() and "__pycache__" not in path.parts
+)
+EVERY = PAGES + DEPLOYED
+OTHERS_FLAGS = {  # of programs that are not ours
+    "--profile", "--scale", "--build", "--head", "--block", "--address", "--from-file", "--target", "--detach",
+    "--volumes",
+    "--env-file",
+}  # fmt: skip
+OTHERS_PORTS = {"gRPC over Ray's head": 6379, "Ray's node manager": 6380, "Prometheus": 9090, "Grafana": 3000}
+
+
+OUR_PREFIXES = ("SHARDLOSS_", "OMP_", "RAY_", "MALLOC_", "OTEL_")
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A command and all below it, by the words that call them."""
+    yield words, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
+
+
+SUFFIXES = {"histogram": ("", "_bucket", "_count", "_sum")}
+EXPORTED = {each.name + suffix for each in metrics.ALL for suffix in SUFFIXES.get(each.kind, ("",))}
+COMMANDS = {(program, *words): each for program, root in PROGRAMS.items() for words, each in commands(root)}
+FLAGS = {
+    words: {opt for param in each.params for opt in (*param.opts, *param.secondary_opts)} | {"--help"}
+    for words, each in COMMANDS.items()
+}
+
+
+def variables() -> set[str]:
+    """Variables that something reads: settings, options of commands, compose files, tests and tools."""
+    of_options = {name for each in COMMANDS.values() for param in each.params for name in names_of(param)}
+    of_compose = {
+        name for path in ROOT.glob("docker-compose*.yml") for name in re.findall(r"\$\{(\w+)", path.read_text())
+    }
+    sources = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("client/src/**/*.py")]
+    of_code = {name for path in sources for name in re.findall(r'environ[.\w]*[\[(]"(SHARDLOSS_\w+)', path.read_text())}
+    return {setting.variable for setting in ALL.values()} | {FILE_VARIABLE} | of_options | of_compose | of_code
+
+
+def names_of(param: Any) -> list[str]:
+    """The variables of an option."""
+    names = param.envvar or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """What a page writes as code: its fences line by line, and its `spans`."""
+    fenced = False
+    for line in path.read_text().splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced:
+            yield line.split(" #")[0]
+        else:
+            yield from re.findall(r"`([^`]+)`", line)
+
+
+@pytest.mark.parametrize("path", EVERY, ids=relative)
+def test_every_variable_is_read_by_something(path: Path) -> None:
+    found = set(re.findall(r"\bSHARDLOSS_[A-Z0-9_]*[A-Z0-9](?![A-Z0-9_*])", path.read_text()))
+    assert found <= variables()
+
+
+@pytest.mark.parametrize("path", [path for path in DEPLOYED if path.suffix in (".yml", ".yaml")], ids=relative)
+def test_every_setting_of_a_deployment_is_one(path: Path) -> None:
+    """As the server itself would refuse it."""
+    found = set(re.findall(r"\bSHARDLOSS_SERVER_\w+", path.read_text()))
+    assert found <= {setting.variable for setting in ALL.values()}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=relative)
+def test_every_command_and_its_flags_exist(path: Path) -> None:
+    for code in code_of(path) if path in PAGES else path.read_text().splitlines():
+        for program, rest in re.findall(
+            r"(?:^|(?<!-n)(?<!from)(?<!import)[\s/])(shardloss-server|shardloss)((?: +[^\s|;&`]+)+)", code
+        ):
+            words = rest.split()
+            command: tuple[str, ...] = (program,)
+            while words and (*command, words[0]) in COMMANDS:
+                command = (*command, words.pop(0))
+            if (
+                path in PAGES
+                and getattr(COMMANDS[command], "commands", {})
+                and words
+                and re.fullmatch("[a-z]+", words[0])
+            ):
+                raise AssertionError(f"{' '.join(command)} has no {words[0]}: {code}")
+            flags = {word.split("=")[0] for word in words if word.startswith("--")}
+            known = set().union(*(FLAGS[command[:end]] for end in range(1, len(command) + 1)))
+            assert flags <= known, code
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_every_flag_named_alone_exists(path: Path) -> None:
+    spans = [span for span in code_of(path) if span.startswith("--")]
+    found = {re.split(r"[ =/]", span)[0] for span in spans}
+    assert found <= set().union(*FLAGS.values()) | OTHERS_FLAGS
+
+
+@pytest.mark.parametrize("path", EVERY, ids=relative)
+def test_every_metric_is_exported(path: Path) -> None:
+    found = set(re.findall(r"\bshardloss_(?!server\b)[a-z0-9_]*[a-z0-9](?![a-z0-9_.*])", path.read_text()))
+    assert found <= EXPORTED
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_every_reason_is_one(path: Path) -> None:
+    """Words in capitals are reasons, statuses, values of the contract or variables."""
+    pool = descriptor_pool.Default()
+    files = [pool.FindFileByName(f"shardloss/v1/{each.name}") for each in (ROOT / "proto/shardloss/v1").glob("*.proto")]
+    values = {value for file in files for value in enum_values(file)}
+    known = BY_REASON.keys() | {code.name for code in grpc.StatusCode} | values | {"NOT_SERVING"} | arguments()
+    words = {span for span in code_of(path) if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", span)}
+    outside = {word for word in words if not word.startswith(("SHARDLOSS_", "OMP_", "RAY_", "MALLOC_", "OTEL_"))}
+    assert outside <= known
+
+
+def arguments() -> set[str]:
+    """Arguments of the image."""
+    return set(re.findall(r"^ARG (\w+)", (ROOT / "deploy/docker/Dockerfile").read_text(), re.M))
+
+
+def enum_values(scope: object) -> Iterator[str]:
+    """The values of every enum of a file, or below a message."""
+    enums = getattr(scope, "enum_types_by_name", {}) or {each.name: each for each in getattr(scope, "enum_types", ())}
+    for enum in enums.values():
+        yield from enum.values_by_name
+    for message in getattr(scope, "message_types_by_name", {}).values() or getattr(scope, "nested_types", ()):
+        yield from enum_values(message)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_every_target_of_make_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {name for code in code_of(path) for name in re.findall(r"\bmake ([a-z-]+)", code)} <= targets
+
+
+def metrics_port() -> int:
+    """The port that the deployment gives the metrics."""
+    environment = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["server"]["environment"]
+    return int(environment["SHARDLOSS_SERVER_METRICS_PORT"])
+
+
+@pytest.mark.parametrize("path", EVERY, ids=relative)
+def test_every_port_is_one_that_somebody_listens_on(path: Path) -> None:
+    known = {Listening().port, Listening().admin_port, metrics_port(), *OTHERS_PORTS.values()}
+    patterns = r"(?:(?:[.][01]|(?<!arXi)[a-z]):|[Pp]ort:? |[Pp]ort=|EXPOSE |port\": )(\d{4,5})\b"
+    found = {int(port) for port in re.findall(patterns, path.read_text())}
+    assert found <= known
