@@ -31,6 +31,7 @@ FILE_MODULES = {
     "cluster/ray_group.py",
     "cluster/stats.py",
     "rpc/admin.py",
+    "rpc/gauges.py",
     "rpc/probe.py",
     "rpc/serve.py",
 }
