@@ -41,13 +41,13 @@ class Gate:
         self.error: Exception | None = None
         commit = table.client.losses.Commit
 
-        def held(request: Any, timeout: float) -> Any:
+        def held(request: Any, timeout: float, **named: Any) -> Any:
             self.entered.set()
             assert self.open.wait(PATIENCE_S)
             error, self.error = self.error, None
             if error is not None:
                 raise error
-            return commit(request, timeout=timeout)
+            return commit(request, timeout=timeout, **named)
 
         monkeypatch.setattr(table.client.losses, "Commit", held)
 
@@ -137,7 +137,7 @@ class Failing:
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
-    def __call__(self, request: Any, timeout: float) -> Any:
+    def __call__(self, request: Any, timeout: float, **named: Any) -> Any:
         self.gate.open.set()
         raise shardloss.errors.DeadlineExceeded("lost")
 
