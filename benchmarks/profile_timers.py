@@ -105,7 +105,7 @@ class Timers:
         def gathered(pending: Any, timeout_s: float) -> Any:
             found = result(pending, timeout_s)
             if hasattr(self._open, "parts"):
-                computed = 1e3 * max(answer.computed_s for answer in pending._pending)
+                computed = 1e3 * max(pending.computed_s.values())
                 self._open.parts[KERNEL] = self._open.parts.get(KERNEL, 0.0) + computed
                 self._open.inside[-1] += computed
             return found

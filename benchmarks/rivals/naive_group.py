@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Answer:
     """The answer of one actor call."""
 
     ref: Any
-    computed_s: float = 0.0  # not measured
+    computed_s: Mapping[int, float] = field(default_factory=dict)  # not measured
 
     def result(self, timeout_s: float) -> Any:
         return ray.get(self.ref, timeout=timeout_s)

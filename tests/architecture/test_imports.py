@@ -16,7 +16,7 @@ CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_ser
 
 # A room may import itself and the rooms after it in this order; `evaluation` stands beside `frontend`, above it.
 ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement", "access"]
-EVERYWHERE = {"config", "logs", "metrics", "settings"}
+EVERYWHERE = {"config", "logs", "metrics", "settings", "tracing"}
 ONLY_IN = {
     "ray": "cluster/ray_group.py",
     "grpc": "rpc/",

@@ -208,7 +208,7 @@ def test_a_scrape_does_not_wait_for_a_worker_that_does_not_answer(
 class Lost:
     """The answer of a worker that died."""
 
-    computed_s = 0.0
+    computed_s: Mapping[int, float] = {}
 
     def result(self, timeout_s: float) -> object:
         raise WorkerLost("gone")

@@ -28,6 +28,7 @@ from shardloss.errors import (
     Unauthenticated,
 )
 from shardloss.splice import Splice, Spliced
+from shardloss.tracing import UNTRACED, Naming, Tracing
 
 DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
@@ -101,6 +102,9 @@ class Channel:
         self._bearer = Bearer(credentials)
         self._grpc = opened(address, credentials)
         self._bearing: Any = Bearing(self._grpc, self._bearer) if self._bearer.metadata() else self._grpc
+        self._tracing = Tracing.found()
+        if self._tracing is not None:
+            self._bearing = Naming(self._bearing)
         self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
         self._closed = False
         self.max_message_bytes = MESSAGE_BYTES  # what the server takes, once it has said so
@@ -142,19 +146,26 @@ class Channel:
         if num_bytes > self.max_message_bytes:
             message = f"the request takes {num_bytes} bytes, above max_message_bytes = {self.max_message_bytes}"
             raise LimitExceeded(message)
-        return self._repeat(lambda left, named: method(request, timeout=left, **named), timeout_s, whole, repeatable)
+        attempt: Attempt[R] = lambda left, named: method(request, timeout=left, **named)  # noqa: E731
+        return self._repeat(method, attempt, timeout_s, whole, repeatable)
 
     def stream(
         self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
     ) -> list[R]:
         """As `unary` for a stream both ways; requests are made anew for each try."""
-        return self._repeat(lambda left, named: list(method(requests(), timeout=left, **named)), timeout_s, True, True)
+        attempt: Attempt[list[R]] = lambda left, named: list(method(requests(), timeout=left, **named))  # noqa: E731
+        return self._repeat(method, attempt, timeout_s, True, True)
 
-    def _repeat(self, attempt: Attempt[R], timeout_s: float | None, whole: bool, repeatable: bool) -> R:
-        """All tries of a call have one request id, which its error names."""
+    def _repeat(
+        self, method: Callable[..., object], attempt: Attempt[R], timeout_s: float | None, whole: bool, repeatable: bool
+    ) -> R:
+        """All tries of a call have one request id, which its error names, and one span where it is traced."""
         request_id = next(self._request_ids)
+        span = UNTRACED if self._tracing is None else self._tracing.call(getattr(method, "path", ""), request_id)
+        named: Named = {"metadata": ((REQUEST_ID_KEY, request_id), *span.headers)}
         try:
-            return self._tried(attempt, {"metadata": ((REQUEST_ID_KEY, request_id),)}, timeout_s, whole, repeatable)
+            with span:
+                return self._tried(span.counting(attempt), named, timeout_s, whole, repeatable)
         except ShardlossError as error:
             error.details.setdefault("request_id", request_id)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any
 from weakref import WeakSet
 
@@ -174,7 +175,7 @@ class Pending:
         self._clear()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "shardloss-commit")
-        self._under_way = self._thread.submit(self._send)
+        self._under_way = self._thread.submit(copy_context().run, self._send)  # a trace follows it
         self.session.table.client.watch(self._under_way)
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:

@@ -148,6 +148,9 @@ class Watching:
     log_level: Annotated[LogLevel, a("The least level that is logged.")] = "INFO"
     slow_call_s: Annotated[float, a("Seconds above which a call gets a line in the log.", ge=0)] = 1.0
     log_calls: Annotated[bool, a("A line in the log for every call, not only for failed and slow ones.")] = False
+    tracing: Annotated[
+        bool, a("Send a trace of each call by OTLP, as OTEL_EXPORTER_OTLP_* say; needs shardloss-server[tracing].")
+    ] = False
 
 
 ANY_PORT = Listening(port=0, admin_port=0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from shardloss_server import __version__, logs
+from shardloss_server import __version__, logs, tracing
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
@@ -44,6 +44,7 @@ def serve(settings: Settings) -> None:
     with futures.ThreadPoolExecutor(1, "serve") as thread:
         try:
             refuse_exposed(config.listening.host, config.security)  # before workers are started for nothing
+            tracing.refuse_missing(config.watching)
             thread.submit(run, partial(make_group, settings.group(Workers)), config, stop).result()
         except CannotServe as error:
             typer.echo(str(error), err=True)

@@ -50,8 +50,8 @@ class Gathered(Generic[T]):
         return [by_shard[k] for k in sorted(by_shard)]
 
     @property
-    def computed_s(self) -> float:
-        return max((answer.computed_s for answer in self._pending), default=0.0)
+    def computed_s(self) -> dict[int, float]:
+        return {worker: seconds for answer in self._pending for worker, seconds in answer.computed_s.items()}
 
 
 class FanoutGroup(ABC):

@@ -6,7 +6,7 @@ its shards the same order of work, and waits outside the lock. Results come in s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -52,8 +52,8 @@ class Pending(Protocol[T_co]):
         """
 
     @property
-    def computed_s(self) -> float:
-        """Seconds that the slowest worker computed, once `result` has returned."""
+    def computed_s(self) -> Mapping[int, float]:
+        """Seconds that each worker computed, by its index, once `result` has returned: the rest is the way."""
 
     def abandon(self) -> None:
         """Nobody waits for it any more: it need not begin, but may have. Only for work that changes nothing."""

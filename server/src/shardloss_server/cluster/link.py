@@ -35,7 +35,7 @@ SWEEP_MS = 1000
 WITHOUT_ROWS = {"create", "drop", "echo", "stats"}  # what a worker answers that has lost its rows
 
 log = logging.getLogger(__name__)
-Timed = tuple[float, dict[int, Any]]  # seconds that a worker computed, and its answer
+Timed = tuple[tuple[float, ...], dict[int, Any]]  # seconds that each worker computed, and their answer
 
 
 class WorkerFailed(Exception):
@@ -64,6 +64,7 @@ class LinkPending:
     link: Link
     number: int
     future: Future[Timed]
+    workers: tuple[int, ...]
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         try:
@@ -74,9 +75,8 @@ class LinkPending:
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
 
     @property
-    def computed_s(self) -> float:
-        """Seconds that the worker computed, once `result` has returned: the rest of the wait is the way."""
-        return self.future.result(0)[0]
+    def computed_s(self) -> dict[int, float]:
+        return dict(zip(self.workers, self.future.result(0)[0], strict=True))
 
     def abandon(self) -> None:
         """Have the worker pass it over, unless it has begun."""
@@ -165,6 +165,7 @@ class Link:
         number: int,
         body: list[Buffer],
         parts: Sequence[KeptPart],
+        workers: tuple[int, ...],
         route: Route | None = None,
         *,
         waits: bool = True,
@@ -181,7 +182,7 @@ class Link:
                 self._early.append(call)
             else:
                 self._send_call(call)
-        return LinkPending(self, number, call.answer)
+        return LinkPending(self, number, call.answer, workers)
 
     def cancel(self, number: int) -> None:
         """Nobody waits for a call any more."""
@@ -365,11 +366,12 @@ class Links:
         for link, theirs in ways.items():
             if link in self.relays:
                 route = Route(tuple(theirs), tuple(part.number for part in parts), merge_over)
-                pending.append(link.call(number, body, parts, route))
+                pending.append(link.call(number, body, parts, route.workers, route))
                 self._give_up_gone(theirs)
             else:  # one that has left its relay's node may next be found there again
                 is_direct, needs_rows = theirs[0] not in self._relay_of, method not in WITHOUT_ROWS
-                pending.append(link.call(number, body, parts, waits=is_direct, needs_rows=needs_rows))
+                one = link.call(number, body, parts, tuple(theirs), waits=is_direct, needs_rows=needs_rows)
+                pending.append(one)
         return pending
 
     def close(self) -> None:

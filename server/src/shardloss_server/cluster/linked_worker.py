@@ -77,7 +77,7 @@ class LinkedWorker:
         try:
             began = time.perf_counter()
             value = self._call(method, *args)
-            kind, body = ANSWER, frames.encode((time.perf_counter() - began, value))
+            kind, body = ANSWER, frames.encode(((time.perf_counter() - began,), value))
         except Exception as error:  # whatever it is, the caller is told
             kind, body = FAILURE, failure(error)
         frames.send(self._sock, kind, number, body)

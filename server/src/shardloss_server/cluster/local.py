@@ -18,14 +18,15 @@ from shardloss_server.shard.record import Part
 class LocalPending:
     """The answer of one worker thread."""
 
+    worker: int
     future: Future[tuple[float, dict[int, Any]]]
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         return self.future.result(timeout_s)[1]
 
     @property
-    def computed_s(self) -> float:
-        return self.future.result(0)[0]
+    def computed_s(self) -> dict[int, float]:
+        return {self.worker: self.future.result(0)[0]}
 
     def abandon(self) -> None:
         self.future.cancel()
@@ -49,7 +50,8 @@ class LocalGroup(FanoutGroup):
         return [worker.device for worker in self._workers]
 
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
-        return LocalPending(self._threads[worker].submit(timed, getattr(self._workers[worker], method), *args))
+        future = self._threads[worker].submit(timed, getattr(self._workers[worker], method), *args)
+        return LocalPending(worker, future)
 
     def backlog(self) -> int:
         return 0  # what is abandoned does not begin

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -184,13 +184,15 @@ def has_died(actor: Any) -> bool:
 class RayPending:
     """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
 
+    worker: int
     ref: Any
     abandoned: list[Any]
-    computed_s: float = 0.0
+    computed_s: dict[int, float] = field(default_factory=dict)
 
     def result(self, timeout_s: float) -> Any:
         try:
-            self.computed_s, answer = ray.get(self.ref, timeout=timeout_s)
+            seconds, answer = ray.get(self.ref, timeout=timeout_s)
+            self.computed_s = {self.worker: seconds}
             return answer
         except GetTimeoutError as error:
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
@@ -374,7 +376,7 @@ class RayGroup(FanoutGroup):
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
         if self._links:
             return self._links.call([worker], method, *args)[0]
-        return RayPending(self._actors[worker].timed_call.remote(method, *args), self._abandoned)
+        return RayPending(worker, self._actors[worker].timed_call.remote(method, *args), self._abandoned)
 
     def start_on(
         self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None

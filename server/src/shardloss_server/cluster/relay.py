@@ -154,7 +154,7 @@ class Passage:
 
     def _pass_on(self, number: int, route: Route, body: Buffer) -> None:
         parts = [self._parts[part] for part in route.parts]
-        pending = [self._links[worker].call(number, [body], parts) for worker in route.workers]
+        pending = [self._links[worker].call(number, [body], parts, (worker,)) for worker in route.workers]
         gathering = Gathering(pending, route.merge_over)
         self._under_way[number] = gathering
         gathering.then(
@@ -234,7 +234,7 @@ class Gathering:
         by_shard = {shard: answer for _, answers in timed for shard, answer in answers.items()}
         if self._merge_over is not None:
             by_shard = {run.shards.start: run for run in merge_runs(by_shard.values(), self._merge_over)}
-        return max(seconds for seconds, _ in timed), by_shard
+        return tuple(one for seconds, _ in timed for one in seconds), by_shard
 
 
 def take(post: Post) -> Relay:

@@ -56,7 +56,9 @@ class Deadline:
             while not ready(min(self.left(), CALLER_CHECK_S)):
                 self.check(what)
         finally:
-            meter().wait_s += time.perf_counter() - began
+            spent, ended = meter(), time.perf_counter()
+            spent.wait_s += ended - began
+            spent.note("wait", began, ended)
 
     @contextmanager
     def holding(self, lock: threading.Lock, what: str) -> Iterator[None]:

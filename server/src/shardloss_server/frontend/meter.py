@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,13 +12,51 @@ from torch import Tensor
 
 from shardloss_server.shard.record import Part, RowCandidates, TableSpec
 
+MAX_PHASES = 64  # of one call that a trace shows: an exact question of a large table has thousands
+SHORT_WAIT_S = 1e-4  # below it a wait is but the taking of a lock
+NO_WORKER: Mapping[int, float] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """ "wait", "plan", "fanout" or "finish", between moments of time.perf_counter, with the phases inside it.
+
+    computed_s: what each worker computed, by its index.
+    """
+
+    name: str
+    began: float
+    ended: float
+    computed_s: Mapping[int, float]
+    inner: tuple[Phase, ...] = ()
+
+
+class Phases:
+    """The phases of one call in the order of their ends, as a trace shows them."""
+
+    def __init__(self) -> None:
+        self.seen: list[Phase] = []
+        self.num_left_out = 0
+
+    def note(self, phase: Phase) -> None:
+        """Keep it where there is room."""
+        if len(self.seen) < MAX_PHASES:
+            self.seen.append(phase)
+        else:
+            self.num_left_out += 1
+
+    def close(self, name: str, began: float, ended: float, num_before: int) -> None:
+        """A phase is over that holds all phases but the first num_before."""
+        inner = tuple(self.seen[num_before:])
+        self.seen[num_before:] = [Phase(name, began, ended, NO_WORKER, inner)]
+
 
 @dataclass(slots=True)
 class Meter:
     """Seconds of one call, none of them in two places; kernel_s is inside fanout_s. flops: 2 a product and its sum.
 
     wait_s: for locks, turns, and steps before this one. fanout_s: from the start of work on the shards until all have
-    answered. kernel_s: what the slowest worker of each fan-out computed.
+    answered. kernel_s: what the slowest worker of each fan-out computed. phases: kept where a trace is recorded.
     """
 
     wait_s: float = 0.0
@@ -27,6 +65,12 @@ class Meter:
     kernel_s: float = 0.0
     finish_s: float = 0.0
     flops: int = 0
+    phases: Phases | None = None
+
+    def note(self, name: str, began: float, ended: float, computed_s: Mapping[int, float] = NO_WORKER) -> None:
+        """A wait or a fan-out is over."""
+        if self.phases is not None and (name != "wait" or ended - began >= SHORT_WAIT_S):
+            self.phases.note(Phase(name, began, ended, computed_s))
 
     @property
     def elsewhere_s(self) -> float:
@@ -36,16 +80,27 @@ class Meter:
     @contextmanager
     def planning(self) -> Iterator[None]:
         """Count what is spent here, waits and fan-outs left out, as planning."""
-        began, elsewhere = time.perf_counter(), self.elsewhere_s
+        began, elsewhere, num_before = time.perf_counter(), self.elsewhere_s, self._num_phases
         yield
-        self.plan_s += time.perf_counter() - began - (self.elsewhere_s - elsewhere)
+        self.plan_s += self._close("plan", began, num_before) - (self.elsewhere_s - elsewhere)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Count what is spent here, waits and fan-outs left out, as finishing."""
-        began, elsewhere = time.perf_counter(), self.elsewhere_s
+        began, elsewhere, num_before = time.perf_counter(), self.elsewhere_s, self._num_phases
         yield
-        self.finish_s += time.perf_counter() - began - (self.elsewhere_s - elsewhere)
+        self.finish_s += self._close("finish", began, num_before) - (self.elsewhere_s - elsewhere)
+
+    @property
+    def _num_phases(self) -> int:
+        return 0 if self.phases is None else len(self.phases.seen)
+
+    def _close(self, name: str, began: float, num_before: int) -> float:
+        """Seconds that a phase took with all that is inside it."""
+        ended = time.perf_counter()
+        if self.phases is not None:
+            self.phases.close(name, began, ended, num_before)
+        return ended - began
 
 
 METER: ContextVar[Meter | None] = ContextVar("meter", default=None)

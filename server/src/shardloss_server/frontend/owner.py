@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -446,8 +446,10 @@ class TableOwner:
     def _wait(self, pending: Pending[T], deadline: Deadline, began: float, changing: bool = False) -> T:
         """The answers to what began at a moment of time.perf_counter."""
         spent = meter()
+        computed: Mapping[int, float] = {}
 
         def result() -> T:
+            nonlocal computed
             while True:
                 try:
                     answers = pending.result(deadline.left() if changing else min(deadline.left(), CALLER_CHECK_S))
@@ -455,13 +457,16 @@ class TableOwner:
                     if changing or deadline.left() == 0:
                         raise
                 else:
-                    spent.kernel_s += pending.computed_s
+                    computed = pending.computed_s
+                    spent.kernel_s += max(computed.values(), default=0.0)
                     return answers
 
         try:
             return self._guarded(result, changing)
         finally:
-            spent.fanout_s += time.perf_counter() - began
+            ended = time.perf_counter()
+            spent.fanout_s += ended - began
+            spent.note("fanout", began, ended, computed)
 
     def _guarded(self, wait: Callable[[], T], changing: bool) -> T:
         """Turn what can go wrong in a group into our errors."""

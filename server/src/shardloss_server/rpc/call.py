@@ -19,11 +19,12 @@ from shardloss.v1 import cost_pb2
 
 from shardloss_server import logs, metrics
 from shardloss_server.config import Limits, Watching
-from shardloss_server.frontend.meter import METER, Meter
+from shardloss_server.frontend.meter import METER, Meter, Phases
 from shardloss_server.metrics import Metrics
 from shardloss_server.rpc.calls import Calls
 from shardloss_server.rpc.roles import needed_role
 from shardloss_server.rpc.status import fail
+from shardloss_server.tracing import CallSpan, Tracing
 
 log = logging.getLogger("shardloss_server.calls")
 REQUEST_ID_KEY = "x-request-id"
@@ -50,8 +51,8 @@ S = TypeVar("S", bound=Sized)
 class CallLog:
     """The calls of one server."""
 
-    def __init__(self, counted: Metrics, watching: Watching) -> None:
-        self.metrics, self.watching, self.recent = counted, watching, Calls()
+    def __init__(self, counted: Metrics, watching: Watching, tracing: Tracing | None = None) -> None:
+        self.metrics, self.watching, self.recent, self.tracing = counted, watching, Calls(), tracing
         self.paces: dict[str, Pace] = {}
         self._prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
@@ -91,6 +92,7 @@ class Call:
         self.table = self.session = ""
         self._log_of, self._context = call_log, context
         self._began = time.perf_counter()
+        self._span: CallSpan | None = None
 
     def about(self, request: Any) -> None:
         """Its request, or the header of its stream: whose bytes count, and what it is about."""
@@ -138,10 +140,15 @@ class Call:
             said["table"] = printable(self.table)
         if self.session:
             said["session"] = digest(self.session)
+        if self._span is not None:
+            said["trace_id"] = self._span.trace_id
         return said
 
     def __enter__(self) -> Call:
         """Each gRPC call has a context of its own, which ends with it: nothing is set back."""
+        if self._log_of.tracing is not None:
+            self._span = self._log_of.tracing.begin(self.method, self._context.invocation_metadata() or (), self._began)
+            self.meter.phases = None if self._span is None else Phases()
         METER.set(self.meter)
         logs.CALL.set(self.describe)
         self._context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
@@ -170,6 +177,7 @@ class Call:
             left_s = self._context.time_remaining()
             reason = CANCELLED if left_s is None or left_s > 0 else reason
         self._count(reason, error)
+        self._trace(reason, error)
         watching, duration_s = self._log_of.watching, self.elapsed_s
         if reason != OK:
             self._log(level_of(error), "call failed", reason, duration_s, error)
@@ -204,6 +212,22 @@ class Call:
                     ("finish", spent.finish_s),
                 ):
                     observe(metrics.PHASE_SECONDS, seconds, phase)
+
+    def _trace(self, reason: str, error: ShardlossError | None) -> None:
+        if self._span is None or self.meter.phases is None:
+            return
+        said: dict[str, str | int] = {
+            "shardloss.reason": reason,
+            "shardloss.request_id": self.request_id,
+            "shardloss.received_bytes": self.received_bytes,
+            "shardloss.sent_bytes": self.sent_bytes,
+            "shardloss.flops": self.meter.flops,
+        }
+        if self.table:
+            said["shardloss.table"] = printable(self.table)
+        if self.session:
+            said["shardloss.session"] = digest(self.session)
+        self._span.end(said, self.meter.phases, is_fault=isinstance(error, ServiceError))
 
     def _log(self, level: int, event: str, reason: str, duration_s: float, error: ShardlossError | None = None) -> None:
         if not log.isEnabledFor(level):

@@ -49,6 +49,7 @@ from shardloss_server.rpc.servicer import (
     TableServicer,
 )
 from shardloss_server.rpc.splicing import Splicing
+from shardloss_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
@@ -79,7 +80,8 @@ class Server:
         listening = config.listening
         refuse_exposed(listening.host, config.security)
         self.metrics = Metrics()
-        call_log = CallLog(self.metrics, config.watching)
+        self._tracing = Tracing.of(config.watching)
+        call_log = CallLog(self.metrics, config.watching, self._tracing)
         self._access = Access(config.security, call_log)
         self._interceptors = self._access, Reading(call_log), Splicing()
         limits = shared_out(listening.num_threads, config.limits)
@@ -195,6 +197,8 @@ class Server:
             self._admin.stop(0).wait(STOP_S)
             if self.exposition is not None:
                 self.exposition.stop()
+            if self._tracing is not None:
+                self._tracing.close()
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
