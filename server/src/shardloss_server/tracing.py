@@ -5,6 +5,7 @@ The workers export nothing: their spans are made here of the seconds that they r
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 KEY, MAX_TEXT = "traceparent", 128  # characters: the library logs longer ones, and what is wrong with a tracestate
 NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 SERVICE = "shardloss-server"
+LAST_S = 2.0  # in which a collector must take what is left; the library itself would wait for 10
 Attributes = Mapping[str, str | int]
 
 
@@ -105,8 +107,10 @@ class Tracing:
         return span
 
     def close(self) -> None:
-        """Send what is left, and no more. Idempotent."""
-        self._provider.shutdown()
+        """Send what is left, for as long as LAST_S. Idempotent."""
+        closing = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        closing.start()
+        closing.join(LAST_S)
 
 
 class CallSpan:

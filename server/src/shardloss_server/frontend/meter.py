@@ -80,27 +80,24 @@ class Meter:
     @contextmanager
     def planning(self) -> Iterator[None]:
         """Count what is spent here, waits and fan-outs left out, as planning."""
-        began, elsewhere, num_before = time.perf_counter(), self.elsewhere_s, self._num_phases
+        began, elsewhere, phases = time.perf_counter(), self.elsewhere_s, self.phases
+        num_before = 0 if phases is None else len(phases.seen)
         yield
-        self.plan_s += self._close("plan", began, num_before) - (self.elsewhere_s - elsewhere)
+        ended = time.perf_counter()
+        self.plan_s += ended - began - (self.elsewhere_s - elsewhere)
+        if phases is not None:
+            phases.close("plan", began, ended, num_before)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Count what is spent here, waits and fan-outs left out, as finishing."""
-        began, elsewhere, num_before = time.perf_counter(), self.elsewhere_s, self._num_phases
+        began, elsewhere, phases = time.perf_counter(), self.elsewhere_s, self.phases
+        num_before = 0 if phases is None else len(phases.seen)
         yield
-        self.finish_s += self._close("finish", began, num_before) - (self.elsewhere_s - elsewhere)
-
-    @property
-    def _num_phases(self) -> int:
-        return 0 if self.phases is None else len(self.phases.seen)
-
-    def _close(self, name: str, began: float, num_before: int) -> float:
-        """Seconds that a phase took with all that is inside it."""
         ended = time.perf_counter()
-        if self.phases is not None:
-            self.phases.close(name, began, ended, num_before)
-        return ended - began
+        self.finish_s += ended - began - (self.elsewhere_s - elsewhere)
+        if phases is not None:
+            phases.close("finish", began, ended, num_before)
 
 
 METER: ContextVar[Meter | None] = ContextVar("meter", default=None)
