@@ -234,7 +234,7 @@ def test_a_worker_that_is_gone_is_told_from_the_others(error: type[Exception]) -
                 pending.future.result(TIMEOUT_S)
                 gone: Future[dict[int, Any]] = Future()
                 gone.set_exception(error("it died"))
-                return LocalPending(gone)
+                return LocalPending(worker, gone)
             return pending
 
     group = HalfGone(2)
