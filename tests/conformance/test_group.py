@@ -667,3 +667,11 @@ def test_closing_a_local_group_ends_its_threads_and_may_be_repeated() -> None:
     local.close()
     local.close()
     assert not set(threading.enumerate()) - before
+
+
+def test_every_worker_says_how_long_it_computed(group: FanoutGroup, shards: Shards) -> None:
+    """Also behind a relay, whose answer is one."""
+    pending = group.read(shards.name, torch.arange(NUM_CLASSES))
+    pending.result(TIMEOUT_S)
+    assert sorted(pending.computed_s) == list(group._hosts(shards.name))
+    assert all(0 < seconds < TIMEOUT_S for seconds in pending.computed_s.values())
