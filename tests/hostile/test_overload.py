@@ -126,6 +126,57 @@ def test_a_reply_that_nobody_reads_is_dropped() -> None:
         assert_idle(server)
 
 
+@pytest.mark.parametrize("port", ["data", "admin"])
+def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> None:
+    """Nobody's credentials are asked for there: others are answered on both ports, and it is dropped."""
+    with serving(max_message_s=0.5) as (server, _):
+        addresses = {"data": server.address, "admin": server.admin_address}
+        with Connection(addresses[port], window=0) as deaf:
+            deaf.call("/grpc.health.v1.Health/Watch", b"\0\0\0\0\0", is_whole=True)
+            eventually(lambda: server.health.watching.num_streams == 1, "a watcher")
+            for address in addresses.values():
+                with grpc.insecure_channel(address) as channel:
+                    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            eventually(lambda: server.health.watching.num_dropped == 1, "its end")
+            eventually(lambda: server.health.watching.num_streams == server.admin_gate.num_inside == 0, "its place")
+            assert_idle(server)
+
+
+def test_watchers_of_health_are_bounded_and_hold_no_thread() -> None:
+    """One connection gets half of their places at most; all others are refused with a hint, and calls go on."""
+    with serving(num_threads=16) as (server, _), grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(140)]
+        firsts = [once_of(watch) for watch in watches]
+        refused = [first for first in firsts if isinstance(first, grpc.RpcError)]
+        assert len(refused) >= 140 - 129
+        assert all(retry_info(failure) > 0 for failure in refused)
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        for watch in watches:
+            watch.cancel()
+        eventually(lambda: server.health.watching.num_streams == 0, "free places")
+
+
+def once_of(watch: Iterator[health_pb2.HealthCheckResponse]) -> health_pb2.HealthCheckResponse | grpc.RpcError:
+    """The first thing that comes of a Watch."""
+    try:
+        return next(watch)
+    except grpc.RpcError as failure:
+        return failure
+
+
+def test_who_watches_health_is_told_of_a_stop_and_does_not_hold_it_up() -> None:
+    """NOT_SERVING comes, then the watch ends: the grace is for calls that are at work."""
+    with serving() as (server, _), grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        began = time.monotonic()
+        server.stop(grace_s=PATIENCE_S)
+        assert time.monotonic() - began < PATIENCE_S / 2
+        assert [reply.status for reply in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
 def test_every_refusal_of_an_overload_has_a_hint_and_is_counted(fresh_name: Callable[[], str]) -> None:
     """30 calls at once for 4 places: those refused say when to come back, the others are answered."""
     with serving(max_calls_in_flight=4) as (server, group), shardloss.connect(server.address) as client:

@@ -117,7 +117,7 @@ class LiveStreams:
             self._waiting_since[drop] = began
             self._streams[caller] += 1
         try:
-            yield LiveStream(self._waiting_since, drop)
+            yield LiveStream(self._waiting_since, drop, self._lock)
         finally:
             self._hints.ended(time.monotonic() - began, self.num_streams)
             with self._lock:
@@ -139,18 +139,25 @@ class LiveStreams:
 
 
 class LiveStream:
-    """One streaming call, as `LiveStreams` watches it."""
+    """One streaming call, as `LiveStreams` watches it; once its place is given back, nothing is noted any more."""
 
-    def __init__(self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object]) -> None:
-        self._waiting_since, self._drop = waiting_since, drop
+    def __init__(
+        self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object], lock: threading.Lock
+    ) -> None:
+        self._waiting_since, self._drop, self._lock = waiting_since, drop, lock
 
     def moved(self) -> None:
         """The client has sent or read a piece; from now on its next one is waited for."""
-        self._waiting_since[self._drop] = time.monotonic()
+        self._note(time.monotonic())
 
     def working(self) -> None:
         """The server is at work: nothing is waited for from the client."""
-        self._waiting_since[self._drop] = float("inf")
+        self._note(float("inf"))
+
+    def _note(self, since: float) -> None:
+        with self._lock:
+            if self._drop in self._waiting_since:
+                self._waiting_since[self._drop] = since
 
 
 class Unsent:
