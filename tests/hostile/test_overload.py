@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import shardloss
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from shardloss import wire
 from shardloss.errors import LimitExceeded, Overloaded, ServerUnavailable, ShardlossError
 from shardloss.v1 import loss_pb2, server_pb2, server_pb2_grpc
@@ -124,6 +126,18 @@ def test_a_reply_that_nobody_reads_is_dropped() -> None:
         eventually(lambda: server.handlers.unsent.num_bytes > 0, "unread replies")
         eventually(lambda: server.handlers.unsent.num_dropped == 20, "the end of their calls")
         assert_idle(server)
+
+
+def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
+    """As many calls of it as the admin port takes at once are dropped, though their handlers wait for their client."""
+    request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+    message = b"\0" + struct.pack("!I", len(request)) + request
+    with serving(max_message_s=0.5) as (server, _), Connection(server.admin_address, window=0) as deaf:
+        for _ in range(60):
+            deaf.call("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", message, is_whole=True)
+        eventually(lambda: server.admin_gate.num_inside > 0, "unread replies")
+        eventually(lambda: server.admin_gate.num_inside == server.admin_gate.arriving.num_streams == 0, "their end")
+        assert server.admin_gate.arriving.num_dropped > 0
 
 
 @pytest.mark.parametrize("port", ["data", "admin"])

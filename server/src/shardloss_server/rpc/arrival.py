@@ -102,9 +102,10 @@ class Gate(grpc.ServerInterceptor):
     def _both_ways(self, answer: Answer, path: str) -> Answer:
         def handler(requests: Iterator[Any], context: Context) -> Iterator[Any]:
             try:
-                yield from answer(
-                    requests if path == WATCHES_ITSELF else self._watched(requests, context, path), context
-                )
+                if path == WATCHES_ITSELF:
+                    yield from answer(requests, context)
+                else:
+                    yield from self._sent(answer(self._watched(requests, context, path), context), context, path)
             finally:
                 self._leave()
 
@@ -121,6 +122,15 @@ class Gate(grpc.ServerInterceptor):
     def _watched(self, requests: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
         while (request := self._next(requests, context, path)) is not None:
             yield request
+
+    def _sent(self, replies: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
+        """The replies, for each of which the client is not waited for too long."""
+        for reply in replies:
+            try:
+                with self.arriving.stream(context.cancel, caller_of(context)):
+                    yield reply
+            except ShardlossError as error:
+                self._call_log.refuse(path, context, error)
 
     def _leave(self) -> None:
         with self._lock:
