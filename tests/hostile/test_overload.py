@@ -257,6 +257,24 @@ def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str])
         assert not stopping.is_alive()
 
 
+def test_a_bug_while_a_table_is_settled_does_not_end_the_watch(fresh_name: Callable[[], str]) -> None:
+    """The table is lost and says so; silent calls are dropped all the same."""
+    with serving(max_message_s=0.5) as (server, group), shardloss.connect(server.address) as client:
+        world = World(server, client, fresh_name())
+
+        def bug() -> None:
+            raise RuntimeError("a bug")
+
+        group.before_repair = bug
+        group.lose("none", TimeoutError())
+        with suppress(ShardlossError):
+            once(client.losses.Commit, world.commit())
+        eventually(lambda: server.catalog.owner(world.name).lost is not None, "the table's loss")
+        with Connection(server.address) as silent:
+            silent.call(COMPUTE_LOSS)
+            eventually(lambda: server.gate.arriving.num_dropped == 1, "the end of the silent call")
+
+
 class Cable:
     """A way to a server that can be cut: the bytes of both sides are lost from then on, and nobody is told."""
 

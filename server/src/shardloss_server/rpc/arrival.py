@@ -17,7 +17,7 @@ from shardloss.errors import InvalidArgument, Overloaded, ServerUnavailable, Sha
 
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.hints import Hints
-from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.call import NO_MESSAGE, CallLog
 from shardloss_server.rpc.caller import caller_of
 from shardloss_server.rpc.splicing import SERVICE
 
@@ -83,7 +83,7 @@ class Gate(grpc.ServerInterceptor):
             try:
                 request = self._next(requests, context, path)
                 if request is None:
-                    self._call_log.refuse(path, context, InvalidArgument("the call ended without its message"))
+                    self._call_log.refuse(path, context, InvalidArgument(NO_MESSAGE))
                 return answer(request, context, *send)
             finally:
                 self._leave()

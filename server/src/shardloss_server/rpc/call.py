@@ -34,6 +34,7 @@ UNKNOWN = "unknown"  # a method that there is not: callers can make up any numbe
 PLACES = frozenset(
     {field.name for field in fields(Limits)} | {"backlog", "max_watchers", "num_threads", "unread_replies"}
 )  # limits that a refusal may name
+NO_MESSAGE = "the call ended without its message"  # says who refuses a unary call of none
 MAX_LINES_A_SECOND = 10  # of one reason: an overload must not drown in its own log
 MAX_TEXT = 512  # characters of what a caller wrote that are logged
 

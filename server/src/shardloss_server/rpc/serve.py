@@ -201,13 +201,19 @@ class Server:
                 self._tracing.close()
 
     def _watch(self) -> None:
-        ours = self.handlers.streams, self.handlers.unsent, self.health.watching
         while not self._stopping.wait(WATCH_INTERVAL_S):
-            self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
-            now = time.monotonic()
-            self.catalog.expire_tickets(now)
-            for streams in (*ours, self.gate.arriving, self.admin_gate.arriving):
-                self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
+            try:
+                self._look()
+            except Exception:  # a bug of one table must not keep tickets and silent calls for ever
+                log.exception("the watch goes on")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        ours = self.handlers.streams, self.handlers.unsent, self.health.watching
+        for streams in (*ours, self.gate.arriving, self.admin_gate.arriving):
+            self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
+        self.catalog.expire_tickets(now)
+        self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:
