@@ -56,13 +56,22 @@ class Access(grpc.ServerInterceptor):
         if self._is_mutual and grants.certificates and not values:
             return by_certificate(continuation(handler_call_details), grants, path, self._call_log)
         try:
-            caller = ANYONE if self._grants is None else caller_by_token(values, grants)
+            caller = ANYONE if self._grants is None else self._caller(values, grants)
             handler = continuation(handler_call_details)
             if handler is not None:  # else gRPC says that there is no such method
                 refuse_lower(caller, needed_role(path), path)
         except (Unauthenticated, PermissionDenied) as error:
             return refusing(error, path, self._call_log)
         return handler
+
+    def _caller(self, values: list[str], grants: Grants) -> Caller:
+        """The caller by token; one that is unknown may have been made since the file was looked at."""
+        try:
+            return caller_by_token(values, grants)
+        except Unauthenticated:
+            if not values or self._grants is None or (latest := self._grants.latest()) is grants:
+                raise
+            return caller_by_token(values, latest)
 
 
 ANY = Grants()
