@@ -118,6 +118,29 @@ def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
         assert retry_info(refused.value) > 0
 
 
+def test_the_fewest_threads_leave_one_for_refusals(fresh_name: Callable[[], str]) -> None:
+    """Two losses, a commit, a stream and a silent call stand inside: the next one is told so at once."""
+    with serving(num_threads=4, max_message_s=200.0, stream_idle_s=200.0) as (server, group), ExitStack() as open_:
+        client = open_.enter_context(shardloss.connect(server.address))
+        world, go = World(server, client, fresh_name()), threading.Event()
+        commit = world.commit()
+        open_.callback(go.set)
+        group.before_score = group.before_apply = lambda: go.wait(PATIENCE_S)
+        calls = [client.losses.Commit.future(commit, timeout=PATIENCE_S)]
+        eventually(lambda: server.handlers.commits.num_calls == 1, "the commit")
+        for number in (1, 2):
+            calls.append(client.losses.ComputeLoss.future(world.full(), timeout=PATIENCE_S))
+            eventually(lambda number=number: server.handlers.admission.num_calls == number, "the losses")
+        for method in ("/shardloss.v1.LossService/StreamLoss", COMPUTE_LOSS):
+            open_.enter_context(Connection(server.address)).call(method)
+        eventually(lambda: server.gate.num_inside == 5, "a full gate")
+        channel = open_.enter_context(grpc.insecure_channel(server.address))
+        with pytest.raises(grpc.RpcError) as refused:
+            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert retry_info(refused.value) > 0
+
+
 def test_a_reply_that_nobody_reads_is_dropped() -> None:
     """Its bytes are held no longer than a message may take, though its handler ended long before."""
     with serving(max_message_s=0.5) as (server, _), Connection(server.address, window=0) as deaf:

@@ -98,7 +98,8 @@ class Server:
         )
         self.gate = Gate(places_of(limits), arriving, call_log)
         self.admin_gate = Gate(3 * ADMIN_CALLS, arriving_admin, call_log)
-        self._data = self._make_server(listening.num_threads, self.gate)
+        # The fewest threads have fewer than one place of each kind needs, and refusals need one.
+        self._data = self._make_server(max(listening.num_threads, 1 + places_of(limits)), self.gate)
         self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate)
         self._register()
         self.address = self._bind(self._data, listening.port)
