@@ -151,6 +151,13 @@ def test_a_reply_that_nobody_reads_is_dropped() -> None:
         assert_idle(server)
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks more often for what stands still."""
+    monkeypatch.setattr("shardloss_server.rpc.serve.WATCH_INTERVAL_S", 0.05)
+
+
+@pytest.mark.usefixtures("soon")
 def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
     """As many calls of it as the admin port takes at once are dropped, though their handlers wait for their client."""
     request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
@@ -163,6 +170,7 @@ def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
         assert server.admin_gate.arriving.num_dropped > 0
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("port", ["data", "admin"])
 def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> None:
     """Nobody's credentials are asked for there: others are answered on both ports, and it is dropped."""
@@ -280,6 +288,7 @@ def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str])
         assert not stopping.is_alive()
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_bug_while_a_table_is_settled_does_not_end_the_watch(fresh_name: Callable[[], str]) -> None:
     """The table is lost and says so; silent calls are dropped all the same."""
     with serving(max_message_s=0.5) as (server, group), shardloss.connect(server.address) as client:
