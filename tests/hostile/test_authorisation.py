@@ -218,6 +218,19 @@ def test_tokens_change_without_a_restart(
         )
 
 
+def test_a_new_token_is_taken_at_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may find it in its file before the server has looked at its own again."""
+    monkeypatch.setattr(token_files, "RELOAD_S", 3600.0)
+    own = secrets_in(tmp_path_factory.mktemp("at-once"))
+    with serving(Security(tokens_file=own.tokens_file)) as server:
+        new = own.folder / "new.token"
+        token_files.create(own.tokens_file, new, "new", Role.READER, None)
+        with shardloss.connect(server.address, token_file=new) as client:
+            assert client.list_tables() == []
+
+
 def test_a_client_follows_its_token_file(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +249,8 @@ def test_a_client_follows_its_token_file(
         token_files.create(own.tokens_file, own.folder / "next.token", "mine-2", Role.ADMIN, None)
         os.replace(own.folder / "next.token", token_file)
         token_files.revoke(own.tokens_file, "mine-1")
+        own_renew, bearer_of = client.channel._bearer.renew, client.channel._bearer
+        monkeypatch.setattr(bearer_of, "renew", lambda: own_renew() and own_renew())  # another call's came before ours
         for rows in (7, 250_000):  # one message, and a stream
             loss = table.compute_loss(np.zeros((rows, 3), np.float32), np.ones((rows, 1), int), shardloss.FullSoftmax())
             assert loss.loss.shape == (rows,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import shardloss
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from shardloss import wire
 from shardloss.errors import LimitExceeded, Overloaded, ServerUnavailable, ShardlossError
 from shardloss.v1 import loss_pb2, server_pb2, server_pb2_grpc
@@ -116,6 +118,29 @@ def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
         assert retry_info(refused.value) > 0
 
 
+def test_the_fewest_threads_leave_one_for_refusals(fresh_name: Callable[[], str]) -> None:
+    """Two losses, a commit, a stream and a silent call stand inside: the next one is told so at once."""
+    with serving(num_threads=4, max_message_s=200.0, stream_idle_s=200.0) as (server, group), ExitStack() as open_:
+        client = open_.enter_context(shardloss.connect(server.address))
+        world, go = World(server, client, fresh_name()), threading.Event()
+        commit = world.commit()
+        open_.callback(go.set)
+        group.before_score = group.before_apply = lambda: go.wait(PATIENCE_S)
+        calls = [client.losses.Commit.future(commit, timeout=PATIENCE_S)]
+        eventually(lambda: server.handlers.commits.num_calls == 1, "the commit")
+        for number in (1, 2):
+            calls.append(client.losses.ComputeLoss.future(world.full(), timeout=PATIENCE_S))
+            eventually(lambda number=number: server.handlers.admission.num_calls == number, "the losses")
+        for method in ("/shardloss.v1.LossService/StreamLoss", COMPUTE_LOSS):
+            open_.enter_context(Connection(server.address)).call(method)
+        eventually(lambda: server.gate.num_inside == 5, "a full gate")
+        channel = open_.enter_context(grpc.insecure_channel(server.address))
+        with pytest.raises(grpc.RpcError) as refused:
+            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert retry_info(refused.value) > 0
+
+
 def test_a_reply_that_nobody_reads_is_dropped() -> None:
     """Its bytes are held no longer than a message may take, though its handler ended long before."""
     with serving(max_message_s=0.5) as (server, _), Connection(server.address, window=0) as deaf:
@@ -124,6 +149,77 @@ def test_a_reply_that_nobody_reads_is_dropped() -> None:
         eventually(lambda: server.handlers.unsent.num_bytes > 0, "unread replies")
         eventually(lambda: server.handlers.unsent.num_dropped == 20, "the end of their calls")
         assert_idle(server)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks more often for what stands still."""
+    monkeypatch.setattr("shardloss_server.rpc.serve.WATCH_INTERVAL_S", 0.05)
+
+
+@pytest.mark.usefixtures("soon")
+def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
+    """As many calls of it as the admin port takes at once are dropped, though their handlers wait for their client."""
+    request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+    message = b"\0" + struct.pack("!I", len(request)) + request
+    with serving(max_message_s=0.5) as (server, _), Connection(server.admin_address, window=0) as deaf:
+        for _ in range(60):
+            deaf.call("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", message, is_whole=True)
+        eventually(lambda: server.admin_gate.num_inside > 0, "unread replies")
+        eventually(lambda: server.admin_gate.num_inside == server.admin_gate.arriving.num_streams == 0, "their end")
+        assert server.admin_gate.arriving.num_dropped > 0
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("port", ["data", "admin"])
+def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> None:
+    """Nobody's credentials are asked for there: others are answered on both ports, and it is dropped."""
+    with serving(max_message_s=0.5) as (server, _):
+        addresses = {"data": server.address, "admin": server.admin_address}
+        with Connection(addresses[port], window=0) as deaf:
+            deaf.call("/grpc.health.v1.Health/Watch", b"\0\0\0\0\0", is_whole=True)
+            eventually(lambda: server.health.watching.num_streams == 1, "a watcher")
+            for address in addresses.values():
+                with grpc.insecure_channel(address) as channel:
+                    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            eventually(lambda: server.health.watching.num_dropped == 1, "its end")
+            eventually(lambda: server.health.watching.num_streams == server.admin_gate.num_inside == 0, "its place")
+            assert_idle(server)
+
+
+def test_watchers_of_health_are_bounded_and_hold_no_thread() -> None:
+    """One connection gets half of their places at most; all others are refused with a hint, and calls go on."""
+    with serving(num_threads=16) as (server, _), grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(140)]
+        firsts = [once_of(watch) for watch in watches]
+        refused = [first for first in firsts if isinstance(first, grpc.RpcError)]
+        assert len(refused) >= 140 - 129
+        assert all(retry_info(failure) > 0 for failure in refused)
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        for watch in watches:
+            watch.cancel()
+        eventually(lambda: server.health.watching.num_streams == 0, "free places")
+
+
+def once_of(watch: Iterator[health_pb2.HealthCheckResponse]) -> health_pb2.HealthCheckResponse | grpc.RpcError:
+    """The first thing that comes of a Watch."""
+    try:
+        return next(watch)
+    except grpc.RpcError as failure:
+        return failure
+
+
+def test_who_watches_health_is_told_of_a_stop_and_does_not_hold_it_up() -> None:
+    """NOT_SERVING comes, then the watch ends: the grace is for calls that are at work."""
+    with serving() as (server, _), grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        began = time.monotonic()
+        server.stop(grace_s=PATIENCE_S)
+        assert time.monotonic() - began < PATIENCE_S / 2
+        assert [reply.status for reply in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
 def test_every_refusal_of_an_overload_has_a_hint_and_is_counted(fresh_name: Callable[[], str]) -> None:
@@ -190,6 +286,25 @@ def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str])
         assert committing.result(PATIENCE_S).version == 4
         stopping.join(PATIENCE_S)
         assert not stopping.is_alive()
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_bug_while_a_table_is_settled_does_not_end_the_watch(fresh_name: Callable[[], str]) -> None:
+    """The table is lost and says so; silent calls are dropped all the same."""
+    with serving(max_message_s=0.5) as (server, group), shardloss.connect(server.address) as client:
+        world = World(server, client, fresh_name())
+
+        def bug() -> None:
+            raise RuntimeError("a bug")
+
+        group.before_repair = bug
+        group.lose("none", TimeoutError())
+        with suppress(ShardlossError):
+            once(client.losses.Commit, world.commit())
+        eventually(lambda: server.catalog.owner(world.name).lost is not None, "the table's loss")
+        with Connection(server.address) as silent:
+            silent.call(COMPUTE_LOSS)
+            eventually(lambda: server.gate.arriving.num_dropped == 1, "the end of the silent call")
 
 
 class Cable:

@@ -169,6 +169,23 @@ def forget_others(world: World) -> None:
             world.client.delete_table(info.name)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_others_methods_refuse_bytes_that_are_no_request(raw: grpc.Channel, path: str) -> None:
+    """As ours do, though their servicers know nothing of it: the status is of the contract, and no bug is logged."""
+    with pytest.raises(grpc.RpcError) as refused:
+        list(raw.stream_stream(path)(iter([b"\xff\xff"]), timeout=TRY_S))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert_in_contract(refused.value)
+    assert "x-request-id" in dict(refused.value.trailing_metadata())
+
+
 def test_an_unknown_method_is_unimplemented(world: World, raw: grpc.Channel) -> None:
     """So are methods of unknown services and of no service."""
     for path in ("/shardloss.v1.LossService/Nothing", "/nobody/Nothing", "/", "//"):

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import shardloss
 import trustme
+from shardloss.channel import error_of
 from shardloss.errors import InvalidArgument, PermissionDenied, ServerUnavailable, Unauthenticated
 from shardloss_server.config import CannotServe, Security
 from shardloss_server.rpc.serve import Server
@@ -154,6 +155,10 @@ def test_mutual_tls_with_a_tokens_file_goes_by_the_certificates_name(authority: 
             for name, status in (("admin", "INVALID_ARGUMENT"), ("reader", "PERMISSION_DENIED")):
                 assert code_of(by_name, CREATE, (("authorization", f"Bearer {secrets.token(name)}"),))[0] == status
             assert code_of(by_name, LIST, (("authorization", "Bearer wrong"),))[0] == "UNAUTHENTICATED"
+            with pytest.raises(grpc.RpcError) as without_message:
+                by_name.stream_unary(LIST)(iter(()), timeout=10)
+            assert error_of(without_message.value).reason == "INVALID_ARGUMENT"
+            assert "grpc-status-details-bin" in dict(without_message.value.trailing_metadata())
         with channel(server, common) as by_common_name:
             assert code_of(by_common_name, LIST)[0] == "OK"
             assert code_of(by_common_name, commit)[0] == "PERMISSION_DENIED"

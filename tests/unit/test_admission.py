@@ -81,16 +81,26 @@ def test_a_silent_stream_is_dropped_sooner_where_places_are_few(num_streams: int
 
 
 def test_unread_replies_are_bounded() -> None:
-    """Their bytes are free as the calls end; a call that has ended already is not counted."""
+    """Their bytes are free as the calls end; a call that has ended already is not counted; nobody takes them all.
+
+    Refused is who has done nothing yet: a reply that is made is always handed over.
+    """
     unsent, ends = Unsent(100, 1.0), []
 
     def at_end(end: object) -> bool:
         ends.append(end)
         return True
 
-    unsent.hand_over(90, lambda: "a", at_end)
+    unsent.hand_over(60, lambda: "a", at_end, "deaf")
+    with pytest.raises(Overloaded) as refused:
+        unsent.refuse_unread("deaf")
+    assert refused.value.retry_after_s > 0
+    unsent.refuse_unread("another")
+    unsent.hand_over(50, lambda: "b", at_end, "another")
     with pytest.raises(Overloaded):
-        unsent.hand_over(11, lambda: "b", at_end)
-    ends[0]()
+        unsent.refuse_unread("a third")
+    for end in ends:
+        end()
+    unsent.refuse_unread("deaf")
     unsent.hand_over(50, lambda: "c", lambda _end: False)
     assert unsent.num_bytes == 0

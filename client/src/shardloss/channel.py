@@ -180,6 +180,7 @@ class Channel:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise last or DeadlineExceeded("the deadline passed before the call was sent")
+            shown = self._bearer.metadata()
             try:
                 return attempt(min(left, attempt_s), named)
             except grpc.RpcError as failure:
@@ -188,9 +189,11 @@ class Channel:
                 if not self._closed:
                     raise
                 continue
-            if isinstance(last, Unauthenticated) and not is_renewed and self._bearer.renew():
-                is_renewed = True
-                continue
+            if isinstance(last, Unauthenticated) and not is_renewed:
+                self._bearer.renew()
+                is_renewed = self._bearer.metadata() != shown  # by this call, or by another meanwhile
+                if is_renewed:
+                    continue
             if not isinstance(last, TransientError if repeatable else Overloaded):
                 raise last
             wait_s = max(last.retry_after_s, backoff_s * random.uniform(0.5, 1.0))

@@ -42,6 +42,12 @@ class Watched(Generic[T]):
                 self._looking.release()
         return self._value
 
+    def latest(self) -> T:
+        """The good value of this very moment."""
+        with self._looking:
+            self._look()
+        return self._value
+
     def _look(self) -> None:
         self._looked = time.monotonic()
         signature = signature_of(self._paths)

@@ -117,7 +117,7 @@ class LiveStreams:
             self._waiting_since[drop] = began
             self._streams[caller] += 1
         try:
-            yield LiveStream(self._waiting_since, drop)
+            yield LiveStream(self._waiting_since, drop, self._lock)
         finally:
             self._hints.ended(time.monotonic() - began, self.num_streams)
             with self._lock:
@@ -139,61 +139,82 @@ class LiveStreams:
 
 
 class LiveStream:
-    """One streaming call, as `LiveStreams` watches it."""
+    """One streaming call, as `LiveStreams` watches it; once its place is given back, nothing is noted any more."""
 
-    def __init__(self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object]) -> None:
-        self._waiting_since, self._drop = waiting_since, drop
+    def __init__(
+        self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object], lock: threading.Lock
+    ) -> None:
+        self._waiting_since, self._drop, self._lock = waiting_since, drop, lock
 
     def moved(self) -> None:
         """The client has sent or read a piece; from now on its next one is waited for."""
-        self._waiting_since[self._drop] = time.monotonic()
+        self._note(time.monotonic())
 
     def working(self) -> None:
         """The server is at work: nothing is waited for from the client."""
-        self._waiting_since[self._drop] = float("inf")
+        self._note(float("inf"))
+
+    def _note(self, since: float) -> None:
+        with self._lock:
+            if self._drop in self._waiting_since:
+                self._waiting_since[self._drop] = since
 
 
 class Unsent:
     """Replies of unary calls from their handler to the wire: bounded in bytes, and dropped where nobody reads them.
 
     The place of a call is free again once its handler has ended, but its reply is held until the client has taken it.
-    Thread-safe.
+    What a call has done is never hidden: new calls are refused where too much is unread, and who leaves as much unread
+    as is left free is refused first. So calls in flight may go above max_bytes with their replies. Thread-safe.
     """
 
     def __init__(self, max_bytes: int, longest_s: float) -> None:
         self.max_bytes, self._longest_s = max_bytes, longest_s
         self._lock = threading.Lock()
         self._hints = Hints()
-        self._since: dict[Callable[[], object], tuple[float, int]] = {}
+        self._since: dict[Callable[[], object], tuple[float, int, str]] = {}
+        self._bytes: Counter[str] = Counter()
         self.num_bytes = 0
         self.num_dropped = 0
 
-    def hand_over(
-        self, num_bytes: int, drop: Callable[[], object], at_end: Callable[[Callable[[], None]], bool]
-    ) -> None:
-        """Count a reply until its call has ended; `drop` ends it, at_end(f) has f called then, or is False if it has.
+    def refuse_unread(self, caller: str) -> None:
+        """See that there is room for a reply to this caller.
 
         Raises:
-            Overloaded: clients do not read as many bytes as may wait.
+            Overloaded: clients do not read as many bytes as may wait, or this one leaves its share unread.
         """
         with self._lock:
-            if self.num_bytes and self.num_bytes + num_bytes > self.max_bytes:
+            if not has_share(self._bytes[caller], self.max_bytes - self.num_bytes):
                 unread = f"{self.num_bytes} bytes of replies are unread"
                 raise Overloaded(unread, retry_after_s=self._hints.next(), limit="unread_replies")
-            self._since[drop] = time.monotonic(), num_bytes
+
+    def hand_over(
+        self,
+        num_bytes: int,
+        drop: Callable[[], object],
+        at_end: Callable[[Callable[[], None]], bool],
+        caller: str = "",
+    ) -> None:
+        """Count a reply until its call has ended; drop ends it, at_end(f) has f called then, or is False if it had."""
+        with self._lock:
+            self._since[drop] = time.monotonic(), num_bytes, caller
             self.num_bytes += num_bytes
+            self._bytes[caller] += num_bytes
         if not at_end(lambda: self._forget(drop)):
             self._forget(drop)
 
     def _forget(self, drop: Callable[[], object]) -> None:
         with self._lock:
-            _, num_bytes = self._since.pop(drop, (0.0, 0))
+            _, num_bytes, caller = self._since.pop(drop, (0.0, 0, ""))
             self.num_bytes -= num_bytes
+            self._bytes[caller] -= num_bytes
+            if not self._bytes[caller]:
+                del self._bytes[caller]
 
     def drop_silent(self, now: float) -> int:
         """End every call whose reply was not read in time; the number ended."""
         with self._lock:
-            silent = [drop for drop, (since, _) in self._since.items() if now - since > self._longest_s]
+            silent = [drop for drop, (since, *_) in self._since.items() if now - since > self._longest_s]
             self.num_dropped += len(silent)
         for drop in silent:
             drop()

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
-from shardloss.errors import PermissionDenied, Unauthenticated
+from shardloss.errors import InvalidArgument, PermissionDenied, Unauthenticated
 
 from shardloss_server.access.gate import ANYONE, Caller, caller_by_certificate, caller_by_token, refuse_lower
 from shardloss_server.access.grants import Grants
 from shardloss_server.access.token_files import watched_grants
 from shardloss_server.access.watched import Unreadable
 from shardloss_server.config import CannotServe, Security
-from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.call import NO_MESSAGE, CallLog
 from shardloss_server.rpc.roles import is_open, needed_role
 
 AUTHORIZATION = "authorization"
@@ -56,13 +56,22 @@ class Access(grpc.ServerInterceptor):
         if self._is_mutual and grants.certificates and not values:
             return by_certificate(continuation(handler_call_details), grants, path, self._call_log)
         try:
-            caller = ANYONE if self._grants is None else caller_by_token(values, grants)
+            caller = ANYONE if self._grants is None else self._caller(values, grants)
             handler = continuation(handler_call_details)
             if handler is not None:  # else gRPC says that there is no such method
                 refuse_lower(caller, needed_role(path), path)
         except (Unauthenticated, PermissionDenied) as error:
             return refusing(error, path, self._call_log)
         return handler
+
+    def _caller(self, values: list[str], grants: Grants) -> Caller:
+        """The caller by token; one that is unknown may have been made since the file was looked at."""
+        try:
+            return caller_by_token(values, grants)
+        except Unauthenticated:
+            if not values or self._grants is None or (latest := self._grants.latest()) is grants:
+                raise
+            return caller_by_token(values, latest)
 
 
 ANY = Grants()
@@ -89,7 +98,12 @@ def by_certificate(handler: Handler, grants: Grants, path: str, call_log: CallLo
 
     def checked(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
         refuse_by_certificate(context, grants, path, call_log)
-        return behaviour(messages if handler.request_streaming else only(messages, context), context)
+        if handler.request_streaming:
+            return behaviour(messages, context)
+        message = next(messages, None)
+        if message is None:
+            call_log.refuse(path, context, InvalidArgument(NO_MESSAGE))
+        return behaviour(message, context)
 
     make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     return make(checked, handler.request_deserializer, handler.response_serializer)
@@ -104,11 +118,3 @@ def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: s
         refuse_lower(caller, needed_role(path), path)
     except (Unauthenticated, PermissionDenied) as error:
         call_log.refuse(path, context, error)
-
-
-def only(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-    """The one message of a unary call; the call ends where its client sent none."""
-    message = next(messages, None)
-    if message is None:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "a unary call brings one message")
-    return message

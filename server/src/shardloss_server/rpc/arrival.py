@@ -17,7 +17,7 @@ from shardloss.errors import InvalidArgument, Overloaded, ServerUnavailable, Sha
 
 from shardloss_server.frontend.admission import LiveStreams
 from shardloss_server.frontend.hints import Hints
-from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.call import NO_MESSAGE, CallLog
 from shardloss_server.rpc.caller import caller_of
 from shardloss_server.rpc.splicing import SERVICE
 
@@ -83,7 +83,7 @@ class Gate(grpc.ServerInterceptor):
             try:
                 request = self._next(requests, context, path)
                 if request is None:
-                    self._call_log.refuse(path, context, InvalidArgument("the call ended without its message"))
+                    self._call_log.refuse(path, context, InvalidArgument(NO_MESSAGE))
                 return answer(request, context, *send)
             finally:
                 self._leave()
@@ -102,9 +102,10 @@ class Gate(grpc.ServerInterceptor):
     def _both_ways(self, answer: Answer, path: str) -> Answer:
         def handler(requests: Iterator[Any], context: Context) -> Iterator[Any]:
             try:
-                yield from answer(
-                    requests if path == WATCHES_ITSELF else self._watched(requests, context, path), context
-                )
+                if path == WATCHES_ITSELF:
+                    yield from answer(requests, context)
+                else:
+                    yield from self._sent(answer(self._watched(requests, context, path), context), context, path)
             finally:
                 self._leave()
 
@@ -121,6 +122,15 @@ class Gate(grpc.ServerInterceptor):
     def _watched(self, requests: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
         while (request := self._next(requests, context, path)) is not None:
             yield request
+
+    def _sent(self, replies: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
+        """The replies, for each of which the client is not waited for too long."""
+        for reply in replies:
+            try:
+                with self.arriving.stream(context.cancel, caller_of(context)):
+                    yield reply
+            except ShardlossError as error:
+                self._call_log.refuse(path, context, error)
 
     def _leave(self) -> None:
         with self._lock:

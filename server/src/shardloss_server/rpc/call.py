@@ -32,8 +32,9 @@ REQUEST_ID = re.compile(r"[!-~]{1,64}")
 OK, CANCELLED = "OK", "CANCELLED"
 UNKNOWN = "unknown"  # a method that there is not: callers can make up any number of them
 PLACES = frozenset(
-    {field.name for field in fields(Limits)} | {"backlog", "num_threads", "unread_replies"}
+    {field.name for field in fields(Limits)} | {"backlog", "max_watchers", "num_threads", "unread_replies"}
 )  # limits that a refusal may name
+NO_MESSAGE = "the call ended without its message"  # says who refuses a unary call of none
 MAX_LINES_A_SECOND = 10  # of one reason: an overload must not drown in its own log
 MAX_TEXT = 512  # characters of what a caller wrote that are logged
 

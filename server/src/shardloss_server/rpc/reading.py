@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +35,11 @@ class Reading(grpc.ServerInterceptor):
         if handler.unary_unary:
             answer = refusing(handler.unary_unary, method, self._call_log)
             return grpc.unary_unary_rpc_method_handler(answer, reader, handler.response_serializer)
+        if handler.unary_stream:
+            answer = refusing(handler.unary_stream, method, self._call_log)
+            return grpc.unary_stream_rpc_method_handler(answer, reader, handler.response_serializer)
         if handler.stream_stream:
-            answer = checking(handler.stream_stream)
+            answer = checking(handler.stream_stream, method, self._call_log)
             return grpc.stream_stream_rpc_method_handler(answer, reader, handler.response_serializer)
         return handler
 
@@ -52,21 +56,23 @@ def reading(read: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]
     return readable
 
 
-def refusing(
-    answer: Callable[[Any, grpc.ServicerContext], Any], path: str, call_log: CallLog
-) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """A unary method that refuses what was not read."""
+Answer = Callable[..., Any]
 
-    def answered(request: Any, context: grpc.ServicerContext) -> Any:
+
+def refusing(answer: Answer, path: str, call_log: CallLog) -> Answer:
+    """A method of one request that refuses what was not read."""
+
+    @functools.wraps(answer)  # and with it what gRPC reads of a handler, such as that it does not block
+    def answered(request: Any, context: grpc.ServicerContext, *send: Any) -> Any:
         if isinstance(request, Unreadable):
             call_log.refuse(path, context, request.error)
-        return answer(request, context)
+        return answer(request, context, *send)
 
     return answered
 
 
-def checking(answer: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """A method of streams whose iterator raises where a piece was not read."""
+def checking(answer: Answer, path: str, call_log: CallLog) -> Answer:
+    """A method of streams whose iterator raises where a piece was not read; others' methods know no error of ours."""
 
     def pieces(requests: Iterator[Any]) -> Iterator[Any]:
         for request in requests:
@@ -74,4 +80,10 @@ def checking(answer: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[An
                 raise request.error
             yield request
 
-    return lambda requests, context: answer(pieces(requests), context)
+    def answered(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from answer(pieces(requests), context)
+        except InvalidArgument as error:
+            call_log.refuse(path, context, error)
+
+    return answered

@@ -11,7 +11,7 @@ from concurrent import futures
 from dataclasses import replace
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from shardloss.v1 import (
     admin_pb2,
@@ -40,6 +40,7 @@ from shardloss_server.rpc.admin import AdminServicer
 from shardloss_server.rpc.arrival import Gate
 from shardloss_server.rpc.call import CallLog
 from shardloss_server.rpc.exposition import Exposition
+from shardloss_server.rpc.health import Health
 from shardloss_server.rpc.reading import Reading
 from shardloss_server.rpc.servicer import (
     EvaluationServicer,
@@ -90,14 +91,15 @@ class Server:
         self.handlers = Handlers(self.catalog, limits, streams, call_log)
         self._stopping = threading.Event()
         gauges.read_all(self.metrics, self.handlers, self._stopping.is_set)
-        self._health = health.HealthServicer()
+        self.health = Health(SERVICES, limits.max_message_s, call_log)
         arriving, arriving_admin = (
             LiveStreams(places, limits.max_message_s, "max_calls_arriving")
             for places in (limits.max_calls_arriving, ADMIN_CALLS)
         )
         self.gate = Gate(places_of(limits), arriving, call_log)
         self.admin_gate = Gate(3 * ADMIN_CALLS, arriving_admin, call_log)
-        self._data = self._make_server(listening.num_threads, self.gate)
+        # The fewest threads have fewer than one place of each kind needs, and refusals need one.
+        self._data = self._make_server(max(listening.num_threads, 1 + places_of(limits)), self.gate)
         self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate)
         self._register()
         self.address = self._bind(self._data, listening.port)
@@ -138,7 +140,7 @@ class Server:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.handlers), self._admin)
         for server in (self._data, self._admin):
             server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.handlers), server)
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
             own = (ADMIN_SERVICE,) if server is self._admin else ()
             names = (*SERVICES, *own, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
@@ -177,8 +179,7 @@ class Server:
         self._watcher.start()
         if self.exposition is not None:
             self.exposition.start()
-        for service in ("", *SERVICES):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self.health.serve()
         log.info("serving on %s, admin on %s", self.address, self.admin_address)
 
     def stop(self, grace_s: float | None = None) -> None:
@@ -187,7 +188,7 @@ class Server:
             if self._stopping.is_set():
                 return
             self._stopping.set()
-            self._health.enter_graceful_shutdown()
+            self.health.stop()
             self.gate.drain()
             grace = self.config.listening.drain_s if grace_s is None else grace_s
             stopped = self._data.stop(grace)
@@ -202,11 +203,18 @@ class Server:
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL_S):
-            self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
-            now = time.monotonic()
-            self.catalog.expire_tickets(now)
-            for streams in (self.handlers.streams, self.handlers.unsent, self.gate.arriving, self.admin_gate.arriving):
-                self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
+            try:
+                self._look()
+            except Exception:  # a bug of one table must not keep tickets and silent calls for ever
+                log.exception("the watch goes on")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        ours = self.handlers.streams, self.handlers.unsent, self.health.watching
+        for streams in (*ours, self.gate.arriving, self.admin_gate.arriving):
+            self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
+        self.catalog.expire_tickets(now)
+        self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:

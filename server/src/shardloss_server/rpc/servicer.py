@@ -87,11 +87,12 @@ class Handlers:
         self.evaluator = Evaluator(catalog, limits)
 
     def admitted(self, method: str, request: Any, context: Context) -> AbstractContextManager[None]:
-        """The place of a unary call."""
+        """The place of a unary call, and room for its reply."""
         if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
-        places = self.commits if method in ("Commit", "Abort") else self.admission
-        return places.admit(request.ByteSize(), caller_of(context, request))
+        places, caller = self.commits if method in ("Commit", "Abort") else self.admission, caller_of(context, request)
+        self.unsent.refuse_unread(caller)
+        return places.admit(request.ByteSize(), caller)
 
     def deadline(self, context: Context, request: object = None) -> Deadline:
         """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
@@ -138,7 +139,9 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
                 response = method(self, request, context)
             if call.sending(response).sent_bytes > limit:
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
-            handlers.unsent.hand_over(call.sent_bytes, context.cancel, context.add_callback)
+            handlers.unsent.hand_over(
+                call.sent_bytes, context.cancel, context.add_callback, caller_of(context, request)
+            )
             add_cost(call, request, response)
             return response
         raise AssertionError("a failed call has ended")

@@ -1,0 +1,112 @@
+"""gRPC's health service. Who watches and does not read holds up nobody: neither other askers nor a stop.
+
+The servicer of grpc_health sends while it holds the lock of all its answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from shardloss.errors import Overloaded
+
+from shardloss_server.frontend.admission import LiveStream, LiveStreams
+from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.caller import caller_of
+
+MAX_WATCHERS = 256  # anybody may watch, and each costs memory
+WATCH = "/grpc.health.v1.Health/Watch"
+Send = Callable[[health_pb2.HealthCheckResponse | None], None]
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
+    """All services serve, or none does. Thread-safe.
+
+    watching are the places of watchers: one that does not read what it is sent within longest_s is dropped.
+    """
+
+    def __init__(self, services: tuple[str, ...], longest_s: float, call_log: CallLog) -> None:
+        self._services, self._call_log = frozenset(("", *services)), call_log
+        self.watching = LiveStreams(MAX_WATCHERS, longest_s, "max_watchers")
+        self._watchers: dict[Watcher, None] = {}
+        self._status = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._is_over = False
+
+    def serve(self) -> None:
+        """From now on SERVING."""
+        self._status = health_pb2.HealthCheckResponse.SERVING
+        self._tell_all()
+
+    def stop(self) -> None:
+        """From now on NOT_SERVING, for good; whoever watches is told so, and then the watch ends."""
+        self._status = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._is_over = True
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        for watcher in list(self._watchers):  # each waits for its own client
+            threading.Thread(target=self._tell, args=(watcher,), daemon=True).start()
+
+    def Check(  # noqa: N802  (as the service has it)
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of one service; NOT_FOUND where there is none of that name."""
+        if request.service not in self._services:
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            return health_pb2.HealthCheckResponse()
+        return health_pb2.HealthCheckResponse(status=self._status)
+
+    def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send: Send
+    ) -> None:
+        """The status of one service, now and whenever it changes. Between two answers it holds no thread."""
+        with ExitStack() as until_end:
+            try:
+                stream = until_end.enter_context(self.watching.stream(context.cancel, caller_of(context)))
+            except Overloaded as error:
+                self._call_log.refuse(WATCH, context, error)
+            watcher = Watcher(request.service, send, stream)
+            self._watchers[watcher] = None
+            until_end.callback(self._watchers.pop, watcher, None)
+            end = until_end.pop_all().close
+        if context.add_callback(end):
+            self._tell(watcher)
+        else:
+            end()
+
+    Watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # so gRPC hands `send` over
+
+    def _tell(self, watcher: Watcher) -> None:
+        with watcher.sending:
+            is_over = self._is_over  # read before the status, which was set before it
+            unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            watcher.send(self._status if watcher.service in self._services else unknown)
+            if is_over:
+                watcher.end()
+
+
+class Watcher:
+    """One Watch, as `Health` tells it. `sending` is held for each of its answers."""
+
+    def __init__(self, service: str, send: Send, stream: LiveStream) -> None:
+        self.service, self.sending = service, threading.Lock()
+        self._send, self._stream = send, stream
+        self._told, self._has_ended = -1, False
+        stream.working()
+
+    def send(self, status: int) -> None:
+        """Say what has changed, and wait until the client reads it or is dropped."""
+        if status != self._told:
+            self._told = status
+            self._stream.moved()
+            self._send(health_pb2.HealthCheckResponse(status=status))
+            self._stream.working()
+
+    def end(self) -> None:
+        """Nothing more will be said."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._send(None)
