@@ -120,6 +120,12 @@ def test_config_show_says_what_holds_and_where_it_came_from(file: Path) -> None:
     assert "max_batch" in CliRunner().invoke(app, ["config", "show", "--config", str(file)]).output
 
 
+def test_config_show_says_what_is_wrong_as_json_too(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["config", "show", "--config", str(tmp_path / "none.toml"), "--output", "json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["reason"] == "BAD_SETTINGS"
+
+
 def test_a_wrong_setting_ends_serve_with_two(tmp_path: Path) -> None:
     """Before anything is started."""
     done = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "none.toml")])
