@@ -475,6 +475,18 @@ def test_the_doctor_names_workers_that_are_missing(
     assert "DOWN" in run("status")[1]
 
 
+def test_the_doctor_names_tables_whose_rows_are_lost(
+    run_json: Any, sound: None, monkeypatch, local_server: Server, client: shardloss.LossClient, fresh_name
+) -> None:
+    """Their worker was started anew and is up: all else looks sound."""
+    name = client.create_table(fresh_name(), num_classes=2, dim=2).name
+    (owner,) = (one for one in local_server.catalog.owners() if one.spec.name == name)
+    monkeypatch.setattr(owner, "_lost", "a worker died")
+    document = run_json("doctor", code=1)
+    assert wrong(document) == ["workers"]
+    assert findings(document)["workers"]["found"] == f"2 of 2 workers are up, but rows of {name} died with one"
+
+
 @pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
 def test_the_doctor_names_a_clock_that_is_wrong(run_json: Any, sound: None, monkeypatch, ahead_s: float) -> None:
     monkeypatch.setattr(admin, "time", SimpleNamespace(time=lambda: time.time() + ahead_s))

@@ -189,7 +189,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def workers(facts: Facts) -> Finding:
-    """Whether as many workers answer as were asked for."""
+    """Whether as many workers answer as were asked for, with the rows that they had."""
     if facts.status is None:
         return Finding("workers", Verdict.SKIPPED, facts.no_status)
     down = [str(worker.index) for worker in facts.status.workers if not worker.up]
@@ -197,6 +197,10 @@ def workers(facts: Facts) -> Finding:
     if down:
         do = "a worker that died is started anew, empty: look for its node and its log, `ray status` shows what is left"
         return Finding("workers", Verdict.WRONG, f"{found}; {', '.join(down)} did not answer", do)
+    lost = [table.name for table in facts.status.tables if table.rows_lost]
+    if lost:
+        do = "delete each, make it anew and fill it (shardloss table import), and look why its worker died"
+        return Finding("workers", Verdict.WRONG, f"{found}, but rows of {', '.join(lost)} died with one", do)
     return Finding("workers", Verdict.OK, found)
 
 
