@@ -155,6 +155,9 @@ def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data:
     assert err == "BAD_FILE: nothing.safetensors does not exist\n"
     refused = run_json("table", "create", "Bad Name", "--classes", "2", "--dim", "2", code=1)["error"]
     assert (refused["reason"], refused["field"]) == ("INVALID_ARGUMENT", "spec.name")
+    refused = run_json("table", "create", "x", "--classes", "2", "--dim", "2", "--dtype", "float16", code=1)["error"]
+    assert refused["message"] == "dtype = 'float16' must be one of 'float32', 'float64', 'bfloat16'"
+    assert run_json("version") == {"version": shardloss.__version__}
     for args, complaint in (
         (("table", "create", "x", "--classes", "0", "--dim", "2"), "--classes"),
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "os"), "one of|none of sgd"),
@@ -162,6 +165,7 @@ def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data:
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:eps=small"), "is no float"),
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--initializer", "normal"), "needs stddev"),
         (("tabel", "list"), "tabel"),
+        (("table", "show"), "name"),
         (("table", "list", "--port", "7"), "--port"),
     ):
         error = run_json(*args, code=2)["error"]
@@ -204,16 +208,19 @@ def test_an_interrupted_import_says_what_it_left(
 
 
 def test_deleting_asks_first(
-    run: Any, client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch
+    run: Any, run_json: Any, client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch
 ) -> None:
     """Where nobody can be asked, --yes must say it."""
     name = client.create_table(fresh_name(), num_classes=2, dim=2).name
     assert run("table", "delete", name)[0] == 2
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("typer.confirm", lambda text, abort: (_ for _ in ()).throw(typer.Abort()))
-    assert run("table", "delete", name)[0] == 130
+    monkeypatch.setattr("typer.confirm", lambda text, err: (_ for _ in ()).throw(typer.Abort()))
+    assert run("table", "delete", name) == (130, "", "INTERRUPTED: interrupted\n")
+    monkeypatch.setattr("typer.confirm", lambda text, err: not err)
+    error = run_json("table", "delete", name, code=1)["error"]
+    assert error == {"reason": "INTERRUPTED", "message": f"{name} is not deleted: the answer was no"}
     assert client.table(name).name == name
-    monkeypatch.setattr("typer.confirm", lambda text, abort: True)
+    monkeypatch.setattr("typer.confirm", lambda text, err: err)
     assert run("table", "delete", name)[0] == 0
 
 
@@ -253,6 +260,11 @@ def test_evaluate_reports_what_the_library_does(
     np.save("short.npy", labels[:-1])
     error = run_json("evaluate", table.name, "--hidden", "hidden.npy", "--labels", "short.npy", code=1)["error"]
     assert "29 labels for 30 rows" in error["message"]
+    labels[29] = V
+    np.save("wrong.npy", labels)
+    error = run_json("evaluate", table.name, "--hidden", "hidden.npy", "--labels", "wrong.npy", *options, code=1)
+    assert error["error"]["index"] == "29"
+    assert f"labels[29] = {V} is outside" in error["error"]["message"]
     error = run_json("evaluate", table.name, "--hidden", "labels.npy", "--labels", "labels.npy", code=1)["error"]
     assert "rank 2" in error["message"]
 
@@ -404,6 +416,19 @@ def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(
     assert "--shm-size" in findings(document)["shared memory"]["do"]
 
 
+def test_the_doctor_finds_nothing_wrong_before_a_first_server(run_json: Any, sound: None, monkeypatch) -> None:
+    """As the README starts it: workers set their own threads, and Ray makes its folder."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere/at/all")
+    document = run_json("doctor", "--address", free_address(), "--admin-address", free_address())
+    assert findings(document)["disk"]["found"].startswith("Ray's folder /: ")
+
+
+@pytest.mark.parametrize("option", [("--listen", "7070"), ("--listen", "host:http"), ("--data-dir", "/nowhere")])
+def test_the_doctor_does_not_pass_over_what_it_cannot_look_at(run_json: Any, option: tuple[str, str]) -> None:
+    assert option[1] in run_json("doctor", *option, code=2)["error"]["message"]
+
+
 def test_the_doctor_names_too_many_threads(run_json: Any, sound: None, monkeypatch, local_server: Server) -> None:
     """Of a server's workers; without a server, of whatever starts here."""
     group = local_server.catalog.group
@@ -414,12 +439,12 @@ def test_the_doctor_names_too_many_threads(run_json: Any, sound: None, monkeypat
         document = run_json("doctor", code=1)
     assert wrong(document) == ["threads"]
     assert "2 workers compute with 128 threads" in findings(document)["threads"]["found"]
-    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
     nowhere = ("--address", free_address(), "--admin-address", free_address())
     document = run_json("doctor", *nowhere, code=1)
     assert wrong(document) == ["threads"]
-    assert "OMP_NUM_THREADS is unset" in findings(document)["threads"]["found"]
+    assert "OMP_NUM_THREADS=9 on 8 cores" in findings(document)["threads"]["found"]
     assert findings(document)["workers"]["verdict"] == "skipped"
 
 
@@ -448,6 +473,18 @@ def test_the_doctor_names_workers_that_are_missing(
     assert wrong(document) == ["workers"]
     assert findings(document)["workers"]["found"] == "1 of 2 workers are up; 1 did not answer"
     assert "DOWN" in run("status")[1]
+
+
+def test_the_doctor_names_tables_whose_rows_are_lost(
+    run_json: Any, sound: None, monkeypatch, local_server: Server, client: shardloss.LossClient, fresh_name
+) -> None:
+    """Their worker was started anew and is up: all else looks sound."""
+    name = client.create_table(fresh_name(), num_classes=2, dim=2).name
+    (owner,) = (one for one in local_server.catalog.owners() if one.spec.name == name)
+    monkeypatch.setattr(owner, "_lost", "a worker died")
+    document = run_json("doctor", code=1)
+    assert wrong(document) == ["workers"]
+    assert findings(document)["workers"]["found"] == f"2 of 2 workers are up, but rows of {name} died with one"
 
 
 @pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])

@@ -258,6 +258,26 @@ def test_an_import_that_breaks_off_is_never_taken_for_a_table(
     assert f"{name}.part" not in [info.name for info in client.list_tables()]
 
 
+def test_a_resumed_import_keeps_nothing_of_the_one_that_broke_off(
+    client: shardloss.LossClient, make: Make, tmp_path: Path
+) -> None:
+    """Of another file, on another cut: the class counts of the first are not the second's."""
+    first, second = make(), make()
+    first.write_class_counts(np.arange(1.0, first.spec.num_classes + 1))
+    for table in (first, second):
+        files.export_table(table, tmp_path / table.name)
+    name = f"{first.name}-b"
+
+    def cut(done: int, _of: int) -> None:
+        raise errors.ServerUnavailable("the cable is out")
+
+    with pytest.raises(errors.ServerUnavailable):
+        files.import_table(client, tmp_path / first.name, name, num_shards=2, progress=cut)
+    other = files.import_table(client, tmp_path / second.name, name, num_shards=3, resume=True)
+    assert other.spec.num_shards == 3
+    assert other.read_class_counts(0, 1).written is None
+
+
 def test_no_more_than_a_page_is_held(client: shardloss.LossClient, make: Make, tmp_path: Path) -> None:
     """Of a table of 24 MB, both ways."""
     table = make(num_classes=15_000, dim=128, optimizer=OPTIMIZERS["adam"], bias=False)

@@ -56,6 +56,10 @@ def test_an_empty_variable_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("max_bath = 3", {}, {}, ["max_bath", "server.toml", "did you mean max_batch?"]),
         ("", {}, {"SHARDLOSS_SERVER_MAX_BATH": "3"}, ["SHARDLOSS_SERVER_MAX_BATH", "SHARDLOSS_SERVER_MAX_BATCH?"]),
+        ("", {}, {"shardloss_server_max_batch": "3"}, ["no setting", "did you mean SHARDLOSS_SERVER_MAX_BATCH?"]),
+        ("drain_s = inf", {}, {}, ["drain_s in", "less than or equal to 1000000"]),
+        ("", {"connection_idle_s": 1e10}, {}, ["--connection-idle-s", "less than or equal to 1000000"]),
+        ("", {"max_message_bytes": 2**31}, {}, ["--max-message-bytes", "less than or equal to 1073741824"]),
         ("max_batch = 0", {}, {}, ["max_batch in", "= 0", "greater than or equal to 1"]),
         ("", {}, {"SHARDLOSS_SERVER_PORT": "tcp://10.0.0.1:7070"}, ["SHARDLOSS_SERVER_PORT = 'tcp://", "integer"]),
         ("", {"port": 65_536}, {}, ["--port = 65536", "less than or equal to 65535"]),
@@ -114,6 +118,12 @@ def test_config_show_says_what_holds_and_where_it_came_from(file: Path) -> None:
     assert shown["max_batch"] == {"value": 3, "source": "file"}
     assert shown["port"] == {"value": 9, "source": "flag"}
     assert "max_batch" in CliRunner().invoke(app, ["config", "show", "--config", str(file)]).output
+
+
+def test_config_show_says_what_is_wrong_as_json_too(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["config", "show", "--config", str(tmp_path / "none.toml"), "--output", "json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["reason"] == "BAD_SETTINGS"
 
 
 def test_a_wrong_setting_ends_serve_with_two(tmp_path: Path) -> None:

@@ -104,6 +104,27 @@ def tokens(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["tokens", *map(str, arguments)])
 
 
+def test_init_makes_its_folder(tmp_path: Path) -> None:
+    """As docs/security.md names one that no machine has at first; nobody else looks into it."""
+    assert tokens("init", "--dir", tmp_path / "etc" / "shardloss").exit_code == 0
+    assert stat.S_IMODE((tmp_path / "etc" / "shardloss").stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    done = tokens("init", "--dir", tmp_path / "file" / "shardloss")
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+
+
+def test_what_is_wrong_is_json_where_json_is_asked_for(tmp_path: Path) -> None:
+    done = tokens("list", "--tokens-file", tmp_path / "none.toml", "--output", "json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["reason"] == "BAD_TOKENS"
+
+
+def test_a_token_lasts_no_longer_than_dates_do(tmp_path: Path) -> None:
+    given = ("--name", "x", "--role", "reader", "--tokens-file", tmp_path / "t.toml", "--out", tmp_path / "x")
+    assert tokens("create", *given, "--expires-days", "1e9").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_init_makes_one_token_a_role_once(tmp_path: Path) -> None:
     """0600 all of them; a repeat changes nothing, and what was revoked stays so."""
     assert tokens("init", "--dir", tmp_path).exit_code == 0

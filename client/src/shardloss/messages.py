@@ -31,6 +31,7 @@ SAMPLER_KINDS = {
     "all": loss_pb2.Sampler.KIND_ALL,
 }
 HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
+TABLE_DTYPES = {name: wire.WIRE_DTYPES[name] for name in ("float32", "float64", "bfloat16")}
 FLOATS = {name: dtype for name, dtype in wire.WIRE_DTYPES.items() if "float" in name}
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
@@ -110,7 +111,7 @@ def table_spec(
         name=name,
         num_classes=num_classes,
         dim=dim,
-        dtype=choose(wire.WIRE_DTYPES, dtype, "dtype"),
+        dtype=choose(TABLE_DTYPES, dtype, "dtype"),
         bias=bias,
         num_shards=num_shards,
         placement=choose(PLACEMENTS, placement, "placement"),

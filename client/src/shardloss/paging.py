@@ -51,13 +51,18 @@ def count_of(number: int, field: str) -> int:
 
 def asked(ask: Callable[[slice], T], page: slice) -> T:
     """The answer to a page; an error's index counts from the first page."""
+    return from_row(page.start, lambda: ask(page))
+
+
+def from_row(row: int, ask: Callable[[], T]) -> T:
+    """The answer about rows from `row` on; an error's index counts from row 0."""
     try:
-        return ask(page)
+        return ask()
     except InvalidArgument as error:
         first, *rest = (error.index or "").split(", ")
-        if not page.start or not first.isdigit():
+        if not row or not first.isdigit():
             raise
-        index = ", ".join([str(int(first) + page.start), *rest])
+        index = ", ".join([str(int(first) + row), *rest])
         message = error.message.replace(f"[{error.index}]", f"[{index}]", 1)
         raise InvalidArgument(message, field=error.field, index=index) from None
 

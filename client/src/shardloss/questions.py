@@ -12,7 +12,7 @@ from shardloss import evaluation, messages, types
 from shardloss.cost import sum_of
 from shardloss.errors import BadReply
 from shardloss.messages import numbers
-from shardloss.paging import asked, check_length, count_of, joined, of_rank, pages
+from shardloss.paging import asked, check_length, count_of, from_row, joined, of_rank, pages
 from shardloss.v1 import evaluation_pb2
 from shardloss.wire import Array
 
@@ -98,7 +98,7 @@ class Questions:
         Keeps sums and how often each rank came, no batch and no row. progress(rows so far) is called after each batch.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts in its own batch.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts over all batches.
         """
 
         def ask(hidden: Array, labels: Array) -> types.EvaluationSummary:
@@ -114,7 +114,7 @@ class Questions:
 
         total: types.EvaluationSummary | None = None
         for hidden, labels in batches:
-            found = ask(hidden, labels)
+            found = from_row(0 if total is None else total.num_rows, lambda: ask(hidden, labels))  # noqa: B023 (at once)
             total = found if total is None else evaluation.joined(total, found)
             if progress is not None:
                 progress(total.num_rows)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 MIB = 2**20
+LONGEST_S = 1_000_000  # 11 days: gRPC counts milliseconds in 31 bits, and no lock waits for ever in a number
+MOST_MESSAGE_BYTES = 2**30  # gRPC and protobuf count a message's bytes in 31 bits
 FRAMING_BYTES = 1 << 16  # a chunk or a message at its limit still needs its tags
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -43,7 +45,7 @@ class Listening:
     num_threads: Annotated[
         int, a("Threads that take calls; a call holds one while its message arrives, too.", ge=4)
     ] = 192
-    drain_s: Annotated[float, a("Seconds that calls in flight have at a stop.", ge=0)] = 10.0
+    drain_s: Annotated[float, a("Seconds that calls in flight have at a stop.", ge=0, le=LONGEST_S)] = 10.0
     ready_file: Annotated[Path | None, a("File that gets host:port of the data port once it serves.")] = None
 
 
@@ -67,9 +69,9 @@ class Workers:
 class Limits:
     """What a server takes, as GetServerInfo reports it: bytes, counts and seconds."""
 
-    max_message_bytes: Annotated[int, a("Bytes of one message, either way; larger losses are streamed.", ge=1)] = (
-        4 * MIB
-    )
+    max_message_bytes: Annotated[
+        int, a("Bytes of one message, either way; larger losses are streamed.", ge=1, le=MOST_MESSAGE_BYTES)
+    ] = 4 * MIB
     max_chunk_bytes: Annotated[int, a("Bytes of one chunk of a stream.", ge=1)] = 2 * MIB
     max_request_bytes: Annotated[int, a("Bytes of all chunked tensors of one streamed loss.", ge=1)] = 256 * MIB
     max_reply_bytes: Annotated[int, a("Bytes of one reply's tensors.", ge=1)] = 256 * MIB
@@ -90,29 +92,41 @@ class Limits:
     max_calls_in_flight: Annotated[int, a("Calls at once, beside commits and streams.", ge=1)] = 64
     max_top_k: Annotated[int, a("k of the best classes asked for.", ge=1)] = 1 << 14
     ticket_ttl_s: Annotated[
-        float, a("Seconds after its session's last call in which an open ticket expires.", gt=0)
+        float, a("Seconds after its session's last call in which an open ticket expires.", gt=0, le=LONGEST_S)
     ] = 600.0
-    max_deadline_s: Annotated[float, a("Seconds that a call may take; longer deadlines are cut to it.", gt=0)] = 600.0
+    max_deadline_s: Annotated[
+        float, a("Seconds that a call may take; longer deadlines are cut to it.", gt=0, le=LONGEST_S)
+    ] = 600.0
     max_streams: Annotated[int, a("Streamed losses at once.", ge=1)] = 8
     max_commits_in_flight: Annotated[int, a("Commits and aborts at once.", ge=1)] = 16
-    stream_idle_s: Annotated[float, a("Seconds without a byte after which a stream is dropped.", gt=0)] = 10.0
+    stream_idle_s: Annotated[
+        float, a("Seconds without a byte after which a stream is dropped.", gt=0, le=LONGEST_S)
+    ] = 10.0
     max_calls_at_workers: Annotated[
         int, a("Calls at the workers at once; others wait for their turn, by caller.", ge=1)
     ] = 8
     max_calls_arriving: Annotated[int, a("Calls at once whose message is on its way.", ge=1)] = 64
     max_message_s: Annotated[
-        float, a("Seconds in which a message, either way, must be across; else its call is dropped.", gt=0)
+        float,
+        a("Seconds in which a message, either way, must be across; else its call is dropped.", gt=0, le=LONGEST_S),
     ] = 30.0
     session_ttl_s: Annotated[
-        float, a("Seconds after its last call in which a session without open tickets is forgotten.", gt=0)
+        float,
+        a("Seconds after its last call in which a session without open tickets is forgotten.", gt=0, le=LONGEST_S),
     ] = 3600.0
-    peer_ping_s: Annotated[float, a("Seconds of silence on a connection after which its peer is asked.", ge=1)] = 20.0
+    peer_ping_s: Annotated[
+        float, a("Seconds of silence on a connection after which its peer is asked.", ge=1, le=LONGEST_S)
+    ] = 20.0
     peer_answer_s: Annotated[
-        float, a("Seconds in which an asked peer must answer; else its connection and calls end.", ge=1)
+        float, a("Seconds in which an asked peer must answer; else its connection and calls end.", ge=1, le=LONGEST_S)
     ] = 10.0
     connection_idle_s: Annotated[
         float,
-        a("Seconds without a call after which a connection is closed; clients connect again by themselves.", ge=1),
+        a(
+            "Seconds without a call after which a connection is closed; clients connect again by themselves.",
+            ge=1,
+            le=LONGEST_S,
+        ),
     ] = 3600.0
 
 

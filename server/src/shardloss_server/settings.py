@@ -161,12 +161,16 @@ def variables() -> Mapping[str, str]:
     """The settings in the environment; empty ones are absent.
 
     Raises:
-        BadSettings: a variable of ours is no setting.
+        BadSettings: a variable of ours, in whatever case, is no setting.
     """
-    ours = {name: value for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and name != FILE_VARIABLE}
+    ours = {  # in small letters the library would take it, and nobody could tell where the value came from
+        name: value
+        for name, value in os.environ.items()
+        if name.upper().startswith(ENV_PREFIX) and name != FILE_VARIABLE
+    }
     known = {setting.variable: name for name, setting in ALL.items()}
     for name in ours.keys() - known.keys():
-        raise BadSettings(f"{name} in the environment is no setting{like(name, known)}")
+        raise BadSettings(f"{name} in the environment is no setting{like(name.upper(), [*known, FILE_VARIABLE])}")
     return {known[name]: value for name, value in ours.items() if value}
 
 

@@ -12,7 +12,7 @@ import typer
 
 from shardloss import __version__
 from shardloss.cli import doctor, evaluate, status, table
-from shardloss.cli.output import Output, fail
+from shardloss.cli.output import Output, OutputOption, emit, fail
 
 app = typer.Typer(
     name="shardloss",
@@ -31,9 +31,9 @@ MISUSED: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 
 
 @app.command()
-def version() -> None:
+def version(output: OutputOption = Output.TEXT) -> None:
     """Print the version."""
-    typer.echo(__version__)
+    emit(output, {"version": __version__}, lambda: __version__)
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -48,6 +48,7 @@ def run(args: Sequence[str] | None = None) -> int:
             error.show()
         return 2
     except typer.Abort:
+        fail(Output.JSON if wants_json(args) else Output.TEXT, "INTERRUPTED", "interrupted")
         return 130
     return code if isinstance(code, int) else 0
 

@@ -150,12 +150,11 @@ def threads(facts: Facts) -> Finding:
             )
     if facts.status is not None:
         return Finding("threads", Verdict.OK, "workers have a core for each of their threads")
-    if facts.omp_num_threads is None and facts.num_cores > 1:
-        found = f"OMP_NUM_THREADS is unset: every process computes with {facts.num_cores} threads"
-        return Finding("threads", Verdict.WRONG, found, "set OMP_NUM_THREADS=1 where the server is started")
-    return Finding(
-        "threads", Verdict.OK, f"OMP_NUM_THREADS={facts.omp_num_threads or 'unset'}, {facts.num_cores} cores"
-    )
+    given, cores = facts.omp_num_threads, facts.num_cores
+    if given is not None and given.isdigit() and int(given) > cores:
+        found = f"OMP_NUM_THREADS={given} on {cores} cores: a process computes with more threads than there are cores"
+        return Finding("threads", Verdict.WRONG, found, "set OMP_NUM_THREADS=1 where servers and trainers are started")
+    return Finding("threads", Verdict.OK, f"OMP_NUM_THREADS={given or 'unset'}, {cores} cores; workers have their own")
 
 
 def per_node(status: ServerStatus | None) -> list[tuple[str, int, int, int]]:
@@ -190,7 +189,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def workers(facts: Facts) -> Finding:
-    """Whether as many workers answer as were asked for."""
+    """Whether as many workers answer as were asked for, with the rows that they had."""
     if facts.status is None:
         return Finding("workers", Verdict.SKIPPED, facts.no_status)
     down = [str(worker.index) for worker in facts.status.workers if not worker.up]
@@ -198,6 +197,10 @@ def workers(facts: Facts) -> Finding:
     if down:
         do = "a worker that died is started anew, empty: look for its node and its log, `ray status` shows what is left"
         return Finding("workers", Verdict.WRONG, f"{found}; {', '.join(down)} did not answer", do)
+    lost = [table.name for table in facts.status.tables if table.rows_lost]
+    if lost:
+        do = "delete each, make it anew and fill it (shardloss table import), and look why its worker died"
+        return Finding("workers", Verdict.WRONG, f"{found}, but rows of {', '.join(lost)} died with one", do)
     return Finding("workers", Verdict.OK, found)
 
 

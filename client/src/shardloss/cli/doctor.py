@@ -35,9 +35,14 @@ def doctor(
         list[str] | None,
         typer.Option(help="HOST:PORT that a server is to listen on; repeat it. Default: the addresses connected to."),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The server's data_dir, whose disk is looked at.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(exists=True, help="The server's data_dir, whose disk is looked at.")
+    ] = None,
 ) -> None:
     """Look for what is wrong with this set-up, and say what to do; ends with 1 where something is."""
+    for address in listen or []:
+        if not address.rpartition(":")[2].isdigit() or not address.rpartition(":")[0]:
+            raise typer.BadParameter(f"{address!r} is no HOST:PORT", param_hint="--listen")
     facts = gathered(call.connection, listen or [], data_dir)
     findings = [check(facts) for check in CHECKS]
     wrong = [finding for finding in findings if finding.verdict is Verdict.WRONG]
@@ -72,8 +77,9 @@ def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -
         if listen
         else [port_at(address, is_ours=answers(connection, admin)) for address, admin in addresses.items()]
     )
-    ray_dir = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-    folders = [("Ray's folder", ray_dir)] + ([("data_dir", str(data_dir))] if data_dir else [])
+    ray_dir = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    ray_dir = next(folder for folder in (ray_dir, *ray_dir.parents) if folder.exists())  # Ray makes what is missing
+    folders = [("Ray's folder", str(ray_dir))] + ([("data_dir", str(data_dir))] if data_dir else [])
     return Facts(
         ports=[port for port in ports if port is not None],
         token_file=str(connection.token_file or ""),

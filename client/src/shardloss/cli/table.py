@@ -11,7 +11,7 @@ import typer
 
 from shardloss import files, types
 from shardloss.cli.invocation import Invocation, command
-from shardloss.cli.output import Size, grid, progress
+from shardloss.cli.output import Size, fail, grid, progress
 from shardloss.cli.values import (
     CountLabels,
     DTypeOption,
@@ -173,7 +173,9 @@ def delete(
         info = client.table(name).spec
         if not yes and not sys.stdin.isatty():
             raise typer.BadParameter("nobody can be asked here: say it with --yes", param_hint="delete")
-        if not yes:
-            typer.confirm(f"Delete {name} with {info.num_classes} rows and {info.num_commits} commits?", abort=True)
+        question = f"Delete {name} with {info.num_classes} rows and {info.num_commits} commits?"
+        if not yes and not typer.confirm(question, err=True):
+            fail(call.output, "INTERRUPTED", f"{name} is not deleted: the answer was no")
+            raise typer.Exit(1)
         client.delete_table(name)
     call.emit({"deleted": name}, lambda: f"{name} is deleted")

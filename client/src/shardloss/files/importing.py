@@ -126,19 +126,22 @@ def rows_alone(
 
 
 def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
-    """Refuse a name that a whole table has, or half a one that is not to be filled anew.
+    """Refuse a name that a whole table has, or half a one that is not to be filled anew; else that half goes.
 
     Raises:
         TableExists: it is taken.
     """
     if exists(client, name):
         raise TableExists(f"a table is named {name!r}: delete it, or import under another name", field="name")
-    if exists(client, name + PART) and not resume:
+    if not exists(client, name + PART):
+        return
+    if not resume:
         raise TableExists(
             f"an import of {name!r} is under way or broke off: fill it anew with resume (--resume), or delete table "
             f"{name + PART!r}",
             field="name",
         )
+    client.delete_table(name + PART)  # what it holds may be of another file, and of another cut
 
 
 def exists(client: LossClient, name: str) -> bool:

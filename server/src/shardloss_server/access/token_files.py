@@ -91,13 +91,17 @@ def revoke(tokens_file: Path, name: str) -> Token:
 
 
 def init(folder: Path) -> list[Path]:
-    """One token a role in a folder, and their tokens file; the files that were made. Idempotent.
+    """One token a role in a folder, made where absent, and their tokens file; the files that were made. Idempotent.
 
     The tokens file comes last: where it stands, nothing is made, so that what was revoked stays so.
 
     Raises:
         BadTokens: a file cannot be written, or a token that is there cannot be read.
     """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadTokens(f"cannot make the folder {folder}: {error}") from None
     with alone(folder):
         tokens_file, made, tokens = folder / INIT_FILE, [], []
         if tokens_file.exists():

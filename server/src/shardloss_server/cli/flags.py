@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shardloss_server.cli.output import Output, fail
 from shardloss_server.settings import ALL, BadSettings, Setting, Settings
 
 CONFIG_HELP = (
@@ -29,7 +30,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         try:
             settings = Settings.load({name: value for name, value in given.items() if value is not None}, config)
         except BadSettings as error:
-            typer.echo(str(error), err=True)
+            fail(others.get("output", Output.TEXT), "BAD_SETTINGS", str(error))
             raise typer.Exit(2) from None
         command(settings, **others)
 

@@ -22,9 +22,9 @@ series of a deleted table end. Histograms of seconds have buckets from 0.5 ms to
 four times `max_calls_in_flight` calls at once, or a message above `max_message_bytes`) is not seen here.
 
 Operations (flops) are those of the matrix products that were asked for, 2 D for each logit: N V logits of N rows over
-all classes (N T more with a margin), N (C + T) with C candidates for the batch, N (S + T) with S for each row; as many
-again for the gradient of hidden, for that of the table, for finding hard negatives, and for each step. What a worker
-computes twice, or leaves out because it kept it, changes nothing in this count.
+all classes (N T more with a margin, N more in Evaluate), N (C + T) with C candidates for the batch, N (S + T) with S
+for each row; as many again for the gradient of hidden, for that of the table, for finding hard negatives, and for each
+step. What a worker computes twice, or leaves out because it kept it, changes nothing in this count.
 
 This page is made by `make docs`.
 

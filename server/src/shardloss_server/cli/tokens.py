@@ -15,10 +15,11 @@ from rich.table import Table
 
 from shardloss_server.access import token_files
 from shardloss_server.access.grants import ROLES, BadTokens, Token
-from shardloss_server.cli.output import Output, OutputOption
+from shardloss_server.cli.output import Output, OutputOption, fail
 from shardloss_server.settings import ALL
 
 app = typer.Typer(no_args_is_help=True, help="Bearer tokens: who may call, and what. docs/security.md.")
+MOST_DAYS = 365_000  # a thousand years: dates end with the year 9999
 TokensFile = Annotated[
     Path, typer.Option("--tokens-file", envvar=ALL["tokens_file"].variable, help=ALL["tokens_file"].meaning)
 ]
@@ -30,7 +31,9 @@ def create(
     role: Annotated[str, typer.Option(help=f"One of {', '.join(ROLES)}; each includes the ones before it.")],
     tokens_file: TokensFile,
     out: Annotated[Path, typer.Option(help="File that gets the token alone, for its client; must not be there.")],
-    expires_days: Annotated[float | None, typer.Option(min=0, help="Days that it lasts; absent: for ever.")] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days that it lasts; absent: for ever.")
+    ] = None,
 ) -> None:
     """Make a random token: its digest goes to the tokens file, which is made where absent, itself to a file alone."""
     with failing():
@@ -43,7 +46,9 @@ def create(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Option("--dir", help="Folder of tokens.toml and one NAME.token a role.")],
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Folder of tokens.toml and one NAME.token a role; made where absent.")
+    ],
 ) -> None:
     """Make one token a role, where the folder has no tokens.toml; a repeat changes nothing."""
     with failing():
@@ -54,7 +59,7 @@ def init(
 @app.command("list")
 def list_tokens(tokens_file: TokensFile, output: OutputOption = Output.TEXT) -> None:
     """List the tokens of a file; the tokens themselves are not in it."""
-    with failing():
+    with failing(output):
         tokens = token_files.read_grants(tokens_file).tokens
     if output is Output.JSON:
         typer.echo(json.dumps([as_json(token) for token in tokens], indent=1))
@@ -77,12 +82,12 @@ def revoke(
 
 
 @contextmanager
-def failing() -> Iterator[None]:
+def failing(output: Output = Output.TEXT) -> Iterator[None]:
     """What is wrong ends the command with 1, and one line."""
     try:
         yield
     except BadTokens as error:
-        typer.echo(str(error), err=True)
+        fail(output, "BAD_TOKENS", str(error))
         raise typer.Exit(1) from None
 
 

@@ -35,7 +35,9 @@ def table_spec(message: table_pb2.TableSpec, default_num_shards: int) -> TableSp
         raise NotSupported("limits of a table are reserved and not yet supported", field="spec.limits")
     dtype = "float32" if message.dtype == tensor_pb2.DTYPE_UNSPECIFIED else wire.NAMES.get(message.dtype)
     if dtype not in STORAGE:
-        raise InvalidArgument(f"dtype = {message.dtype} must be one of {', '.join(STORAGE)}", field="spec.dtype")
+        raise InvalidArgument(
+            f"dtype = {dtype or message.dtype} must be one of {', '.join(STORAGE)}", field="spec.dtype"
+        )
     if message.placement not in PLACEMENTS:
         raise InvalidArgument(f"placement = {message.placement} is unknown", field="spec.placement")
     num_shards = message.num_shards if message.num_shards != 0 else default_num_shards
