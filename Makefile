@@ -69,7 +69,7 @@ test: setup  ## All tests that fit 12 minutes on 2 cores
 test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
 	$(BIN)/python -m pytest -q -s -m load tests/load
 
-test-long: setup  ## The tests of a minute or more
+test-long: setup  ## The tests that take long, and those over several nodes (root)
 	$(BIN)/python -m pytest -q -m slow
 
 test-compose: setup  ## The compose file on a real engine: images, health, training, a killed worker (minutes)

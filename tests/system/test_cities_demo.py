@@ -193,6 +193,7 @@ def test_an_empty_name_says_how_to_ask() -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_interrupted_run_leaves_nothing_behind(finished: Finished) -> None:
     """Ctrl-C while it trains: status 130, no process, no temporary directory; an earlier run's files stay."""

@@ -73,6 +73,7 @@ def train(session: shardloss.Session, hidden: np.ndarray, labels: np.ndarray) ->
     return session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
 
 
+@pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_step_over_nodes_has_the_bits_of_one_node(
     spread: Spread, ray_client: shardloss.LossClient, rng: np.random.Generator
@@ -94,6 +95,7 @@ def test_a_step_over_nodes_has_the_bits_of_one_node(
     np.testing.assert_array_equal(one_rows.rows, other_rows.rows)
 
 
+@pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_step_carries_hidden_once_to_each_node(spread: Spread, rng: np.random.Generator) -> None:
     """And one merged score of each, N * D, beside the rows of its labels: four workers would take twice of that."""
@@ -108,6 +110,7 @@ def test_a_step_carries_hidden_once_to_each_node(spread: Spread, rng: np.random.
     assert 3 * HIDDEN_BYTES < back < 4 * HIDDEN_BYTES
 
 
+@pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_relay_that_is_killed_costs_no_rows(spread: Spread, rng: np.random.Generator) -> None:
     """Ray starts it anew, its workers come to it, and the next step follows the last."""
@@ -125,6 +128,7 @@ def test_a_relay_that_is_killed_costs_no_rows(spread: Spread, rng: np.random.Gen
     assert again != victim
 
 
+@pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_worker_that_is_killed_behind_a_relay_loses_its_rows_by_name(
     spread: Spread, rng: np.random.Generator

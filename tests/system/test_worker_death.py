@@ -27,7 +27,7 @@ def repeat_for(seconds: float, call: Callable[[], object]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("path", ["--links", "--no-links"])
+@pytest.mark.parametrize("path", ["--links", pytest.param("--no-links", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path, path: str) -> None:
     """ROWS_LOST, never a wrong number; a table made afterwards is whole; the lost one can be deleted.
 

@@ -26,6 +26,7 @@ def torch_losses(dtype: str) -> list[float]:
     return [float(first.detach()), float(second.detach())]
 
 
+@pytest.mark.slow
 def test_every_contender_is_a_row_with_the_same_loss_or_a_reason():
     rows = gpu.compare(N, D, V, "float32", "cpu", goal=0.8, names=QUICK, warm=1, counted=3)
     assert [row.contender for row in rows] == QUICK
