@@ -166,16 +166,20 @@ def is_local(address: str) -> bool:
         return True
     for scheme in SCHEMES:
         address = address.removeprefix(scheme)
-    host = host_of(address.removeprefix("///"))
+    return is_loopback(host_of(address.removeprefix("///")))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host; names other than localhost, and every address at once, do not count."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
-        found = ip_address(host)
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
-    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
-        return found.ipv4_mapped.is_loopback
-    return found.is_loopback
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
 
 
 def host_of(address: str) -> str:

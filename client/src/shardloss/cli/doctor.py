@@ -36,7 +36,8 @@ def doctor(
         typer.Option(help="HOST:PORT that a server is to listen on; repeat it. Default: the addresses connected to."),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(exists=True, help="The server's data_dir, whose disk is looked at.")
+        Path | None,
+        typer.Option(exists=True, help="A folder whose disk is looked at, too: where tables are exported to, say."),
     ] = None,
 ) -> None:
     """Look for what is wrong with this set-up, and say what to do; ends with 1 where something is."""

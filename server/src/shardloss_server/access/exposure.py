@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, ip_address
+from shardloss.credentials import is_loopback
 
 from shardloss_server.config import CannotServe, Security
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; names other than localhost, and every address at once, do not."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        address = ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
 
 
 def refuse_exposed(host: str, security: Security) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from shardloss_server import __version__, logs, tracing
-from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
 from shardloss_server.settings import Settings
@@ -33,6 +32,8 @@ def serve(settings: Settings) -> None:
     """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever connects writes what he likes into the log
     from shardloss.allocator import keep_freed_memory
+
+    from shardloss_server.access.exposure import refuse_exposed
 
     config = settings.server()
     logs.configure(config.watching.log_format, config.watching.log_level)

@@ -53,7 +53,7 @@ class Catalog:
     @property
     def num_sessions(self) -> int:
         """Sessions that the tables remember."""
-        return sum(owner.sessions.num_sessions for owner in self.owners())
+        return sum(owner.sessions.num_known for owner in self.owners())
 
     def owners(self) -> list[TableOwner]:
         """All tables by name."""

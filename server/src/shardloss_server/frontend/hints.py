@@ -38,8 +38,6 @@ class Hints:
             now = self._clock()
             self._last = min(max(self._last, now) + self._interval_s, now + MOST_S)
             wait_s = self._last - now
-        return (
-            min(MOST_S, max(LEAST_S, wait_s) * self._spread(0.75, 1.25))
-            if wait_s < MOST_S
-            else (MOST_S * self._spread(0.5, 1.0))
-        )
+        if wait_s >= MOST_S:
+            return MOST_S * self._spread(0.5, 1.0)
+        return min(MOST_S, max(LEAST_S, wait_s) * self._spread(0.75, 1.25))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -77,27 +77,27 @@ class Meter:
         """What was neither planning nor finishing."""
         return self.wait_s + self.fanout_s
 
-    @contextmanager
-    def planning(self) -> Iterator[None]:
+    def planning(self) -> AbstractContextManager[None]:
         """Count what is spent here, waits and fan-outs left out, as planning."""
-        began, elsewhere, phases = time.perf_counter(), self.elsewhere_s, self.phases
-        num_before = 0 if phases is None else len(phases.seen)
-        yield
-        ended = time.perf_counter()
-        self.plan_s += ended - began - (self.elsewhere_s - elsewhere)
-        if phases is not None:
-            phases.close("plan", began, ended, num_before)
+        return self._spending("plan")
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """Count what is spent here, waits and fan-outs left out, as finishing."""
+        return self._spending("finish")
 
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Count what is spent here, waits and fan-outs left out, as finishing."""
+    def _spending(self, name: str) -> Iterator[None]:
         began, elsewhere, phases = time.perf_counter(), self.elsewhere_s, self.phases
         num_before = 0 if phases is None else len(phases.seen)
         yield
         ended = time.perf_counter()
-        self.finish_s += ended - began - (self.elsewhere_s - elsewhere)
+        spent_s = ended - began - (self.elsewhere_s - elsewhere)
+        if name == "plan":
+            self.plan_s += spent_s
+        else:
+            self.finish_s += spent_s
         if phases is not None:
-            phases.close("finish", began, ended, num_before)
+            phases.close(name, began, ended, num_before)
 
 
 METER: ContextVar[Meter | None] = ContextVar("meter", default=None)

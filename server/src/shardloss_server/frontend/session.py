@@ -139,11 +139,6 @@ class Sessions:
         with self._lock:
             return len(self._sessions)
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions that this table remembers."""
-        return len(self._sessions)
-
     def knows(self, session: str) -> bool:
         """Whether this session has been seen and not forgotten."""
         with self._lock:

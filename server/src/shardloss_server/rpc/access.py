@@ -1,4 +1,4 @@
-"""The first interceptor: nobody's call gets further, and no byte of its message is read, before the caller is known.
+"""Behind the gate: nobody's call gets further, and no byte of its message is read, before the caller is known.
 
 An interceptor runs when a call's metadata came. A refusal is a handler of streams, which asks for no message; so is the
 handler of a caller who is known by certificate, since only a handler sees that.
@@ -7,7 +7,7 @@ handler of a caller who is known by certificate, since only a handler sees that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from shardloss.errors import InvalidArgument, PermissionDenied, Unauthenticated
@@ -23,7 +23,6 @@ from shardloss_server.rpc.roles import is_open, needed_role
 AUTHORIZATION = "authorization"
 NAMES = ("x509_common_name", "x509_subject_alternative_name")
 Handler = Any  # grpc.RpcMethodHandler: the stubs hide what it holds
-Refusal = Unauthenticated | PermissionDenied
 
 
 class Access(grpc.ServerInterceptor):
@@ -61,7 +60,7 @@ class Access(grpc.ServerInterceptor):
             if handler is not None:  # else gRPC says that there is no such method
                 refuse_lower(caller, needed_role(path), path)
         except (Unauthenticated, PermissionDenied) as error:
-            return refusing(error, path, self._call_log)
+            return self._call_log.refusing(path, error)
         return handler
 
     def _caller(self, values: list[str], grants: Grants) -> Caller:
@@ -75,15 +74,6 @@ class Access(grpc.ServerInterceptor):
 
 
 ANY = Grants()
-
-
-def refusing(error: Refusal, path: str, call_log: CallLog) -> Handler:
-    """A handler that refuses, without asking for the message."""
-
-    def refuse(_messages: Iterator[Any], context: grpc.ServicerContext) -> NoReturn:
-        call_log.refuse(path, context, error)
-
-    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def by_certificate(handler: Handler, grants: Grants, path: str, call_log: CallLog) -> Handler:

@@ -57,11 +57,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return status
 
     def _places(self) -> list[admin_pb2.Places]:
-        kinds = {
-            "calls": self.handlers.admission,
-            "commits": self.handlers.commits,
-            "streams": self.handlers.stream_bytes,
-        }
         return [
             admin_pb2.Places(
                 name=name,
@@ -70,7 +65,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 max_calls=held.max_calls,
                 max_bytes=held.max_bytes,
             )
-            for name, held in kinds.items()
+            for name, held in self.handlers.places.items()
         ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from shardloss.errors import InvalidArgument, Overloaded, ServerUnavailable, ShardlossError
@@ -54,7 +54,7 @@ class Gate(grpc.ServerInterceptor):
             error = self._refusal()
             self.num_refused += error is not None
             self.num_inside += error is None
-        return self._behind(handler, path) if error is None else refusing(error, path, self._call_log)
+        return self._behind(handler, path) if error is None else self._call_log.refusing(path, error)
 
     def _refusal(self) -> ShardlossError | None:
         if self._is_draining:
@@ -135,12 +135,3 @@ class Gate(grpc.ServerInterceptor):
     def _leave(self) -> None:
         with self._lock:
             self.num_inside -= 1
-
-
-def refusing(error: ShardlossError, path: str, call_log: CallLog) -> Any:
-    """A handler of any method that ends its call with an error at once, whether or not a message comes."""
-
-    def refuse(_requests: Iterator[Any], context: Context) -> NoReturn:
-        call_log.refuse(path, context, error)
-
-    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -65,6 +65,14 @@ class CallLog:
             raise error
         raise AssertionError("a failed call has ended")
 
+    def refusing(self, path: str, error: ShardlossError) -> Any:
+        """A handler of any method that ends its call with an error at once, without asking for its message."""
+
+        def refuse(_messages: Iterator[Any], context: grpc.ServicerContext) -> NoReturn:
+            self.refuse(path, context, error)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
     def begin(self, method: str, context: grpc.ServicerContext, request: Any = None) -> Call:
         """A call that has come: the context manager around all that is done for it."""
         call = Call(self, method, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from shardloss_server import __version__, metrics
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.cluster.stats import WorkerStats
 from shardloss_server.config import Limits, physical_memory_bytes
-from shardloss_server.frontend.admission import Admission, LiveStreams
+from shardloss_server.frontend.admission import Admission
 from shardloss_server.frontend.catalog import Catalog, table_bytes
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.metrics import Metric, Metrics, Reading
@@ -82,16 +82,11 @@ def read_limits(counted: Metrics, limits: Limits) -> None:
 
 def read_places(counted: Metrics, handlers: Handlers) -> None:
     """What calls hold of what they may."""
-    places: Mapping[str, Admission] = {
-        "calls": handlers.admission,
-        "commits": handlers.commits,
-        "streams": handlers.stream_bytes,
-    }
+    places, streams = handlers.places, handlers.streams
 
     def reading(of: Callable[[Admission], float]) -> Reading:
         return [((name,), of(place)) for name, place in places.items()]
 
-    streams: LiveStreams = handlers.streams
     counted.read(
         metrics.CALLS_IN_FLIGHT,
         lambda: [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import chain
@@ -86,13 +86,17 @@ class Handlers:
         self.pipeline = Pipeline(catalog, limits)
         self.evaluator = Evaluator(catalog, limits)
 
-    def admitted(self, method: str, request: Any, context: Context) -> AbstractContextManager[None]:
+    @property
+    def places(self) -> Mapping[str, Admission]:
+        """What calls of each kind hold, by the name that an operator sees."""
+        return {"calls": self.admission, "commits": self.commits, "streams": self.stream_bytes}
+
+    def admitted(self, method: str, num_bytes: int, caller: str) -> AbstractContextManager[None]:
         """The place of a unary call, and room for its reply."""
         if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
-        places, caller = self.commits if method in ("Commit", "Abort") else self.admission, caller_of(context, request)
         self.unsent.refuse_unread(caller)
-        return places.admit(request.ByteSize(), caller)
+        return (self.commits if method in ("Commit", "Abort") else self.admission).admit(num_bytes, caller)
 
     def deadline(self, context: Context, request: object = None) -> Deadline:
         """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
@@ -133,15 +137,16 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
     @functools.wraps(method)
     def handler(self: Any, request: Any, context: Context) -> M:
         handlers: Handlers = self.handlers
-        limit = handlers.limits.max_message_bytes + FRAMING_BYTES
-        with handlers.call_log.begin(name, context, request) as call, handlers.admitted(name, request, context):
+        limit, caller = handlers.limits.max_message_bytes + FRAMING_BYTES, caller_of(context, request)
+        with (
+            handlers.call_log.begin(name, context, request) as call,
+            handlers.admitted(name, call.received_bytes, caller),
+        ):
             with torch.inference_mode():
                 response = method(self, request, context)
             if call.sending(response).sent_bytes > limit:
                 raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
-            handlers.unsent.hand_over(
-                call.sent_bytes, context.cancel, context.add_callback, caller_of(context, request)
-            )
+            handlers.unsent.hand_over(call.sent_bytes, context.cancel, context.add_callback, caller)
             add_cost(call, request, response)
             return response
         raise AssertionError("a failed call has ended")

@@ -125,10 +125,6 @@ def class_counts(first_class: int, counts: Tensor, spec: TableSpec, limits: Limi
     at_least(first_class, 0, "first_class")
     vector("counts", counts, None)
     refuse_where(counts < 0, counts, "counts", "is negative")
-    if first_class + len(counts) > spec.num_classes:
-        raise InvalidArgument(
-            f"first_class = {first_class} and {len(counts)} counts exceed {spec.num_classes} classes",
-            field="first_class",
-        )
+    class_range(first_class, len(counts), spec)
     if 40 * spec.num_classes > limits.max_table_bytes:
         raise LimitExceeded(f"counts of {spec.num_classes} classes do not fit max_table_bytes", field="counts")

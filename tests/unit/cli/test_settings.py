@@ -13,7 +13,7 @@ from shardloss_server.config import Limits, Listening
 from shardloss_server.settings import ALL, SECTIONS, BadSettings, Settings, schema
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

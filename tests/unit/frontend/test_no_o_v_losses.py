@@ -26,8 +26,8 @@ from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import Record, StepKey, Upstream
 
-from .front import request_of
-from .test_no_o_v import LARGE, SMALL, D, N, S, Watch, make_table
+from ..front import request_of
+from ..shard.test_no_o_v import LARGE, SMALL, D, N, S, Watch, make_table
 
 LABELS = SMALL - 1 - torch.arange(N)[:, None]  # distinct and rare: no draw below hits them, whatever V is
 ONES = torch.ones(N, 1)

@@ -13,7 +13,7 @@ from shardloss.errors import StepReused, TicketAborted, TicketUnknown
 from shardloss_server.frontend.request import CommitNow, LossRequest, PartialFc, SampledSoftmax, SampledValues
 from torch import Tensor
 
-from .cases import (
+from ..cases import (
     CANDIDATES,
     SEEN,
     STEP,
@@ -33,7 +33,7 @@ from .cases import (
     sigmoid_cases,
     values,
 )
-from .front import Front, Table, request_of, soon
+from ..front import Front, Table, request_of, soon
 
 RATE = 0.3
 EPS = 1e-5  # central differences err by EPS^2 + rounding / EPS, about 1e-10

@@ -88,7 +88,7 @@ def test_reasons_are_stable() -> None:
 
 def test_the_table_of_errors_is_the_tree() -> None:
     """docs/errors.md: reason, class and status of each; those that only a client raises say so."""
-    page = (Path(__file__).resolve().parents[2] / "docs/errors.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs/errors.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(\w+)` \| (\S+) \| (.+) \|$", page, re.M)
     assert {(reason, name) for reason, name, _, _ in rows} == {(leaf.reason, leaf.__name__) for leaf in errors.leaves()}
     for reason, _, status, advice in rows:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import shardloss
-from shardloss.credentials import Bearer, Credentials, is_local
+from shardloss.credentials import Bearer, Credentials, is_local, is_loopback
 from shardloss.errors import InvalidArgument
 from shardloss_server.__main__ import app
-from shardloss_server.access.exposure import is_loopback, refuse_exposed
+from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.config import CannotServe, Security
 from typer.testing import CliRunner
 

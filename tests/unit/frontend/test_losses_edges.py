@@ -19,7 +19,7 @@ from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.kept import KEPT_BYTES
 from torch import Tensor
 
-from .cases import (
+from ..cases import (
     CANDIDATES,
     MARGINS,
     SEEN,
@@ -39,7 +39,7 @@ from .cases import (
     sigmoid_cases,
     values,
 )
-from .front import Front, Table, request_of
+from ..front import Front, Table, request_of
 
 LOSSES: dict[str, Callable[[], Any]] = {
     "full softmax": full_softmax_cases,

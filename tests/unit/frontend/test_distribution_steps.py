@@ -20,8 +20,8 @@ from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.gradient import labels_of
 from torch import Tensor
 
-from .cases import D, N, V, randn
-from .front import Front, Table, request_of
+from ..cases import D, N, V, randn
+from ..front import Front, Table, request_of
 
 RATE = 0.3
 

@@ -23,7 +23,7 @@ from shardloss_server.frontend.request import SamplerSpec
 from shardloss_server.numerics.correction import find_hits, fold_repeats
 from torch import Tensor
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "data"
+GOLDEN = Path(__file__).parents[2] / "golden" / "data"
 OPS = {
     "tf.random.log_uniform_candidate_sampler": "log_uniform",
     "tf.random.uniform_candidate_sampler": "uniform",

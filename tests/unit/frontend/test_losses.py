@@ -13,7 +13,7 @@ from shardloss_server.numerics.transform import Transform
 from torch import Tensor
 from torch.nn import functional
 
-from .cases import (
+from ..cases import (
     CANDIDATES,
     SEEN,
     WRITTEN,
@@ -31,7 +31,7 @@ from .cases import (
     sampled_margin_cases,
     sigmoid_cases,
 )
-from .front import Front, Table, request_of
+from ..front import Front, Table, request_of
 
 CUTS = [(1, "div"), (2, "mod"), (3, "div"), (7, "mod"), (1, "mod"), (2, "div"), (3, "mod"), (7, "div")]
 
