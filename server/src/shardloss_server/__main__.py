@@ -1,4 +1,4 @@
-"""shardloss-server: its commands."""
+"""The command line of shardloss-server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardloss_server.cli import config, metrics, tokens
 from shardloss_server.cli.health import health
 from shardloss_server.cli.serve import serve
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Softmax losses over class tables that live here.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve softmax losses over sharded class tables.")
 app.command("serve")(serve)
 app.command("health")(health)
 app.add_typer(config.app, name="config")

@@ -1,6 +1,6 @@
-"""Log lines as text or JSON: all that this process logs comes out alike, with the call that it belongs to.
+"""Log lines as text or JSON, in one format for everything that this process logs, with the call they belong to.
 
-Every line is logged through the standard library; what a line holds beside its message comes in `extra`.
+Every line is logged through the standard library; a line's fields other than the message are passed in `extra`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor
 
-CALL: ContextVar[Callable[[], Mapping[str, object]] | None] = ContextVar("call", default=None)  # what to add to a line
+# Returns the fields that the current call adds to each line.
+CALL: ContextVar[Callable[[], Mapping[str, object]] | None] = ContextVar("call", default=None)
 
 
 def with_call(_logger: object, _method: str, line: EventDict) -> EventDict:
-    """Add what the present call says of itself, where the line does not say it."""
+    """Add the fields of the current call to a line, except those that the line already has."""
     describe = CALL.get()
     return line if describe is None else {**describe(), **line}
 
 
 def without_others(_logger: object, _method: str, line: EventDict) -> EventDict:
-    """Leave out what libraries put on every record for themselves, as Ray does."""
+    """Drop the fields that a library such as Ray adds to every record for its own use."""
     return {name: value for name, value in line.items() if not name.startswith("_ray")}
 
 
@@ -40,7 +41,7 @@ PROCESSORS: tuple[Processor, ...] = (
 
 
 def formatter(log_format: Literal["text", "json"]) -> logging.Formatter:
-    """A line a record: for people, or one JSON object."""
+    """Return a formatter that writes one line per record: text for people, or a JSON object."""
     last: list[Processor]
     if log_format == "json":
         last = [structlog.processors.format_exc_info, structlog.processors.EventRenamer("message")]
@@ -52,7 +53,7 @@ def formatter(log_format: Literal["text", "json"]) -> logging.Formatter:
 
 
 def configure(log_format: Literal["text", "json"], level: str, stream: TextIO | None = None) -> logging.Handler:
-    """Have the root logger write so from now on, to stderr; the handler that does."""
+    """Make the root logger write in this format, by default to stderr, and return its handler."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter(log_format))
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""class id <-> (shard, row): which shard owns a class, and where; which worker holds a shard."""
+"""Placement: class id <-> (shard, row), and the worker that holds each shard."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ STRATEGIES = ("div", "mod")
 
 
 def num_hosts(num_workers: int, num_shards: int) -> int:
-    """Workers that hold a shard of a table: the first ones."""
+    """Return how many workers hold shards of a table; these are the first ones."""
     return min(num_workers, num_shards)
 
 
 def hosted_shards(worker: int, num_workers: int, num_shards: int) -> range:
-    """The shards of a table that a worker holds: neighbours, as many as any other worker's or one more or less."""
+    """Return the neighbouring shards of a table that a worker holds: as many as any other host, give or take one."""
     hosts = num_hosts(num_workers, num_shards)
     if worker >= hosts:
         return range(0)
@@ -25,7 +25,7 @@ def hosted_shards(worker: int, num_workers: int, num_shards: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """V classes over K shards.
+    """The placement of V classes on K shards.
 
     "div": contiguous ranges, the first V % K shards one row longer. "mod": shard = id % K, row = id // K.
     Shards may be empty. Source: TensorFlow, embedding_lookup(partition_strategy).
@@ -36,21 +36,21 @@ class Placement:
     num_shards: int
 
     def num_rows(self, shard: int) -> int:
-        """Rows that a shard holds."""
+        """Return the number of rows of a shard."""
         return self.num_classes // self.num_shards + (shard < self.num_classes % self.num_shards)
 
     def first_class(self, shard: int) -> int:
-        """Class id of row 0 ("div" and "mod" alike)."""
+        """Return the class id of row 0 of a shard, for "div" and "mod" alike."""
         if self.strategy == "mod":
             return shard
         return shard * (self.num_classes // self.num_shards) + min(shard, self.num_classes % self.num_shards)
 
     def stride(self) -> int:
-        """Distance of the class ids of neighbouring rows of a shard."""
+        """Return the difference between the class ids of neighbouring rows of a shard."""
         return self.num_shards if self.strategy == "mod" else 1
 
     def shard_of(self, class_ids: Tensor) -> Tensor:
-        """Owner of each valid class id, same shape."""
+        """Return the shard that owns each valid class id, in the same shape."""
         if self.strategy == "mod":
             return class_ids % self.num_shards
         short, num_long = divmod(self.num_classes, self.num_shards)
@@ -60,16 +60,16 @@ class Placement:
         return torch.where(class_ids < boundary, in_long, in_short)
 
     def class_ids(self, shard: int, first_row: int, end_row: int) -> Tensor:
-        """Class ids of rows [first_row, end_row) of a shard, ascending."""
+        """Return the class ids of rows [first_row, end_row) of a shard, ascending."""
         start = self.first_class(shard)
         return torch.arange(start + first_row * self.stride(), start + end_row * self.stride(), self.stride())
 
     def rows(self, shard: int, class_ids: Tensor) -> Tensor:
-        """Row of each class id inside its shard; meaningless for ids of other shards."""
+        """Return the row of each class id inside the shard; meaningless for ids of other shards."""
         return (class_ids - self.first_class(shard)) // self.stride()
 
     def owned(self, shard: int, class_ids: Tensor) -> Tensor:
-        """Which class ids [...] a shard owns; False for padding (negative ids)."""
+        """Return True for each class id [...] that a shard owns; False for padding (negative ids)."""
         first = self.first_class(shard)
         if self.strategy == "mod":
             return (class_ids >= 0) & (class_ids % self.num_shards == shard)

@@ -1,4 +1,7 @@
-"""The one settings object of a server: flag > environment > TOML file > default; unknown names are errors."""
+"""Loading of a server's settings from flags, the environment, a TOML file and defaults, in this order of precedence.
+
+Unknown names are errors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from shardloss_server.config import Limits, Listening, Security, ServerConfig, W
 
 ENV_PREFIX = "SHARDLOSS_SERVER_"
 G = TypeVar("G")
-FILE_VARIABLE = f"{ENV_PREFIX}CONFIG"  # where the file is; no setting itself
+FILE_VARIABLE = f"{ENV_PREFIX}CONFIG"  # path of the TOML file; not a setting itself
 SECTIONS: Mapping[str, type] = {
     "Listening": Listening,
     "Workers": Workers,
@@ -35,12 +38,12 @@ SECTIONS: Mapping[str, type] = {
 
 
 class BadSettings(Exception):
-    """A setting that is unknown or wrong: says which, where it came from and what was found."""
+    """An unknown or invalid setting; the message names it, its source and the value found."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: `annotation` holds type, bounds and meaning."""
+    """One setting; `annotation` holds its type, bounds and meaning."""
 
     name: str
     section: str
@@ -49,28 +52,28 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """Its flag of `serve`."""
+        """The setting's flag for `shardloss-server serve`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
-        """Its environment variable."""
+        """The setting's environment variable."""
         return ENV_PREFIX + self.name.upper()
 
     @property
     def meaning(self) -> str:
-        """What it is, in one sentence."""
+        """The setting's meaning, in one sentence."""
         return str(self.annotation.__metadata__[0].description)
 
     def field_default(self) -> Any:
-        """Its default, as pydantic takes it."""
+        """Return the setting's default in the form that pydantic accepts."""
         if self.field.default_factory is not MISSING:
             return pydantic.Field(default_factory=self.field.default_factory)
         return self.field.default
 
 
 def settings_of(section: str, group: type) -> list[Setting]:
-    """The settings that a dataclass defines."""
+    """Return the settings that a dataclass defines."""
     hints = get_type_hints(group, include_extras=True)
     return [Setting(f.name, section, hints[f.name], f) for f in fields(group)]
 
@@ -81,7 +84,7 @@ ALL: Mapping[str, Setting] = {
 
 
 class Sources(BaseSettings):
-    """Where values come from: the first that has one wins."""
+    """The sources of values; the first source that has a value wins."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", env_ignore_empty=True, frozen=True)
 
@@ -94,23 +97,23 @@ class Sources(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  (the library's signature)
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment, then the file."""
+        """Return the sources in order of precedence: flags, the environment, the file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Every setting's value, and where each came from: "flag", "environment", "file" or "default"."""
+    """The value of every setting, and its source: "flag", "environment", "file" or "default"."""
 
     values: Mapping[str, Any]
     sources: Mapping[str, str]
 
     @staticmethod
     def load(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
-        """Settings from flags, the environment and a TOML file (or the one that SHARDLOSS_SERVER_CONFIG names).
+        """Load settings from flags, the environment and a TOML file, by default the one in SHARDLOSS_SERVER_CONFIG.
 
         Raises:
-            BadSettings: one is unknown or wrong, or the file cannot be read.
+            BadSettings: a setting is unknown or invalid, or the file cannot be read.
         """
         named = os.environ.get(FILE_VARIABLE)
         file = file or (Path(named) if named else None)
@@ -123,31 +126,31 @@ class Settings:
         return Settings(values, {name: source_of(name, flags, in_environment, in_file) for name in ALL})
 
     def group(self, kind: type[G]) -> G:
-        """The settings of one section."""
+        """Return the settings of one section."""
         return kind(**{field.name: self.values[field.name] for field in fields(cast(Any, kind))})
 
     def server(self) -> ServerConfig:
-        """What a running server is made of."""
+        """Return the settings of a running server, except those of its workers."""
         return ServerConfig(*(self.group(kind) for kind in (Listening, Limits, Security, Watching)))  # type: ignore[arg-type]
 
 
 def made(file: Path | None) -> type[Sources]:
-    """The settings class, reading this file."""
+    """Return the settings class that reads this file."""
     every: dict[str, Any] = {name: (setting.annotation, setting.field_default()) for name, setting in ALL.items()}
     config = {"__module__": __name__, "model_config": SettingsConfigDict(toml_file=file)}
     return create_model("Settings", __base__=type("WithFile", (Sources,), config), **every)
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the file, and of all settings by name."""
+    """Return the JSON schema of a settings file, with every setting by name."""
     return made(None).model_json_schema()
 
 
 def keys_of(file: Path | None) -> Mapping[str, Any]:
-    """What a settings file holds.
+    """Return the keys and values of a settings file; none without a file.
 
     Raises:
-        BadSettings: it cannot be read, or is no TOML.
+        BadSettings: the file cannot be read or is not TOML.
     """
     if file is None:
         return {}
@@ -158,40 +161,40 @@ def keys_of(file: Path | None) -> Mapping[str, Any]:
 
 
 def variables() -> Mapping[str, str]:
-    """The settings in the environment; empty ones are absent.
+    """Return the settings in the environment; empty variables count as absent.
 
     Raises:
-        BadSettings: a variable of ours, in whatever case, is no setting.
+        BadSettings: a variable with our prefix, in upper or lower case, is not a setting.
     """
-    ours = {  # in small letters the library would take it, and nobody could tell where the value came from
+    ours = {  # the library also accepts lower case, but then the value's source could not be reported
         name: value
         for name, value in os.environ.items()
         if name.upper().startswith(ENV_PREFIX) and name != FILE_VARIABLE
     }
     known = {setting.variable: name for name, setting in ALL.items()}
     for name in ours.keys() - known.keys():
-        raise BadSettings(f"{name} in the environment is no setting{like(name.upper(), [*known, FILE_VARIABLE])}")
+        raise BadSettings(f"{name} in the environment is not a setting{like(name.upper(), [*known, FILE_VARIABLE])}")
     return {known[name]: value for name, value in ours.items() if value}
 
 
 def source_of(name: str, *sources: Mapping[str, Any]) -> str:
-    """Which source a setting's value came from."""
+    """Return the source of a setting's value."""
     names = ("flag", "environment", "file")
     return next((kind for kind, source in zip(names, sources, strict=True) if name in source), "default")
 
 
 def complaint(error: ErrorDetails, found: Mapping[str, Mapping[str, Any]], file: Path | None) -> str:
-    """What is wrong with a setting, in one line: where, what was found, what it must be."""
+    """Return one line about an invalid setting: its source, the value found, the error and the setting's meaning."""
     name = str(error["loc"][0])
     kind = source_of(name, *found.values())
     if name not in ALL:
-        return f"{name} in {file} is no setting{like(name, ALL)}"
+        return f"{name} in {file} is not a setting{like(name, ALL)}"
     setting = ALL[name]
     where = {"flag": setting.flag, "environment": setting.variable}.get(kind, f"{name} in {file}")
-    return f"{where} = {found[kind][name]!r}: {error['msg']}. It is: {setting.meaning}"
+    return f"{where} = {found[kind][name]!r}: {error['msg']}. Meaning: {setting.meaning}"
 
 
 def like(name: str, known: Iterable[str]) -> str:
-    """A hint at the name that was probably meant."""
+    """Return a hint about the name that was probably meant."""
     close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else "; `shardloss-server config show` lists all"
+    return f"; did you mean {close[0]}?" if close else "; `shardloss-server config show` lists all settings"

@@ -1,6 +1,7 @@
-"""Spans of the server's calls for OpenTelemetry: one a call, under its client's, and below it what its meter noted.
+"""OpenTelemetry spans of the server's calls: one per call, below its client's span, and one per phase below that.
 
-The workers export nothing: their spans are made here of the seconds that they report with their answers.
+The phases are those that the call's meter noted. The workers export nothing: their spans are created here from the
+compute seconds that they report with their answers.
 """
 
 from __future__ import annotations
@@ -22,36 +23,36 @@ if TYPE_CHECKING:
 
     from shardloss_server.frontend.meter import Phase, Phases
 
-KEY, MAX_TEXT = "traceparent", 128  # characters: the library logs longer ones, and what is wrong with a tracestate
+KEY, MAX_TEXT = "traceparent", 128  # characters: the library logs longer ones, and also a malformed tracestate
 NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 SERVICE = "shardloss-server"
-LAST_S = 2.0  # in which a collector must take what is left; the library itself would wait for 10
+LAST_S = 2.0  # for the collector to accept the last spans; the library itself would wait for 10 s
 Attributes = Mapping[str, str | int]
 
 
 def refuse_missing(watching: Watching) -> None:
-    """See that what tracing needs is installed where it is asked for.
+    """Check that the packages that tracing needs are installed, if tracing is on.
 
     Raises:
-        CannotServe: it is not.
+        CannotServe: a package is missing.
     """
     if watching.tracing and not all(is_installed(module) for module in NEEDED):
         raise CannotServe(
-            "tracing is on, and its packages are not installed: `pip install shardloss-server[tracing]`, or leave "
-            "tracing out"
+            "tracing is on, but its packages are not installed: run `pip install shardloss-server[tracing]`, or turn "
+            "tracing off"
         )
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported."""
+    """Return True if a module can be imported."""
     try:
         return find_spec(module) is not None
-    except ImportError:  # not even the package that it would be in
+    except ImportError:  # its parent package is missing, too
         return False
 
 
 def resource() -> Resource:
-    """Who exports: as OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES have it, or by our own name."""
+    """Return the exporting resource, named by OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES, or else SERVICE."""
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 
     found = Resource.create({SERVICE_VERSION: __version__})
@@ -60,7 +61,7 @@ def resource() -> Resource:
 
 
 class Tracing:
-    """Makes the spans of one server's calls. Thread-safe."""
+    """The tracer of one server's calls. Thread-safe."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -70,10 +71,10 @@ class Tracing:
 
     @staticmethod
     def of(watching: Watching) -> Tracing | None:
-        """As the settings and the variables OTEL_* have it; None: tracing is off.
+        """Create a tracer from the settings and the OTEL_* variables, or return None if tracing is off.
 
         Raises:
-            CannotServe: it is on, and what it needs is not installed.
+            CannotServe: tracing is on, but a package that it needs is not installed.
         """
         if not watching.tracing:
             return None
@@ -87,7 +88,7 @@ class Tracing:
         return Tracing(provider)
 
     def begin(self, method: str, metadata: Iterable[tuple[str, Any]], began: float) -> CallSpan | None:
-        """The span of a call that began at a moment of time.perf_counter; None where it is not sampled."""
+        """Start the span of a call that began at a moment of time.perf_counter; None if it is not sampled."""
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
 
@@ -101,31 +102,31 @@ class Tracing:
         return CallSpan(self, span, zero_ns) if span.is_recording() else None
 
     def child(self, name: str, parent: Context, start_ns: int, end_ns: int, said: Attributes) -> Span:
-        """A span that is over."""
+        """Record a span that has ended; times are in nanoseconds since 1970."""
         span = self._tracer.start_span(name, parent, attributes=said, start_time=start_ns)
         span.end(end_ns)
         return span
 
     def close(self) -> None:
-        """Send what is left, for as long as LAST_S. Idempotent."""
+        """Export the remaining spans, for at most LAST_S seconds. Idempotent."""
         closing = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
         closing.start()
         closing.join(LAST_S)
 
 
 class CallSpan:
-    """The span of a call that is recorded; zero_ns: the time of day at 0 of time.perf_counter."""
+    """The span of a recorded call; zero_ns is the wall-clock time, in ns since 1970, when time.perf_counter was 0."""
 
     def __init__(self, tracing: Tracing, span: Span, zero_ns: int) -> None:
         self._tracing, self._span, self._zero_ns = tracing, span, zero_ns
 
     @property
     def trace_id(self) -> str:
-        """The trace's name, 32 hex digits."""
+        """The trace id, 32 hexadecimal digits."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
     def end(self, said: Attributes, phases: Phases, is_fault: bool) -> None:
-        """The call is over: is_fault says whether the server is to blame for how."""
+        """End the span of a finished call; is_fault marks it as failed by the server's fault."""
         from opentelemetry.trace import StatusCode
 
         self._span.set_attributes(dict(said))
@@ -147,7 +148,7 @@ class CallSpan:
             self._show_workers(phase.computed_s, start_ns, span)
 
     def _show_workers(self, computed_s: Mapping[int, float], start_ns: int, fanout: Span) -> None:
-        """What each worker computed: how long is measured, and when is not, so all begin with their fan-out."""
+        """Add a span per worker. Only the duration of its computation is known, so it starts with its fan-out."""
         from opentelemetry.trace import set_span_in_context
 
         inside = set_span_in_context(fanout)

@@ -1,1 +1,1 @@
-"""Who may call, and what: tokens and certificates with roles, and where a server may listen without them."""
+"""Access control: tokens and certificates with roles, and the addresses on which a server needs neither."""

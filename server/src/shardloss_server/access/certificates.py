@@ -1,4 +1,4 @@
-"""The server's certificate and key, and whose clients it takes, as PEM files that may change."""
+"""The server's certificate and key, and the CA of its clients, as PEM files that may change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OTHERS_READ = 0o077
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """PEM bytes; client_ca None takes clients without a certificate."""
+    """A server's certificates as PEM bytes; with client_ca None, clients need no certificate."""
 
     key: bytes
     chain: bytes
@@ -21,41 +21,41 @@ class Certificates:
 
 
 def watched_certificates(chain: Path, key: Path, client_ca: Path | None) -> Watched[Certificates]:
-    """The certificates in these files, looked at with every handshake.
+    """Watch the certificates in these files, which are checked for changes at every handshake.
 
     Raises:
-        Unreadable: a file is missing, is no PEM, or the key is another certificate's.
+        Unreadable: a file is missing or not PEM, or the key belongs to another certificate.
     """
     paths = [path for path in (chain, key, client_ca) if path is not None]
     return Watched(paths, lambda: read(chain, key, client_ca), interval_s=0.0)
 
 
 def read(chain: Path, key: Path, client_ca: Path | None) -> Certificates:
-    """The content of the files, once they are known to fit.
+    """Return the content of the files, after checking that they match.
 
     Raises:
-        Unreadable: they do not; the message names the file.
+        Unreadable: they do not match, or a file cannot be read; the message names the file.
     """
     found = Certificates(content_of(key), content_of(chain), None if client_ca is None else content_of(client_ca))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(chain, key, password=no_password)
     except (ssl.SSLError, ValueError, TypeError) as error:
-        raise Unreadable(f"tls_cert_file {chain} and tls_key_file {key} do not fit: {error}") from None
+        raise Unreadable(f"tls_cert_file {chain} and tls_key_file {key} do not match: {error}") from None
     if client_ca is not None:
         try:
             context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
-            raise Unreadable(f"tls_client_ca_file {client_ca} holds no PEM certificates: {error}") from None
+            raise Unreadable(f"tls_client_ca_file {client_ca} contains no PEM certificates: {error}") from None
     warn_where_others_read(key, OTHERS_READ, "the private key")
     return found
 
 
 def content_of(path: Path) -> bytes:
-    """A file's bytes.
+    """Return a file's bytes.
 
     Raises:
-        Unreadable: it cannot be read.
+        Unreadable: the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -64,5 +64,5 @@ def content_of(path: Path) -> bytes:
 
 
 def no_password() -> str:
-    """A key with a password would have OpenSSL ask for it at a terminal."""
-    raise ValueError("the key has a password, and the server none for it")
+    """Refuse a key with a password, for which OpenSSL would otherwise prompt at a terminal."""
+    raise ValueError("the key has a password, which the server cannot ask for: store it without one")

@@ -1,4 +1,4 @@
-"""Who calls, and whether that is enough: from what came with a call to a caller, or a refusal."""
+"""Authentication and authorisation of a call: from its credentials to a caller, or a refusal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Clock = Callable[[], datetime]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: named for messages."""
+    """The caller of an RPC: its role, and its name for messages."""
 
     name: str
     role: Role
@@ -26,10 +26,10 @@ ANYONE = Caller("anyone", Role.ADMIN)
 
 
 def caller_by_token(authorization: Iterable[str], grants: Grants, clock: Clock = lambda: datetime.now(UTC)) -> Caller:
-    """The caller whose token came, as the values of its `authorization` metadata.
+    """Return the caller whose token is in the values of a call's `authorization` metadata.
 
     Raises:
-        Unauthenticated: no token, an unknown or an expired one; the message says which, and shows none of it.
+        Unauthenticated: the token is missing, unknown or expired; the message says which, and never quotes the token.
     """
     token = grants.token(secret_of(list(authorization)))
     if token is None:
@@ -41,41 +41,41 @@ def caller_by_token(authorization: Iterable[str], grants: Grants, clock: Clock =
 
 
 def secret_of(values: list[str]) -> bytes:
-    """The token in `authorization: Bearer TOKEN`.
+    """Return the token of `authorization: Bearer TOKEN`.
 
     Raises:
-        Unauthenticated: there is none, or more than one.
+        Unauthenticated: there is no token, or more than one.
     """
     if not values:
-        raise Unauthenticated("no token came with this call: connect with a token_file", token="none")
+        raise Unauthenticated("the call has no token: connect with a token_file", token="none")
     scheme, _, secret = values[0].partition(" ")
     if len(values) > 1 or scheme.lower() != SCHEME or not secret.strip():
-        raise Unauthenticated("the call's authorization is no `Bearer TOKEN`, once", token="none")
+        raise Unauthenticated("the call's authorization must be `Bearer TOKEN`, exactly once", token="none")
     return secret.strip().encode()
 
 
 def caller_by_certificate(names: Iterable[str], grants: Grants) -> Caller:
-    """The caller whose certificate came, by its names.
+    """Return the caller of a client certificate with these names.
 
     Raises:
-        Unauthenticated: no [[certificate]] entry names it.
+        Unauthenticated: no [[certificate]] entry has one of the names.
     """
     known = sorted(names)
     role = grants.certificate(known)
     if role is None:
-        message = "no token came with this call, and the tokens file has no [[certificate]] of the client's names"
+        message = "the call has no token, and the tokens file has no [[certificate]] entry for the client's names"
         raise Unauthenticated(message, token="none")
     return Caller("the certificate", role)
 
 
 def refuse_lower(caller: Caller, needed: Role | None, method: str) -> None:
-    """Refuse a caller who may not call a method; one that declares no role, nobody may.
+    """Refuse a caller whose role is too low for a method; a method without a declared role is refused to everyone.
 
     Raises:
-        PermissionDenied: names the role that it needs.
+        PermissionDenied: the message names the role that the method needs.
     """
     if needed is None:
-        raise PermissionDenied(f"{method} declares no role: nobody may call it")
+        raise PermissionDenied(f"{method} declares no role, so it is refused to everyone")
     if caller.role < needed:
         message = f"{method} needs the role {needed.word}; {caller.name} has {caller.role.word}"
         raise PermissionDenied(message, needed_role=needed.word, role=caller.role.word)

@@ -1,10 +1,10 @@
-"""Who may call: the entries of a tokens file.
+"""The entries of a tokens file: the tokens and certificates that may call a server.
 
 [[token]]                             a bearer token; the file holds its digest, never the token
-name = "trainer-1"                    unique; in the log and in `tokens list`
+name = "trainer-1"                    unique; shown in the log and by `tokens list`
 role = "trainer"                      "reader", "trainer" or "admin"
 sha256 = "9f86d081..."                64 hexadecimal digits
-expires = 2027-01-01T00:00:00Z        absent: never
+expires = 2027-01-01T00:00:00Z        if absent, the token never expires
 
 [[certificate]]                       a client certificate, under mutual TLS
 name = "trainer-1.example.org"        its common name, or one of its DNS names or URIs
@@ -33,11 +33,11 @@ NEEDED = {"token": {"name", "role", "sha256"}, "certificate": {"name", "role"}}
 
 
 class BadTokens(Unreadable):
-    """A tokens file that is wrong: says where, what was found and what is needed."""
+    """An invalid tokens file; the message says where, what was found and what is needed."""
 
 
 class Role(IntEnum):
-    """What a caller may do; each includes the ones before it. Numbers as in options.proto."""
+    """A caller's role; each role includes the ones before it. The numbers are those of options.proto."""
 
     READER = 1
     TRAINER = 2
@@ -45,7 +45,7 @@ class Role(IntEnum):
 
     @property
     def word(self) -> str:
-        """As a tokens file and messages write it."""
+        """The role's name in tokens files and messages."""
         return self.name.lower()
 
 
@@ -54,7 +54,7 @@ ROLES = {role.word: role for role in Role}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One bearer token: the SHA-256 of it; expires None is never."""
+    """The entry of one bearer token; digest is its SHA-256, and with expires None it never expires."""
 
     name: str
     role: Role
@@ -62,19 +62,19 @@ class Token:
     expires: datetime | None = None
 
     def is_expired(self, now: datetime) -> bool:
-        """Whether its time is over."""
+        """Return True if the token has expired at `now`."""
         return self.expires is not None and now >= self.expires
 
 
 @dataclass(frozen=True, slots=True)
 class Grants:
-    """All tokens, and the roles of client certificates by name."""
+    """The tokens that a server knows, and the roles of client certificates by name."""
 
     tokens: tuple[Token, ...] = ()
     certificates: Mapping[str, Role] = field(default_factory=lambda: MappingProxyType({}))
 
     def token(self, secret: bytes) -> Token | None:
-        """The entry of a token, expired or not; the time taken does not depend on which it is, or how alike."""
+        """Return the entry of a token, expired or not; the time taken reveals neither its place nor a partial match."""
         digest, found = digest_of(secret), None
         for token in self.tokens:
             if hmac.compare_digest(token.digest, digest):
@@ -82,27 +82,27 @@ class Grants:
         return found
 
     def certificate(self, names: Iterable[str]) -> Role | None:
-        """The highest role of a certificate's names."""
+        """Return the highest role of a certificate's names, or None if none is known."""
         return max((self.certificates[name] for name in names if name in self.certificates), default=None)
 
 
 def digest_of(secret: bytes) -> bytes:
-    """What a tokens file keeps of a token: long and random, so a plain SHA-256 cannot be searched."""
+    """Return the digest of a token: a plain SHA-256, which is safe since tokens are long and random."""
     return hashlib.sha256(secret).digest()
 
 
 def parse(text: str) -> Grants:
-    """The entries of a tokens file.
+    """Parse the text of a tokens file.
 
     Raises:
-        BadTokens: it is no TOML, or the message names the entry and what is wrong with it.
+        BadTokens: the text is not TOML, or an entry is invalid; the message names the entry and the problem.
     """
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise BadTokens(f"it is no TOML: {error}") from None
+        raise BadTokens(f"it is not TOML: {error}") from None
     for key in tree.keys() - KEYS.keys():
-        raise BadTokens(f"{key!r} is unknown: it holds [[token]] and [[certificate]] entries")
+        raise BadTokens(f"{key!r} is unknown: a tokens file has only [[token]] and [[certificate]] entries")
     tokens = tuple(token_of(entry, where) for where, entry in entries(tree, "token"))
     refuse_twice("name", [token.name for token in tokens])
     refuse_twice("sha256", [token.digest.hex() for token in tokens])
@@ -112,10 +112,10 @@ def parse(text: str) -> Grants:
 
 
 def entries(tree: Mapping[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where, entry) of one kind, their keys checked; counted from 1, as a reader counts."""
+    """Yield (where, entry) for each entry of one kind, its keys checked; `where` counts from 1."""
     found = tree.get(kind, [])
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise BadTokens(f"{kind} must be entries of their own, each under [[{kind}]]")
+        raise BadTokens(f"{kind} must be a list of entries, each under [[{kind}]]")
     for number, entry in enumerate(found, 1):
         where = f"[[{kind}]] {number}"
         for key in sorted(entry.keys() - KEYS[kind]):
@@ -123,23 +123,23 @@ def entries(tree: Mapping[str, Any], kind: str) -> Iterable[tuple[str, dict[str,
         for key in sorted(NEEDED[kind] - entry.keys()):
             raise BadTokens(f"{where}: {key} is missing")
         if not isinstance(entry["name"], str) or not entry["name"]:
-            raise BadTokens(f"{where}: name = {entry['name']!r} must be a text that is not empty")
+            raise BadTokens(f"{where}: name = {entry['name']!r} must be a non-empty text")
         yield where, entry
 
 
 def token_of(entry: Mapping[str, Any], where: str) -> Token:
-    """One [[token]]; the message of an error shows no digest, in case a token stands there by mistake."""
+    """Return one [[token]]; errors never quote its digest, in case a token was written there by mistake."""
     if not TOKEN_NAME.fullmatch(entry["name"]):
-        raise BadTokens(f"{where}: name = {entry['name']!r} must be letters, digits and ._@-, at most 64")
+        raise BadTokens(f"{where}: name = {entry['name']!r} must be at most 64 letters, digits and ._@-")
     digest = entry["sha256"]
     if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise BadTokens(f"{where}: sha256 must be 64 lower-case hexadecimal digits: `tokens create` makes entries")
+        raise BadTokens(f"{where}: sha256 must be 64 lower-case hexadecimal digits: `tokens create` writes entries")
     expires = expiry_of(entry["expires"], where) if "expires" in entry else None
     return Token(entry["name"], role_of(entry, where), bytes.fromhex(digest), expires)
 
 
 def role_of(entry: Mapping[str, Any], where: str) -> Role:
-    """The role that an entry names."""
+    """Return the role that an entry names."""
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:
         raise BadTokens(f"{where}: role = {role!r} must be one of {', '.join(ROLES)}")
@@ -147,7 +147,7 @@ def role_of(entry: Mapping[str, Any], where: str) -> Role:
 
 
 def expiry_of(value: object, where: str) -> datetime:
-    """When a token ends: a TOML date with its time and offset, or the same as text (RFC 3339)."""
+    """Return the expiry time of a token, given as a TOML date-time with offset or as such text (RFC 3339)."""
     when = value
     if isinstance(value, str):
         try:
@@ -160,8 +160,8 @@ def expiry_of(value: object, where: str) -> datetime:
 
 
 def refuse_twice(key: str, values: list[str], kind: str = "token") -> None:
-    """Entries that cannot be told apart."""
+    """Refuse two entries of one kind with the same value of a key."""
     for number, value in enumerate(values, 1):
         first = values.index(value) + 1
         if first != number:
-            raise BadTokens(f"[[{kind}]] {number}: its {key} is that of [[{kind}]] {first}")
+            raise BadTokens(f"[[{kind}]] {number}: its {key} is the same as that of [[{kind}]] {first}")

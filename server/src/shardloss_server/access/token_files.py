@@ -1,4 +1,4 @@
-"""Token files as commands write them: atomically, readable by their owner alone."""
+"""Token files as the `tokens` commands write them: atomically, and readable only by their owner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardloss_server.access.grants import TOKEN_NAME, BadTokens, Grants, Role, 
 from shardloss_server.access.watched import Watched, warn_where_others_read
 
 SECRET_BYTES = 32
-HEADER = "# Who may call: digests of tokens, not the tokens. `shardloss-server tokens` writes it; docs/security.md.\n"
+HEADER = "# Digests of the accepted tokens. Written by `shardloss-server tokens`; see docs/security.md.\n"
 INIT_FILE = "tokens.toml"
 RELOAD_S = 1.0
 EVERYONE_READS = 0o004
@@ -23,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 def read_grants(path: Path) -> Grants:
-    """The entries of a tokens file.
+    """Read a tokens file.
 
     Raises:
-        BadTokens: it cannot be read, or is wrong; the message names the file.
+        BadTokens: the file cannot be read or is invalid; the message names it.
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadTokens(f"cannot read the tokens file {path}: {error}") from None
     except BadTokens as error:
-        raise BadTokens(f"the tokens file {path} is wrong: {error}") from None
+        raise BadTokens(f"the tokens file {path} is invalid: {error}") from None
 
 
 def watched_grants(path: Path) -> Watched[Grants]:
-    """The entries of a tokens file, looked at once a second at most.
+    """Watch a tokens file, which is checked for changes at most once per second.
 
     Raises:
         BadTokens: as `read_grants`.
@@ -54,17 +54,17 @@ def watched_grants(path: Path) -> Watched[Grants]:
 
 
 def create(tokens_file: Path, out: Path, name: str, role: Role, expires: datetime | None) -> None:
-    """Make a token: itself to `out`, which must not be there, its entry to the end of the tokens file.
+    """Create a token: write it to `out`, which must not exist, and append its entry to the tokens file.
 
     Raises:
-        BadTokens: the name is taken or malformed, or a file cannot be written; nothing was changed.
+        BadTokens: the name is in use or malformed, or a file cannot be written; nothing was changed.
     """
     if not TOKEN_NAME.fullmatch(name):
-        raise BadTokens(f"the name {name!r} must be letters, digits and ._@-, at most 64")
+        raise BadTokens(f"the name {name!r} must be at most 64 letters, digits and ._@-")
     with alone(tokens_file.parent):
         there = tokens_file.exists()
         if there and any(token.name == name for token in read_grants(tokens_file).tokens):
-            raise BadTokens(f"{tokens_file} has a token named {name} already: revoke it, or take another name")
+            raise BadTokens(f"{tokens_file} already has a token named {name}: revoke it, or choose another name")
         before = tokens_file.read_text(encoding="utf-8") if there else HEADER
         token = write_secret(out, name, role, expires)
         try:
@@ -75,40 +75,41 @@ def create(tokens_file: Path, out: Path, name: str, role: Role, expires: datetim
 
 
 def revoke(tokens_file: Path, name: str) -> Token:
-    """Take a token's entry out; the file is written anew, without comments of its own.
+    """Remove a token's entry; the file is rewritten, and its comments are lost.
 
     Raises:
-        BadTokens: there is none of that name, or the file cannot be written.
+        BadTokens: the file has no token of that name, or cannot be written.
     """
     with alone(tokens_file.parent):
         grants = read_grants(tokens_file)
         found = next((token for token in grants.tokens if token.name == name), None)
         if found is None:
-            raise BadTokens(f"{tokens_file} has no token named {name}; `tokens list` shows all")
+            raise BadTokens(f"{tokens_file} has no token named {name}; `tokens list` shows all tokens")
         rest = Grants(tuple(token for token in grants.tokens if token is not found), grants.certificates)
         write(tokens_file, text_of(rest), replace=True)
         return found
 
 
 def init(folder: Path) -> list[Path]:
-    """One token a role in a folder, made where absent, and their tokens file; the files that were made. Idempotent.
+    """Create one token per role and their tokens file in a folder; return the created files. Idempotent.
 
-    The tokens file comes last: where it stands, nothing is made, so that what was revoked stays so.
+    The folder is created if absent. The tokens file is written last; if it exists, nothing is created, so that revoked
+    tokens stay revoked.
 
     Raises:
-        BadTokens: a file cannot be written, or a token that is there cannot be read.
+        BadTokens: a file cannot be written, or an existing token cannot be read.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise BadTokens(f"cannot make the folder {folder}: {error}") from None
+        raise BadTokens(f"cannot create the folder {folder}: {error}") from None
     with alone(folder):
         tokens_file, made, tokens = folder / INIT_FILE, [], []
         if tokens_file.exists():
             return []
         for role in Role:
             path = folder / f"{role.word}.token"
-            if path.exists():  # of a start that was cut off
+            if path.exists():  # left by an interrupted init
                 tokens.append(Token(role.word, role, digest_of(read_secret(path))))
             else:
                 tokens.append(write_secret(path, role.word, role, None))
@@ -118,10 +119,10 @@ def init(folder: Path) -> list[Path]:
 
 
 def read_secret(path: Path) -> bytes:
-    """The token in a token file, which holds it alone.
+    """Return the token in a token file, which contains nothing else.
 
     Raises:
-        BadTokens: it cannot be read, or is empty.
+        BadTokens: the file cannot be read or is empty.
     """
     try:
         secret = path.read_bytes().strip()
@@ -133,14 +134,14 @@ def read_secret(path: Path) -> bytes:
 
 
 def write_secret(path: Path, name: str, role: Role, expires: datetime | None) -> Token:
-    """A new random token in a file of its own."""
+    """Write a new random token to its own file, and return its entry."""
     secret = secrets.token_urlsafe(SECRET_BYTES)
     write(path, secret + "\n", replace=False)
     return Token(name, role, digest_of(secret.encode()), expires)
 
 
 def text_of(grants: Grants) -> str:
-    """A whole tokens file."""
+    """Return the text of a whole tokens file."""
     certificates = [
         f'[[certificate]]\nname = "{escaped(name)}"\nrole = "{role.word}"\n'
         for name, role in grants.certificates.items()
@@ -149,7 +150,7 @@ def text_of(grants: Grants) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text inside a TOML string: certificates' names may hold anything."""
+    """Return a text escaped for a TOML string, since the names of certificates may contain anything."""
     return "".join(
         char if char.isprintable() and char not in '"\\' and ord(char) < 0x80 else f"\\U{ord(char):08x}"
         for char in text
@@ -157,7 +158,7 @@ def escaped(text: str) -> str:
 
 
 def entry_text(token: Token) -> str:
-    """One [[token]]."""
+    """Return the text of one [[token]] entry."""
     lines = ["[[token]]", f'name = "{token.name}"', f'role = "{token.role.word}"', f'sha256 = "{token.digest.hex()}"']
     if token.expires is not None:
         lines.append(f"expires = {token.expires:%Y-%m-%dT%H:%M:%SZ}")
@@ -165,10 +166,10 @@ def entry_text(token: Token) -> str:
 
 
 def write(path: Path, text: str, *, replace: bool) -> None:
-    """Write a file whole or not at all, mode 0600; without replace it must not be there.
+    """Write a file atomically, with mode 0600; without replace it must not exist.
 
     Raises:
-        BadTokens: it is there, or its folder cannot be written to.
+        BadTokens: the file exists, or its folder cannot be written to.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -181,7 +182,7 @@ def write(path: Path, text: str, *, replace: bool) -> None:
         else:
             os.link(unfinished, path)
     except FileExistsError:
-        raise BadTokens(f"{path} is there already: it is not overwritten") from None
+        raise BadTokens(f"{path} already exists and is not overwritten") from None
     except OSError as error:
         raise BadTokens(f"cannot write {path}: {error}") from None
     finally:
@@ -191,10 +192,10 @@ def write(path: Path, text: str, *, replace: bool) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other command writes in the folder meanwhile.
+    """Lock a folder, so that no other command writes in it at the same time.
 
     Raises:
-        BadTokens: there is no such folder.
+        BadTokens: the folder cannot be opened.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""Files that are read again when they change; what was read before holds while the new content is wrong."""
+"""Files that are read again when they change; while the new content is invalid, the previous one stays in use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class Unreadable(Exception):
-    """Files that cannot be read, or are wrong: says which, what was found and what is needed."""
+    """Files that cannot be read or are invalid; the message says which, what was found and what is needed."""
 
 
 class Watched(Generic[T]):
-    """What `read` makes of some files, read again where their time, size or inode changed. Thread-safe.
+    """A value that `read` returns for some files, read again when their time, size or inode changes. Thread-safe.
 
-    They are looked at when the value is asked for, at most once in interval_s. Where `read` raises Unreadable later on,
-    the value stays, and the log says why, once.
+    The files are checked when the value is requested, at most once per interval_s seconds. If a later `read` raises
+    Unreadable, the previous value is kept and the reason is logged once.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], T], interval_s: float) -> None:
@@ -34,7 +34,7 @@ class Watched(Generic[T]):
         self._value = read()
 
     def value(self) -> T:
-        """The latest good value."""
+        """Return the latest valid value."""
         if time.monotonic() - self._looked >= self._interval_s and self._looking.acquire(blocking=False):
             try:
                 self._look()
@@ -43,7 +43,7 @@ class Watched(Generic[T]):
         return self._value
 
     def latest(self) -> T:
-        """The good value of this very moment."""
+        """Check the files now, and return the latest valid value."""
         with self._looking:
             self._look()
         return self._value
@@ -56,9 +56,9 @@ class Watched(Generic[T]):
         try:
             value = self._read()
         except Unreadable as error:
-            log.error("%s; what was read before still holds", error)
+            log.error("%s; the previous content stays in use", error)
         else:
-            if signature_of(self._paths) != signature:  # they are being written: the next look will see
+            if signature_of(self._paths) != signature:  # the files are being written: the next check reads them
                 return
             self._value = value
             log.info("read %s again", ", ".join(str(path) for path in self._paths))
@@ -66,14 +66,15 @@ class Watched(Generic[T]):
 
 
 def signature_of(paths: Sequence[Path]) -> Signature:
-    """What changes where a file does; None for one that is not there."""
+    """Return a value that changes when a file does, with None for each file that does not exist."""
     return tuple(stamp_of(path) for path in paths)
 
 
 def stamp_of(path: Path) -> tuple[int, int, int] | None:
-    """A file's time of change, size and inode.
+    """Return a file's modification time, size and inode, or None if it does not exist.
 
-    The client's credentials have the same; importing that package would cost each health probe a third of a second.
+    The client's credentials module has the same function, but importing it would cost each health probe a third of a
+    second.
     """
     try:
         found = os.stat(path)
@@ -83,10 +84,10 @@ def stamp_of(path: Path) -> tuple[int, int, int] | None:
 
 
 def warn_where_others_read(path: Path, mask: int, what: str) -> None:
-    """Log a file whose mode lets others read it."""
+    """Log a warning if a file's mode lets other users read it."""
     try:
         mode = os.stat(path).st_mode & 0o777
     except OSError:
-        return  # reading it will say so
+        return  # reading the file reports the error
     if mode & mask:
-        log.warning("%s %s has mode %03o: others may read it; chmod 600 it", what, path, mode)
+        log.warning("%s %s has mode %03o, so other users may read it: run chmod 600 on it", what, path, mode)

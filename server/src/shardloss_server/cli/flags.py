@@ -1,4 +1,4 @@
-"""One flag a setting: commands take them all without naming them."""
+"""A flag for every setting, for commands that accept all settings without listing them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from shardloss_server.cli.output import Output, fail
 from shardloss_server.settings import ALL, BadSettings, Setting, Settings
 
 CONFIG_HELP = (
-    "TOML file of settings. A flag goes before the environment, that before the file, that before the default."
+    "TOML file of settings. Flags override the environment, which overrides the file, which overrides the defaults."
 )
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command of one option a setting and --config, beside its own: it gets the settings first.
+    """Add --config and one option per setting to a command's own options.
 
-    Where one is wrong, it ends with 2 and says what.
+    The command receives the settings as its first argument. If a setting is invalid, the command prints why and exits
+    with status 2.
     """
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
@@ -39,14 +40,14 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, keyword, default=None, annotation=hint) for name, hint in hints.items()]
     parameters += [each.replace(kind=keyword) for each in own]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads this
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
 
 def option(setting: Setting) -> Any:
-    """A setting as typer's annotation; absent unless given, so that other sources have their turn."""
+    """Return a setting as a typer annotation; its value is None unless given, so that other sources apply."""
     kind = setting.annotation.__origin__
     flag = f"{setting.flag}/--no-{setting.flag[2:]}" if kind is bool else setting.flag
     shown = default_text(setting)
@@ -57,7 +58,7 @@ def option(setting: Setting) -> Any:
 
 
 def default_text(setting: Setting) -> str:
-    """A setting's default, as help and documentation write it."""
+    """Return a setting's default as the help and the documentation show it."""
     default = setting.field.default
     if default is MISSING:
         return "computed"

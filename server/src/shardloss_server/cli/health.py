@@ -1,4 +1,4 @@
-"""`health`: what a probe asks, for containers and scripts that have no probe of their own."""
+"""The command `health`: a health probe for containers and scripts that have no probe of their own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ SERVING = "SERVING"
 
 
 def health(
-    address: Annotated[str, typer.Option(help="Host and port of the server's admin port.")] = "127.0.0.1:7071",
-    timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds in which it must answer.")] = 3.0,
+    address: Annotated[str, typer.Option(help="host:port of the server's admin port.")] = "127.0.0.1:7071",
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds within which the server must answer.")] = 3.0,
     ca_file: Annotated[
-        Path | None, typer.Option(help="Where it speaks TLS: PEM of who signed its certificate.")
+        Path | None, typer.Option(help="For TLS: PEM file with the CA that signed the server's certificate.")
     ] = None,
-    client_cert_file: Annotated[Path | None, typer.Option(help="Under mutual TLS: PEM of our certificate.")] = None,
-    client_key_file: Annotated[Path | None, typer.Option(help="Under mutual TLS: PEM of our private key.")] = None,
+    client_cert_file: Annotated[
+        Path | None, typer.Option(help="For mutual TLS: PEM file with the client's certificate.")
+    ] = None,
+    client_key_file: Annotated[
+        Path | None, typer.Option(help="For mutual TLS: PEM file with the client's private key.")
+    ] = None,
 ) -> None:
-    """Ask a server whether it serves; ends with 0 where it does, with 1 where not."""
+    """Check that a server is serving; the exit status is 0 if it is, and 1 if not."""
     from shardloss_server.rpc.probe import Identity, health_of
 
     try:

@@ -1,4 +1,4 @@
-"""How commands print: for people, or as one JSON document."""
+"""The output of commands: text for people, or one JSON document."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import typer
 
 
 class Output(StrEnum):
-    """For whom."""
+    """The format of a command's output."""
 
     TEXT = "text"
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option("--output", help="For people, or one JSON document.")]
+OutputOption = Annotated[Output, typer.Option("--output", help="Text for people, or one JSON document.")]
 
 
 def fail(output: Output, reason: str, message: str) -> None:
-    """Print why a command failed: as JSON on stdout, as text on stderr."""
+    """Print the reason for a command's failure, as JSON on stdout or as text on stderr."""
     if output is Output.JSON:
         typer.echo(json.dumps({"error": {"reason": reason, "message": message}}))
     else:

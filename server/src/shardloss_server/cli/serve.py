@@ -1,4 +1,4 @@
-"""`serve`: start the workers and the front end, and stop both in order."""
+"""The command `serve`: start the workers and the front end, and stop both in order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
 from shardloss_server.settings import Settings
 
-if TYPE_CHECKING:  # torch and ray take a second to import: commands that need neither answer at once
+if TYPE_CHECKING:  # torch and ray take a second to import, and most commands need neither
     from shardloss_server.cluster.group import ShardGroup
 
 log = logging.getLogger("shardloss_server")
@@ -29,8 +29,8 @@ log = logging.getLogger("shardloss_server")
 
 @with_flags
 def serve(settings: Settings) -> None:
-    """Start the workers and the front end; SIGTERM and Ctrl-C stop both, a second one at once."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever connects writes what he likes into the log
+    """Start the workers and the front end. SIGTERM or Ctrl-C stops both in order; a second signal exits at once."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else any peer could write arbitrary text to the log
     from shardloss.allocator import keep_freed_memory
 
     from shardloss_server.access.exposure import refuse_exposed
@@ -40,11 +40,11 @@ def serve(settings: Settings) -> None:
     keep_freed_memory(one_arena=True)
     stop = threading.Event()
     install_signals(stop)
-    # In a thread of its own: on the main one Ray would replace the signal handlers, and its processes end with the
-    # thread that started them.
+    # Ray runs in a thread of its own: on the main thread it would replace the signal handlers. Its processes end with
+    # the thread that started them.
     with futures.ThreadPoolExecutor(1, "serve") as thread:
         try:
-            refuse_exposed(config.listening.host, config.security)  # before workers are started for nothing
+            refuse_exposed(config.listening.host, config.security)  # before any worker is started
             tracing.refuse_missing(config.watching)
             thread.submit(run, partial(make_group, settings.group(Workers)), config, stop).result()
         except CannotServe as error:
@@ -54,7 +54,7 @@ def serve(settings: Settings) -> None:
 
 
 def end() -> NoReturn:
-    """Leave with 0: all is closed, but at the interpreter's own end C++ threads of Ray and gRPC may yet abort it."""
+    """Exit with 0, skipping the interpreter's shutdown, which C++ threads of Ray and gRPC could still abort."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,10 +62,10 @@ def end() -> NoReturn:
 
 
 def make_group(workers: Workers) -> ShardGroup:
-    """The shard group; Ray is only imported where it is used, and started before any gRPC thread."""
+    """Create the shard group; Ray is imported only if it is used, and started before any gRPC thread."""
     import torch
 
-    torch.set_num_threads(1)  # the front end's own work is small, and the cores are the workers'
+    torch.set_num_threads(1)  # the front end computes little, and the workers need the cores
     kept_bytes = workers.keep_mib * 2**20
     if workers.local:
         from shardloss_server.cluster.local import LocalGroup
@@ -83,7 +83,7 @@ def make_group(workers: Workers) -> ShardGroup:
 
 
 def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Event) -> None:
-    """Start the workers and serve until told to stop; then both are gone."""
+    """Start the workers and serve until `stop` is set, then close both."""
     from shardloss_server.rpc.serve import Server
 
     group = make()
@@ -96,21 +96,21 @@ def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Ev
         if config.listening.ready_file is not None:
             announce(config.listening.ready_file, server.address)
         stop.wait()
-        log.info("stopping: no new calls, those in flight have %.0f s", config.listening.drain_s)
+        log.info("stopping: new calls are refused, calls in flight have %.0f s to finish", config.listening.drain_s)
         server.stop()
     finally:
         group.close()
 
 
 def announce(ready_file: Path, address: str) -> None:
-    """Write the address, whole or not at all."""
+    """Write the server's address to a file atomically."""
     unfinished = ready_file.with_suffix(ready_file.suffix + ".part")
     unfinished.write_text(address)
     unfinished.rename(ready_file)
 
 
 def install_signals(stop: threading.Event) -> None:
-    """First signal: drain. Second: exit now."""
+    """Handle SIGTERM and SIGINT: the first signal sets `stop`, the second exits at once."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if stop.is_set():

@@ -1,4 +1,4 @@
-"""`tokens create|init|list|revoke`: who may call a server, in files."""
+"""The commands `tokens create`, `init`, `list` and `revoke`, which manage the tokens of a server in files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardloss_server.access.grants import ROLES, BadTokens, Token
 from shardloss_server.cli.output import Output, OutputOption, fail
 from shardloss_server.settings import ALL
 
-app = typer.Typer(no_args_is_help=True, help="Bearer tokens: who may call, and what. docs/security.md.")
+app = typer.Typer(no_args_is_help=True, help="Manage bearer tokens and their roles (docs/security.md).")
 MOST_DAYS = 365_000  # a thousand years: dates end with the year 9999
 TokensFile = Annotated[
     Path, typer.Option("--tokens-file", envvar=ALL["tokens_file"].variable, help=ALL["tokens_file"].meaning)
@@ -27,38 +27,40 @@ TokensFile = Annotated[
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Option(help="What the log and `tokens list` call it; unique.")],
+    name: Annotated[str, typer.Option(help="Unique name of the token in the log and in `tokens list`.")],
     role: Annotated[str, typer.Option(help=f"One of {', '.join(ROLES)}; each includes the ones before it.")],
     tokens_file: TokensFile,
-    out: Annotated[Path, typer.Option(help="File that gets the token alone, for its client; must not be there.")],
+    out: Annotated[Path, typer.Option(help="File to write the token to, for its client; must not exist.")],
     expires_days: Annotated[
-        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days that it lasts; absent: for ever.")
+        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days until the token expires; if absent, it never does.")
     ] = None,
 ) -> None:
-    """Make a random token: its digest goes to the tokens file, which is made where absent, itself to a file alone."""
+    """Create a random token in a file of its own, and add its digest to the tokens file, created if absent."""
     with failing():
         if role not in ROLES:
             raise BadTokens(f"--role {role} must be one of {', '.join(ROLES)}")
         expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
         token_files.create(tokens_file, out, name, ROLES[role], expires)
-    typer.echo(f"token {name} ({role}, {until(expires)}) is in {out}; a server that reads {tokens_file} takes it now")
+    typer.echo(f"token {name} ({role}, {until(expires)}) is in {out}; a server that reads {tokens_file} accepts it now")
 
 
 @app.command()
 def init(
     folder: Annotated[
-        Path, typer.Option("--dir", help="Folder of tokens.toml and one NAME.token a role; made where absent.")
+        Path, typer.Option("--dir", help="Folder for tokens.toml and one ROLE.token per role; created if absent.")
     ],
 ) -> None:
-    """Make one token a role, where the folder has no tokens.toml; a repeat changes nothing."""
+    """Create one token per role, if the folder has no tokens.toml yet; a repeat changes nothing."""
     with failing():
         made = token_files.init(folder)
-    typer.echo(f"made {', '.join(str(path) for path in made)}" if made else f"{folder} has its tokens: nothing to do")
+    typer.echo(
+        f"created {', '.join(str(path) for path in made)}" if made else f"{folder} already has tokens: nothing to do"
+    )
 
 
 @app.command("list")
 def list_tokens(tokens_file: TokensFile, output: OutputOption = Output.TEXT) -> None:
-    """List the tokens of a file; the tokens themselves are not in it."""
+    """List the names, roles and expiry times in a tokens file; the tokens themselves are not in it."""
     with failing(output):
         tokens = token_files.read_grants(tokens_file).tokens
     if output is Output.JSON:
@@ -75,7 +77,7 @@ def revoke(
     name: Annotated[str, typer.Option(help="The token's name.")],
     tokens_file: TokensFile,
 ) -> None:
-    """Take a token out of a file; a server that reads it refuses the token within a second."""
+    """Remove a token from a tokens file; a server that reads the file refuses the token within a second."""
     with failing():
         token_files.revoke(tokens_file, name)
     typer.echo(f"token {name} is revoked")
@@ -83,7 +85,7 @@ def revoke(
 
 @contextmanager
 def failing(output: Output = Output.TEXT) -> Iterator[None]:
-    """What is wrong ends the command with 1, and one line."""
+    """Print an error of a tokens file in one line, and exit with status 1."""
     try:
         yield
     except BadTokens as error:
@@ -92,7 +94,7 @@ def failing(output: Output = Output.TEXT) -> Iterator[None]:
 
 
 def as_json(token: Token) -> dict[str, str | bool | None]:
-    """A token as `--output json` shows it."""
+    """Return a token as `--output json` shows it."""
     return {
         "name": token.name,
         "role": token.role.word,
@@ -102,7 +104,7 @@ def as_json(token: Token) -> dict[str, str | bool | None]:
 
 
 def until(expires: datetime | None) -> str:
-    """How long a token lasts, in words."""
+    """Return the time until which a token is valid, as text."""
     if expires is None:
         return "for ever"
     when = f"{expires:%Y-%m-%d %H:%M} UTC"

@@ -1,1 +1,1 @@
-"""Groups of shards behind one port, in this process or on Ray workers."""
+"""Implementations of the `ShardGroup` port: workers in this process, or Ray actors."""

@@ -1,4 +1,4 @@
-"""The verbs of the port, written once over "start this method on that worker"."""
+"""The verbs of the `ShardGroup` port, all built on one primitive: start a method on a worker."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 
 class Gathered(Generic[T]):
-    """Answers of all workers, {shard: answer} each, as one list in shard order under one deadline."""
+    """The answers of all workers, {shard: answer} each, combined into one list in shard order, within one deadline."""
 
     def __init__(self, pending: Sequence[Pending[dict[int, T]]]) -> None:
         self._pending = pending
 
     def abandon(self) -> None:
-        """Take back what no worker has begun."""
+        """Cancel the calls that no worker has begun."""
         for answer in self._pending:
             answer.abandon()
 
@@ -55,35 +55,35 @@ class Gathered(Generic[T]):
 
 
 class FanoutGroup(ABC):
-    """A `ShardGroup` without the workers: a subclass says how to start a worker's method and how to stage a part."""
+    """A `ShardGroup` without its workers: a subclass starts methods on workers and stages parts."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
-        self._num_shards: dict[str, int] = {}  # by table; an unknown one is asked of every worker
-        self._pid_of: dict[int, int] = {}  # as each worker was last seen
+        self._num_shards: dict[str, int] = {}  # by table; calls on an unknown table go to every worker
+        self._pid_of: dict[int, int] = {}  # by worker, as last reported
         self._num_restarts: Counter[int] = Counter()
 
     @abstractmethod
     def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
-        """Start a method of `Worker` on one worker; a staged part among args arrives there as the part itself."""
+        """Start a `Worker` method on one worker; a staged part among args arrives as the part itself."""
 
     def start_on(
         self,
         workers: Sequence[int],
         method: str,
         *args: Any,
-        merge_over: int | None = None,  # noqa: ARG002  (for groups that can)
+        merge_over: int | None = None,  # noqa: ARG002  (for groups with relays)
     ) -> Sequence[Pending[dict[int, Any]]]:
-        """Start a method on some workers; merge_over = K: scores of K shards may merge where they meet on the way."""
+        """Start a method on some workers; with merge_over = K, relays may merge the scores of a table of K shards."""
         return [self.start(worker, method, *args) for worker in workers]
 
     @abstractmethod
     def stage(self, part: Part) -> Staged:
-        """Place a part for later verbs."""
+        """Place a part where the workers can read it in later verbs."""
 
     @abstractmethod
     def backlog(self) -> int:
-        """Abandoned work that is not finished yet."""
+        """Return the number of abandoned calls that have not finished."""
 
     def on_all(self, method: str, table: str, *args: Any) -> Gathered[Any]:
         """Start a method on every worker that holds a shard of a table."""
@@ -102,7 +102,7 @@ class FanoutGroup(ABC):
         return pending
 
     def echo(self, tensor: Tensor) -> Gathered[Tensor]:
-        """The tensor, from every worker: what a fan-out costs where nothing is computed."""
+        """Send a tensor to every worker and back: a fan-out without computation, to measure its cost."""
         return Gathered(self.start_on(range(self._num_workers), "echo", tensor))
 
     def stats(self, timeout_s: float) -> list[SeenWorker]:
@@ -112,7 +112,7 @@ class FanoutGroup(ABC):
 
     def _seen(self, worker: int, pending: Pending[dict[int, Any]], timeout_s: float) -> SeenWorker:
         stats: WorkerStats | None = None
-        with suppress(TimeoutError, WorkerLost, ShardMissing):  # missing: it is known to have died
+        with suppress(TimeoutError, WorkerLost, ShardMissing):  # missing: the worker is known to have died
             stats = answered(pending, timeout_s)[worker]
         if stats is not None:
             if self._pid_of.setdefault(worker, stats.pid) != stats.pid:
@@ -123,7 +123,7 @@ class FanoutGroup(ABC):
     @property
     @abstractmethod
     def devices(self) -> Sequence[str]:
-        """Where each worker computes."""
+        """The torch device of each worker, by worker index."""
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Gathered[Score]:
         over = self._num_shards.get(table)
@@ -184,14 +184,14 @@ class FanoutGroup(ABC):
 
 
 def timed(call: Callable[..., T], *args: Any) -> tuple[float, T]:
-    """Seconds that a call takes, and its answer."""
+    """Run a call; return the seconds it took and its answer."""
     began = time.perf_counter()
     answer = call(*args)
     return time.perf_counter() - began, answer
 
 
 def answered(pending: Pending[T], timeout_s: float) -> T:
-    """The answer of work that changes nothing; it is abandoned where it does not come in time."""
+    """Wait for the answer of a call that changes nothing; abandon the call if it times out."""
     try:
         return pending.result(timeout_s)
     except TimeoutError:
@@ -200,5 +200,5 @@ def answered(pending: Pending[T], timeout_s: float) -> T:
 
 
 def remaining_until(deadline: float) -> Callable[[], float]:
-    """Seconds left until a monotonic time, never negative."""
+    """Return a function that gives the seconds left until a monotonic time, never negative."""
     return lambda: max(0.0, deadline - time.monotonic())

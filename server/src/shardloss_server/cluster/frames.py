@@ -1,11 +1,11 @@
 """Frames on a socket between the front end and a worker: a number, a kind, and one value.
 
     frame    kind u8, 7 bytes of 0, number u64, body length u64 (little-endian), body
-    body     pickle length u64, count of buffers u64, their lengths u64 each, pickle, buffers; each of the last two
-             begins at a multiple of ALIGNMENT from the body's start
+    body     pickle length u64, count of buffers u64, their lengths u64 each, pickle, buffers; the pickle and each
+             buffer begin at a multiple of ALIGNMENT from the body's start
 
-The value is pickled, its large tensors beside the pickle, so that they are neither copied to be sent nor after they
-came. A pickle can run code: only `handshake` decides whose frames are read.
+The value is pickled. Its large tensors are sent next to the pickle as raw buffers, so neither side copies them.
+A pickle can run code, so frames are read only from peers that have passed `handshake`.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ HEADER = struct.Struct("<B7xQQ")
 COUNTS = struct.Struct("<QQ")
 ALIGNMENT = 64
 SOCKET_BYTES = 4 << 20
-SILENT_S, PROBE_S, PROBES = 10, 5, 3  # a peer that is cut off is noticed after 25 s
-SMALL_BYTES = 1 << 12  # tensors below it stay inside the pickle
-VECTORS = 64  # buffers handed to one sendmsg; the kernel takes 1024
+SILENT_S, PROBE_S, PROBES = 10, 5, 3  # a peer that is cut off is detected after 25 s
+SMALL_BYTES = 1 << 12  # smaller tensors stay inside the pickle
+VECTORS = 64  # buffers passed to one sendmsg; the kernel accepts 1024
 PADDING = bytes(ALIGNMENT)
 
 Buffer = bytes | bytearray | memoryview
 
 
 class LinkClosed(Exception):
-    """The other side has gone."""
+    """The other end of a link is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What came."""
+    """A received frame; its body is not decoded yet."""
 
     kind: int
     number: int
@@ -48,21 +48,21 @@ class Frame:
 
 
 def rebuild(content: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over the bytes that came."""
+    """Return a tensor that shares the memory of the received bytes."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(content, dtype=dtype).view(shape)
 
 
 def reduce_tensor(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    """How a tensor is pickled: its bytes as a buffer."""
+    """Return how to pickle a tensor: `rebuild` and its arguments, the first of them the tensor's bytes as a buffer."""
     tensor = tensor.detach().cpu().contiguous()
     content = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
     return rebuild, (pickle.PickleBuffer(content.data), tensor.dtype, tuple(tensor.shape))
 
 
 def encode(value: object, name_of: Callable[[object], object] | None = None) -> list[Buffer]:
-    """The body of a value, in pieces; name_of says what to send in place of an object, or None to send the object."""
+    """Encode a value as a body, in pieces; name_of(object) is what to send in its place, or None to send the object."""
     buffers: list[memoryview] = []
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -84,9 +84,9 @@ def encode(value: object, name_of: Callable[[object], object] | None = None) -> 
 
 
 class Pickler(pickle.Pickler):
-    """Protocol 5 with tensors as buffers, and with names in place of some objects."""
+    """A pickler (protocol 5) that writes tensors as buffers and replaces some objects with names."""
 
-    dispatch_table = {Tensor: reduce_tensor}  # noqa: RUF012  (what pickle looks for)
+    dispatch_table = {Tensor: reduce_tensor}  # noqa: RUF012  (pickle looks for this attribute)
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ class Pickler(pickle.Pickler):
         self._name_of = name_of
 
     def persistent_id(self, value: object) -> object:
-        """None: pickle the object itself."""
+        """Return the name to send in place of an object, or None to pickle the object itself."""
         return None if self._name_of is None else self._name_of(value)
 
 
 class Unpickler(pickle.Unpickler):
-    """The other side of `Pickler`."""
+    """The counterpart of `Pickler`: reads tensors from buffers and resolves names."""
 
     def __init__(
         self, stream: io.BytesIO, buffers: Sequence[Buffer], named: Callable[[Any], object] | None = None
@@ -112,14 +112,14 @@ class Unpickler(pickle.Unpickler):
         self._named = named
 
     def persistent_load(self, name: Any) -> object:
-        """What a name stands for."""
+        """Return the object that a name stands for."""
         if self._named is None:
-            raise pickle.UnpicklingError(f"nothing is named {name!r} here")
+            raise pickle.UnpicklingError(f"the frame names an object {name!r}, but no names are expected here")
         return self._named(name)
 
 
 def decode(body: memoryview, named: Callable[[Any], object] | None = None) -> Any:
-    """The value of a body; its large tensors share the body's memory."""
+    """Decode the value of a body; its large tensors share the body's memory."""
     pickle_bytes, num_buffers = COUNTS.unpack_from(body)
     sizes = struct.unpack_from(f"<{num_buffers}Q", body, COUNTS.size)
     at = aligned(COUNTS.size + 8 * num_buffers)
@@ -132,15 +132,15 @@ def decode(body: memoryview, named: Callable[[Any], object] | None = None) -> An
 
 
 def aligned(offset: int) -> int:
-    """The next multiple of ALIGNMENT."""
+    """Round an offset up to a multiple of ALIGNMENT."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def send(sock: socket.socket, kind: int, number: int, body: Sequence[Buffer] = ()) -> None:
-    """Send one frame; who sends on a socket must be alone.
+    """Send one frame; only one thread may send on a socket at a time.
 
     Raises:
-        OSError: the other side is gone, or does not read.
+        OSError: the other end is gone, or does not read.
     """
     pieces = [memoryview(piece) for piece in body]
     length = sum(piece.nbytes for piece in pieces)
@@ -148,7 +148,7 @@ def send(sock: socket.socket, kind: int, number: int, body: Sequence[Buffer] = (
 
 
 def send_all(sock: socket.socket, pieces: list[memoryview]) -> None:
-    """Every byte of the pieces, in order."""
+    """Send every byte of the pieces, in order."""
     first = 0
     while first < len(pieces):
         sent = sock.sendmsg(pieces[first : first + VECTORS])
@@ -163,26 +163,26 @@ def receive(sock: socket.socket) -> Frame:
     """Wait for the next frame.
 
     Raises:
-        LinkClosed, OSError: the other side is gone.
+        LinkClosed, OSError: the other end is gone.
     """
     kind, number, length = HEADER.unpack(receive_bytes(sock, HEADER.size))
     return Frame(kind, number, receive_bytes(sock, length))
 
 
 def receive_bytes(sock: socket.socket, num_bytes: int) -> memoryview:
-    """So many bytes, in memory of their own that was not zeroed first."""
+    """Receive num_bytes bytes into newly allocated memory, which is not zeroed first."""
     content = np.empty(num_bytes, dtype=np.uint8).data
     rest = content
     while rest.nbytes:
         came = sock.recv_into(rest)
         if came == 0:
-            raise LinkClosed("the other side closed the link")
+            raise LinkClosed("the other end closed the link")
         rest = rest[came:]
     return content
 
 
 def configure(sock: socket.socket) -> None:
-    """Set what both ends of a link set."""
+    """Set the socket options that both ends of a link use."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -194,5 +194,5 @@ def configure(sock: socket.socket) -> None:
 
 
 def timeval(seconds: int) -> bytes:
-    """struct timeval of the C library, for socket options."""
+    """Pack seconds as a struct timeval of the C library, for socket options."""
     return struct.pack("@ll", seconds, 0)

@@ -1,7 +1,7 @@
-"""The port: a group of shards that scores parts and applies records, wherever its workers run.
+"""The `ShardGroup` port: a group of shards that scores parts and applies records, wherever its workers run.
 
-Every verb starts its work at once and returns a `Pending`: whoever calls verbs of one table under one lock gives all
-its shards the same order of work, and waits outside the lock. Results come in shard order.
+Every verb starts its work at once and returns a `Pending`. A caller that holds one lock per table while it starts verbs
+gives all the table's shards the same order of work, and can wait outside the lock. Results are in shard order.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ class WorkerLost(Exception):
 
 
 class ShardMissing(Exception):
-    """A worker holds no such shard: it died and its rows are gone, whether or not it has been started anew."""
+    """A worker no longer holds a shard: it died and its rows are lost, even if it has been restarted since."""
 
 
 class Pending(Protocol[T_co]):
-    """Work under way."""
+    """A call in progress on one or more workers."""
 
     def result(self, timeout_s: float) -> T_co:
-        """Wait for the work.
+        """Wait for the work and return its result.
 
         Raises:
-            TimeoutError: not done within timeout_s; the work goes on and its result is dropped.
-            WorkerLost, ShardMissing, OutOfMemory: see there.
+            TimeoutError: not done within timeout_s; the work continues and its result is dropped.
+            WorkerLost, ShardMissing, OutOfMemory: see those classes.
         """
 
     @property
     def computed_s(self) -> Mapping[int, float]:
-        """Seconds that each worker computed, by its index, once `result` has returned: the rest is the way."""
+        """Seconds that each worker computed, by index, once `result` has returned; the remaining time is transport."""
 
     def abandon(self) -> None:
-        """Nobody waits for it any more: it need not begin, but may have. Only for work that changes nothing."""
+        """Give up the result, so that work that has not begun can be skipped. Only for work that changes nothing."""
 
 
 class Staged(Protocol):
@@ -65,7 +65,7 @@ class Staged(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A record whose parts are staged: what the owner sends so that each shard makes the record whole."""
+    """A record without its parts, which are staged: the owner sends it, and each shard adds the parts."""
 
     version: int
     key: StepKey
@@ -74,23 +74,23 @@ class Order:
     upstreams: tuple[Upstream, ...]
 
     def record(self, parts: Sequence[Part]) -> Record:
-        """The self-contained record."""
+        """Return the self-contained record, with the parts in it."""
         return Record(self.version, self.key, self.learning_rate, self.staleness, tuple(parts), tuple(self.upstreams))
 
 
 class ShardGroup(Protocol):
-    """Shards of any number of tables on W workers; each holds neighbouring ones (`placement.hosted_shards`)."""
+    """Shards of any number of tables on W workers; each holds neighbouring shards (`placement.hosted_shards`)."""
 
     @property
     def num_workers(self) -> int:
-        """Worker processes; 0 where the shards live in this process."""
+        """Number of worker processes; 0 if the shards are in this process."""
 
     @property
     def devices(self) -> Sequence[str]:
-        """Where each worker computes."""
+        """The torch device of each worker, by worker index."""
 
     def backlog(self) -> int:
-        """Abandoned work that is not finished yet: it stands before whatever is started now."""
+        """Return the number of abandoned calls that have not finished; a call started now waits behind them."""
 
     def create(self, spec: TableSpec, max_sessions: int) -> Pending[object]:
         """Allocate and fill the shards of a table."""
@@ -99,36 +99,39 @@ class ShardGroup(Protocol):
         """Free the shards of a table; unknown ones are ignored."""
 
     def stage(self, part: Part) -> Staged:
-        """Place a part for later verbs."""
+        """Place a part where the workers can read it in later verbs."""
 
     def score(self, table: str, staged: Staged, with_gradient: bool, keep: bool) -> Pending[list[Score]]:
-        """Score a part on every shard, some of whose answers may be merged; keep what its step can use."""
+        """Score a part on every shard; some answers may be merged. With keep, shards keep what the step can reuse."""
 
     def mine(self, table: str, staged: Staged, k: int) -> Pending[list[Mined]]:
-        """The k best candidates of each row on every shard."""
+        """Find the k best candidates of each row of hidden on every shard."""
 
     def begin_labels(self, table: str, name: str) -> Pending[list[int]]:
-        """Have every shard collect the gradient of a label distribution, and forget that of another."""
+        """Have every shard collect the gradient of a label distribution and discard that of any other."""
 
     def add_labels(
         self, table: str, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None
     ) -> Pending[list[LabelTarget]]:
-        """A piece of a label distribution: weights [N, C] of classes from first_class on; collected with g [N]."""
+        """Compute the target of a piece of a label distribution: weights [N, C] of classes from first_class on.
+
+        If g [N] is given, the shards also collect its gradient.
+        """
 
     def forget_labels(self, table: str) -> Pending[list[int]]:
-        """Have every shard free what it collected."""
+        """Have every shard free the gradient of a label distribution that it collected."""
 
     def gradient(self, table: str, staged: Staged, upstream: Upstream) -> Pending[list[RowGradient]]:
-        """Gradient of every shard's touched rows."""
+        """Compute the gradient of every shard's touched rows."""
 
     def apply(self, table: str, order: Order, staged: Sequence[Staged]) -> Pending[list[int]]:
-        """Apply one step on every shard; a shard that has it already answers its version."""
+        """Apply one step on every shard; a shard that has already applied it only returns its version."""
 
     def write(self, table: str, write: RowWrite) -> Pending[list[int]]:
         """Overwrite rows on every shard."""
 
     def read(self, table: str, class_ids: Tensor, with_state: bool = False) -> Pending[list[Rows]]:
-        """Rows of each shard among class_ids, with their optimizer state where asked."""
+        """Read each shard's rows among class_ids, with their optimizer state if with_state."""
 
     def scan(self, table: str, question: Question, piece: int, num_pieces: int) -> Pending[list[ScanAnswer]]:
         """Answer an exact question over one slice of every shard's rows."""
@@ -136,19 +139,19 @@ class ShardGroup(Protocol):
     def asked_logits(
         self, table: str, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN
     ) -> Pending[list[AskedLogits]]:
-        """Logits and keys of class_ids [N, S]: each shard's own, 0 for all others."""
+        """Compute logits and keys of class_ids [N, S]: each shard gives those of its own classes, 0 for all others."""
 
     def stats(self, timeout_s: float) -> list[SeenWorker]:
-        """Every worker by index; one that does not answer in time, dead or busy, is told as such."""
+        """Return every worker's stats by index; a worker that does not answer in time is reported as unreachable."""
 
     def applied_versions(self, table: str) -> Pending[list[int]]:
-        """The version of every shard."""
+        """Return the version of every shard."""
 
     def repair(self, table: str, timeout_s: float) -> int:
-        """Bring every shard to the highest version that any of them has, by its records, and return that version.
+        """Bring every shard to the highest version among them by replaying records, and return that version.
 
         Raises:
-            TimeoutError, WorkerLost, ShardMissing: not all shards answered; repeat, or give the table up.
+            TimeoutError, WorkerLost, ShardMissing: not all shards answered; repeat the call, or give up the table.
         """
 
     def close(self) -> None:

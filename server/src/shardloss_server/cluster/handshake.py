@@ -1,10 +1,11 @@
-"""Who may be at the other end of a link: each side proves that it knows the group's key, and never sends it.
+"""Mutual authentication of a link: each side proves that it knows the group's key, without sending it.
 
     listener -> worker   challenge, CHALLENGE_BYTES random bytes
-    worker -> listener   index u64, answer = HMAC-SHA256(key, "worker" + index + challenge), challenge of its own
+    worker -> listener   index u64, answer = HMAC-SHA256(key, "worker" + index + challenge), its own challenge
     listener -> worker   answer = HMAC-SHA256(key, "listener" + challenge)
 
-Frames are pickles, so no byte of one is read before. The key travels with the actor's arguments, as Ray's own pickles.
+Frames are pickles, so none is read before this succeeds. The key is one of the actor's arguments: it is sent the same
+way as Ray's own pickles.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ TIMEOUT_S = 5.0
 
 
 class NotOurs(Exception):
-    """The other side does not know the key."""
+    """The other end of a link does not know the group's key."""
 
 
 def answer_of(key: bytes, role: bytes, challenge: bytes) -> bytes:
-    """What only a holder of the key can say to a challenge."""
+    """Return the answer to a challenge, which only a holder of the key can compute."""
     return hmac.digest(key, role + challenge, "sha256")
 
 
 def admit(sock: socket.socket, key: bytes) -> int:
-    """As the listener: the index of the worker that has come.
+    """Authenticate a worker that has connected to the listener, and return its index.
 
     Raises:
-        NotOurs, LinkClosed, OSError: it does not know the key, or does not answer.
+        NotOurs, LinkClosed, OSError: the worker does not know the key or does not answer.
     """
     sock.settimeout(TIMEOUT_S)
     challenge = secrets.token_bytes(CHALLENGE_BYTES)
@@ -42,22 +43,22 @@ def admit(sock: socket.socket, key: bytes) -> int:
     index = bytes(receive_bytes(sock, INDEX.size))
     answer = bytes(receive_bytes(sock, CHALLENGE_BYTES))
     if not hmac.compare_digest(answer, answer_of(key, b"worker" + index, challenge)):
-        raise NotOurs("a link was refused: its answer does not fit the key")
+        raise NotOurs("the answer to the challenge is wrong: the other end does not know this group's key")
     sock.sendall(answer_of(key, b"listener", bytes(receive_bytes(sock, CHALLENGE_BYTES))))
     sock.settimeout(None)
     return int(INDEX.unpack(index)[0])
 
 
 def introduce(sock: socket.socket, key: bytes, index: int) -> None:
-    """As worker `index`: be admitted by a listener that knows the key, too.
+    """Authenticate to a listener as worker `index`, and check that the listener knows the key too.
 
     Raises:
-        NotOurs, LinkClosed, OSError: it does not know the key, or does not answer.
+        NotOurs, LinkClosed, OSError: the listener does not know the key or does not answer.
     """
     sock.settimeout(TIMEOUT_S)
     challenge = bytes(receive_bytes(sock, CHALLENGE_BYTES))
     mine, packed = secrets.token_bytes(CHALLENGE_BYTES), INDEX.pack(index)
     sock.sendall(packed + answer_of(key, b"worker" + packed, challenge) + mine)
     if not hmac.compare_digest(bytes(receive_bytes(sock, CHALLENGE_BYTES)), answer_of(key, b"listener", mine)):
-        raise NotOurs("the listener does not know the key")
+        raise NotOurs("the listener does not know this group's key")
     sock.settimeout(None)

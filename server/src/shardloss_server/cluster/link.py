@@ -1,4 +1,4 @@
-"""The front end's end of the links to its workers and relays: one socket each, calls in order, answers as they come.
+"""The front end's side of the links to its workers and relays: one socket each, calls in order, answers as they arrive.
 
 A fan-out of 131 kB to two workers and back takes 0.2 ms over links, 0.45 ms over a Ray compiled graph and 8 ms as plain
 actor calls (docs/adr/0007-links.md).
@@ -30,20 +30,20 @@ from shardloss_server.cluster.listener import Invitation, Listener, shut
 from shardloss_server.shard.record import Part
 
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE, ROUTE = range(1, 8)
-SEND_TIMEOUT_S = 20  # a worker reads all the time, whatever it computes: one that does not is lost
+SEND_TIMEOUT_S = 20  # a worker reads even while it computes; one that has not read for so long is lost
 SWEEP_MS = 1000
-WITHOUT_ROWS = {"create", "drop", "echo", "stats"}  # what a worker answers that has lost its rows
+WITHOUT_ROWS = {"create", "drop", "echo", "stats"}  # methods that a worker without its rows can answer
 
 log = logging.getLogger(__name__)
-Timed = tuple[tuple[float, ...], dict[int, Any]]  # seconds that each worker computed, and their answer
+Timed = tuple[tuple[float, ...], dict[int, Any]]  # seconds that each worker computed, and {shard: answer}
 
 
 class WorkerFailed(Exception):
-    """A worker raised what cannot be sent; the message is its trace."""
+    """A worker raised an error that cannot be sent as it is; the message is its traceback or the reason."""
 
 
 class KeptPart:
-    """A part that workers keep, from their first call with it until this object is gone; a relay has but its body."""
+    """A part that workers keep from their first call with it until this object is freed; a relay has only its body."""
 
     __slots__ = ("__weakref__", "_body", "number", "part")
 
@@ -51,7 +51,7 @@ class KeptPart:
         self.number, self.part, self._body = number, part, body
 
     def body(self) -> list[Buffer]:
-        """What is sent of it: encoded once, whichever worker asks first; its large tensors are not copied."""
+        """Return the encoded part. It is encoded once for all workers; its large tensors are not copied."""
         if self._body is None:
             self._body = frames.encode(self.part)
         return self._body
@@ -59,7 +59,7 @@ class KeptPart:
 
 @dataclass(frozen=True, slots=True)
 class LinkPending:
-    """The answer of one worker, or of several behind a relay."""
+    """The pending answer of one worker, or of several behind a relay."""
 
     link: Link
     number: int
@@ -71,7 +71,7 @@ class LinkPending:
             return self.future.result(timeout_s)[1]
         except FutureTimeout as error:
             if self.future.done() and self.future.exception() is error:
-                raise WorkerFailed("a worker's own wait timed out") from error
+                raise WorkerFailed("a wait inside the worker timed out") from error
             raise TimeoutError(f"a worker did not answer within {timeout_s:.1f} s") from error
 
     @property
@@ -79,13 +79,13 @@ class LinkPending:
         return dict(zip(self.workers, self.future.result(0)[0], strict=True))
 
     def abandon(self) -> None:
-        """Have the worker pass it over, unless it has begun."""
+        """Have the worker skip this call, unless it has begun it."""
         self.link.cancel(self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a relay must know of a call: its workers, its parts by number, over how many shards its scores merge."""
+    """A call's route through a relay: its workers, its parts by number, and how many shards its scores merge over."""
 
     workers: tuple[int, ...]
     parts: tuple[int, ...]
@@ -94,7 +94,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A call on its way: its body names its parts by number. It has a route where it goes to a relay."""
+    """A call, waiting or sent. Its body refers to its parts by number; it has a route if it is sent to a relay."""
 
     number: int
     answer: Future[Timed]
@@ -104,18 +104,18 @@ class Call:
     needs_rows: bool = False
 
     def fail(self, why: str) -> None:
-        """Nobody will answer, and whether the work was done is unknown."""
+        """Fail the call as WorkerLost: no answer will arrive, and whether the work was done is unknown."""
         if not self.answer.done():
             self.answer.set_exception(WorkerLost(why))
 
     def miss(self, why: str) -> None:
-        """The rows that it is about are gone."""
+        """Fail the call as ShardMissing: the rows that it needs are lost."""
         if not self.answer.done():
             self.answer.set_exception(ShardMissing(why))
 
 
 class Link:
-    """One worker or relay, through all its lives: what is asked while it is away waits until it is back."""
+    """The link to one worker or relay, across its restarts; calls made while it is away can wait until it is back."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -131,7 +131,7 @@ class Link:
         self.linked = threading.Event()
 
     def adopt(self, sock: socket.socket) -> None:
-        """It has come; another that was here before is lost."""
+        """Use the socket of a peer that has connected; a previous connection is treated as lost."""
         with self._sending:
             self._lose()
             if self._is_closed:
@@ -145,15 +145,15 @@ class Link:
                 self._send_call(self._early.popleft())
 
     def bury(self, lives: int) -> None:
-        """Its process is known to have ended in this life: what needs its rows misses them, now and until it is back.
+        """Record that the process has died: calls that need its rows fail as ShardMissing until it is back.
 
-        It may have come back since; a later life is none of this.
+        lives is the number of connections when it was seen dead; if it has connected again since, nothing is done.
         """
         with self._sending:
             if self._sock is not None or self.lives != lives:
                 return
             if not self._is_dead:
-                log.warning("%s has died, and its rows with it", self.name)
+                log.warning("%s has died and its rows are lost", self.name)
             self._is_dead = True
             waiting, self._early = self._early, deque(call for call in self._early if not call.needs_rows)
             for call in waiting:
@@ -171,7 +171,10 @@ class Link:
         waits: bool = True,
         needs_rows: bool = False,
     ) -> LinkPending:
-        """Start a call; its parts go before it where the other end lacks them. waits: while that is away."""
+        """Start a call, after sending the parts that the other end lacks.
+
+        While the other end is away, the call waits for it if `waits`, and fails as WorkerLost otherwise.
+        """
         call = Call(number, Future(), body, parts, route, needs_rows)
         with self._sending:
             if self._is_closed:
@@ -185,14 +188,14 @@ class Link:
         return LinkPending(self, number, call.answer, workers)
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for a call any more."""
+        """Cancel a call whose answer is no longer wanted."""
         with self._sending, suppress(LinkClosed):
             self._early = deque(call for call in self._early if call.number != number)
             self._under_way.pop(number, None)
             self._send(CANCEL, number)
 
     def give_up(self, worker: int) -> None:
-        """A worker behind this relay is elsewhere now: it will answer nothing that it was asked here."""
+        """Fail the calls through this relay to a worker that has left it and will not answer them."""
         with self._sending:
             early = list(self._early)
             for call in [*early, *list(self._under_way.values())]:
@@ -202,12 +205,12 @@ class Link:
                     self.cancel(call.number)
 
     def free(self, number: int) -> None:
-        """A kept part is gone. May be called by the garbage collector at any moment: it only takes a note."""
+        """Queue the number of a freed part. Does nothing else: the garbage collector may call it at any moment."""
         if number in self._kept:
             self._freed.append(number)
 
     def close(self) -> None:
-        """Let go of the worker, and of whoever waits for it."""
+        """Close the link and fail the calls that wait for it."""
         with self._sending:
             self._is_closed = True
             self._lose()
@@ -228,16 +231,16 @@ class Link:
         except LinkClosed:
             self._under_way.pop(call.number, None)
             call.fail(f"{self.name} is gone")
-        except Exception as error:  # such as no memory for what is sent: others go on
+        except Exception as error:  # e.g. no memory to encode the call: other calls go on
             self._under_way.pop(call.number, None)
             if not call.answer.done():
                 call.answer.set_exception(error)
 
     def _sweep(self) -> None:
-        """Have the worker forget the parts that are gone.
+        """Have the other end free the parts that were freed here.
 
         Raises:
-            LinkClosed: the worker is gone.
+            LinkClosed: the other end is gone.
         """
         while self._freed:
             number = self._freed.popleft()
@@ -249,26 +252,26 @@ class Link:
         """Send a frame.
 
         Raises:
-            LinkClosed: the worker is gone, or does not read.
+            LinkClosed: the other end is gone, or does not read.
         """
         if self._sock is None:
-            raise LinkClosed("nobody is here")
+            raise LinkClosed("the other end is not connected")
         try:
             frames.send(self._sock, kind, number, body)
         except OSError as error:
-            log.warning("%s does not read: %s", self.name, error)
+            log.warning("cannot send to %s, its link is dropped: %s", self.name, error)
             self._lose()
             raise LinkClosed("the other end does not read") from error
 
     def _lose(self) -> None:
-        """The worker is gone, or as good as that: whether it did what it was asked for is unknown."""
+        """Drop the socket and fail the calls sent on it: whether their work was done is unknown."""
         sock, self._sock = self._sock, None
         self._kept.clear()
         if sock is not None:
             self.linked.clear()
-            shut(sock)  # closed by who reads it: until then nobody else gets its number
+            shut(sock)  # `_read` closes it; until then its file descriptor is not reused
         for number in list(self._under_way):
-            call = self._under_way.pop(number, None)  # unless its answer has just come
+            call = self._under_way.pop(number, None)  # None if its answer has just arrived
             if call is not None:
                 call.fail(f"{self.name} is gone")
 
@@ -279,7 +282,8 @@ class Link:
             while True:
                 if poll.poll(SWEEP_MS):
                     self._take(frames.receive(sock))
-                elif self._freed and self._sending.acquire(blocking=False):  # whoever sends sweeps, and must be read
+                elif self._freed and self._sending.acquire(blocking=False):
+                    # Not blocking: the thread that has the lock sweeps, and may need this one to go on reading.
                     try:
                         self._sweep()
                     finally:
@@ -287,7 +291,7 @@ class Link:
         except (LinkClosed, OSError, ValueError):
             pass
         except Exception:
-            log.exception("the answers of %s cannot be read", self.name)
+            log.exception("cannot read the answers of %s; its link is dropped", self.name)
         with self._sending:
             if self._sock is sock:
                 self._lose()
@@ -296,11 +300,11 @@ class Link:
     def _take(self, frame: frames.Frame) -> None:
         call = self._under_way.pop(frame.number, None)
         if call is None:
-            return  # it was given up
+            return  # the call was cancelled
         try:
             value = frames.decode(frame.body)
-        except Exception as error:  # such as an error that cannot be made anew from its pickle
-            call.answer.set_exception(WorkerFailed(f"the answer cannot be read: {error!r}"))
+        except Exception as error:  # e.g. an error that cannot be unpickled
+            call.answer.set_exception(WorkerFailed(f"the answer cannot be decoded: {error!r}"))
             return
         if frame.kind == FAILURE:
             call.answer.set_exception(value)
@@ -309,11 +313,11 @@ class Link:
 
 
 class Links:
-    """The links of a group to its workers, and to the relays that stand before some of them.
+    """The links of a group to its workers, and to the relays in front of some of them.
 
-    On one node they come to a Unix socket in a folder that only this user may enter; host makes it a TCP socket there.
-    relays[r] are the workers behind relay r, whose own link has index num_workers + r. One of them that links itself
-    all the same, from another node, is called over its own link.
+    Workers connect to a Unix socket in a directory that only this user may enter or, with host, to a TCP socket there.
+    relays[r] are the workers behind relay r, whose own link has index num_workers + r. A worker of a relay that links
+    directly all the same, from another node, is called over its own link.
     """
 
     def __init__(self, num_workers: int, host: str | None = None, relays: Sequence[Sequence[int]] = ()) -> None:
@@ -335,25 +339,25 @@ class Links:
 
     @property
     def invitation(self) -> Invitation:
-        """What a worker or a relay needs to link itself."""
+        """The address and key that a worker or a relay needs to link itself."""
         return self._listener.invitation
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether every relay, and every worker that has none, has come in time."""
+        """Return True once every relay and every worker without one is linked; False if one is not in time."""
         ways = {self._relay_of.get(worker, link) for worker, link in enumerate(self.links)}
         return all(link.linked.wait(timeout_s) for link in ways)
 
     def away(self) -> dict[int, Link]:
-        """The workers without a relay that are not here, with their links."""
+        """Return {worker: link} of the workers without a relay that are not linked."""
         direct = ((worker, link) for worker, link in enumerate(self.links) if worker not in self._relay_of)
         return {worker: link for worker, link in direct if not link.linked.is_set()}
 
     def keep(self, part: Part) -> KeptPart:
-        """A part for workers to keep."""
+        """Wrap a part so that workers keep it until the wrapper is freed."""
         return kept_over(self._all, KeptPart(next(self._numbers), part))
 
     def call(self, workers: Sequence[int], method: str, *args: Any, merge_over: int | None = None) -> list[LinkPending]:
-        """Start a method on workers: encoded once, sent to each, but once for all that stand behind one relay.
+        """Start a method on workers. The call is encoded once and sent once per worker, or once per relay.
 
         A relay merges the scores of its workers over a table of merge_over shards.
         """
@@ -368,14 +372,14 @@ class Links:
                 route = Route(tuple(theirs), tuple(part.number for part in parts), merge_over)
                 pending.append(link.call(number, body, parts, route.workers, route))
                 self._give_up_gone(theirs)
-            else:  # one that has left its relay's node may next be found there again
+            else:  # a worker that has left its relay may be back behind it next, so its calls do not wait
                 is_direct, needs_rows = theirs[0] not in self._relay_of, method not in WITHOUT_ROWS
                 one = link.call(number, body, parts, tuple(theirs), waits=is_direct, needs_rows=needs_rows)
                 pending.append(one)
         return pending
 
     def close(self) -> None:
-        """Let go of every worker. Idempotent."""
+        """Close every link. Idempotent."""
         self._listener.close()
         for link in self._all:
             link.close()
@@ -395,9 +399,9 @@ class Links:
             self._give_up_gone([index])
 
     def _give_up_gone(self, workers: Sequence[int]) -> None:
-        """Whatever waits behind a relay for a worker that has come by itself waits in vain.
+        """Fail the calls that wait behind a relay for a worker that has linked itself directly.
 
-        Asked by who sends to the relay and by who adopts the worker, each afterwards: one of them sees what both did.
+        Called after a send to the relay and after adopting the worker: the later of the two sees what both did.
         """
         for worker in workers:
             if worker in self._relay_of and self.links[worker].linked.is_set():
@@ -405,17 +409,17 @@ class Links:
 
 
 def kept_over(links: Sequence[Link], kept: KeptPart) -> KeptPart:
-    """The part; once it is gone, whoever got it over these links is told to forget it."""
+    """Return the part; once it is freed, the other ends of these links free their copies."""
     weakref.finalize(kept, forget, links, kept.number).atexit = False
     return kept
 
 
 def forget(links: Sequence[Link], number: int) -> None:
-    """A kept part is gone."""
+    """Note on each link that a kept part was freed."""
     for link in links:
         link.free(number)
 
 
 def number_of(value: object) -> object:
-    """What is sent in place of a kept part."""
+    """Return the number that is sent in place of a kept part; None for anything else."""
     return value.number if isinstance(value, KeptPart) else None

@@ -1,4 +1,4 @@
-"""The worker's end of a link: one thread reads what comes, another answers it in that order."""
+"""The worker's side of a link: one thread reads calls, another answers them in the same order."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 Call = Callable[..., Any]  # (method, *args) -> answer
 RECONNECT_S = 0.1
-PATIENCE_S = 60.0  # in which Ray has started a relay anew
+PATIENCE_S = 60.0  # longer than Ray takes to restart a relay
 
 
 class LinkedWorker:
-    """Answers the calls of one front end until it goes."""
+    """The worker's end of one link, which answers calls until the link is closed."""
 
     def __init__(self, call: Call, sock: socket.socket) -> None:
         self._call, self._sock = call, sock
@@ -46,7 +46,7 @@ class LinkedWorker:
         self._closed = False
 
     def run(self) -> None:
-        """Read and answer; returns when the front end has gone."""
+        """Read and answer calls until the link is closed."""
         reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
         reader.start()
         try:
@@ -58,7 +58,7 @@ class LinkedWorker:
             self._sock.close()
 
     def _serve_one(self) -> bool:
-        """Answer the next call, and hold nothing of it afterwards; False once the link is closed."""
+        """Answer the next call and keep no reference to it; return False once the link is closed."""
         with self._came:
             self._came.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -78,7 +78,7 @@ class LinkedWorker:
             began = time.perf_counter()
             value = self._call(method, *args)
             kind, body = ANSWER, frames.encode(((time.perf_counter() - began,), value))
-        except Exception as error:  # whatever it is, the caller is told
+        except Exception as error:  # any error is sent to the caller
             kind, body = FAILURE, failure(error)
         frames.send(self._sock, kind, number, body)
 
@@ -89,11 +89,11 @@ class LinkedWorker:
         except (LinkClosed, OSError):
             pass
         except Exception:
-            log.exception("a frame cannot be read; the link is closed")
+            log.exception("cannot read a frame; the link is closed")
         with self._came:
             self._closed = True
             self._came.notify()
-        shut(self._sock)  # closed by `run`, once nobody sends on it
+        shut(self._sock)  # `run` closes it once no thread sends on it
 
     def _take(self, frame: frames.Frame) -> None:
         if frame.kind == KEEP:
@@ -112,7 +112,7 @@ class LinkedWorker:
 
 
 def failure(error: Exception) -> list[Buffer]:
-    """An error to send: itself, with its trace as a note, or where it cannot be sent the trace alone."""
+    """Encode an error with its traceback as a note, or the traceback alone if the error cannot be sent."""
     trace = "".join(traceback.format_exception(error))
     error.add_note(trace)
     try:
@@ -122,10 +122,10 @@ def failure(error: Exception) -> list[Buffer]:
 
 
 def connect(invitation: Invitation, index: int) -> socket.socket:
-    """An admitted socket to the front end.
+    """Connect to a listener and authenticate; return the socket.
 
     Raises:
-        NotOurs, LinkClosed, OSError: nobody is there, or not the one that made the invitation.
+        NotOurs, LinkClosed, OSError: no listener is there, or not the one that issued the invitation.
     """
     address = invitation.address
     sock = socket.socket(family_of(address))
@@ -141,10 +141,10 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
 
 
 def serve(answer: Callable[[socket.socket], None], invitations: Sequence[Invitation], index: int) -> None:
-    """Answer on a link until it breaks, and then on a new one; Ray ends this process with its front end.
+    """Answer calls over a link, and over a new one whenever it breaks; Ray ends this process with its front end.
 
-    A link that breaks while both live costs the calls under way alone. Where nobody has been at the first invitation
-    for PATIENCE_S, the others are taken as well.
+    If a link breaks while both ends are alive, only the calls in progress are lost. If the first invitation has led to
+    no link for PATIENCE_S, the others are tried as well.
     """
     last = time.monotonic()
     while True:
@@ -153,21 +153,21 @@ def serve(answer: Callable[[socket.socket], None], invitations: Sequence[Invitat
             try:
                 sock = connect(invitation, index)
             except (OSError, LinkClosed, handshake.NotOurs):
-                continue  # the other side is away, or cut off
+                continue  # the other end is away, or cut off
             try:
                 answer(sock)
             except Exception:
-                log.exception("the link broke; it is made anew")
+                log.exception("the link broke; connecting again")
             last = time.monotonic()
             break
         time.sleep(RECONNECT_S)
 
 
 def start(call: Call, invitations: Sequence[Invitation], index: int, num_threads: int) -> None:
-    """`serve` in a thread of its own, which is the one that computes, with so many threads beside it."""
+    """Run `serve` in a new thread, which is also the one that computes, with num_threads torch threads."""
 
     def run() -> None:
-        torch.set_num_threads(num_threads)  # counts for the thread that sets it
+        torch.set_num_threads(num_threads)  # applies to the thread that sets it
         serve(lambda sock: LinkedWorker(call, sock).run(), invitations, index)
 
     threading.Thread(target=run, name="link", daemon=True).start()

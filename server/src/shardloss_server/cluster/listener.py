@@ -1,4 +1,4 @@
-"""Where the other ends of links come to: a socket that admits whoever knows the key."""
+"""The socket that the other ends of links connect to; it admits every peer that knows the key."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from shardloss_server.cluster.frames import LinkClosed
 MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
 
 log = logging.getLogger(__name__)
-Address = (
-    str | tuple[str, int]
-)  # a Unix socket's path, or with a leading 0 byte its abstract name; or a host and a port
+Address = str | tuple[str, int]  # a Unix socket's path, or its abstract name after a 0 byte; or a host and a port
 
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """Where to link to, and what to know to be admitted."""
+    """The address of a listener, and the key that a peer needs to be admitted."""
 
     address: Address
     key: bytes
 
 
 class Listener:
-    """Admits who comes until it is closed: adopt gets its index and its socket.
+    """A listening socket that admits peers until it is closed, and passes each one's index and socket to adopt.
 
-    An index that adopt does not know (LookupError) is refused. What is sent on an admitted socket is read within
-    send_timeout_s, or the socket fails.
+    An index that adopt does not know (LookupError) is refused. A send on an admitted socket fails if the peer does not
+    read for send_timeout_s.
     """
 
     def __init__(
@@ -59,11 +57,11 @@ class Listener:
 
     @property
     def invitation(self) -> Invitation:
-        """What to know to come here."""
+        """The invitation that a peer needs to link here."""
         return Invitation(self._address, self._key)
 
     def close(self) -> None:
-        """Admit nobody more. Idempotent."""
+        """Stop admitting peers. Idempotent."""
         self._closed.set()
         shut(self._listener)
         self._listener.close()
@@ -74,13 +72,13 @@ class Listener:
                 sock, _ = self._listener.accept()
             except OSError as error:
                 if not self._closed.wait(ACCEPT_AGAIN_S):
-                    log.warning("no link can be accepted: %s", error)
+                    log.warning("cannot accept a link: %s", error)
                 continue
-            self._admitting.acquire()  # a stranger holds a place for handshake.TIMEOUT_S at most
+            self._admitting.acquire()  # an unknown peer holds a place for at most handshake.TIMEOUT_S
             try:
                 threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
-            except RuntimeError as error:  # no thread more: the worker comes again
-                log.warning("no link can be accepted: %s", error)
+            except RuntimeError as error:  # no more threads: the worker will connect again
+                log.warning("cannot accept a link: %s", error)
                 sock.close()
                 self._admitting.release()
 
@@ -94,7 +92,7 @@ class Listener:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, frames.timeval(self._send_timeout_s))
             self._adopt(index, sock)
         except (handshake.NotOurs, LinkClosed, OSError, LookupError, RuntimeError) as error:
-            log.warning("a link was refused: %s", error)
+            log.warning("refused a link: %s", error)
             sock.close()
         finally:
             too_long.cancel()
@@ -102,13 +100,13 @@ class Listener:
 
 
 def family_of(address: Address) -> socket.AddressFamily:
-    """How an address is reached."""
+    """Return the socket family of an address."""
     if isinstance(address, str):
         return socket.AF_UNIX
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def shut(sock: socket.socket) -> None:
-    """End both directions; whoever waits on the socket sees it closed."""
+    """Shut down both directions of a socket, so that threads waiting on it see it closed."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

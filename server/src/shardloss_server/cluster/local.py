@@ -1,4 +1,4 @@
-"""A group in this process: for tests, small tables and machines without Ray."""
+"""A group of shards in this process, for tests, small tables and machines without Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardloss_server.shard.record import Part
 
 @dataclass(frozen=True, slots=True)
 class LocalPending:
-    """The answer of one worker thread."""
+    """The pending answer of one worker thread."""
 
     worker: int
     future: Future[tuple[float, dict[int, Any]]]
@@ -33,7 +33,7 @@ class LocalPending:
 
 
 class LocalGroup(FanoutGroup):
-    """Workers as threads of this process, one each, so that a worker's calls keep their order."""
+    """A group whose workers are in this process, with one thread each, so that a worker's calls keep their order."""
 
     def __init__(self, num_workers: int = 1, kept_bytes: int = KEPT_BYTES) -> None:
         super().__init__(num_workers)
@@ -42,7 +42,7 @@ class LocalGroup(FanoutGroup):
 
     @property
     def num_workers(self) -> int:
-        """0: no worker processes."""
+        """Always 0: there are no worker processes."""
         return 0
 
     @property
@@ -54,7 +54,7 @@ class LocalGroup(FanoutGroup):
         return LocalPending(worker, future)
 
     def backlog(self) -> int:
-        return 0  # what is abandoned does not begin
+        return 0  # abandoned calls that have not begun are cancelled
 
     def stage(self, part: Part) -> Staged:
         return part

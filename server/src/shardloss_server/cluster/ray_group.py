@@ -1,4 +1,4 @@
-"""A group of Ray actors: one worker process a GPU, or a core. The only file that imports ray."""
+"""A group of Ray actors: one worker process per GPU or per core. The only module that imports ray."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from shardloss_server.shard.record import OutOfMemory, Part
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # workers are no background work: a trainer waits for them
+os.environ.setdefault("RAY_worker_niceness", "0")  # a trainer waits for the workers: they are not background work
 
 import ray  # reads the variables above
-from ray._private import state as ray_state  # its public sister asks the dashboard, which need not be there
+from ray._private import state as ray_state  # the public API queries the dashboard, which may not be running
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -40,7 +40,7 @@ OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk a
 START_TIMEOUT_S = 120.0
 LINK_TIMEOUT_S = 10.0
 JOINED_POLL_S = 0.2
-JOINED_S = 5.0  # after its head, a cluster's nodes come back within seconds of each other
+JOINED_S = 5.0  # after a restart of the head, a cluster's nodes rejoin within seconds of each other
 DEATH_POLL_S = 0.5
 log = logging.getLogger(__name__)
 
@@ -54,21 +54,21 @@ def _tensor_to_numpy(tensor: torch.Tensor) -> tuple[Any, str]:
 
 def _tensor_from_numpy(packed: tuple[Any, str]) -> torch.Tensor:
     array, view = packed
-    tensor = torch.from_numpy(np.array(array))  # a copy: the object store's memory must not outlive the call
+    tensor = torch.from_numpy(np.array(array))  # a copy, as a view of the object store must not outlive the call
     return tensor.view(torch.bfloat16) if view else tensor
 
 
 def register_tensors() -> None:
-    """Send tensors as NumPy buffers, which Ray carries without pickling their content."""
+    """Have Ray send tensors as NumPy buffers, whose content it does not pickle."""
     ray.util.register_serializer(torch.Tensor, serializer=_tensor_to_numpy, deserializer=_tensor_from_numpy)
 
 
 class WorkersNotStarted(Exception):
-    """Ray has not started as many workers as were asked for."""
+    """Ray did not start the requested number of workers."""
 
 
 class WorkerActor:
-    """`Worker` behind an actor: it answers over its link, or where there is none as plain actor calls; never both."""
+    """A Ray actor around a `Worker`, which answers either over its link or, without one, as plain actor calls."""
 
     def __init__(
         self,
@@ -91,20 +91,20 @@ class WorkerActor:
             linked_worker.start(self.call, invitations, index, num_threads)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Answer one verb of `Worker`."""
+        """Call a method of `Worker` and return its answer."""
         return getattr(self._worker, method)(*args)
 
     def timed_call(self, method: str, *args: Any) -> tuple[float, Any]:
-        """The same, with the seconds that it took."""
+        """Call a method of `Worker`; return the seconds it took and its answer."""
         return timed(self.call, method, *args)
 
     def whoami(self) -> tuple[int, str]:
-        """Process id and device."""
+        """Return the process id and the device."""
         return os.getpid(), self._device
 
 
 class RelayActor:
-    """`Relay` behind an actor."""
+    """A Ray actor around a `Relay`."""
 
     def __init__(self, post: Post, front_end: Invitation, index: int) -> None:
         keep_freed_memory(one_arena=True)
@@ -112,36 +112,36 @@ class RelayActor:
         relay.start(post, front_end, index)
 
     def is_ready(self) -> bool:
-        """It is, once it can say so."""
+        """Return True; an answer at all shows that the actor is ready."""
         return True
 
 
 def is_spread() -> bool:
-    """Whether workers may run on other nodes than this one."""
+    """Return True if workers may run on nodes other than this one."""
     return len([node for node in ray.nodes() if node["Alive"]]) > 1  # type: ignore[no-untyped-call]
 
 
 def own_address() -> str:
-    """The address of this node, as other nodes know it."""
+    """Return the address of this node, as other nodes reach it."""
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
 
 
 def own_node() -> str:
-    """Ray's name of this node."""
+    """Return Ray's id of this node."""
     name: str = ray.get_runtime_context().get_node_id()
     return name
 
 
 def rooms(num_cpus: float, num_gpus: float) -> dict[str, int]:
-    """How many workers each living node has room for, this one first."""
+    """Return how many workers each living node has room for, by node id, with this node first."""
     here, alive = own_node(), [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
     return {node["NodeID"]: relay.room(node["Resources"], num_cpus, num_gpus) for node in alive}
 
 
 def on_node(actor: Any, node: str | None, invitation: Invitation | None) -> Any:
-    """The actor, to be started there: anew, too, where it can link itself from there alone; else rather there."""
+    """Return the actor tied to a node, also for restarts; only a preference if it can link from other nodes."""
     if node is None or invitation is None:
         return actor
     is_spread = not isinstance(invitation.address, str)
@@ -150,16 +150,16 @@ def on_node(actor: Any, node: str | None, invitation: Invitation | None) -> Any:
 
 
 def resources() -> dict[str, float]:
-    """What the cluster has."""
+    """Return the total resources of the cluster, by name."""
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return found
 
 
 def all_there_is(timeout_s: float, settled_s: float) -> int:
-    """As many workers as the cluster has GPUs, or else CPUs, once no node has come or gone for settled_s.
+    """Return the cluster's number of GPUs, or of CPUs if it has no GPU, once it is stable for settled_s.
 
     Raises:
-        WorkersNotStarted: there are none in time.
+        WorkersNotStarted: there are none within timeout_s, or their number keeps changing.
     """
     found, since = 0, time.monotonic()
     left = remaining_until(since + timeout_s)
@@ -171,18 +171,18 @@ def all_there_is(timeout_s: float, settled_s: float) -> int:
         elif found and time.monotonic() - since >= settled_s:
             return found
         time.sleep(JOINED_POLL_S)
-    raise WorkersNotStarted(f"no node with a CPU or a GPU is in the cluster after {timeout_s:.0f} s: add nodes")
+    raise WorkersNotStarted(f"the cluster has no node with a CPU or a GPU after {timeout_s:.0f} s: add nodes")
 
 
 def has_died(actor: Any) -> bool:
-    """Whether Ray knows that the actor's process has ended, and has not started it anew yet."""
+    """Return True if Ray knows that the actor's process has ended and has not restarted it yet."""
     found = ray_state.actors(actor._actor_id.hex())
     return found.get("State") in ("RESTARTING", "DEAD")
 
 
 @dataclass(slots=True)
 class RayPending:
-    """The answer of one actor call; abandoned takes its reference when nobody waits for it any more."""
+    """The pending answer of one actor call; if it is given up, its reference is added to abandoned."""
 
     worker: int
     ref: Any
@@ -204,17 +204,17 @@ class RayPending:
             raise WorkerLost(str(error)) from error
 
     def abandon(self) -> None:
-        self.abandoned.append(self.ref)  # Ray does not take back what stands in an actor's queue
+        self.abandoned.append(self.ref)  # Ray does not cancel a call that waits in an actor's queue
 
 
 class RayGroup(FanoutGroup):
     """W actors on an embedded Ray (address None) or on the cluster at `address`, each with a link to this process.
 
-    num_workers = 0: as many as Ray has GPUs, or else CPUs.
+    num_workers = 0 starts one worker per GPU in the cluster, or per CPU if it has no GPU.
 
-    A worker that dies is started anew, empty: its tables answer ShardMissing and others go on. links = False is the
-    plain path: every verb an actor call. So it is, too, where a worker cannot reach this process. Where the cluster has
-    several nodes, neighbouring workers share a node, and a relay stands before those of every other node than this.
+    A worker that dies is restarted empty: its tables answer ShardMissing, and other tables go on. With links = False,
+    or if a worker cannot reach this process, every verb is a plain actor call. In a cluster of several nodes,
+    neighbouring workers share a node, and each remote node with several workers runs a relay.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class RayGroup(FanoutGroup):
 
     def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
         num_gpus = relay.share_of_gpu(self._num_workers, int(resources().get("GPU", 0.0)))
-        num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: nothing competes for its cores
+        num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: no others use its cores
         actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         nodes = self._made_links(num_cpus, num_gpus) if with_links else [None] * self._num_workers
         invitation = self._links.invitation if self._links else None
@@ -279,34 +279,34 @@ class RayGroup(FanoutGroup):
         self._pid_of = dict(enumerate(self._pids))
         self._devices = [device for _, device in answers]
         if self._links and not self._all_answer(self._links):
-            log.warning("not every worker can reach this process: every call goes through Ray, at some 8 ms each")
+            log.warning("not every worker can reach this process: every call goes through Ray, at about 8 ms each")
             self._links.close()
             self._links = None
             self._stop_relays()
 
     def _started(self, refs: Sequence[Any], num_cpus: float, num_gpus: float) -> list[tuple[int, str]]:
-        """What every worker says of itself, once it has started.
+        """Wait until every worker has started; return the process id and device of each.
 
         Raises:
-            WorkersNotStarted: some have not, in time: say what there is room for.
+            WorkersNotStarted: some did not start in time; the message says how many there is room for.
         """
         has_room = sum(rooms(num_cpus, num_gpus).values()) if num_cpus or num_gpus else self._num_workers
         if has_room < self._num_workers:
-            log.warning("%d workers are asked for; the cluster has room for %d", self._num_workers, has_room)
+            log.warning("%d workers were requested, but the cluster has room for %d", self._num_workers, has_room)
         try:
             answers: list[tuple[int, str]] = ray.get(refs, timeout=START_TIMEOUT_S)
         except GetTimeoutError:
             raise WorkersNotStarted(
                 f"{self._num_workers} workers did not start within {START_TIMEOUT_S:.0f} s; the cluster has room for "
-                f"{has_room}, at {num_cpus} CPU and {num_gpus:.2f} GPU each: add nodes, or ask for fewer workers"
+                f"{has_room}, at {num_cpus} CPU and {num_gpus:.2f} GPU each: add nodes, or request fewer workers"
             ) from None
         return answers
 
     def _made_links(self, num_cpus: float, num_gpus: float) -> list[str | None]:
-        """Make links that workers can come to, and the relays before them; the node where each worker is to be."""
+        """Create the links and start the relays; return the node of each worker, or None for any node."""
         nodes: list[str | None] = [own_node()] * self._num_workers
         host = None
-        if self._temp_dir is None:  # others' Ray: workers may have to be on other nodes, now or later
+        if self._temp_dir is None:  # a shared cluster: workers may have to run on other nodes, now or later
             has_room = rooms(num_cpus, num_gpus)
             if is_spread() or has_room.get(own_node(), 0) < self._num_workers:
                 host, nodes = own_address(), relay.seats(self._num_workers, has_room)
@@ -314,14 +314,14 @@ class RayGroup(FanoutGroup):
         try:
             self._links = Links(self._num_workers, host, [post.workers for post in self._posts])
         except OSError as error:
-            log.warning("workers cannot link themselves, every call goes through Ray, at some 8 ms each: %s", error)
+            log.warning("cannot listen for links, so every call goes through Ray, at about 8 ms each: %s", error)
             self._posts = []
             return [None] * self._num_workers
         self._start_relays(self._links.invitation)
         return nodes
 
     def _start_relays(self, invitation: Invitation) -> None:
-        """They come before their workers, which look for them as soon as they are there."""
+        """Start the relays and wait for them: workers look for their relay as soon as they start."""
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(RelayActor)
         for index, post in enumerate(self._posts, start=self._num_workers):
             there = NodeAffinitySchedulingStrategy(post.node, soft=False)
@@ -329,12 +329,12 @@ class RayGroup(FanoutGroup):
         ray.get([a.is_ready.remote() for a in self._relays], timeout=START_TIMEOUT_S)
 
     def _all_answer(self, links: Links) -> bool:
-        """Whether every worker can be reached over links: behind a relay only an answer tells."""
+        """Return True if every worker can be reached over links; behind a relay, only an answer shows it."""
         if not links.wait(LINK_TIMEOUT_S):
             return False
         left = remaining_until(time.monotonic() + LINK_TIMEOUT_S)
         while left():
-            with suppress(WorkerLost, TimeoutError):  # lost: it has only now come by itself, from another node
+            with suppress(WorkerLost, TimeoutError):  # lost: a worker has just linked directly, from another node
                 self.echo(torch.zeros(1)).result(left())
                 return True
         return False
@@ -345,19 +345,19 @@ class RayGroup(FanoutGroup):
         self._relays = []
 
     def _watch_for_deaths(self) -> None:
-        """A broken link alone loses nothing: ask Ray whether the worker died, which may be long before it is back."""
+        """Ask Ray which unlinked workers have died, often long before they are back; a broken link loses no rows."""
         while self._links is not None and not self._closed.wait(DEATH_POLL_S):
             for worker, link in self._links.away().items():
                 lives = link.lives
                 try:
                     if has_died(self._actors[worker]):
                         link.bury(lives)
-                except Exception as error:  # the cluster's head is away: nothing is known
-                    log.warning("whether worker %d lives is unknown: %s", worker, error)
+                except Exception as error:  # the cluster's head is away: the state is unknown
+                    log.warning("cannot determine whether worker %d is alive: %s", worker, error)
 
     @property
     def has_links(self) -> bool:
-        """Whether calls go over links."""
+        """True if calls are sent over links."""
         return self._links is not None
 
     @property
@@ -388,24 +388,24 @@ class RayGroup(FanoutGroup):
     def backlog(self) -> int:
         with self._counting:
             if self._abandoned:
-                refs = self._abandoned.copy()  # others append to it meanwhile
+                refs = self._abandoned.copy()  # other threads may append to it
                 done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
                 for ref in done:
                     self._abandoned.remove(ref)
             return len(self._abandoned)
 
     def stage(self, part: Part) -> Staged:
-        """The part, which workers get with the first call and keep; without links, in the object store.
+        """Place a part: workers keep it from its first call on; without links, they read it from the object store.
 
         Raises:
-            OutOfMemory: the store is full, and so is the disk it spills to.
+            OutOfMemory: the object store is full, and so is the disk that it spills to.
         """
         if self._links:
             return self._links.keep(part)
         try:
             return ray.put(part)
         except (ObjectStoreFullError, OutOfDiskError) as error:
-            raise OutOfMemory("the object store is full") from error
+            raise OutOfMemory("Ray's object store, which holds staged parts, is full") from error
 
     def close(self) -> None:
         self._closed.set()

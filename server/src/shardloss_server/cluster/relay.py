@@ -1,7 +1,7 @@
-"""A relay: before the workers of one node, so that what all of them get crosses the network once.
+"""A relay in front of the workers of one node, so that a broadcast to them crosses the network once.
 
-The front end's frames come over one link; calls and parts go on unread to the node's workers, whose answers are made
-one. Knows nothing of Ray.
+The front end's frames arrive over one link. Calls and parts are passed on to the node's workers without decoding, and
+the workers' answers are combined into one. This module does not depend on Ray.
 """
 
 from __future__ import annotations
@@ -38,18 +38,15 @@ from shardloss_server.cluster.listener import Invitation, Listener, shut
 from shardloss_server.shard.record import allocating
 from shardloss_server.shard.runs import merge_runs
 
-WORKER_SEND_TIMEOUT_S = (
-    3  # far below a front end's own: it is the worker that does not read that is lost, not its relay
-)
-
-WARN_TRIES = 300  # half a minute
+WORKER_SEND_TIMEOUT_S = 3  # far below a front end's own: a worker that does not read is lost, not its relay
+WARN_TRIES = 300  # half a minute, at RECONNECT_S each
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Where a relay stands: on a node, before workers that find it by the invitation while they are there."""
+    """The assignment of a relay: its node, its workers, and the invitation by which workers on that node find it."""
 
     node: str
     workers: range
@@ -57,25 +54,25 @@ class Post:
 
 
 def share_of_gpu(num_workers: int, num_gpus: int) -> float:
-    """What each worker takes of one GPU, so that all find a place: 1 on a GPU each, 0 where there is none."""
+    """Return the share of one GPU that each worker takes so that all fit: 1 with a GPU each, 0 without GPUs."""
     return 1.0 / -(-num_workers // num_gpus) if num_gpus else 0.0
 
 
 def room(has: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
-    """How many workers a node's resources allow; several share a GPU, but none has parts of two."""
+    """Return how many workers a node's resources allow; several may share a GPU, but none uses two."""
     by_cpus = [int(has.get("CPU", 0.0) / num_cpus)] if num_cpus else []
     by_gpus = [int(has.get("GPU", 0.0)) * int(1.0 / num_gpus + 1e-6)] if num_gpus else []
     return min(by_cpus + by_gpus, default=0)
 
 
 def seats(num_workers: int, rooms: Mapping[str, int]) -> list[str | None]:
-    """The node of each worker: neighbours together, as many as each node has room for; None: wherever there is room."""
+    """Return the node of each worker, filling each node with neighbouring workers; None means any node with room."""
     found: list[str | None] = [node for node, room in rooms.items() for _ in range(room)]
     return (found + [None] * num_workers)[:num_workers]
 
 
 def posts(seated: Sequence[str | None], front: str) -> list[Post]:
-    """A relay for every other node than the front end's that has several workers."""
+    """Return the post of a relay for each node with several workers, except the front end's own node."""
     found = []
     for node in dict.fromkeys(seated):
         first, num = seated.index(node), seated.count(node)
@@ -85,12 +82,12 @@ def posts(seated: Sequence[str | None], front: str) -> list[Post]:
 
 
 def invitation() -> Invitation:
-    """To an abstract Unix socket: nothing is left on disk, and who listens there next is found by the same name."""
+    """Create an invitation to an abstract Unix socket: it leaves no file on disk, and a restarted relay keeps it."""
     return Invitation(f"\0shardloss-relay-{secrets.token_hex(16)}", secrets.token_bytes(32))
 
 
 class Relay:
-    """The links to the workers of one node, through all the lives of the front end's."""
+    """The links to the workers of one node, which outlive each link of the front end."""
 
     def __init__(self, workers: Sequence[int], invitation: Invitation) -> None:
         self.links = {worker: Link(f"worker {worker}") for worker in workers}
@@ -103,18 +100,18 @@ class Relay:
         )
 
     def serve(self, sock: socket.socket) -> None:
-        """Pass on what comes over one link of the front end, until it breaks; the next one finds nothing of it."""
+        """Pass on the frames of one link of the front end until it breaks; the next link starts from an empty state."""
         Passage(self.links, sock).run()
 
     def close(self) -> None:
-        """Let go of every worker."""
+        """Close the links to every worker."""
         self._listener.close()
         for link in self.links.values():
             link.close()
 
 
 class Passage:
-    """One link of the front end: who reads it passes on, and whoever brings the last answer of a call sends it."""
+    """One link of the front end: its reader passes frames on; the thread with a call's last answer sends the result."""
 
     def __init__(self, links: Mapping[int, Link], sock: socket.socket) -> None:
         self._links, self._sock = links, sock
@@ -124,16 +121,16 @@ class Passage:
         self._under_way: dict[int, Gathering] = {}
 
     def run(self) -> None:
-        """Until the front end has gone; what has not begun by then is taken back, as nobody waits for it."""
+        """Pass frames on until the front end is gone, then cancel the calls that no worker has begun."""
         try:
             while True:
                 self._take(frames.receive(self._sock))
         except (LinkClosed, OSError):
             pass
         except Exception:
-            log.exception("a frame cannot be passed on; the link is closed")
+            log.exception("cannot pass on a frame; the link is closed")
         finally:
-            shut(self._sock)  # first: whoever sends on it lets go
+            shut(self._sock)  # first, so that a thread that sends on it stops
             for number in list(self._under_way):
                 self._cancel(number)
             with self._sending:
@@ -163,12 +160,12 @@ class Passage:
 
     def _answer(self, number: int, kind: int, content: list[Buffer]) -> None:
         if number not in self._under_way:
-            return  # it was given up
+            return  # the call was cancelled
         try:
             with self._sending:
                 frames.send(self._sock, kind, number, content)
         except OSError:
-            shut(self._sock)  # who reads it ends the passage
+            shut(self._sock)  # the reader then ends the passage
 
     def _cancel(self, number: int) -> None:
         gathering = self._under_way.pop(number, None)
@@ -177,9 +174,9 @@ class Passage:
 
 
 class Gathering:
-    """The answers of several workers to one call: one answer once all are there, or the first failure at once.
+    """The answers of several workers to one call, combined once all have arrived; or the first failure, at once.
 
-    After a failure the others go on, until they have answered or are taken back.
+    After a failure the other workers go on until they have answered or are cancelled.
     """
 
     def __init__(self, pending: Sequence[LinkPending], merge_over: int | None) -> None:
@@ -191,13 +188,16 @@ class Gathering:
         self._end: Callable[[], object]
 
     def then(self, tell: Callable[[int, list[Buffer]], None], end: Callable[[], object]) -> None:
-        """Have the outcome told once, as a frame's kind and body, by the thread that brings it; `end` once all came."""
+        """Call `tell` once with the outcome, as a frame's kind and body, and `end` after the last answer.
+
+        Both are called by the thread that brings the answer.
+        """
         self._tell, self._end = tell, end
         for answer in self._pending:
             answer.future.add_done_callback(self._came)
 
     def abandon(self) -> None:
-        """Have the workers pass it over that have not begun."""
+        """Have the workers that have not begun the call skip it."""
         self._let_go()
         for link, number in self._places:
             link.cancel(number)
@@ -215,7 +215,7 @@ class Gathering:
             self._end()
 
     def _let_go(self) -> Sequence[LinkPending]:
-        """The answers, which hold this object by their callbacks: not held here any more, they go at once."""
+        """Return the answers and drop them here, to break the cycle: their callbacks refer to this object."""
         pending, self._pending = self._pending, ()
         return pending
 
@@ -226,7 +226,7 @@ class Gathering:
                 return FAILURE, frames.encode(error)
             with allocating("the answers of a node's workers"):
                 return ANSWER, frames.encode(self._together(pending))
-        except Exception as broken:  # whatever it is, the caller is told
+        except Exception as broken:  # any error is sent to the caller
             return FAILURE, linked_worker.failure(broken)
 
     def _together(self, pending: Sequence[LinkPending]) -> Timed:
@@ -238,18 +238,21 @@ class Gathering:
 
 
 def take(post: Post) -> Relay:
-    """The relay of a post, once whoever died there has left its name; its workers come to the front end meanwhile."""
+    """Create the relay of a post, retrying while a dead predecessor still has its socket name.
+
+    Workers may link directly to the front end in the meantime.
+    """
     for tries in count(1):
         with suppress(OSError):
             return Relay(post.workers, post.invitation)
         if tries % WARN_TRIES == 0:
-            log.warning("the name of the relay before workers %s is taken", list(post.workers))
+            log.warning("the socket name of the relay of workers %s is still in use; trying again", list(post.workers))
         time.sleep(linked_worker.RECONNECT_S)
-    raise AssertionError("there is always another try")
+    raise AssertionError("the loop above never ends")
 
 
 def start(post: Post, front_end: Invitation, index: int) -> None:
-    """In a thread of its own: take a post, and pass on what comes over link `index` of the front end."""
+    """Start a thread that takes a post and passes on the frames of link `index` of the front end."""
 
     def run() -> None:
         linked_worker.serve(take(post).serve, [front_end], index)

@@ -1,4 +1,4 @@
-"""What a worker says of its process."""
+"""The statistics that a worker reports about its process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """One worker at this moment; bytes of memory, of its whole process where workers are threads of one."""
+    """The state of one worker; memory in bytes, of the whole process if several workers share one."""
 
     index: int
     device: str
@@ -25,12 +25,12 @@ class WorkerStats:
     num_threads: int
     num_cores: int
     num_shards: int
-    versions: Mapping[str, int]  # of each table, by the shards' name of it: the lowest of its shards here
+    versions: Mapping[str, int]  # lowest version of each table's shards here, by the shards' name of the table
 
 
 @dataclass(frozen=True, slots=True)
 class SeenWorker:
-    """A worker as its group sees it: stats is None where it did not answer in time."""
+    """A worker as its group sees it; stats is None if it did not answer in time."""
 
     index: int
     device: str
@@ -39,7 +39,7 @@ class SeenWorker:
 
 
 def of_process(index: int, device: str, kept_bytes: int, num_shards: int, versions: Mapping[str, int]) -> WorkerStats:
-    """Stats of the process and the thread that this is called in."""
+    """Return the stats of the calling process and thread."""
     return WorkerStats(
         index=index,
         device=device,
@@ -56,5 +56,5 @@ def of_process(index: int, device: str, kept_bytes: int, num_shards: int, versio
 
 
 def resident_bytes() -> int:
-    """Memory that this process has in RAM."""
+    """Return the resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

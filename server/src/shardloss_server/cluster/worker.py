@@ -1,4 +1,4 @@
-"""A worker: hosts shards of any number of tables and answers the port's verbs. Knows nothing of Ray."""
+"""A worker, which hosts shards of any number of tables and answers `ShardGroup`'s verbs; it does not depend on Ray."""
 
 from __future__ import annotations
 
@@ -37,21 +37,19 @@ T = TypeVar("T")
 
 
 class Worker:
-    """The shards of every table that fall to worker `index` of W (`placement.hosted_shards`). One thread at a time.
+    """The shards of every table that belong to worker `index` of W (`placement.hosted_shards`). Not thread-safe.
 
-    Each verb returns {shard: answer}.
-
-    Everything that comes is moved to the worker's device, and every answer to the CPU.
+    Each verb returns {shard: answer}. Arguments are moved to the worker's device, and answers to the CPU.
 
     Raises:
-        ShardMissing: the table is not here; a worker that was restarted has lost what it held.
+        ShardMissing: the worker holds no shard of the table; a restarted worker has lost its rows.
         OutOfMemory: a new table, or the gradient of a step, does not fit; nothing changed.
     """
 
     def __init__(self, index: int, num_workers: int, device: str = "cpu", kept_bytes: int = KEPT_BYTES) -> None:
         self.index, self.num_workers, self.device = index, num_workers, device
         self._room = Room(kept_bytes)
-        self._parts: dict[int, tuple[Part, weakref.ref[Part]]] = {}  # on the device, by the id of what came
+        self._parts: dict[int, tuple[Part, weakref.ref[Part]]] = {}  # on the device, by id() of the received part
         self._tables: dict[str, dict[int, ShardTable]] = {}
 
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
@@ -68,11 +66,11 @@ class Worker:
         return {}
 
     def echo(self, tensor: Tensor) -> dict[int, Tensor]:
-        """The tensor itself: what a call costs where nothing is computed."""
+        """Return the tensor itself: a call without computation, to measure its cost."""
         return {self.index: tensor}
 
     def stats(self) -> dict[int, WorkerStats]:
-        """What this worker's process takes."""
+        """Return the stats of this worker's process."""
         num_shards = sum(map(len, self._tables.values()))
         versions = {key: min(s.version for s in shards.values()) for key, shards in self._tables.items() if shards}
         return {self.index: of_process(self.index, self.device, self._room.held_bytes, num_shards, versions)}
@@ -128,21 +126,21 @@ class Worker:
         return self._each(table, lambda shard: shard.records_since(version))
 
     def catch_up(self, table: str, records: Sequence[Record | RowWrite]) -> dict[int, int]:
-        """Apply records of a peer, in order; those that a shard has already are no-ops."""
+        """Apply a peer's records in order, skipping those that a shard has already applied."""
         return self._each(table, catch_up, tuple(records))
 
     def _each(self, table: str, ask: Callable[..., T], *values: object) -> dict[int, T]:
-        """ask(shard, *values) of every shard."""
+        """Return {shard: ask(shard, *values)} for every shard of a table."""
         if table not in self._tables:
             raise ShardMissing(f"worker {self.index} holds no shard of table {table!r}")
         with self._computing():
-            with allocating("what a call brings"):
+            with allocating("the arguments of a call"):
                 here = [self._here(value) for value in values]
             answers = {k: ask(shard, *here) for k, shard in self._tables[table].items()}
             return answers if self.device == "cpu" else {k: moved(answer, "cpu") for k, answer in answers.items()}
 
     def _here(self, value: Any) -> Any:
-        """A value on the worker's device; a part that came before is the same object again, so what was kept fits."""
+        """Move a value to the worker's device. A part seen before gives the same object, so what it kept is found."""
         if self.device == "cpu":
             return value
         if not isinstance(value, Part):
@@ -155,13 +153,13 @@ class Worker:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Without autograd; new tensors are made on the worker's device."""
+        """Disable autograd, and create new tensors on the worker's device."""
         with torch.inference_mode(), nullcontext() if self.device == "cpu" else torch.device(self.device):
             yield
 
 
 def moved(value: Any, device: str) -> Any:
-    """A value with every tensor in it on a device; a tensor that is there already is the same one."""
+    """Return a value with every tensor in it moved to a device; a tensor already there is not copied."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list)):
@@ -174,7 +172,7 @@ def moved(value: Any, device: str) -> Any:
 
 
 def catch_up(shard: ShardTable, records: Sequence[Record | RowWrite]) -> int:
-    """Apply what the shard lacks and return its version."""
+    """Apply the records that the shard lacks and return its version."""
     for record in records:
         if record.version > shard.version:
             if isinstance(record, Record):

@@ -1,1 +1,1 @@
-"""Exact passes over the live table, in slices."""
+"""Exact evaluation passes over a live table, slice by slice."""

@@ -1,4 +1,4 @@
-"""Exact answers over all classes of a live table, asked slice by slice so that training goes on between."""
+"""Exact answers over all classes of a live table, computed slice by slice so that training goes on in between."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from shardloss_server.shard.record import TableSpec
 from shardloss_server.shard.scan import Drawn, Question, drawn
 
 MAX_ROW_NUMBER = 1 << 62
-DRAWN_NOISE = 1 << 20  # noise that the front end makes between two looks at the deadline: some milliseconds
+DRAWN_NOISE = 1 << 20  # noise values generated between two checks of the deadline: a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What every question holds: a table, hidden [N, D], how logits are made, and until when."""
+    """The arguments common to all exact questions: table, hidden [N, D], logit transform and deadline."""
 
     table: str
     hidden: Tensor
@@ -47,7 +47,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """loss [N] nats, rank [N] int64, sigmoid [N] nats, in compute dtype; None: not wanted; first and last version."""
+    """Exact results: loss [N] and sigmoid [N] in nats and compute dtype, rank [N] int64; None if not requested.
+
+    version and last_version are the first and the last version of the table that the pass saw.
+    """
 
     loss: Tensor
     rank: Tensor | None
@@ -58,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """class_ids [N, k] best first (or as asked), logits [N, k], log_probs [N, k] or None."""
+    """Scored classes: class_ids [N, k], best first or as requested, logits [N, k], log_probs [N, k] or None."""
 
     class_ids: Tensor
     logits: Tensor
@@ -69,7 +72,10 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What to draw: num_samples S of each row, by seed, rows counted from first_row; among the top_k best, or all."""
+    """A request for draws: num_samples S per row, by seed; rows are numbered from first_row.
+
+    Classes are drawn among the top_k best of each row, or among all if top_k is None.
+    """
 
     num_samples: int
     seed: int
@@ -79,7 +85,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """class_ids [N, S] in drawing order, log_probs [N, S] or None."""
+    """Drawn classes: class_ids [N, S] in drawing order, log_probs [N, S] or None."""
 
     class_ids: Tensor
     log_probs: Tensor | None
@@ -88,7 +94,7 @@ class Samples:
 
 
 class Evaluator:
-    """Answers Evaluate, TopK, Score and SampleClasses."""
+    """The implementation of Evaluate, TopK, Score and SampleClasses."""
 
     def __init__(self, catalog: Catalog, limits: Limits) -> None:
         self.catalog, self.limits = catalog, limits
@@ -96,7 +102,7 @@ class Evaluator:
     def evaluate(
         self, ask: Ask, labels: Tensor, *, ignore: int | None, want_rank: bool, want_sigmoid: bool
     ) -> Evaluation:
-        """Exact negative log likelihood, rank and sigmoid cross-entropy of labels [N]; ignored rows get 0."""
+        """Compute exact negative log likelihood, rank and sigmoid cross-entropy of labels [N]; ignored rows get 0."""
         scan, spec = self._scan(ask)
         validate.label_list(labels, len(ask.hidden), spec.num_classes, ignore)
         labels = labels if ignore is None else torch.where(labels == ignore, -1, labels)
@@ -122,7 +128,7 @@ class Evaluator:
         )
 
     def top_k(self, ask: Ask, k: int, want_log_probs: bool) -> Ranked:
-        """The k best classes of each row: logit descending, then id ascending."""
+        """Find the k best classes of each row, by logit descending, then id ascending."""
         scan, spec = self._scan(ask)
         check_k(k, "k", spec, self.limits)
         check_best(k, len(ask.hidden), self.limits)
@@ -140,7 +146,7 @@ class Evaluator:
         return Ranked(torch.cat(ids), scan.result(torch.cat(logits)), shown, *scan.versions())
 
     def score(self, ask: Ask, class_ids: Tensor, want_log_probs: bool) -> Ranked:
-        """Logits of asked classes [S] or [N, S]."""
+        """Compute the logits of the requested classes [S] or [N, S]."""
         scan, spec = self._scan(ask)
         if class_ids.dim() == 1:
             validate.class_ids(class_ids, spec.num_classes, "class_ids")
@@ -160,7 +166,7 @@ class Evaluator:
         return Ranked(class_ids, scan.result(torch.cat(logits)), shown, *scan.versions())
 
     def sample(self, ask: Ask, draws: Draws, want_log_probs: bool) -> Samples:
-        """Independent draws from the exact softmax of each row, or from that over its best classes."""
+        """Draw independent classes from the exact softmax of each row, or from the softmax over its best classes."""
         scan, spec = self._scan(ask)
         check_draws(draws, len(ask.hidden), spec, self.limits)
         keys = draw_keys(draws.seed, draws.first_row, len(ask.hidden), draws.num_samples)
@@ -182,7 +188,7 @@ class Evaluator:
         return Samples(torch.cat(ids), shown, *scan.versions())
 
     def _scan(self, ask: Ask) -> tuple[Scan, TableSpec]:
-        """A pass over the asked table, hidden and transform checked."""
+        """Validate hidden and transform; return a pass over the requested table, and its spec."""
         owner = self.catalog.owner(ask.table)
         validate.hidden(ask.hidden, owner.spec, self.limits)
         validate.transform(ask.transform, owner.spec)
@@ -190,7 +196,7 @@ class Evaluator:
 
 
 def drawn_among_all(scan: Scan, rows: Tensor, keys: Tensor, spec: TableSpec, want_lse: bool) -> tuple[Drawn, Tensor]:
-    """The winners of the draws of keys [n, S] among all classes under rows [n, D], and lse [n] over all classes."""
+    """Return the winners of draws with keys [n, S] among all classes of rows [n, D], and lse [n] (0 if not wanted)."""
     _, size = drawn_block(keys.shape[1], spec)
     blocks = []
     for start in range(0, keys.shape[1], size):
@@ -203,7 +209,7 @@ def drawn_among_all(scan: Scan, rows: Tensor, keys: Tensor, spec: TableSpec, wan
 
 
 def drawn_among_best(scan: Scan, rows: Tensor, keys: Tensor, k: int) -> tuple[Drawn, Tensor]:
-    """The winners of the draws of keys [n, S] among the k best classes of rows [n, D], and lse [n] over these."""
+    """Return the winners of draws with keys [n, S] among the k best classes of rows [n, D], and lse [n] over these."""
     best, _ = best_of(scan.answers(Question(rows, None, None, k, False, transform=scan.transform)), k)
     blocks = []
     size = max(1, DRAWN_NOISE // (k * max(1, len(rows))))
@@ -214,7 +220,7 @@ def drawn_among_best(scan: Scan, rows: Tensor, keys: Tensor, k: int) -> tuple[Dr
 
 
 def side_by_side(blocks: list[Drawn]) -> Drawn:
-    """Draws [n, S] of blocks of draws."""
+    """Concatenate blocks of draws into draws [n, S]."""
     return Drawn(
         torch.cat([block.class_ids for block in blocks], 1),
         torch.cat([block.scores for block in blocks], 1),
@@ -223,47 +229,50 @@ def side_by_side(blocks: list[Drawn]) -> Drawn:
 
 
 def excess(total: Tensor, label_logits: Tensor) -> Tensor:
-    """total - z_y [N] where total >= z_y but for rounding: no loss is below 0."""
+    """Return total - z_y [N], at least 0: total >= z_y except for rounding, and no loss is negative."""
     return (total - label_logits).clamp_(min=0)
 
 
 def log_prob(logits: Tensor, lse: Tensor) -> Tensor:
-    """logits [N, S] - lse [N], at most 0 whatever rounding did."""
+    """Return logits [N, S] - lse [N], at most 0 despite rounding."""
     return (logits - lse[:, None]).clamp_(max=0)
 
 
 def check_k(k: int, field: str, spec: TableSpec, limits: Limits) -> None:
-    """1 <= k <= min(V, max_top_k)."""
+    """Check that 1 <= k <= min(V, max_top_k)."""
     if not 1 <= k <= spec.num_classes:
-        raise InvalidArgument(f"{field} = {k} is outside [1, {spec.num_classes}]", field=field)
+        raise InvalidArgument(f"{field} = {k} must be from 1 to {spec.num_classes}, the number of classes", field=field)
     if k > limits.max_top_k:
         raise LimitExceeded(f"{field} = {k} exceeds max_top_k = {limits.max_top_k}", field=field)
 
 
 def check_best(k: int, num_rows: int, limits: Limits) -> None:
-    """k ids, logits and log-probabilities of each row fit one message."""
+    """Check that k ids, logits and log-probabilities per row fit in a message."""
     if 24 * k * num_rows > min(limits.max_message_bytes, limits.max_reply_bytes):
-        raise LimitExceeded(f"{num_rows} rows of {k} classes exceed one message; ask for fewer rows", field="k")
+        raise LimitExceeded(f"{num_rows} rows of {k} classes do not fit in a message; send fewer rows", field="k")
 
 
 def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limits) -> None:
-    """[N, S] ids in range, within the reply limit."""
+    """Check that class_ids [N, S] are in range and that their answers fit the reply limit."""
     if class_ids.dim() != 2 or len(class_ids) != len(hidden):
         raise InvalidArgument(
-            f"class_ids has shape {list(class_ids.shape)}; [S] or [{len(hidden)}, S] is needed", field="class_ids"
+            f"class_ids has shape {list(class_ids.shape)}; it must be [S] or [{len(hidden)}, S]", field="class_ids"
         )
     if 16 * class_ids.numel() > min(limits.max_message_bytes, limits.max_reply_bytes):
-        raise LimitExceeded(f"{class_ids.numel()} logits exceed one message; ask for fewer", field="class_ids")
+        raise LimitExceeded(f"{class_ids.numel()} logits do not fit in a message; request fewer", field="class_ids")
     validate.answered_bytes(class_ids.shape[1] * spec.placement.num_shards * 16, "class_ids", limits)
     validate.class_ids(class_ids, spec.num_classes, "class_ids")
 
 
 def check_draws(draws: Draws, num_rows: int, spec: TableSpec, limits: Limits) -> None:
-    """At least one draw a row, all within the reply limit (of no rows as of one); rows have numbers of 64 bits."""
+    """Check that there is at least one draw per row, that all fit the reply limit, and that row numbers fit 64 bits.
+
+    For the reply limit, no rows count as one.
+    """
     validate.at_least(draws.num_samples, 1, "num_samples")
     if 16 * draws.num_samples * max(1, num_rows) > min(limits.max_message_bytes, limits.max_reply_bytes):
         raise LimitExceeded(
-            f"{num_rows} rows of {draws.num_samples} draws exceed one message; ask for fewer", field="num_samples"
+            f"{num_rows} rows of {draws.num_samples} draws do not fit in a message; request fewer", field="num_samples"
         )
     validate.at_least(draws.first_row, 0, "first_row")
     if draws.first_row >= MAX_ROW_NUMBER:

@@ -1,4 +1,4 @@
-"""One pass over a live table: questions cut into slices between which training goes on, and answers merged again."""
+"""One pass over a live table: a question is cut into slices, with training in between, and the answers are merged."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from shardloss_server.shard.record import TableSpec
 from shardloss_server.shard.scan import AskedLogits, Drawn, Question, ScanAnswer
 
 SLICE_MACS = 1 << 28  # multiply-adds of one slice on one worker: about 30 ms of float64 on one core
-SLICE_GATHERED = 1 << 22  # elements of asked rows of one slice: a gathered one costs as much as 64 multiply-adds
-SLICE_LOGITS = 1 << 22  # asked logits, or draws, that all shards answer at once: 64 MiB
-SLICE_DRAWS = 1 << 16  # draws of one slice: with one class they take some milliseconds
-LOGIT_MACS = 64  # what a logit costs beside its product: exponential, key, comparisons; so does a cap, a softplus
-DRAW_MACS = 128  # what the noise of one class in one draw costs: 7 ns, more where its memory is fresh
-ROW_MACS = 64  # what an element of a row costs however few rows of hidden there are: fresh memory, float64, norm
-UNIT_MACS = 64  # and what it costs more where it is normalized
-SLICE_BEST = 1 << 17  # best classes that a slice sorts: 20 ms, however small it is
-SLICE_ROWS = 512  # rows of hidden a slice takes
+SLICE_GATHERED = 1 << 22  # elements of rows gathered in one slice; each costs as much as 64 multiply-adds
+SLICE_LOGITS = 1 << 22  # requested logits, or draws, that all shards answer at once: 64 MiB
+SLICE_DRAWS = 1 << 16  # draws in one slice: a few milliseconds even with a single class
+LOGIT_MACS = 64  # a logit besides its product: exponential, key, comparisons; a cap or a softplus costs as much
+DRAW_MACS = 128  # the noise of one class in one draw: 7 ns, more in fresh memory
+ROW_MACS = 64  # an element of a table row, even for few rows of hidden: fresh memory, float64, norm
+UNIT_MACS = 64  # the same element, in addition, if it is normalized
+SLICE_BEST = 1 << 17  # best classes that one slice sorts: 20 ms, however small its other work
+SLICE_ROWS = 512  # most rows of hidden in one slice
 
 
 def macs_a_class(question: Question, dim: int) -> int:
-    """What one class costs in a scan, in multiply-adds."""
+    """Return the cost of one class in a scan, in multiply-adds."""
     transform = question.transform
     passes = 1 + (transform.soft_cap is not None) + question.with_softplus
     num_draws = 0 if question.draws is None else question.draws.numel()
@@ -40,7 +40,7 @@ def macs_a_class(question: Question, dim: int) -> int:
 
 
 def asked_rows(num_asked: int, spec: TableSpec) -> int:
-    """Rows of hidden whose asked classes are one slice of work, and of answers from all shards."""
+    """Return how many rows of hidden fit one slice, both in gathered elements and in answers from all shards."""
     num_asked = max(1, num_asked)
     by_work = SLICE_GATHERED // (num_asked * spec.dim)
     by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
@@ -48,23 +48,23 @@ def asked_rows(num_asked: int, spec: TableSpec) -> int:
 
 
 def asked_classes(num_rows: int, spec: TableSpec) -> int:
-    """Asked classes of so many rows of hidden whose logits are one slice of work."""
+    """Return how many requested classes per row fit one slice of work, for num_rows rows of hidden."""
     return max(1, SLICE_GATHERED // (max(1, num_rows) * spec.dim))
 
 
 def ranked_rows(k: int) -> int:
-    """Rows of hidden whose k best classes one slice finds."""
+    """Return the number of rows of hidden whose k best classes one slice finds."""
     return max(1, min(SLICE_ROWS, SLICE_BEST // k))
 
 
 def drawn_block(num_samples: int, spec: TableSpec) -> tuple[int, int]:
-    """Rows of hidden, and draws of each, that one slice takes."""
+    """Return how many rows of hidden, and how many draws of each, fit one slice."""
     most = max(1, min(SLICE_DRAWS, SLICE_LOGITS // spec.placement.num_shards))
     return max(1, min(SLICE_ROWS, most // num_samples)), min(num_samples, most)
 
 
 class Scan:
-    """One pass over a table: asks every slice in turn and remembers which versions it saw."""
+    """One pass over a table, which queries slice after slice and records the versions it saw."""
 
     def __init__(self, catalog: Catalog, owner: TableOwner, transform: Transform, deadline: Deadline) -> None:
         self._group, self._owner, self._deadline = catalog.group, owner, deadline
@@ -73,11 +73,11 @@ class Scan:
         self.transform, self.deadline = transform, deadline
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """Hidden in compute dtype, a copy of its own."""
+        """Return a copy of rows of hidden, in compute dtype."""
         return rows.to(self._dtype).clone()
 
     def result(self, values: Tensor) -> Tensor:
-        """float64 results [N, ...] in compute dtype.
+        """Convert float64 results [N, ...] to compute dtype.
 
         Raises:
             InvalidArgument: a row of hidden has logits that are not finite.
@@ -87,7 +87,7 @@ class Scan:
         return values
 
     def answers(self, question: Question) -> Iterator[ScanAnswer]:
-        """Answers of every shard over every slice, in slice and shard order."""
+        """Yield the answers of every shard over every slice, in slice order and, within a slice, in shard order."""
         spec = self._owner.spec
         rows_a_shard = spec.placement.num_rows(0)
         shards_a_worker = -(-spec.placement.num_shards // max(1, self._group.num_workers))
@@ -103,14 +103,14 @@ class Scan:
             yield from answers
 
     def asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
-        """Logits and keys of class_ids [N, S]; 0 for padding."""
+        """Return the logits and keys of class_ids [N, S]; 0 for padding."""
         size = asked_classes(len(hidden), self._owner.spec)
         pieces = [self._asked(hidden, ids.contiguous()) for ids in torch.split(class_ids, size, dim=1)]
         logits, keys = ([getattr(piece, name) for piece in pieces] for name in ("logits", "keys"))
         return AskedLogits(torch.cat(logits, 1), torch.cat(keys, 1), pieces[-1].version)
 
     def _asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
-        """Those of one slice."""
+        """Return the logits and keys of class_ids [N, S] that fit one slice."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids, self.transform)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
         meter().flops += products(class_ids.numel(), self._owner.spec)
@@ -119,28 +119,28 @@ class Scan:
         return AskedLogits(sum_of([a.logits for a in answers]), sum_of([a.keys for a in answers]), version)
 
     def versions(self) -> tuple[int, int]:
-        """The first and last version seen."""
+        """Return the first and the last version seen, or the current version twice if no slice was queried."""
         seen = self._seen or [self._owner.steps.version]
         return seen[0], seen[-1]
 
 
 def cat(pieces: list[Tensor]) -> Tensor:
-    """Concatenate pieces [n_i]; [0] for none."""
+    """Concatenate pieces [n_i]; no pieces give an empty tensor [0]."""
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
 
 
 def sum_of(pieces: list[Tensor]) -> Tensor:
-    """Sum of at least one tensor of one shape."""
+    """Return the sum of one or more tensors of the same shape."""
     return torch.stack(pieces).sum(0)
 
 
 def folded(answers: Iterable[ScanAnswer]) -> list[ScanAnswer]:
-    """One answer for all in place of them, folded as they come: a big table has tens of thousands."""
+    """Fold answers into a list of one as they arrive: a big table has tens of thousands."""
     return [reduce(of_both, answers)]
 
 
 def of_both(a: ScanAnswer, b: ScanAnswer) -> ScanAnswer:
-    """The answer over the classes of both; best and drawn are folded by `best_of` and `drawn_of`."""
+    """Merge two answers into one over the classes of both; `best_of` and `drawn_of` fold best and drawn."""
     return ScanAnswer(
         b.version,
         None if a.lse is None or b.lse is None else torch.logaddexp(a.lse, b.lse),
@@ -151,7 +151,7 @@ def of_both(a: ScanAnswer, b: ScanAnswer) -> ScanAnswer:
 
 
 def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
-    """The k best over all slices, and their lse [N] (0 where it was not asked for), folded as they come."""
+    """Fold answers as they arrive into the k best over all slices, and their lse [N] (0 if not requested)."""
     found: Best | None = None
     lse = torch.zeros(())
     for answer in answers:
@@ -164,7 +164,7 @@ def best_of(answers: Iterable[ScanAnswer], k: int) -> tuple[Best, Tensor]:
 
 
 def drawn_of(answers: Iterable[ScanAnswer]) -> tuple[Drawn, Tensor]:
-    """The winners over all slices, and their lse [N] (0 where it was not asked for), folded as they come."""
+    """Fold answers as they arrive into the winners over all slices, and their lse [N] (0 if not requested)."""
     found: Drawn | None = None
     lse = torch.zeros(())
     for answer in answers:
@@ -177,7 +177,7 @@ def drawn_of(answers: Iterable[ScanAnswer]) -> tuple[Drawn, Tensor]:
 
 
 def winners(a: Drawn, b: Drawn) -> Drawn:
-    """Of each draw the one of two whose score is higher; nan, which is refused later, wins."""
+    """Return the winner of each draw with the higher score of two; nan wins, and is rejected later."""
     wins = (b.scores > a.scores) | b.scores.isnan()
     return Drawn(
         torch.where(wins, b.class_ids, a.class_ids),
@@ -187,16 +187,16 @@ def winners(a: Drawn, b: Drawn) -> Drawn:
 
 
 def merged_lse(answers: list[ScanAnswer]) -> Tensor:
-    """Log-sum-exp over slices [N]."""
+    """Return the log-sum-exp [N] over all slices."""
     return torch.logsumexp(torch.stack([answer.lse for answer in answers if answer.lse is not None]), 0)
 
 
 def sum_softplus(answers: list[ScanAnswer]) -> Tensor:
-    """Sum of log(1 + exp(z)) over slices [N]."""
+    """Return the sum [N] of log(1 + exp(z)) over all slices."""
     return sum_of([answer.softplus for answer in answers if answer.softplus is not None])
 
 
 def sum_before(answers: list[ScanAnswer], num_rows: int) -> Tensor:
-    """Number of classes before the label over slices [N]."""
+    """Return the number [N] of classes ranked before the label, over all slices."""
     counts = [answer.num_before for answer in answers if answer.num_before is not None]
     return torch.stack(counts).sum(0) if counts else torch.zeros(num_rows, dtype=torch.int64)

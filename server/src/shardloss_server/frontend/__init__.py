@@ -1,1 +1,1 @@
-"""The way of a request: validate, plan, fan out, merge, finish."""
+"""The path of a request: validate, plan, fan out, merge, finish."""

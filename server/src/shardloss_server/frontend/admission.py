@@ -1,4 +1,4 @@
-"""Admission: how many calls, request bytes and streams may be inside the server at once, and whose."""
+"""Admission: limits on the calls, request bytes and streams inside the server at once, in all and per caller."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shardloss.errors import Overloaded
 
 from shardloss_server.frontend.hints import Hints
 
-LEAST_PATIENCE = 0.1  # of idle_s, for streams that stand still where no place is free
+LEAST_PATIENCE = 0.1  # share of idle_s that an idle stream gets while no place is free
 
 
 class Admission:
-    """Counts calls in flight and the bytes they brought; refuses at once rather than queueing. Thread-safe.
+    """A limit on calls in flight and on their request bytes; it refuses at once and does not queue. Thread-safe.
 
-    A caller may hold as many places, and as many bytes, as are left free beside its own: alone half of them, and
-    somebody else always finds some.
+    A caller may hold only as many places, and as many bytes, as remain free. So a single caller gets at most half of
+    them, and some always remain for other callers.
 
-    limit is the setting that max_calls comes from.
+    limit is the name of the setting that max_calls comes from.
     """
 
     def __init__(self, max_calls: int, max_bytes: int, limit: str) -> None:
@@ -36,7 +36,7 @@ class Admission:
 
     @contextmanager
     def admit(self, num_bytes: int, caller: str = "") -> Iterator[None]:
-        """Hold one call's place.
+        """Hold a place for one call.
 
         Raises:
             Overloaded: no place is free for this caller; `retry_after_s` says when to repeat.
@@ -76,15 +76,15 @@ class Admission:
 
 
 def has_share(num_own: int, num_free: int) -> bool:
-    """Whether who holds num_own places may take one of num_free."""
+    """Return True if a caller that holds num_own places may take one of num_free."""
     return 0 < num_free >= num_own
 
 
 class LiveStreams:
-    """Streaming calls from their first byte to their last: a bounded number, none of which may stand still.
+    """The streaming calls under way: their number is limited, and idle ones are dropped. Thread-safe.
 
-    A stream that waits for its client, to send or to read, for longer than idle_s is dropped: sooner where few places
-    are free. A caller may hold as many places as are left free. Thread-safe.
+    A stream is dropped when it has waited longer than idle_s for its client to send or to read, and sooner if few
+    places are free. A caller may hold only as many places as remain free.
     """
 
     def __init__(self, max_streams: int, idle_s: float, limit: str) -> None:
@@ -98,12 +98,12 @@ class LiveStreams:
 
     @property
     def num_streams(self) -> int:
-        """Streams under way."""
+        """Number of streams under way."""
         return len(self._waiting_since)
 
     @contextmanager
     def stream(self, drop: Callable[[], object], caller: str = "") -> Iterator[LiveStream]:
-        """Hold one stream's place; `drop` ends the stream from another thread.
+        """Hold a place for one stream; `drop` ends the stream from another thread.
 
         Raises:
             Overloaded: no place is free for this caller.
@@ -127,7 +127,7 @@ class LiveStreams:
                     del self._streams[caller]
 
     def drop_silent(self, now: float) -> int:
-        """End every stream that has not moved for too long; the number ended."""
+        """End every stream that has been idle for too long, and return how many."""
         with self._lock:
             free = 1 - self.num_streams / self._max_streams
             patience_s = self._idle_s * min(1.0, LEAST_PATIENCE + free)
@@ -139,7 +139,7 @@ class LiveStreams:
 
 
 class LiveStream:
-    """One streaming call, as `LiveStreams` watches it; once its place is given back, nothing is noted any more."""
+    """A streaming call watched by `LiveStreams`; once its place is free again, its methods have no effect."""
 
     def __init__(
         self, waiting_since: dict[Callable[[], object], float], drop: Callable[[], object], lock: threading.Lock
@@ -147,11 +147,11 @@ class LiveStream:
         self._waiting_since, self._drop, self._lock = waiting_since, drop, lock
 
     def moved(self) -> None:
-        """The client has sent or read a piece; from now on its next one is waited for."""
+        """Note that the client has sent or read a piece, so the wait for the next one begins now."""
         self._note(time.monotonic())
 
     def working(self) -> None:
-        """The server is at work: nothing is waited for from the client."""
+        """Note that the server is at work and does not wait for the client."""
         self._note(float("inf"))
 
     def _note(self, since: float) -> None:
@@ -161,11 +161,11 @@ class LiveStream:
 
 
 class Unsent:
-    """Replies of unary calls from their handler to the wire: bounded in bytes, and dropped where nobody reads them.
+    """Replies of unary calls that are not sent yet: limited in bytes, and dropped if the client does not read them.
 
-    The place of a call is free again once its handler has ended, but its reply is held until the client has taken it.
-    What a call has done is never hidden: new calls are refused where too much is unread, and who leaves as much unread
-    as is left free is refused first. So calls in flight may go above max_bytes with their replies. Thread-safe.
+    The place of a call is free again once its handler has ended, but its reply is held until the client has read it.
+    No finished call is refused its reply. Instead, new calls are refused while too much is unread; a caller that leaves
+    more unread than is left free is refused first. So the replies of calls in flight may exceed max_bytes. Thread-safe.
     """
 
     def __init__(self, max_bytes: int, longest_s: float) -> None:
@@ -178,10 +178,10 @@ class Unsent:
         self.num_dropped = 0
 
     def refuse_unread(self, caller: str) -> None:
-        """See that there is room for a reply to this caller.
+        """Check that there is room for a reply to this caller.
 
         Raises:
-            Overloaded: clients do not read as many bytes as may wait, or this one leaves its share unread.
+            Overloaded: the clients' unread replies have reached max_bytes, or this caller's exceed its share.
         """
         with self._lock:
             if not has_share(self._bytes[caller], self.max_bytes - self.num_bytes):
@@ -195,7 +195,10 @@ class Unsent:
         at_end: Callable[[Callable[[], None]], bool],
         caller: str = "",
     ) -> None:
-        """Count a reply until its call has ended; drop ends it, at_end(f) has f called then, or is False if it had."""
+        """Count a reply until its call has ended.
+
+        drop() ends the call. at_end(f) has f called when the call ends, or returns False if it has already ended.
+        """
         with self._lock:
             self._since[drop] = time.monotonic(), num_bytes, caller
             self.num_bytes += num_bytes
@@ -212,7 +215,7 @@ class Unsent:
                 del self._bytes[caller]
 
     def drop_silent(self, now: float) -> int:
-        """End every call whose reply was not read in time; the number ended."""
+        """End every call whose reply was not read in time, and return how many."""
         with self._lock:
             silent = [drop for drop, (since, *_) in self._since.items() if now - since > self._longest_s]
             self.num_dropped += len(silent)

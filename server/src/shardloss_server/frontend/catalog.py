@@ -1,4 +1,4 @@
-"""The tables of a server by name."""
+"""The catalog: the tables of a server by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardloss_server.frontend.turns import Turns
 from shardloss_server.numerics.optimizer import OptimizerSpec, state_widths
 from shardloss_server.shard.record import TableSpec
 
-MAX_DEVIATIONS = 8.0  # a normal from 32 bits is at most 6.8 standard deviations out
+MAX_DEVIATIONS = 8.0  # a normal number drawn from 32 bits is within 6.8 standard deviations
 log = logging.getLogger(__name__)
 COUNT_BYTES = 24  # a count and up to two nodes of its tree
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -29,21 +29,21 @@ ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 class Catalog:
-    """Makes, finds and deletes tables. Thread-safe."""
+    """The collection of a server's tables, which creates, finds, renames and deletes them. Thread-safe."""
 
     def __init__(self, group: ShardGroup, limits: Limits) -> None:
         self.group, self.limits = group, limits
         self.budget = TicketBudget(limits.max_open_tickets, limits.max_ticket_bytes)
         self.turns = Turns(limits.max_calls_at_workers)
         self._owners: dict[str, TableOwner] = {}
-        self._retired: deque[TableOwner] = deque()  # whose shards may still be there
+        self._retired: deque[TableOwner] = deque()  # their shards may not be freed yet
         self._making = threading.Lock()
 
     def owner(self, table: str) -> TableOwner:
-        """The owner of a table.
+        """Return the owner of a table.
 
         Raises:
-            TableNotFound: there is none.
+            TableNotFound: no table has this name.
         """
         owner = self._owners.get(table)
         if owner is None:
@@ -52,22 +52,22 @@ class Catalog:
 
     @property
     def num_sessions(self) -> int:
-        """Sessions that the tables remember."""
+        """Number of sessions that all tables remember."""
         return sum(owner.sessions.num_known for owner in self.owners())
 
     def owners(self) -> list[TableOwner]:
-        """All tables by name."""
+        """Return the owners of all tables, ordered by name."""
         return [owner for _, owner in sorted(self._owners.copy().items())]
 
     def create(self, spec: TableSpec, deadline: Deadline) -> tuple[TableOwner, bool]:
-        """Make a table, or answer the one that exists with an equal spec; whether it is new.
+        """Create a table, or find the one with an equal spec; return its owner, and True if the table is new.
 
         Raises:
-            TableExists: the name is taken by another spec.
-            InvalidArgument, LimitExceeded: the spec is wrong or too large.
+            TableExists: a table with this name has another spec.
+            InvalidArgument, LimitExceeded: the spec is invalid or too large.
         """
         check_spec(spec, self.limits)
-        with deadline.holding(self._making, "another table in the making"):
+        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
             existing = self._owners.get(spec.name)
             if existing is not None:
                 refuse_other(existing.spec, spec)
@@ -85,27 +85,29 @@ class Catalog:
             return owner, True
 
     def delete(self, table: str, deadline: Deadline) -> None:
-        """Free a table, lost or not.
+        """Delete a table and free its shards, even if it has lost rows.
 
         Raises:
-            TableNotFound: there is none.
+            TableNotFound: no table has this name.
         """
-        with deadline.holding(self._making, "a table in the making"):
+        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
             owner = self.owner(table)
             del self._owners[table]
             self._retire(owner)
 
     def rename(self, table: str, new_name: str, deadline: Deadline) -> TableOwner:
-        """Give a table another name; its shards keep the key that they have.
+        """Rename a table; its shards keep their key.
 
         Raises:
-            TableNotFound, TableExists, InvalidArgument: there is none, the name is taken, or is no name.
+            TableNotFound: no table has the old name.
+            TableExists: another table has the new name.
+            InvalidArgument: the new name is not valid.
         """
         check_name(new_name, "new_name")
-        with deadline.holding(self._making, "a table in the making"):
+        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
             owner = self.owner(table)
             if new_name in self._owners and new_name != table:
-                raise TableExists(f"a table is named {new_name!r}; delete it or use another name", field="new_name")
+                raise TableExists(f"a table named {new_name!r} exists; delete it or use another name", field="new_name")
             owner.spec = replace(owner.spec, name=new_name)
             self._owners[new_name] = owner
             if new_name != table:
@@ -117,12 +119,12 @@ class Catalog:
         self._retired.append(owner)
 
     def close(self) -> None:
-        """The server is stopping: let go of whoever waits."""
+        """End all waits for steps, because the server is stopping."""
         for owner in self.owners():
             owner.close()
 
     def settle(self, deadline: Deadline) -> None:
-        """Settle tables whose last change was left in doubt and nobody has come back for; free what was deleted."""
+        """Settle tables whose last change is still in doubt, and free the remaining shards of deleted tables."""
         for _ in range(len(self._retired)):
             retired = self._retired.popleft()
             if not retired.is_freed():
@@ -131,7 +133,7 @@ class Catalog:
             owner.settle_if_idle(deadline)
 
     def expire_tickets(self, now: float) -> int:
-        """Expire tickets of all tables; the number expired."""
+        """Expire idle tickets of all tables, and return how many."""
         return sum(owner.sessions.expire(now) for owner in self.owners())
 
 
@@ -139,7 +141,7 @@ def check_name(name: str, field: str) -> None:
     """Check a table's name.
 
     Raises:
-        InvalidArgument: naming the field.
+        InvalidArgument: the name is not valid; the error names the field.
     """
     if not NAME.fullmatch(name):
         raise InvalidArgument(
@@ -151,7 +153,7 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
     """Check a table's name and sizes.
 
     Raises:
-        InvalidArgument, LimitExceeded: naming the field.
+        InvalidArgument, LimitExceeded: the spec is invalid or too large; the error names the field.
     """
     check_name(spec.name, "spec.name")
     for field, value, most in (
@@ -172,18 +174,18 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
 
 
 def refuse_too_large(spec: TableSpec, existing: list[TableSpec], limits: Limits) -> None:
-    """Refuse a table that does not fit max_table_bytes beside the existing ones."""
+    """Refuse a table that does not fit in max_table_bytes alongside the existing ones."""
     taken, needed = sum(map(table_bytes, existing)), table_bytes(spec)
     if taken + needed > limits.max_table_bytes:
         raise LimitExceeded(
             f"the table would take {needed} bytes with its optimizer state; {taken} of max_table_bytes = "
-            f"{limits.max_table_bytes} are taken",
+            f"{limits.max_table_bytes} are in use",
             field="spec.num_classes",
         )
 
 
 def table_bytes(spec: TableSpec) -> int:
-    """Rows, biases, optimizer state and label counts of a whole table."""
+    """Return the bytes of a whole table: rows, biases, optimizer state and label counts."""
     state_item = ITEM_BYTES[spec.compute_dtype]
     per_row = spec.dim * ITEM_BYTES[spec.dtype] + state_item
     per_row += state_elements(spec.optimizer, spec.dim) * state_item
@@ -195,19 +197,19 @@ def table_bytes(spec: TableSpec) -> int:
 
 
 def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
-    """Optimizer state of one row, in elements."""
+    """Return the number of elements of the optimizer state of one row."""
     return sum(state_widths(optimizer, dim).values())
 
 
 def facts(spec: TableSpec) -> dict[str, object]:
-    """What must agree for two specs to be one table, by the contract's field names."""
+    """Return the fields that must agree for two specs to describe one table, by the contract's field names."""
     fields = ("num_classes", "dim", "dtype", "bias", "initializer", "optimizer", "count_labels")
     cut = {"placement": spec.placement.strategy, "num_shards": spec.placement.num_shards}
     return {field: getattr(spec, field) for field in fields} | cut
 
 
 def refuse_other(existing: TableSpec, asked: TableSpec) -> None:
-    """Refuse a spec that differs from the existing table's, naming the first difference."""
+    """Refuse a spec that differs from the existing table's; the error names the first difference."""
     have_all, want_all = facts(existing), facts(asked)
     for field, have in have_all.items():
         want = want_all[field]

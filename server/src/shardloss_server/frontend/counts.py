@@ -1,4 +1,4 @@
-"""Class counts of a table: those the caller wrote, and those that commits have seen."""
+"""Class counts of a table: those written by the caller, and those learned from commits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from shardloss.sampling import Distribution, LearnedCounts
 
 from shardloss_server.frontend.request import Mixture, SamplerSpec
 
-KEPT_ALIASES = 2  # prepared unigrams, by (distortion, num_reserved_ids); each takes 24 bytes a class
-KEPT_MIXTURES = 16  # mixtures of which it is known how many classes they can draw
+KEPT_ALIASES = 2  # prepared unigrams, by (distortion, num_reserved_ids); each takes 24 bytes per class
+KEPT_MIXTURES = 16  # mixtures whose num_possible is remembered
 
 
 @dataclass(frozen=True, slots=True)
 class CountsRead:
-    """Counts of a range of classes: written [M] or None where none ever were, learned [M] or None; the version then."""
+    """Counts of a range of M classes, and the table's version when they were read.
+
+    written [M] is None if no counts were ever written; learned [M] is None if the table does not count its labels.
+    """
 
     written: NDArray[np.float64] | None
     learned: NDArray[np.int64] | None
@@ -29,10 +32,11 @@ class CountsRead:
 
 
 class ClassCounts:
-    """What the samplers of one table draw by. Thread-safe; a draw and its expected counts belong into one `unchanging`.
+    """The class counts of one table, and the distributions that its samplers draw from. Thread-safe.
 
-    written counts [V] come from WriteClassCounts and are 0 before; learned ones are kept only where the table counts
-    its labels: 1 for each class and 1 more for each label of a commit.
+    A draw and its expected counts must be computed inside one `unchanging` context. Written counts [V] are set by
+    WriteClassCounts and are 0 before. Learned counts are kept only if the table counts its labels: 1 for each class,
+    plus 1 for each label of a commit.
     """
 
     def __init__(self, num_classes: int, counts_labels: bool) -> None:
@@ -45,17 +49,17 @@ class ClassCounts:
 
     @contextmanager
     def unchanging(self, spec: SamplerSpec) -> Iterator[Distribution]:
-        """What a sampler draws by, as it is at this moment; learned counts are held, so that nobody adds to them.
+        """Yield the distribution of a sampler at this moment; learned counts stay locked inside the context.
 
         Raises:
-            InvalidArgument: it needs counts that are not there.
+            InvalidArgument: the sampler needs counts that do not exist.
         """
         with self._lock:
             distribution = self.distribution(spec)
             if is_learned(spec):
                 yield distribution
                 return
-        yield distribution  # never changes: others need not wait for a long draw
+        yield distribution  # immutable, so other calls need not wait for a long draw
 
     def write(self, first_class: int, counts: NDArray[np.float64]) -> None:
         """Overwrite the written counts [M] of classes from first_class on."""
@@ -70,14 +74,14 @@ class ClassCounts:
         """Overwrite the learned counts [M] of classes from first_class on.
 
         Raises:
-            InvalidArgument: the table does not count its labels, or the sum of all would exceed MAX_TOTAL.
+            InvalidArgument: the table does not count its labels, or the sum of all counts would exceed MAX_TOTAL.
         """
         with self._lock:
             self._of_labels("learned").overwrite(first_class, counts)
             self._num_possible.clear()
 
     def read(self, first_class: int, num_classes: int) -> tuple[NDArray[np.float64] | None, NDArray[np.int64] | None]:
-        """Copies of the written and the learned counts [M] of a range of classes; None where there are none."""
+        """Return copies of the written and the learned counts [M] of a range of classes; None for those not kept."""
         asked = slice(first_class, first_class + num_classes)
         with self._lock:
             written = None if self._written is None else self._written[asked].copy()
@@ -86,13 +90,13 @@ class ClassCounts:
             return written, self._learned.frequency(np.arange(asked.start, asked.stop))
 
     def learn(self, class_ids: NDArray[np.int64]) -> None:
-        """Count the labels of a commit."""
+        """Add the labels of a commit to the learned counts, if these are kept."""
         if self._learned is not None:
             with self._lock:
                 self._learned.add(class_ids)
 
     def learned_frequency(self, class_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Share of each class among all labels that commits have seen, each class one label ahead.
+        """Return each class's share of all labels seen by commits, with one extra label added per class.
 
         Raises:
             InvalidArgument: the table does not count its labels.
@@ -101,10 +105,10 @@ class ClassCounts:
             return self._of_labels("in_batch").probability(class_ids)
 
     def distribution(self, spec: SamplerSpec) -> Distribution:
-        """What a sampler draws by, at this moment.
+        """Return the distribution that a sampler draws from at this moment.
 
         Raises:
-            InvalidArgument: it needs counts that are not there.
+            InvalidArgument: the sampler needs counts that do not exist.
         """
         with self._lock:
             if spec.kind == "mixture":
@@ -118,7 +122,7 @@ class ClassCounts:
 
     def _mixture(self, of: Mixture) -> Distribution:
         first, second = self.distribution(of.first), self.distribution(of.second)
-        if of not in self._num_possible:  # of two unigrams, all classes are looked at
+        if of not in self._num_possible:  # counting them reads every class if both are unigrams
             while len(self._num_possible) >= KEPT_MIXTURES:
                 self._num_possible.pop(next(iter(self._num_possible)))
             self._num_possible[of] = sampling.mixture(first, second, of.share).num_possible
@@ -129,7 +133,7 @@ class ClassCounts:
         if key not in self._unigrams:
             if self._written is None or not self._written[spec.num_reserved_ids :].any():
                 raise InvalidArgument(
-                    "fixed_unigram needs class counts above 0: write them first",
+                    "fixed_unigram needs class counts above 0; write them first",
                     field="sampler.kind",
                 )
             while len(self._unigrams) >= KEPT_ALIASES:
@@ -140,12 +144,12 @@ class ClassCounts:
     def _of_labels(self, what: str) -> LearnedCounts:
         if self._learned is None:
             raise InvalidArgument(
-                f"{what} needs a table that counts its labels: create it with count_labels", field="sampler.kind"
+                f"{what} needs a table that counts its labels; create the table with count_labels", field="sampler.kind"
             )
         return self._learned
 
 
 def is_learned(spec: SamplerSpec) -> bool:
-    """Whether a sampler draws by learned counts."""
+    """Return True if a sampler draws by learned counts."""
     parts = (spec.mixture.first, spec.mixture.second) if spec.mixture is not None else (spec,)
     return any(part.kind == "learned_unigram" for part in parts)

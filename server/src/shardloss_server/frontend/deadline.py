@@ -1,4 +1,4 @@
-"""The one deadline of a call."""
+"""The deadline of a call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shardloss.errors import DeadlineExceeded
 
 from shardloss_server.frontend.meter import meter
 
-CALLER_CHECK_S = 0.5  # how soon a wait sees that its caller has gone away
+CALLER_CHECK_S = 0.5  # a wait notices within this time that its caller has gone away
 
 
 class Deadline:
-    """A moment on the monotonic clock, seconds; or the present one, once the caller has gone away.
+    """A deadline on the monotonic clock, in seconds; it passes at once when the caller goes away.
 
-    caller is who waits, as `rpc/caller.py` names it; "" is the server itself.
+    caller is the waiting caller, as `rpc/caller.py` names it, or "" for the server itself.
     """
 
     def __init__(self, at: float, caller: str = "") -> None:
@@ -25,31 +25,31 @@ class Deadline:
 
     @staticmethod
     def after(seconds: float, caller: str = "") -> Deadline:
-        """The moment `seconds` from now."""
+        """Return the deadline that is `seconds` from now."""
         return Deadline(time.monotonic() + seconds, caller)
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
+        """Let the deadline pass now, because the caller no longer waits."""
         self._at = 0.0
 
     def left(self) -> float:
-        """Seconds left, never negative."""
+        """Return the seconds left, never negative."""
         return max(0.0, self._at - time.monotonic())
 
     def check(self, what: str) -> None:
-        """Go on only while there is time.
+        """Raise an error if the deadline has passed.
 
         Raises:
-            DeadlineExceeded: there is none.
+            DeadlineExceeded: no time is left; the message is "the deadline passed before {what}".
         """
         if self.left() == 0:
             raise DeadlineExceeded(f"the deadline passed before {what}")
 
     def wait(self, ready: Callable[[float], bool], what: str) -> None:
-        """Wait until ready(seconds) says so, looking up now and then whether the caller is still there.
+        """Wait until ready(seconds) returns True, checking every CALLER_CHECK_S that the caller is still there.
 
         Raises:
-            DeadlineExceeded: it did not, in time.
+            DeadlineExceeded: ready did not return True in time.
         """
         began = time.perf_counter()
         try:
@@ -62,12 +62,12 @@ class Deadline:
 
     @contextmanager
     def holding(self, lock: threading.Lock, what: str) -> Iterator[None]:
-        """Hold a lock, waiting for it no longer than this deadline.
+        """Hold a lock, waiting for it no longer than this deadline allows.
 
         Raises:
-            DeadlineExceeded: it was not free in time.
+            DeadlineExceeded: the lock was not free in time.
         """
-        self.wait(lambda seconds: lock.acquire(timeout=seconds), f"{what} was over; repeat with the same key")
+        self.wait(lambda seconds: lock.acquire(timeout=seconds), f"{what} finished; repeat with the same key")
         try:
             yield
         finally:

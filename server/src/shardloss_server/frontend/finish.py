@@ -1,4 +1,4 @@
-"""From all shards' answers to a reply: merge, join, finish. Pure."""
+"""The path from all shards' answers to a reply: merge, join, finish. Pure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from shardloss_server.shard.runs import merge_runs
 
 
 def upstream_of(request: LossRequest, like: Tensor) -> Tensor:
-    """g [N] in compute dtype: the request's, or ones."""
+    """Return g [N] in compute dtype: the request's, or ones."""
     if request.upstream is None:
         return torch.ones_like(like)
     return request.upstream.to(like.dtype)
 
 
 def join(gradients: list[RowGradient]) -> RowGradient:
-    """One gradient of all shards, class ids ascending."""
+    """Join the gradients of all shards into one, class ids ascending."""
     class_ids = torch.cat([gradient.class_ids for gradient in gradients])
     order = torch.argsort(class_ids)
     rows = torch.cat([gradient.rows for gradient in gradients])
@@ -37,19 +37,19 @@ def join(gradients: list[RowGradient]) -> RowGradient:
 
 
 def merge(scores: list[Score]) -> Merged:
-    """The scores of all shards at one version as one: the same bits, whatever was merged before."""
+    """Merge the scores of all shards at one version; the bits do not depend on what was merged before."""
     (whole,) = merge_runs(scores, max(score.shards.stop for score in scores))
     return Merged(whole.statistics, whole.target, whole.spread)
 
 
 def added(targets: list[LabelTarget]) -> LabelTarget:
-    """The sum of at least one target of a label distribution."""
+    """Return the sum of one or more targets of a label distribution."""
     mass = torch.stack([target.mass for target in targets]).sum(0)
     return LabelTarget(add_all([target.target for target in targets]), mass, targets[0].version)
 
 
 def num_candidates(part: Part, spec: TableSpec) -> int:
-    """Candidates that are scored, over all shards, without the labels."""
+    """Return the number of candidates that are scored over all shards, without the labels."""
     return spec.num_classes if part.candidates is None else part.candidates.class_ids.numel()
 
 
@@ -63,10 +63,10 @@ def finish(
     cost: Cost,
     has_bias: bool,
 ) -> LossReply:
-    """From merged statistics to what was wanted; ticket is the open one's name, or "".
+    """Compute what the request wants from merged statistics; ticket is the name of the open ticket, or "".
 
     Raises:
-        InvalidArgument: a counted row has a loss or a gradient that is not finite, or not in grad_dtype.
+        InvalidArgument: a counted row has a loss or a gradient that is not finite, or is too large for grad_dtype.
     """
     want, batch, objective = request.want, part.batch, part.objective
     mass = batch.mass
@@ -99,10 +99,10 @@ def finish(
 
 
 def in_dtype(gradient: Tensor, name: str) -> Tensor:
-    """The gradient of hidden in the dtype that it is asked for in.
+    """Return the gradient of hidden in the requested dtype.
 
     Raises:
-        InvalidArgument: an entry is too large for it.
+        InvalidArgument: an entry is too large for that dtype.
     """
     narrow = gradient.to(getattr(torch, name))
     if not validate.all_finite(narrow):
@@ -111,7 +111,7 @@ def in_dtype(gradient: Tensor, name: str) -> Tensor:
 
 
 def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
-    """d loss / d hidden [N, D] of hidden as the request has it: back through scale and norms."""
+    """Return d loss / d hidden [N, D] for hidden as the request has it, back through scale and norms."""
     transform, batch = part.objective.transform, part.batch
     mass = mass_of_gradient(batch.mass, part.objective.unit_mass_gradient)
     gradient = hidden_gradient(merged, mass, part.objective.z_loss, batch.spread)

@@ -1,4 +1,4 @@
-"""When refused calls may come back: in a line, as fast as places become free, so that they do not come together."""
+"""Retry hints for refused calls, spaced at the rate at which places become free, so that they do not coincide."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 
 LEAST_S, MOST_S = 0.05, 5.0
-FIRST_INTERVAL_S, NEW_SHARE = 0.01, 0.1  # between two places that become free, as long as none has; share of the last
+FIRST_INTERVAL_S, NEW_SHARE = 0.01, 0.1  # between two freed places, before any is; weight of the last one in the mean
 
 
 class Hints:
-    """Gives each refused call a place in a line that nobody keeps, as the seconds until it is reached. Thread-safe.
+    """Retry delays for refused calls: position in a virtual queue divided by its drain rate. Thread-safe.
 
-    spread(low, high) is a random factor around 1, which clients of equal hints need.
+    spread(low, high) returns a random factor, so that clients with equal delays do not return together.
     """
 
     def __init__(
@@ -24,16 +24,19 @@ class Hints:
     ) -> None:
         self._clock, self._spread = clock, spread
         self._lock = threading.Lock()
-        self._last = 0.0  # when the last of the line may come
+        self._last = 0.0  # time of the last position in the queue
         self._interval_s = FIRST_INTERVAL_S
 
     def ended(self, held_s: float, num_calls: int) -> None:
-        """A place that was held for held_s seconds is free again; num_calls were held at once."""
+        """Note that a place is free again after held_s seconds, while num_calls places were held."""
         with self._lock:
             self._interval_s += NEW_SHARE * (held_s / max(1, num_calls) - self._interval_s)
 
     def next(self) -> float:
-        """Seconds for one more refused call: grows with the line, up to MOST_S; between MOST_S and half at its end."""
+        """Return the retry delay of one more refused call, in seconds.
+
+        The delay grows with the queue up to MOST_S; once the queue is full, it is between half of MOST_S and MOST_S.
+        """
         with self._lock:
             now = self._clock()
             self._last = min(max(self._last, now) + self._interval_s, now + MOST_S)

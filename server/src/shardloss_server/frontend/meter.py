@@ -1,4 +1,4 @@
-"""What the present call has cost so far: seconds and operations, added up wherever they are spent."""
+"""The cost of the present call so far: seconds and operations, added up wherever they are spent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from shardloss_server.shard.record import Part, RowCandidates, TableSpec
 
-MAX_PHASES = 64  # of one call that a trace shows: an exact question of a large table has thousands
-SHORT_WAIT_S = 1e-4  # below it a wait is but the taking of a lock
+MAX_PHASES = 64  # phases of one call in a trace: an exact question over a large table has thousands
+SHORT_WAIT_S = 1e-4  # a shorter wait is only the time to acquire a lock
 NO_WORKER: Mapping[int, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """ "wait", "plan", "fanout" or "finish", between moments of time.perf_counter, with the phases inside it.
+    """One phase of a call: its name, its begin and end, and the phases inside it.
 
-    computed_s: what each worker computed, by its index.
+    name is "wait", "plan", "fanout" or "finish". began and ended are readings of time.perf_counter, in seconds.
+    computed_s is the computing time of each worker, by its index.
     """
 
     name: str
@@ -32,31 +33,32 @@ class Phase:
 
 
 class Phases:
-    """The phases of one call in the order of their ends, as a trace shows them."""
+    """The phases of one call, ordered by their ends, as a trace shows them."""
 
     def __init__(self) -> None:
         self.seen: list[Phase] = []
         self.num_left_out = 0
 
     def note(self, phase: Phase) -> None:
-        """Keep it where there is room."""
+        """Add a phase if there is room, and count it as left out otherwise."""
         if len(self.seen) < MAX_PHASES:
             self.seen.append(phase)
         else:
             self.num_left_out += 1
 
     def close(self, name: str, began: float, ended: float, num_before: int) -> None:
-        """A phase is over that holds all phases but the first num_before."""
+        """Add a phase that has ended and contains all phases except the first num_before."""
         inner = tuple(self.seen[num_before:])
         self.seen[num_before:] = [Phase(name, began, ended, NO_WORKER, inner)]
 
 
 @dataclass(slots=True)
 class Meter:
-    """Seconds of one call, none of them in two places; kernel_s is inside fanout_s. flops: 2 a product and its sum.
+    """The seconds and operations of one call. No time is counted twice, except that kernel_s is part of fanout_s.
 
     wait_s: for locks, turns, and steps before this one. fanout_s: from the start of work on the shards until all have
-    answered. kernel_s: what the slowest worker of each fan-out computed. phases: kept where a trace is recorded.
+    answered. kernel_s: computing time of the slowest worker of each fan-out. flops: a product and its addition count
+    as 2. phases: None unless a trace is recorded.
     """
 
     wait_s: float = 0.0
@@ -68,21 +70,21 @@ class Meter:
     phases: Phases | None = None
 
     def note(self, name: str, began: float, ended: float, computed_s: Mapping[int, float] = NO_WORKER) -> None:
-        """A wait or a fan-out is over."""
+        """Add a wait or a fan-out that has ended to the phases."""
         if self.phases is not None and (name != "wait" or ended - began >= SHORT_WAIT_S):
             self.phases.note(Phase(name, began, ended, computed_s))
 
     @property
     def elsewhere_s(self) -> float:
-        """What was neither planning nor finishing."""
+        """Seconds that were spent neither on planning nor on finishing."""
         return self.wait_s + self.fanout_s
 
     def planning(self) -> AbstractContextManager[None]:
-        """Count what is spent here, waits and fan-outs left out, as planning."""
+        """Count the time spent in this context as planning, without waits and fan-outs."""
         return self._spending("plan")
 
     def finishing(self) -> AbstractContextManager[None]:
-        """Count what is spent here, waits and fan-outs left out, as finishing."""
+        """Count the time spent in this context as finishing, without waits and fan-outs."""
         return self._spending("finish")
 
     @contextmanager
@@ -104,14 +106,15 @@ METER: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
 def meter() -> Meter:
-    """The present call's; what no call pays for is counted for nobody."""
+    """Return the meter of the present call; outside a call, return one that is never read."""
     return METER.get() or Meter()
 
 
 def flops_of(part: Part, spec: TableSpec) -> int:
-    """Operations of one pass over a part: 2 D for each of its logits, as h W^T has them; its gradients have as many.
+    """Return the operations of one pass over a part: 2 D per logit, as in h W^T; each gradient takes as many again.
 
-    Logits: N V over all classes, and N T more with a margin; N (C + T) of C shared candidates; N (S + T) of each row's.
+    Logits: N V over all classes, plus N T with a margin; N (C + T) with C shared candidates; N (S + T) with S
+    candidates for each row.
     """
     num_rows, num_true = part.batch.labels.shape
     num_logits = num_rows * num_true if part.has_columns_apart else 0
@@ -124,10 +127,10 @@ def flops_of(part: Part, spec: TableSpec) -> int:
 
 
 def products(num_logits: int, spec: TableSpec) -> int:
-    """Operations of so many logits."""
+    """Return the operations of num_logits logits: 2 D each."""
     return 2 * spec.dim * num_logits
 
 
 def of_columns(weights: Tensor, spec: TableSpec) -> int:
-    """Operations of one pass over columns [N, C] of a label distribution."""
+    """Return the operations of one pass over columns [N, C] of a label distribution."""
     return products(weights.numel(), spec)

@@ -1,4 +1,4 @@
-"""The owner of a table: numbers its commits and gives all its shards one order of work."""
+"""The owner of a table: it numbers the table's commits and gives all its shards one order of work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from shardloss_server.shard.record import (
     Upstream,
 )
 
-MAX_BACKLOG = 8  # reads that nobody waits for in front of a worker, before no more are started
+MAX_BACKLOG = 8  # abandoned reads queued per worker; above that, no more are started
 RETRY_AFTER_S = 0.1
 
 T = TypeVar("T")
@@ -68,8 +68,8 @@ class TableOwner:
 
     `_order` is held while work is started, so every shard sees scores, commits and writes in one order and a fan-out
     reads one version. `_commits` is held for the whole of a commit or write. After a change whose outcome is unknown
-    the table is in doubt: whoever comes next first brings all shards to the highest version that any of them reached
-    (`ShardGroup.repair`); a record that no shard holds never happened.
+    the table is in doubt: the next call first brings all shards to the highest version that any of them reached
+    (`ShardGroup.repair`). If no shard has the record of the change, the change never happened.
     """
 
     def __init__(
@@ -82,21 +82,21 @@ class TableOwner:
         table_id: str,
     ) -> None:
         self.spec, self.limits, self._turns = spec, limits, turns
-        self.key = f"{spec.name}#{table_id}"  # the shards' name of it: a table made anew is another one
+        self.key = f"{spec.name}#{table_id}"  # the table's key on the shards: a new one each time it is created
         self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s, limits.session_ttl_s)
         self.steps = Steps(limits.max_sessions)
         self.last_replies = LastReplies()
         self.counts = ClassCounts(spec.num_classes, spec.count_labels)
         self._group = group
         self.distribution_order = threading.Lock()  # one label distribution is collected at a time
-        self._collected_for: Ticket | None = None  # which is worth no more than what the shards collected for it
+        self._collected_for: Ticket | None = None  # its commit needs what the shards collected for it
         self._order = threading.Lock()
         self._commits = threading.Lock()
-        self._line = Turns(1)  # before `_commits`
+        self._line = Turns(1)  # calls queue here for `_commits`
         self._lost: str | None = None
         self._retired = False
         self._closing = False
-        self._dropping: Pending[object]  # once the table is retired
+        self._dropping: Pending[object]  # set when the table is retired
 
     def create(self, deadline: Deadline) -> None:
         """Allocate and fill the shards."""
@@ -106,30 +106,30 @@ class TableOwner:
 
     @property
     def lost(self) -> str | None:
-        """Why rows of it are gone; None: they are all there."""
+        """The reason why rows of the table are lost, or None if all rows are present."""
         return self._lost
 
     def retire(self) -> None:
-        """The table is deleted: refuse what comes late, give the tickets back, free the shards."""
+        """Retire a deleted table: refuse later calls, abort the tickets and free the shards."""
         self._retired = True
         self.sessions.clear()
         self.steps.wake()
         self._dropping = self._group.drop(self.key)
 
     def is_freed(self) -> bool:
-        """Whether every worker has said that it freed the shards of a retired table; where one was lost, ask again."""
+        """Return True if every worker has freed the shards of the retired table; after a failure, free them again."""
         try:
             self._dropping.result(0.0)
         except TimeoutError:
             return False
         except Exception as error:
-            log.warning("table %s: its shards are being freed again: %s", self.spec.name, error)
+            log.warning("table %s: freeing its shards failed and is repeated: %s", self.spec.name, error)
             self._dropping = self._group.drop(self.key)
             return False
         return True
 
     def close(self) -> None:
-        """The server is stopping: let go of whoever waits for a step."""
+        """End the waits for a step, because the server is stopping."""
         self._closing = True
         self.steps.wake()
 
@@ -140,21 +140,21 @@ class TableOwner:
         return self._guarded(lambda: self._group.stage(part), changing=False)
 
     def score(self, staged: Staged, with_gradient: bool, keep: bool, deadline: Deadline) -> list[Score]:
-        """Score a staged part on every shard, or run of shards, at one version; keep what its step can use."""
+        """Score a staged part on every shard, or run of shards, at one version; keep what the part's step can reuse."""
         scores = self.ask(lambda: self._group.score(self.key, staged, with_gradient, keep), deadline)
         self.same_version([score.version for score in scores])
         return scores
 
     def mine(self, staged: Staged, k: int, deadline: Deadline) -> list[Mined]:
-        """The k best candidates of each row on every shard."""
+        """Return the k best candidates of each row on every shard."""
         return self.ask(lambda: self._group.mine(self.key, staged, k), deadline)
 
     def begin_labels(self, name: str, ticket: Ticket | None, deadline: Deadline) -> None:
-        """Have the shards collect the gradient of a label distribution for a ticket; only within `distribution_order`.
+        """Make the shards collect the gradient of a label distribution for a ticket.
 
-        What they collected before is forgotten.
+        Drops what the shards collected before. The caller must hold `distribution_order`.
         """
-        self._ensure_settled(deadline)  # a step in doubt may need it
+        self._ensure_settled(deadline)  # a step in doubt may need what was collected before
         self._give_up_collected()
         self._collected_for = ticket
         self.ask(lambda: self._group.begin_labels(self.key, name), deadline)
@@ -162,35 +162,35 @@ class TableOwner:
     def add_labels(
         self, staged: Staged, first_class: int, weights: Tensor, g: Tensor | None, deadline: Deadline
     ) -> list[LabelTarget]:
-        """Every shard's part of a piece of a label distribution; with g [N] its gradient is collected."""
+        """Return every shard's target of a piece of a label distribution; with g [N], collect its gradient there."""
         return self.ask(lambda: self._group.add_labels(self.key, staged, first_class, weights, g), deadline)
 
     def forget_labels(self) -> None:
-        """Free what the shards collected, and the ticket that it was for, unless that ticket's step is in doubt."""
+        """Free what the shards collected and discard the ticket it was for, unless that ticket's step is in doubt."""
         doubt = self.steps.doubt
         if doubt is None or not any(ticket is self._collected_for for ticket in doubt.tickets):
             self._give_up_collected()
             self._group.forget_labels(self.key)
 
     def _give_up_collected(self) -> None:
-        """A repeat of the call must stream again: its ticket could not be committed any more."""
+        """Discard the ticket of the collected gradient: it cannot be committed now, and a repeat must stream again."""
         if self._collected_for is not None:
             self.sessions.discard(self._collected_for)
             self._collected_for = None
 
     def gradient(self, staged: Staged, upstream: Upstream, version: int, deadline: Deadline) -> list[RowGradient]:
-        """Gradient of every shard's touched rows at the version that gave the upstream's lse.
+        """Return the gradient of every shard's touched rows at the version that produced the upstream's lse.
 
         Raises:
-            TableUnavailable: a commit fell between; score again.
+            TableUnavailable: another commit was applied in between; score again.
         """
         with self._changing(deadline, "a commit of this table"):
             if self.steps.version != version:
-                raise TableUnavailable("a commit fell between the loss and its table gradient; repeat the call")
+                raise TableUnavailable("a commit was applied between the loss and its table gradient; repeat the call")
             return self.ask(lambda: self._group.gradient(self.key, staged, upstream), deadline, settled=True)
 
     def read(self, class_ids: Tensor, deadline: Deadline, with_state: bool = False) -> Rows:
-        """Rows [M, D] and biases [M] of class_ids [M] at one version, with their state where asked."""
+        """Read rows [M, D] and biases [M] of class_ids [M] at one version; with_state adds their optimizer state."""
         pieces = self.ask(lambda: self._group.read(self.key, class_ids, with_state), deadline)
         version = self.same_version([piece.version for piece in pieces])
         owner = self.spec.placement.shard_of(class_ids)
@@ -210,24 +210,24 @@ class TableOwner:
         )
 
     def read_counts(self, first_class: int, num_classes: int, deadline: Deadline) -> CountsRead:
-        """Class counts of a range, between two commits, and the version then."""
+        """Read the class counts of a range of classes between two commits, with the version at that moment."""
         with deadline.holding(self._commits, "a commit of this table"):
             self._settle(deadline)
             return CountsRead(*self.counts.read(first_class, num_classes), self.steps.version)
 
     def ask(self, start: Callable[[], Pending[T]], deadline: Deadline, settled: bool = False) -> T:
-        """Start work on every shard in this table's order, once its turn comes, and wait for it outside of the order.
+        """Start work on every shard once its turn comes, and wait for its result.
 
-        settled: the caller holds `_commits`.
+        `_order` is held only while the work is started. settled is True if the caller holds `_commits`.
         """
         if not settled:
             self._ensure_settled(deadline)
-        deadline.check("the shards were asked")
+        deadline.check("work on the shards began")
         if self._group.backlog() > MAX_BACKLOG * len(self._group.devices):
-            busy = "the workers are busy with calls whose deadline has passed"
+            busy = "the workers are still busy with calls whose deadline has passed; repeat later"
             raise Overloaded(busy, retry_after_s=RETRY_AFTER_S, limit="backlog")
         with self._turn(deadline, holds_commits=settled):
-            with deadline.holding(self._order, "the table's order of work"):
+            with deadline.holding(self._order, "the dispatch of another call on this table"):
                 self._refuse_lost()
                 began, pending = time.perf_counter(), start()
             try:
@@ -237,22 +237,22 @@ class TableOwner:
                 raise
 
     def same_version(self, versions: Sequence[int]) -> int:
-        """The one version of all shards.
+        """Return the one version of all shards.
 
         Raises:
-            TableUnavailable: they differ, which a change in doubt explains; repeat.
+            TableUnavailable: the versions differ, as they may while a change is in doubt; repeat the call.
         """
         if len(set(versions)) > 1:
-            raise TableUnavailable("the shards are being brought to one version; repeat the call")
+            raise TableUnavailable("the shards are at different versions and are being brought to one; repeat the call")
         return versions[0]
 
     def wait_for_step(self, session: str, step: int, deadline: Deadline, applied: bool) -> None:
-        """As `Steps.wait_for`, as long as the step may still be applied.
+        """Wait as `Steps.wait_for` does, but only while the step may still be applied.
 
         Raises:
-            DeadlineExceeded: it was not, in time.
-            StepTooOld: it was given up.
-            TableNotFound, RowsLost, ServerUnavailable: it will not be applied any more.
+            DeadlineExceeded: the step was not applied in time.
+            StepTooOld: the step was given up.
+            TableNotFound, RowsLost, ServerUnavailable: the step can no longer be applied.
         """
 
         def refuse() -> None:
@@ -277,16 +277,16 @@ class TableOwner:
             try:
                 return self._apply(request, tickets, deadline)
             except RequestError:
-                if request.is_one_call:  # its caller knows of no ticket
+                if request.is_one_call:  # the caller does not know the ticket
                     for ticket in tickets:
                         self.sessions.discard(ticket)
                 raise
             finally:
-                if self.steps.doubt is None:  # what is in doubt stays held until it is settled
+                if self.steps.doubt is None:  # tickets in doubt stay held until the doubt is settled
                     self.sessions.release(tickets)
 
     def abort(self, session: str, step: int, deadline: Deadline) -> int:
-        """Give up a session's open tickets up to a step; not while one of them is being committed."""
+        """Give up a session's open tickets up to a step, after any commit under way, and return how many."""
         with deadline.holding(self._commits, "a commit of this table"):
             self._settle(deadline)
             num_aborted = self.sessions.abort(session, step, time.monotonic())
@@ -304,7 +304,10 @@ class TableOwner:
         bias_state: State | None = None,
         num_commits: int | None = None,
     ) -> int:
-        """Overwrite rows, state and num_commits as one version and return it; where there is nothing, no version."""
+        """Overwrite rows, state and num_commits as one new version and return that version.
+
+        If there is nothing to write, return the present version.
+        """
         with self._changing(deadline, "another commit of this table"):
             if len(class_ids) == 0 and num_commits is None:
                 return self.steps.version
@@ -315,13 +318,13 @@ class TableOwner:
 
     @contextmanager
     def _changing(self, deadline: Deadline, what: str) -> Iterator[None]:
-        """One change of the table at a time, callers in turns."""
+        """Allow one change of the table at a time; callers take turns."""
         with self._line.turn(deadline), deadline.holding(self._commits, what):
             self._settle(deadline)
             yield
 
     def _turn(self, deadline: Deadline, holds_commits: bool) -> AbstractContextManager[None]:
-        """A turn at the workers: the next one, for who holds `_commits` while others wait for it."""
+        """Wait for a turn at the workers; a call that holds `_commits` while others wait for it goes first."""
         return self._turns.turn(deadline, goes_first=holds_commits and self._line.num_waiting > 0)
 
     def _apply(self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline) -> CommitReply:
@@ -330,7 +333,7 @@ class TableOwner:
         order = Order(self.steps.version + 1, key, request.learning_rate, staleness, upstreams)
         staged = [ticket.staged for ticket in tickets if ticket.staged is not None]
         if len(staged) < len(tickets):
-            raise TableUnavailable("a ticket was closed meanwhile; repeat the call")
+            raise TableUnavailable("a ticket was closed during its commit; repeat the call")
         self._change(Doubt(order, tickets), lambda: self._group.apply(self.key, order, staged), deadline)
         meter().flops += sum(ticket.flops for ticket in tickets)
         return CommitReply(self.steps.version, staleness, False)
@@ -338,16 +341,16 @@ class TableOwner:
     def _kept_outcome(self, request: CommitRequest) -> Outcome | None:
         outcome = self.steps.ledger.outcome(request.session, request.step)
         if outcome is not None and outcome.digest != request.digest:
-            raise StepReused(f"step {request.step} was committed with another payload", field="step")
+            raise StepReused(f"step {request.step} was already committed with a different payload", field="step")
         highest = self.steps.ledger.highest(request.session)
         if outcome is None and request.step <= highest:
-            raise StepTooOld(f"step {request.step} is not above {highest}, which was committed", field="step")
+            raise StepTooOld(f"step {request.step} is not above {highest}, the last committed step", field="step")
         return outcome
 
     def _upstreams(
         self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline
     ) -> tuple[tuple[Upstream, ...], int]:
-        """(lse, g) of every part at the present version, and the largest staleness."""
+        """Return (lse, g) of every part at the present version, and the largest staleness."""
         staleness = max(self.steps.version - ticket.version for ticket in tickets)
         if request.max_staleness is not None and staleness > request.max_staleness:
             raise Stale(
@@ -369,15 +372,15 @@ class TableOwner:
             largest = scaled * ticket.steepness * len(tickets) * max(1.0, request.learning_rate)
             dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
             overflows = ~torch.isfinite(largest.to(dtype))
-            validate.refuse_where(overflows, g, f"parts[{place}].g", "may make a gradient of the table that overflows")
+            validate.refuse_where(overflows, g, f"parts[{place}].g", "could make a gradient of the table overflow")
             upstreams.append(Upstream(lse, scaled.to(dtype)))
         return tuple(upstreams), staleness
 
     def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:
-        """lse of a part at the present version: with a stale one the softmax would not sum to 1."""
+        """Return the lse of a part at the present version; with a stale lse the softmax would not sum to 1."""
         staged, lse = ticket.staged, ticket.lse
         if staged is None or lse is None:
-            raise TableUnavailable("the ticket was closed meanwhile; repeat the call")
+            raise TableUnavailable("the ticket was closed during its commit; repeat the call")
         if ticket.version == self.steps.version:
             return lse
         scores = self.ask(lambda: self._group.score(self.key, staged, False, True), deadline, settled=True)
@@ -386,12 +389,12 @@ class TableOwner:
         return merge(scores).statistics.lse
 
     def _change(self, doubt: Doubt, start: Callable[[], Pending[object]], deadline: Deadline) -> None:
-        """Start a change on all shards and wait; from the start until all have answered the table is in doubt."""
+        """Start a change on all shards and wait for it; the table is in doubt until all shards have answered."""
         if deadline.left() == 0:
             raise DeadlineExceeded("the deadline passed before the change began; nothing was changed")
         try:
             with self._turn(deadline, holds_commits=True):
-                with deadline.holding(self._order, "the table's order of work"):
+                with deadline.holding(self._order, "the dispatch of another call on this table"):
                     self._refuse_lost()
                     self.steps.begin(doubt)
                     began, pending = time.perf_counter(), start()
@@ -402,7 +405,7 @@ class TableOwner:
             self.steps.under_way = False
 
     def _note(self, doubt: Doubt) -> None:
-        """All shards hold the change: it happened, and its tickets are committed."""
+        """Record that all shards have applied the change, and mark its tickets as committed."""
         for ticket in doubt.tickets:
             if ticket.labels is not None:
                 self.counts.learn(ticket.labels.numpy())
@@ -413,7 +416,7 @@ class TableOwner:
     # Doubt
 
     def settle_if_idle(self, deadline: Deadline) -> None:
-        """Settle what was left in doubt and nobody has come back for."""
+        """Settle a change that is still in doubt, unless another call is changing or settling the table."""
         if self.steps.doubt is not None and self._commits.acquire(blocking=False):
             try:
                 self._settle(deadline)
@@ -423,9 +426,9 @@ class TableOwner:
                 self._commits.release()
 
     def _ensure_settled(self, deadline: Deadline) -> None:
-        """Settle what an earlier change left in doubt, or wait for whoever is at it.
+        """Settle what an earlier change left in doubt, or wait for the call that is settling it.
 
-        Behind a change that is under way no one waits: it has its place in the order of work, before what comes now.
+        A change that is still under way is not waited for: it is ahead of new work in the order of work.
         """
         if self.steps.doubt is not None and not self.steps.under_way:
             with deadline.holding(self._commits, "a commit of this table"):
@@ -444,7 +447,7 @@ class TableOwner:
             self.sessions.release(doubt.tickets)
 
     def _wait(self, pending: Pending[T], deadline: Deadline, began: float, changing: bool = False) -> T:
-        """The answers to what began at a moment of time.perf_counter."""
+        """Wait for the answers to work that began at `began`, a time.perf_counter reading, and return them."""
         spent = meter()
         computed: Mapping[int, float] = {}
 
@@ -469,7 +472,7 @@ class TableOwner:
             spent.note("fanout", began, ended, computed)
 
     def _guarded(self, wait: Callable[[], T], changing: bool) -> T:
-        """Turn what can go wrong in a group into our errors."""
+        """Return wait(), with the exceptions of a group converted to shardloss errors."""
         try:
             return wait()
         except TimeoutError as error:
@@ -483,19 +486,19 @@ class TableOwner:
             self._lose("a worker died and its rows are gone")
             self._refuse_lost()
             raise
-        except OutOfMemory as error:  # a change stays in doubt: other shards may have done it
+        except OutOfMemory as error:  # a change stays in doubt: other shards may have applied it
             log.warning("table %s: %s", self.spec.name, error)
             if changing:
                 raise TableUnavailable(f"the workers are out of memory: {error}; repeat with the same key") from error
             raise LimitExceeded(f"the workers are out of memory: {error}") from error
         except Exception:
             if changing:
-                log.exception("table %s", self.spec.name)
-                self._lose("a shard failed while it changed its rows")
+                log.exception("table %s: a change failed", self.spec.name)
+                self._lose("a shard failed while changing its rows")
             raise
 
     def _lose(self, reason: str) -> None:
-        """Rows are gone: nothing can be committed any more, so the tickets are given back."""
+        """Mark the table as having lost rows: nothing can be committed any more, so its tickets are aborted."""
         self._lost = reason
         self.sessions.clear()
         self.steps.wake()
@@ -507,4 +510,6 @@ class TableOwner:
     def _refuse_lost(self) -> None:
         self._refuse_retired()
         if self._lost is not None:
-            raise RowsLost(f"table {self.spec.name!r}: {self._lost}; delete it, make it anew and fill it")
+            raise RowsLost(
+                f"table {self.spec.name!r}: {self._lost}; delete the table, create it again and reload its rows"
+            )

@@ -1,4 +1,4 @@
-"""The whole way of a request: validate -> plan -> fan out -> merge -> finish. Then commit.
+"""The whole path of a request: validate -> plan -> fan out -> merge -> finish. Then commit.
 
 loss     a batch in, per-example losses and the gradient of hidden out, a ticket left open
 commit   tickets and upstream gradients in, one optimizer step on every shard
@@ -37,12 +37,12 @@ from shardloss_server.frontend.steepness import steepness
 from shardloss_server.numerics.partial import add_all
 from shardloss_server.shard.record import LabelTarget, Part, Score, TableSpec, Upstream
 
-LEARNED_KINDS = ("learned_unigram", "mixture")  # a mixture may hold learned counts
+LEARNED_KINDS = ("learned_unigram", "mixture")  # a mixture may use learned counts
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredPart:
-    """A part with all shards' answers; targets are those of a label distribution; flops of one pass over it."""
+    """A part with all shards' answers; targets belong to a label distribution, flops to one pass over the part."""
 
     part: Part
     staged: Staged
@@ -53,13 +53,13 @@ class ScoredPart:
 
 
 class Pipeline:
-    """Answers losses and commits over the tables of a catalog."""
+    """The entry point for losses and commits on the tables of a catalog."""
 
     def __init__(self, catalog: Catalog, limits: Limits) -> None:
         self.catalog, self.limits = catalog, limits
 
     def loss(self, request: LossRequest, deadline: Deadline) -> LossReply:
-        """Score a batch; with a session, exactly one ticket is open for its key afterwards."""
+        """Score a batch; with a session, leave one ticket open for its key unless the request commits at once."""
         owner = self.catalog.owner(request.table)
         validate.loss_request(request, owner.spec, self.limits)
         if request.label_columns is not None:
@@ -71,13 +71,13 @@ class Pipeline:
         return self._with_ticket(owner, request, deadline)
 
     def commit(self, request: CommitRequest, deadline: Deadline) -> CommitReply:
-        """One optimizer step over all parts, exactly once."""
+        """Apply one optimizer step over all parts, exactly once."""
         owner = self.catalog.owner(request.table)
         validate.commit_request(request, owner.spec, self.limits)
         return owner.commit(request, deadline)
 
     def abort(self, table: str, session: str, step: int, deadline: Deadline) -> int:
-        """Give up the open tickets of a session up to a step; the number given up."""
+        """Give up the open tickets of a session up to a step, and return how many."""
         validate.session(session)
         validate.at_least(step, 1, "step")
         return self.catalog.owner(table).abort(session, step, deadline)
@@ -106,17 +106,18 @@ class Pipeline:
         except BaseException:
             owner.sessions.discard(ticket)
             raise
-        if ticket.state in (TicketState.ABORTED, TicketState.EXPIRED):  # a repeat may have committed it already
+        # COMMITTED is no error: a repeat of the call may have committed the ticket already.
+        if ticket.state in (TicketState.ABORTED, TicketState.EXPIRED):
             raise TicketAborted("the step was given up while it was being scored")
         return reply
 
     def _score(self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline) -> LossReply:
-        """plan -> fan out -> merge -> finish; where the loss follows a step, that step is on its way before it."""
+        """Plan, fan out, merge and finish; if the loss follows a step, that step is sent to the shards before it."""
         spent, began = meter(), time.monotonic()
         with spent.planning():
             ready = None if depends_on_steps(request) else plan(request, owner.spec, owner.counts)
             waiting = time.monotonic()
-            if request.after_step is not None:  # whose labels may count in the plan
+            if request.after_step is not None:  # the plan may depend on that step's labels
                 owner.wait_for_step(request.session, request.after_step, deadline, applied=ready is None)
             began += time.monotonic() - waiting
             part, targets = (ready, []) if ready is not None else self._planned(owner, request, ticket, deadline)
@@ -133,7 +134,7 @@ class Pipeline:
     def _finished(
         self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, scored: ScoredPart, deadline: Deadline
     ) -> LossReply:
-        """merge -> finish; the ticket then holds what its commit needs."""
+        """Merge and finish; the ticket then holds what its commit needs."""
         part, staged, targets = scored.part, scored.staged, scored.targets
         merged, version = merge(scored.scores), scored.scores[0].version
         if request.after_step is not None:
@@ -158,9 +159,9 @@ class Pipeline:
     def _planned(
         self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
     ) -> tuple[Part, list[LabelTarget]]:
-        """The part to score; what takes a fan-out of its own first: hard negatives, and labels that are a distribution.
+        """Return the part to score, after the extra fan-outs of hard negatives or of a label distribution.
 
-        The targets are those of a distribution, whose labels are in no part.
+        The targets are those of a label distribution, whose labels are not in the part; there are none otherwise.
         """
         if request.label_columns is not None:
             return self._collected(owner, request, ticket, deadline)
@@ -174,14 +175,14 @@ class Pipeline:
     def _collected(
         self, owner: TableOwner, request: LossRequest, ticket: Ticket | None, deadline: Deadline
     ) -> tuple[Part, list[LabelTarget]]:
-        """Hand each piece of a label distribution to the shards as it comes; nothing of it is held here."""
+        """Send each piece of a label distribution to the shards as it arrives; no piece is kept here."""
         part = unlabelled(request, owner.spec, secrets.token_hex(8))
         staged, g, end = owner.stage(part), None, 0
         if request.want.table_grad or request.commit_now is not None:
             owner.begin_labels(part.distribution, ticket, deadline)
             scale = 1.0 if request.commit_now is None else request.commit_now.grad_scale
             g = (upstream_of(request, part.batch.mass.double()) * scale).to(part.batch.mass.dtype)
-        targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # of no piece
+        targets = owner.add_labels(staged, 0, torch.zeros(len(request.hidden), 0), None, deadline)  # empty
         for piece in request.label_columns or ():
             end = validate.label_columns(piece, end, len(request.hidden), owner.spec)
             targets += owner.add_labels(staged, piece.first_class, piece.weights, g, deadline)
@@ -192,8 +193,8 @@ class Pipeline:
         return with_mass(part, total.mass), [total]
 
     def _with_distribution(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
-        """One at a time a table: the shards collect the gradient of one distribution."""
-        if request.after_step is not None:  # which may be a distribution, too: it needs the order that is taken next
+        """Score a label distribution, one at a time per table: the shards collect the gradient of only one."""
+        if request.after_step is not None:  # that step may need `distribution_order`, which is acquired next
             owner.wait_for_step(request.session, request.after_step, deadline, applied=True)
         with deadline.holding(owner.distribution_order, "another label distribution of this table"):
             try:
@@ -204,7 +205,7 @@ class Pipeline:
                 owner.forget_labels()
 
     def _one_call(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
-        """Score and commit under one key. A repeat of an applied step gets the kept reply, or none but the outcome."""
+        """Score and commit under one key; a repeat of an applied step gets the kept reply, or else only its outcome."""
         assert request.commit_now is not None
         session, step, now = request.session, request.step, request.commit_now
         may_be_forgotten = not owner.steps.ledger.knows(session) and now.opened_at_version < owner.steps.ledger.horizon
@@ -218,9 +219,8 @@ class Pipeline:
                 raise
             kept = owner.last_replies.get((session, step), NO_REPLY)
             return with_commit(kept, owner.commit(commit_of(request, kept.ticket), deadline))
-        owner.last_replies.keep(
-            (session, step), reply
-        )  # before the commit, whose outcome may be settled by another call
+        # Before the commit, because another call may settle the commit's outcome.
+        owner.last_replies.keep((session, step), reply)
         try:
             committed = owner.commit(commit_of(request, reply.ticket), deadline)
         except RequestError:
@@ -230,7 +230,7 @@ class Pipeline:
 
 
 def depends_on_steps(request: LossRequest) -> bool:
-    """Whether the plan of a loss depends on the steps before it: by learned counts, or by a fan-out of its own."""
+    """Return True if the plan of a loss depends on earlier steps: it uses learned counts or a fan-out of its own."""
     if request.label_columns is not None:
         return True
     if request.sampled is None:
@@ -241,7 +241,7 @@ def depends_on_steps(request: LossRequest) -> bool:
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """What an open ticket keeps at most: the staged batch and candidates at the widest dtypes, and the reply."""
+    """Return the most bytes an open ticket keeps: staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
     if request.class_weights is not None:
         elements += request.class_weights.numel()

@@ -30,10 +30,10 @@ PADDING = -1
 
 
 def plan(request: LossRequest, spec: TableSpec, counts: ClassCounts) -> Part:
-    """The part of a request: padding marked, weights filled in, candidates drawn and their repeats folded.
+    """Return the part of a request: padding marked, weights filled in, candidates drawn and their repeats folded.
 
     Raises:
-        InvalidArgument: a distinct draw would take too many tries; a label cannot be drawn, so log Q does not exist.
+        InvalidArgument: a distinct draw would take too many tries, or a label cannot be drawn, so it has no log Q.
     """
     labels = request.labels
     if request.ignore_index is not None:
@@ -52,7 +52,7 @@ def plan(request: LossRequest, spec: TableSpec, counts: ClassCounts) -> Part:
 
 
 def unlabelled(request: LossRequest, spec: TableSpec, name: str) -> Part:
-    """The part of a request whose labels are the named distribution, before any of it has come: mass 0."""
+    """Return the part of a request whose labels are the named distribution, before any have arrived: mass is 0."""
     dtype: torch.dtype = getattr(torch, spec.compute_dtype)
     hidden = transformed(request.hidden.to(dtype), request.objective.transform)
     none = torch.zeros(len(hidden), 0, dtype=dtype)
@@ -61,21 +61,21 @@ def unlabelled(request: LossRequest, spec: TableSpec, name: str) -> Part:
 
 
 def with_mass(part: Part, mass: Tensor) -> Part:
-    """The part once all of its labels have come: mass [N] is the sum of each row's weights."""
+    """Return the part once all of its labels have arrived: mass [N] is the sum of each row's weights."""
     mass = mass.to(part.batch.mass.dtype)
     return replace(part, batch=replace(part.batch, hidden=counted_rows(part.batch.hidden, mass), mass=mass))
 
 
 def counted_rows(hidden: Tensor, mass: Tensor) -> Tensor:
-    """hidden [N, D] with 0 in ignored rows: whatever stands there, its logits are finite."""
+    """Return hidden [N, D] with 0 in ignored rows, so that their logits are finite whatever the request had there."""
     return hidden if mass.all() else torch.where((mass != 0)[:, None], hidden, 0.0)
 
 
 def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
-    """Hidden as the transform makes it, and the weights of labels and of all classes."""
+    """Return the batch of a request: transformed hidden, and the weights of labels and of all classes."""
     dtype: torch.dtype = getattr(torch, spec.compute_dtype)
     weights = weights_of(request, labels, dtype)
-    counts = weights.sum(1) != 0  # a class of weight 0 takes a row's label away, not the row's smoothing
+    counts = weights.sum(1) != 0  # a class weight of 0 removes a row's label, but not the row's smoothing
     if request.class_weights is not None:
         weights = weights * request.class_weights.to(dtype)[labels.clamp(min=0)]
     spread, mass = None, weights.sum(1)
@@ -89,7 +89,7 @@ def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:
 
 
 def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """y [N, T]: the given weights, or 1 / (number of labels) of each row, or 1 in a full sigmoid; 0 on padding."""
+    """Return y [N, T]: the given weights, or 1 / (number of labels) per row, or 1 in a full sigmoid; 0 on padding."""
     counted = labels != PADDING
     if request.label_weights is not None:
         return torch.where(counted, request.label_weights.to(dtype), 0.0)
@@ -99,7 +99,7 @@ def weights_of(request: LossRequest, labels: Tensor, dtype: torch.dtype) -> Tens
 
 
 def transformed(hidden: Tensor, transform: Transform) -> Tensor:
-    """Hidden [N, D] divided by its norms where the transform says so, times the scale."""
+    """Return hidden [N, D], divided by its row norms if the transform normalizes, times the scale."""
     if transform.normalize:
         hidden, _ = normalized(hidden)
     return hidden if transform.scale == 1.0 else hidden * transform.scale
@@ -109,7 +109,7 @@ def transformed(hidden: Tensor, transform: Transform) -> Tensor:
 
 
 def shared_candidates(request: LossRequest, draw: SampledValues, labels: Tensor, dtype: torch.dtype) -> Candidates:
-    """Candidates of the whole batch. Where a repeat may count as a column of its own, repeats are not folded."""
+    """Return the candidates of the whole batch; repeats are not folded if each may count as a column of its own."""
     sampled = request.sampled
     assert sampled is not None
     log_count = log_counts(draw.sampled_expected_count, sampled).to(dtype)
@@ -135,7 +135,7 @@ def shared_candidates(request: LossRequest, draw: SampledValues, labels: Tensor,
 
 
 def row_candidates(sampled: SampledSoftmax, draw: SampledValues, labels: Tensor, dtype: torch.dtype) -> RowCandidates:
-    """Candidates of each row's own; accidental hits weigh nothing."""
+    """Return a separate set of candidates for each row; accidental hits have weight 0."""
     keys, label_keys = draw.sampled, labels
     if sampled.hit_ids is not None and sampled.hit_ids.sampled is not None:
         keys, label_keys = sampled.hit_ids.sampled, torch.where(labels == PADDING, PADDING, sampled.hit_ids.labels)
@@ -146,7 +146,7 @@ def row_candidates(sampled: SampledSoftmax, draw: SampledValues, labels: Tensor,
 
 
 def mined_part(part: Part, mined: list[Mined], k: int) -> Part:
-    """The part whose candidates are the k best of each row over all shards."""
+    """Return the part with the k best candidates of each row over all shards."""
     assert part.candidates is not None
     found = reduce(beside, (Best(one.class_ids, one.logits, one.log_weight) for one in mined))
     best = ordered(found, k)
@@ -156,12 +156,12 @@ def mined_part(part: Part, mined: list[Mined], k: int) -> Part:
 
 
 def log_counts(expected_count: Tensor, sampled: SampledSoftmax) -> Tensor:
-    """log Q in float64; 0 where logits are not corrected."""
+    """Return log Q in float64, or 0 if logits are not corrected."""
     return expected_count.double().log() if sampled.is_corrected else torch.zeros(expected_count.shape).double()
 
 
 def label_log_weights(expected_count: Tensor, labels: Tensor, sampled: SampledSoftmax) -> Tensor:
-    """-log Q of the true columns [N, T], 0 on padding."""
+    """Return -log Q of the true columns [N, T], 0 on padding."""
     return torch.where(labels == PADDING, 0.0, -log_counts(expected_count, sampled))
 
 
@@ -169,7 +169,7 @@ def label_log_weights(expected_count: Tensor, labels: Tensor, sampled: SampledSo
 
 
 def drawn(sampled: SampledSoftmax, labels: Tensor, spec: TableSpec, step: int, counts: ClassCounts) -> SampledValues:
-    """The candidates of a step with the expected counts of all columns (1 on padding), float64."""
+    """Return the candidates of a step with the expected counts of all columns (1 on padding), float64."""
     draw = sampled.candidates
     if isinstance(draw, SampledValues):
         return draw
@@ -186,7 +186,7 @@ def drawn(sampled: SampledSoftmax, labels: Tensor, spec: TableSpec, step: int, c
 
 
 def in_batch(draw: InBatch, labels: Tensor, ones: Tensor, counts: ClassCounts) -> SampledValues:
-    """The counted labels of all rows. The row's own column was not drawn, so its logit is not corrected.
+    """Return the counted labels of all rows; a row's own column was not drawn, so its logit is not corrected.
 
     A class with frequency p is expected (n - 1) p times among the n - 1 labels of the other rows. Source:
     arXiv:2507.09331, section 3.
@@ -201,10 +201,10 @@ def in_batch(draw: InBatch, labels: Tensor, ones: Tensor, counts: ClassCounts) -
 def draw_with_tries(
     spec: SamplerSpec, num_classes: int, step: int, labels: Tensor, counts: ClassCounts
 ) -> tuple[SampledValues, int]:
-    """The draw of a sampler and the number of tries it took.
+    """Return the draw of a sampler and the number of tries it took.
 
     Raises:
-        InvalidArgument: too few classes can be drawn, or in too many tries.
+        InvalidArgument: too few classes can be drawn, or the draw takes too many tries.
     """
     with counts.unchanging(spec) as distribution:
         refuse_too_many(spec, distribution)
@@ -229,14 +229,14 @@ def draw_with_tries(
 
 
 def distribution_draw(distribution: Distribution, spec: SamplerSpec, step: int) -> sampling.Draw:
-    """The draw of (seed, step), or all classes."""
+    """Return the draw of (seed, step), or all classes if the sampler's kind is "all"."""
     if spec.kind == "all":
         return sampling.all_candidates(distribution.num_classes)
     return sampling.draw(distribution, spec.num_sampled, spec.unique, spec.seed, step)
 
 
 def refuse_too_many(spec: SamplerSpec, distribution: Distribution) -> None:
-    """A distinct draw needs as many classes that can be drawn."""
+    """Refuse a distinct draw of more ids than there are classes with p > 0."""
     if spec.unique and spec.kind != "all" and spec.num_sampled > distribution.num_possible:
         raise InvalidArgument(
             f"sampler.num_sampled = {spec.num_sampled} distinct ids cannot come from {distribution.num_possible} "
@@ -246,7 +246,7 @@ def refuse_too_many(spec: SamplerSpec, distribution: Distribution) -> None:
 
 
 def refuse_undrawable(true_expected_count: Tensor, labels: Tensor) -> None:
-    """log Q of a label must exist where its logit is corrected."""
+    """Refuse labels with Q = 0, whose corrected logit does not exist."""
     wrong = (true_expected_count <= 0) & (labels != PADDING)
     if wrong.any():
         n, t = (int(i) for i in torch.nonzero(wrong)[0])

@@ -1,4 +1,4 @@
-"""Requests and replies of the front end, as values: protobuf ends at the rpc room."""
+"""Requests and replies of the front end as plain values; protobuf is used only in the rpc package."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shardloss_server.shard.record import RowGradient
 
 @dataclass(frozen=True, slots=True)
 class SamplerSpec:
-    """What to draw: kind "log_uniform", "uniform", "fixed_unigram", "learned_unigram", "all" or "mixture".
+    """A sampler of kind "log_uniform", "uniform", "fixed_unigram", "learned_unigram", "all" or "mixture".
 
-    distortion and num_reserved_ids are those of a fixed unigram; mixture those of a mixture.
+    distortion and num_reserved_ids apply only to a fixed unigram, and mixture only to a mixture.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class SamplerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """p = share * first + (1 - share) * second; their own num_sampled, unique and seed have no meaning."""
+    """A mixture of two samplers, p = share * first + (1 - share) * second; only their distributions are used."""
 
     first: SamplerSpec
     second: SamplerSpec
@@ -38,7 +38,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class SampledValues:
-    """The caller's draw: sampled [S] or, each row its own, [N, S]; Q of the labels [N, T] and of sampled."""
+    """The caller's draw: sampled [S], or [N, S] with a draw per row; Q of the labels [N, T] and of sampled."""
 
     sampled: Tensor
     true_expected_count: Tensor
@@ -47,7 +47,7 @@ class SampledValues:
 
 @dataclass(frozen=True, slots=True)
 class InBatch:
-    """The other rows' labels; with corrected logits they are corrected by how often commits have seen each class."""
+    """The other rows' labels as candidates; if is_corrected, Q is from how often commits have seen each class."""
 
     is_corrected: bool
 
@@ -62,7 +62,7 @@ class PartialFc:
 
 @dataclass(frozen=True, slots=True)
 class HitIds:
-    """What is compared to find accidental hits: labels [N, T]; sampled as the draw, None where that is the batch."""
+    """The ids compared to find accidental hits: labels [N, T]; sampled in the draw's shape, or None for `InBatch`."""
 
     labels: Tensor
     sampled: Tensor | None
@@ -72,7 +72,8 @@ class HitIds:
 class SampledSoftmax:
     """The candidates of a sampled loss. hit_removal is "none", "every" or "last".
 
-    num_hard_negatives > 0 keeps only so many of the best candidates of each row; is_corrected False leaves log Q out.
+    If num_hard_negatives > 0, only that many of each row's best candidates are kept. Without is_corrected, log Q is
+    left out.
     """
 
     candidates: SamplerSpec | SampledValues | InBatch | PartialFc
@@ -84,7 +85,7 @@ class SampledSoftmax:
 
 @dataclass(frozen=True, slots=True)
 class LabelColumns:
-    """weights y [N, C] of classes first_class to first_class + C - 1."""
+    """Label weights y [N, C] of classes first_class to first_class + C - 1."""
 
     first_class: int
     weights: Tensor
@@ -101,7 +102,7 @@ class CommitNow:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a reply must hold; grad_dtype is the hidden gradient's dtype, or None for the compute dtype."""
+    """The results wanted in a reply; grad_dtype is the hidden gradient's dtype, or None for the compute dtype."""
 
     loss: bool = True
     lse: bool = False
@@ -114,9 +115,9 @@ class Want:
 class LossRequest:
     """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is a loss over all classes.
 
-    class_weights [V] belong to the full softmax. label_columns are the labels where these are a distribution over all
-    classes, read once as they come; T is 0 then. digest tells one payload under a key from another; it is empty where
-    there is no session. max_reply_bytes is what the tensors of the reply may take.
+    class_weights [V] apply to the full softmax. label_columns are the labels if these are a distribution over all
+    classes, read once as they arrive; T is 0 then. digest distinguishes the payloads sent under one key, and is empty
+    without a session. max_reply_bytes limits the tensors of the reply.
     """
 
     table: str
@@ -164,7 +165,7 @@ class CommitRequest:
 
 @dataclass(frozen=True, slots=True)
 class CommitReply:
-    """The version a step made and its staleness."""
+    """The version that a step created, and its staleness in versions."""
 
     version: int
     staleness: int
@@ -173,7 +174,7 @@ class CommitReply:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of queueing and scoring; candidates scored."""
+    """The cost of a loss: microseconds of queueing and scoring, and the number of candidates scored."""
 
     queue_us: int
     score_us: int
@@ -182,7 +183,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class LossReply:
-    """The answer to a LossRequest; None where not wanted. ticket is "" where none is open."""
+    """The answer to a LossRequest; a result that is not wanted is None. ticket is "" if none is open."""
 
     loss: Tensor | None
     lse: Tensor | None
@@ -198,7 +199,7 @@ class LossReply:
 
     @property
     def num_bytes(self) -> int:
-        """What its tensors take."""
+        """Total size of the reply's tensors, in bytes."""
         tensors = [self.loss, self.lse, self.hidden_grad, self.scale_grad]
         if self.table_grad is not None:
             tensors += [self.table_grad.class_ids, self.table_grad.rows, self.table_grad.biases]

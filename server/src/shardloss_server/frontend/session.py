@@ -1,7 +1,7 @@
-"""Tickets and the sessions that hold them. Time comes in as a number; nothing here waits but for a reply in the making.
+"""Tickets and the sessions that hold them. Time is passed in as a number, and nothing here waits.
 
-A ticket is OPEN -> COMMITTED | ABORTED | EXPIRED. Only the table's owner expires it: ticket_ttl_s after the last call
-of its session.
+The states of a ticket are OPEN -> COMMITTED | ABORTED | EXPIRED. Only the table's owner expires a ticket: ticket_ttl_s
+after the last call of its session.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from shardloss_server.cluster.group import Staged
 from shardloss_server.frontend.request import LossReply
 
-KEPT_CLOSED = 1 << 14  # closed tickets whose fate is remembered, for a clear error
+KEPT_CLOSED = 1 << 14  # closed tickets whose final state is remembered, for a clear error
 RETRY_AFTER_S = 0.5
 
 
 class TicketState(Enum):
-    """Where a ticket stands."""
+    """The state of a ticket."""
 
     OPEN = "open"
     COMMITTED = "committed"
@@ -42,7 +42,7 @@ class TicketState(Enum):
 
 @dataclass(slots=True)
 class Ticket:
-    """One scored part that waits for its commit. The fields below `ready` are set before it is raised."""
+    """A scored part that waits for its commit. The fields below `ready` are filled in before that event is set."""
 
     name: str
     session: str
@@ -55,8 +55,8 @@ class Ticket:
     staged: Staged | None = None
     lse: Tensor | None = None
     steepness: Tensor | float = 1.0
-    labels: Tensor | None = None  # [L] that count
-    is_held: bool = False  # a commit is at work on it: it does not expire
+    labels: Tensor | None = None  # [L], without padding
+    is_held: bool = False  # a commit is using it, so it does not expire
     num_rows: int = 0
     flops: int = 0  # of one pass over its part
     version: int = 0
@@ -73,7 +73,7 @@ class Session:
 
 
 class TicketBudget:
-    """Counts open tickets and the bytes they keep, over all tables of a server."""
+    """A limit on open tickets and the bytes they keep, over all tables of a server."""
 
     def __init__(self, max_tickets: int, max_bytes: int) -> None:
         self._max_tickets, self._max_bytes = max_tickets, max_bytes
@@ -85,8 +85,8 @@ class TicketBudget:
         """Account for one more ticket.
 
         Raises:
-            LimitExceeded: one ticket alone is above the limit.
-            Overloaded: the server keeps as many tickets or bytes as it may.
+            LimitExceeded: this ticket alone is above the limit.
+            Overloaded: the server already keeps as many tickets or bytes as it may.
         """
         if num_bytes > self._max_bytes:
             raise LimitExceeded(f"the ticket would keep {num_bytes} bytes, above max_ticket_bytes = {self._max_bytes}")
@@ -102,7 +102,7 @@ class TicketBudget:
             self.num_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
-        """Account for one ticket less."""
+        """Account for one ticket fewer."""
         with self._lock:
             self.num_tickets -= 1
             self.num_bytes -= num_bytes
@@ -123,51 +123,55 @@ class Sessions:
         self._num_ended = dict.fromkeys((TicketState.COMMITTED, TicketState.ABORTED, TicketState.EXPIRED), 0)
 
     def num_tickets(self) -> dict[str, int]:
-        """Tickets that were ever opened, and how many of them ended in each way; the rest are open."""
+        """Return how many tickets were ever opened, and how many of them ended in each way; the rest are open."""
         with self._lock:
             return {"opened": self._num_made} | {state.value: num for state, num in self._num_ended.items()}
 
     @property
     def num_open(self) -> int:
-        """Open tickets of this table."""
+        """Number of open tickets of this table."""
         with self._lock:
             return sum(len(session.tickets) for session in self._sessions.values())
 
     @property
     def num_known(self) -> int:
-        """Sessions that are remembered."""
+        """Number of sessions that are remembered."""
         with self._lock:
             return len(self._sessions)
 
     def knows(self, session: str) -> bool:
-        """Whether this session has been seen and not forgotten."""
+        """Return True if this session was seen and has not been forgotten."""
         with self._lock:
             return session in self._sessions
 
     def begin(
         self, session: str, step: int, part: int, digest: bytes, num_bytes: int, committed: int, now: float
     ) -> tuple[Ticket, bool]:
-        """The ticket of a key, and whether it is new: a new one is not ready until `complete`.
+        """Return the ticket of a key, and True if it is new; the caller of a new one sets `ready` once it is scored.
 
         committed is the session's highest applied step.
 
         Raises:
-            StepReused: the key has an open ticket with another payload.
-            StepTooOld: the step was applied or given up.
-            Overloaded: no ticket or session more can be kept.
+            StepReused: the key has an open ticket with a different payload.
+            StepTooOld: the step was already applied or given up.
+            Overloaded: no more tickets or sessions can be kept.
         """
         with self._lock:
-            known = self._touch(session, now) if session in self._sessions else Session(now)  # also where it is refused
+            # A known session is touched even if the call is refused.
+            known = self._touch(session, now) if session in self._sessions else Session(now)
             ticket = known.tickets.get((step, part))
             if ticket is not None:
                 if ticket.digest != digest:
                     raise StepReused(
-                        f"session {session!r}, step {step}, part {part} was sent with another payload", field="step"
+                        f"session {session!r}, step {step}, part {part} was already sent with a different payload",
+                        field="step",
                     )
                 return ticket, False
             if step <= max(committed, known.given_up):
                 raise StepTooOld(
-                    f"step {step} is not above {max(committed, known.given_up)}, which is done", field="step"
+                    f"step {step} is not above {max(committed, known.given_up)}, the last step that was committed or "
+                    "given up",
+                    field="step",
                 )
             self._budget.take(num_bytes)
             try:
@@ -181,7 +185,7 @@ class Sessions:
             return ticket, True
 
     def given_up(self, session: str) -> int:
-        """The highest step that a session gave up; 0 where it gave up none."""
+        """Return the highest step that a session gave up, or 0 if it gave up none."""
         with self._lock:
             known = self._sessions.get(session)
             return known.given_up if known else 0
@@ -205,17 +209,17 @@ class Sessions:
         del self._sessions[idle]
 
     def discard(self, ticket: Ticket) -> None:
-        """Forget a ticket whose scoring failed, as if it had never been asked for."""
+        """Forget a ticket whose scoring failed, as if it had never been requested."""
         with self._lock:
             self._close(ticket, TicketState.ABORTED, remember=False)
 
     def find(self, session: str, step: int, names: list[str], now: float) -> list[Ticket]:
-        """The open, ready tickets of one step by name, held for a commit until `commit` or `release`.
+        """Return the named tickets of one step, open and ready, and hold them until `commit` or `release`.
 
         Raises:
             SessionExpired: the session is unknown.
-            TicketUnknown, TicketAborted, TicketExpired: naming the first part that cannot be committed.
-            InvalidArgument: a ticket of another step.
+            TicketUnknown, TicketAborted, TicketExpired: a part cannot be committed; the error names the first.
+            InvalidArgument: a ticket belongs to another step.
         """
         with self._lock:
             known = self._sessions.get(session)
@@ -243,13 +247,13 @@ class Sessions:
         raise TicketUnknown(f"parts[{place}]: no such ticket is open in this session", **where)
 
     def release(self, tickets: list[Ticket]) -> None:
-        """The commit came to nothing: the tickets are as open as before."""
+        """Release the tickets of a commit that was not applied; they are open as before."""
         with self._lock:
             for ticket in tickets:
                 ticket.is_held = False
 
     def commit(self, tickets: list[Ticket]) -> None:
-        """Close committed tickets, and give up what else their session holds up to that step."""
+        """Close committed tickets, and give up all other tickets of their session up to that step."""
         with self._lock:
             for ticket in tickets:
                 self._close(ticket, TicketState.COMMITTED)
@@ -258,7 +262,7 @@ class Sessions:
                 self._give_up(known, tickets[0].step)
 
     def abort(self, session: str, step: int, now: float) -> int:
-        """Give up the open tickets of this and earlier steps; the number given up.
+        """Give up the open tickets of this and earlier steps, and return how many.
 
         Raises:
             SessionExpired: the session is unknown.
@@ -276,9 +280,9 @@ class Sessions:
         return len(doomed)
 
     def expire(self, now: float) -> int:
-        """Close the open tickets of every session not heard of for ttl_s; the number closed.
+        """Close the open tickets of every session that had no call for ttl_s, and return how many.
 
-        A session without tickets is forgotten after session_ttl_s; what the ledger knows of its steps stays.
+        A session without tickets is forgotten after session_ttl_s, but its steps stay in the ledger.
         """
         with self._lock:
             stale = [s for s in self._sessions.values() if now - s.last_seen > self._ttl_s]
@@ -294,7 +298,7 @@ class Sessions:
             del self._sessions[name]
 
     def clear(self) -> None:
-        """Give every ticket back: the table is going away."""
+        """Abort every ticket, because the table is deleted or has lost rows."""
         with self._lock:
             for session in self._sessions.values():
                 for ticket in list(session.tickets.values()):
@@ -319,5 +323,5 @@ class Sessions:
 
 
 def is_idle(ticket: Ticket) -> bool:
-    """Whether nobody is at work on a ticket."""
+    """Return True if no call is working on a ticket."""
     return ticket.ready.is_set() and not ticket.is_held

@@ -1,4 +1,4 @@
-"""How steep a loss can be in the table: what keeps a step of finite numbers from making rows that are not."""
+"""A bound on the gradient of a loss in the table, so that a step of finite numbers cannot make rows non-finite."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from shardloss_server.shard.record import Part
 
 
 def steepness(part: Part, lse: Tensor) -> Tensor:
-    """No entry of d sum(g loss) / d table is above max_n |g_n| steepness_n [N], float64; 0 in ignored rows.
+    """Return steepness [N], float64: no entry of d sum(g loss) / d table exceeds max_n |g_n| steepness_n.
 
-    N * |dz| * |d z / d row|: dz is a row's weight of p and of y, of every copy of a class in a logistic loss; the rest
-    is hidden as it is scored, what a margin's slope may be, and 1 over the least norm. Coarse, yet far above training.
+    It is N * |dz| * |d z / d row|, and 0 in ignored rows. |dz| bounds a row's weights of p and of y, summed over all
+    copies of a class in a logistic loss. |d z / d row| bounds the product of hidden as it is scored, a margin's slope,
+    and 1 over the least norm. The bound is coarse, but training stays far below the gradients that it excludes.
     """
     batch, objective = part.batch, part.objective
     mass = batch.mass.double()

@@ -1,4 +1,4 @@
-"""What became of a table's changes: its version, its ledger, and the one change whose outcome is not known yet."""
+"""The state of a table's changes: its version, its ledger, and the one change whose outcome is not known yet."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from shardloss_server.shard.record import RowWrite
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """A change that was started and whose outcome is not known yet, with the tickets it closes."""
+    """A change that was started but whose outcome is not known yet, with the tickets it closes."""
 
     change: Order | RowWrite
     tickets: list[Ticket]
 
 
 class Steps:
-    """The changes of one table. Only its owner changes anything, one change at a time; whoever waits is told."""
+    """The changes of one table, updated only by its owner, one change at a time; waiting calls are notified."""
 
     def __init__(self, max_sessions: int) -> None:
         self.version = 0
         self.num_commits = 0
         self.ledger = Ledger(max_sessions)
         self.doubt: Doubt | None = None
-        self.under_way = False  # the change in doubt was started, and its answers are still waited for
+        self.under_way = False  # the change in doubt was started, and the owner still waits for its answers
         self._applied = threading.Condition()
 
     def begin(self, doubt: Doubt) -> None:
-        """A change is being started."""
+        """Record that a change is being started: the table is in doubt."""
         with self._applied:
             self.doubt, self.under_way = doubt, True
 
     def give_up(self) -> None:
-        """The change in doubt never happened."""
+        """Record that the change in doubt never happened."""
         with self._applied:
             self.doubt = None
             self._applied.notify_all()
 
     def note(self) -> None:
-        """The change in doubt happened."""
+        """Record that the change in doubt was applied."""
         assert self.doubt is not None
         change = self.doubt.change
         with self._applied:
@@ -60,18 +60,19 @@ class Steps:
             self._applied.notify_all()
 
     def wake(self) -> None:
-        """Have whoever waits look again."""
+        """Wake all waiting calls, which check their condition again."""
         with self._applied:
             self._applied.notify_all()
 
     def wait_for(self, session: str, step: int, deadline: Deadline, applied: bool, refuse: Callable[[], None]) -> None:
-        """Wait until a step of a session, or a later one, is applied; or, unless it must be, on its way to all shards.
+        """Wait until a step of a session, or a later one, is applied.
 
-        What is asked of the shards from then on comes behind it; `check_follows` says whether it was applied. refuse
-        raises what ends the wait otherwise.
+        With applied False it is enough that the step is on its way to all shards: work that is started on the shards
+        afterwards runs behind it, and `check_follows` checks that the step was applied. refuse() raises any other
+        error that ends the wait.
 
         Raises:
-            DeadlineExceeded: it was not, in time.
+            DeadlineExceeded: the step was not applied, or not on its way, in time.
         """
 
         def is_over() -> bool:
@@ -87,21 +88,21 @@ class Steps:
             )
 
     def check_follows(self, session: str, step: int, version: int) -> None:
-        """See that what was answered at a version came behind a step that `wait_for` waited for.
+        """Check that an answer at a version was computed after a step that `wait_for` waited for.
 
         Raises:
-            TableUnavailable: it did not: the step has failed, or nobody knows yet; repeat.
+            TableUnavailable: it was not: the step failed, or its outcome is not known yet; repeat the call.
         """
-        with self._applied:  # what is no longer in doubt is in the ledger
+        with self._applied:  # an applied step is either in doubt or in the ledger
             made = self._version_in_doubt(session, step)
             if self.ledger.highest(session) >= step:
                 outcome = self.ledger.outcome(session, step)
-                made = 0 if outcome is None else outcome.version  # one of long ago, or given up with a later one
+                made = 0 if outcome is None else outcome.version  # applied long ago, or given up with a later step
         if made is None or version < made:
-            raise TableUnavailable("the step before this loss has failed, or is in doubt; repeat the call")
+            raise TableUnavailable("the step before this loss failed, or its outcome is not known yet; repeat the call")
 
     def _version_in_doubt(self, session: str, step: int) -> int | None:
-        """The version that a step makes, or a later one, whose outcome is not known yet."""
+        """Return the version that a step, or a later one, creates if its outcome is not known yet; None otherwise."""
         doubt = self.doubt
         if doubt is None or not isinstance(doubt.change, Order):
             return None

@@ -1,12 +1,13 @@
-"""Turns at the workers: some calls are there at once, and the others wait by caller, whoever was served least first.
+"""Turns at the workers: several calls run there at once, and the others wait; the least served caller is next.
 
-A turn is held for one fan-out, and never while a call waits for its client or for another's step. What a caller was
-served is counted in seconds of turns. One that comes back after a pause begins where the last turn began, and may take
-a step's turns before it is counted as ahead: it neither saves up time nor waits behind callers that are always there
+A turn is held for one fan-out, and never while a call waits for its client or for another call's step. A caller's
+service is counted in seconds of turns. A caller that returns after a pause begins where the last turn began, and may
+take a step's turns before it counts as ahead: it neither saves up time nor waits behind callers that are always busy
 (start-time fair queueing).
 
-What is at the workers already is before everybody, and many calls there keep the workers busiest. So there are many
-as long as all callers ask for as much; where one asks for less than its share there are few, and it is answered soon.
+Calls already at the workers are ahead of all others, and the workers are busiest with many calls there. So many turns
+are granted while all callers request equally much; if one requests less than its share, only a few are granted, and its
+calls are answered soon.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from shardloss.errors import Overloaded
 
 from shardloss_server.frontend.deadline import Deadline
 
-STALLED_S = 1.0  # a turn held for longer does not count any more: a worker that hangs must not hold up the others
-FEW_AT_ONCE, LIGHT_S = 2, 5.0  # turns at once, for so long after a light caller asked
-LIGHT_TURNS = 2  # by which a light caller is ahead at most: others are ahead by STEP_TURNS, as they always wait
-MOST_KNOWN = 1024  # callers, before those that were served least are forgotten
-FIRST_COST_S, NEW_SHARE = 0.005, 0.1  # what a turn takes as long as none has ended; the share of the last in the mean
-STEP_TURNS = 4  # turns of mean length that a caller may be ahead: a loss and its commit, which may score once more
+STALLED_S = 1.0  # a turn held for longer no longer counts: a worker that hangs must not hold up the others
+FEW_AT_ONCE, LIGHT_S = 2, 5.0  # turns at once, for LIGHT_S after the request of a light caller
+LIGHT_TURNS = 2  # a light caller is ahead by at most this; others always wait, so they are ahead by STEP_TURNS
+MOST_KNOWN = 1024  # callers remembered; above that, those that were served least are forgotten
+FIRST_COST_S, NEW_SHARE = 0.005, 0.1  # assumed for a turn before any has ended; weight of the last turn in the mean
+STEP_TURNS = 4  # turns of mean length that a caller may be ahead: a loss and its commit, which may score again
 
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """Work for the workers, from the wish to be next to its end."""
+    """A turn of one call at the workers, from its request to its end."""
 
     caller: str
     goes_first: bool
-    began: float = 0.0  # s, once granted
+    began: float = 0.0  # s, set when granted
     expected_s: float = 0.0
     granted: threading.Event = field(default_factory=threading.Event)
 
 
 class Turns:
-    """Grants at most max_at_once turns. Thread-safe; clock is in seconds."""
+    """The turns at the workers, at most max_at_once at a time. Thread-safe; clock is in seconds."""
 
     def __init__(self, max_at_once: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_at_once, self._clock = max_at_once, clock
@@ -51,34 +52,34 @@ class Turns:
         self._urgent: deque[Turn] = deque()
         self._waiting: dict[str, deque[Turn]] = {}
         self._served: dict[str, float] = {}
-        self._light_at = float("-inf")  # when a light caller asked last
-        self._now_served = 0.0  # where the last turn began: nobody's next begins before it
+        self._light_at = float("-inf")  # time of the last request of a light caller
+        self._now_served = 0.0  # where the last turn began: no caller's next turn begins before it
         self.mean_s = FIRST_COST_S
         self.num_refused = 0
 
     @property
     def num_held(self) -> int:
-        """Calls at the workers."""
+        """Number of calls at the workers."""
         return len(self._held)
 
     @property
     def num_waiting(self) -> int:
-        """Calls that wait for their turn."""
+        """Number of calls that wait for their turn."""
         with self._lock:
             return len(self._urgent) + sum(map(len, self._waiting.values()))
 
     @contextmanager
     def turn(self, deadline: Deadline, *, goes_first: bool = False) -> Iterator[None]:
-        """Hold a turn for the deadline's caller, once it comes; goes_first is for who holds up others meanwhile.
+        """Wait for a turn for the deadline's caller and hold it; goes_first is for a call that holds up others.
 
         Raises:
-            Overloaded: it would come after the deadline; `retry_after_s` is how long it would take.
-            DeadlineExceeded: it did not come in time, or the caller went away.
+            Overloaded: the turn would come after the deadline; `retry_after_s` is how long it would take.
+            DeadlineExceeded: the turn did not come in time, or the caller went away.
         """
         turn = self._ask(deadline, goes_first)
         try:
             if not turn.granted.is_set():
-                deadline.wait(lambda seconds: self._came(turn, seconds), "its turn at the workers came")
+                deadline.wait(lambda seconds: self._came(turn, seconds), "the call had its turn at the workers")
             yield
         finally:
             self._end(turn)
@@ -101,24 +102,27 @@ class Turns:
         return self._urgent if turn.goes_first else self._waiting.setdefault(turn.caller, deque())
 
     def _refuse_late(self, caller: str, deadline: Deadline) -> None:
-        """Each other caller has as many turns before this one as this caller has itself."""
+        """Refuse a call whose turn would come after its deadline.
+
+        Every other caller gets as many turns before it as its own caller has waiting, this call included.
+        """
         own = len(self._waiting.get(caller, ())) + 1
         ahead = len(self._urgent) + sum(min(len(turns), own) for turns in self._waiting.values())
         wait_s = ahead * self.mean_s / self._max_at_once
         if ahead and wait_s > deadline.left():
             self.num_refused += 1
-            ahead_of_it = f"{ahead} calls are before this one, {wait_s:.2f} s of work"
+            ahead_of_it = f"{ahead} calls are ahead of this one, {wait_s:.2f} s of work: it would miss its deadline"
             raise Overloaded(ahead_of_it, retry_after_s=wait_s, limit="max_calls_at_workers")
 
     def _came(self, turn: Turn, seconds: float) -> bool:
         if turn.granted.wait(seconds):
             return True
         with self._lock:
-            self._grant()  # meanwhile a turn may have stalled
+            self._grant()  # a turn may have stalled during the wait
         return turn.granted.is_set()
 
     def _grant(self) -> None:
-        """Give free turns away."""
+        """Grant the free turns to waiting calls."""
         while self._urgent or self._waiting:
             now = self._clock()
             most = min(self._max_at_once, FEW_AT_ONCE) if now - self._light_at < LIGHT_S else self._max_at_once
@@ -141,7 +145,7 @@ class Turns:
         return turn
 
     def _share(self, caller: str) -> float:
-        """Where the caller's next turn begins."""
+        """Return the served seconds at which the caller's next turn begins."""
         return max(self._served.get(caller, 0.0) - STEP_TURNS * self.mean_s, self._now_served)
 
     def _end(self, turn: Turn) -> None:
@@ -164,7 +168,10 @@ class Turns:
             del self._waiting[turn.caller]
 
     def _forget(self) -> None:
-        """Where nobody holds a turn or waits, all begin anew; else whoever would begin there anyway is forgotten."""
+        """Reset all counts if no call holds a turn or waits for one.
+
+        Otherwise, above MOST_KNOWN callers, forget those that would begin where the last turn began anyway.
+        """
         if not self._held and not self._waiting and not self._urgent:
             self._served.clear()
             self._now_served = 0.0

@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Candidates of a draw, ids ascending; distinct where they were folded.
+    """The candidates of a draw, ids ascending; distinct if they were folded.
 
-    log_weight [C] is the log of the sum over an id's copies of 1/Q, so that z + log_weight is the log-sum-exp of the
-    copies' corrected logits. log_weight_after_hit [C] is the same over the copies that remain in a row which has the
-    id as a label (-inf where none remains), or None where hits are kept.
+    log_weight [C] is the log of the sum of 1/Q over an id's copies, so z + log_weight is the log-sum-exp of the copies'
+    corrected logits. log_weight_after_hit [C] is the same over the copies that remain in a row that has the id as a
+    label (-inf if none remains), or None if hits are kept.
     """
 
     class_ids: Tensor
@@ -24,7 +24,7 @@ class Folded:
 
 
 def in_order(class_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [S] ascending and the order [S] that sorted them, copies in their order."""
+    """Return ids [S] in ascending order and the order [S] that sorts them; copies keep their order."""
     if class_ids.device.type != "cpu":
         ordered_there, place_there = torch.sort(class_ids, stable=True)
         return ordered_there, place_there
@@ -41,7 +41,7 @@ def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) 
     """
     ordered, order = in_order(sampled)
     column = -log_expected_count[order]
-    if bool((ordered[1:] > ordered[:-1]).all()):  # as every distinct draw
+    if bool((ordered[1:] > ordered[:-1]).all()):  # true of every draw of distinct ids
         after_hit = None if hit_removal == "none" else torch.full_like(column, -torch.inf)
         return Folded(ordered, column, after_hit)
     class_ids, inverse, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
@@ -58,10 +58,10 @@ def fold_repeats(sampled: Tensor, log_expected_count: Tensor, hit_removal: str) 
 def in_id_order(
     sampled: Tensor, log_expected_count: Tensor, hit_removal: str, hit_ids: Tensor | None = None
 ) -> tuple[Folded, Tensor]:
-    """A draw's S columns by ascending id, each copy a column of its own, and the order [S] that sorted them.
+    """Return a draw's S columns by ascending id, with a separate column per copy, and the order [S] that sorts them.
 
-    For losses that are no log-sum-exp over columns. hit_removal as in `fold_repeats`; copies are those of hit_ids [S]
-    where hits are found by them.
+    For losses that are not a log-sum-exp over columns. hit_removal as in `fold_repeats`; if hits are found by
+    hit_ids [S], columns with the same hit id count as copies.
     """
     class_ids, order = in_order(sampled)
     log_weight = -log_expected_count[order]
@@ -75,9 +75,9 @@ def in_id_order(
 
 
 def row_hits(sampled: Tensor, labels: Tensor, hit_removal: str) -> Tensor:
-    """Which of each row's own candidates [N, S] are removed from it [N, S]; labels [N, T], padding negative.
+    """Return True [N, S] for each of the rows' own candidates [N, S] that is removed; labels [N, T], padding negative.
 
-    hit_removal as in `fold_repeats`; "last" removes the last copy of each id alone.
+    hit_removal as in `fold_repeats`; "last" removes only the last copy of each id.
     """
     hit = torch.zeros_like(sampled, dtype=torch.bool)
     if hit_removal == "none":
@@ -88,7 +88,7 @@ def row_hits(sampled: Tensor, labels: Tensor, hit_removal: str) -> Tensor:
 
 
 def last_copies(sampled: Tensor) -> Tensor:
-    """Whether an entry of sampled [N, S] is the last of its row with its id."""
+    """Return True for each entry of sampled [N, S] that is the last in its row with its id."""
     order = torch.argsort(sampled, dim=1, stable=True)
     ordered = sampled.gather(1, order)
     is_last = torch.ones_like(sampled, dtype=torch.bool)
@@ -97,7 +97,7 @@ def last_copies(sampled: Tensor) -> Tensor:
 
 
 def grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """log(sum over i with group[i] = j of exp(values[i])) for each group j [num_groups]; -inf for an empty group."""
+    """Return log(sum over i with group[i] = j of exp(values[i])) of each group j [num_groups]; -inf if it is empty."""
     top = torch.full((num_groups,), -torch.inf, dtype=values.dtype).scatter_reduce(0, group, values, "amax")
     finite_top = torch.where(torch.isneginf(top), 0.0, top)
     total = torch.zeros(num_groups, dtype=values.dtype).index_add(0, group, torch.exp(values - finite_top[group]))
@@ -105,10 +105,10 @@ def grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def find_hits(keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (row n, place c) with keys[c] among labels[n].
+    """Find the pairs (row n, place c) with keys[c] among labels[n].
 
-    keys [C] ascending, repeats allowed: each copy is a pair of its own; labels [N, T], padding is negative and never
-    hits where keys are not. A label given twice yields its pairs once, so there are at most N C. O(N T log (C T)).
+    keys [C] are ascending; repeats are allowed, and each copy gives its own pair. labels [N, T]; padding is negative
+    and never hits if keys are not. A label given twice gives its pairs once: at most N C pairs. O(N T log (C T)).
     """
     num_rows, num_true = labels.shape
     if num_true > 1:

@@ -1,7 +1,7 @@
-"""Exponentials of logits: what a softmax is made of, and what a step can take from the score before it.
+"""Exponentials of logits: the terms of a softmax, which a step can reuse from the score before it.
 
-exp(x) is taken as 2^(x log2 e): torch's vectorised exp2 of float32 is 4.5 times as fast as its exp on the CPUs
-measured, and x log2 e is off by half a unit of its last place, as x itself is.
+exp(x) is computed as 2^(x log2 e): torch's vectorised exp2 of float32 is 4.5 times as fast as its exp on the CPUs
+measured, and x log2 e is off by half a unit in the last place, as x itself is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 MOST_ABOVE = math.exp(8.0)  # a logit 8 above its reference is rounded by up to 0.03
 MOST_TOP = 2.0**15 / LOG2_E  # beyond it a reference is off by up to 2^7, and 2^x leaves the range of float32
-ABOVE = math.e  # where a reference moves: logits so near it lose nothing
+ABOVE = math.e  # a reference moves for a logit more than 1 above it; nearer ones lose no precision
 CACHED = 1 << 17  # elements of float32 that the second-level cache holds
 
 
 @dataclass(frozen=True, slots=True)
 class Exponentials:
-    """values [N, C] = exp(z - top) of a block's logits z, with top [N] their maximum (0 for a row of -inf).
+    """Exponentials of a block's logits z: values [N, C] = exp(z - top), top [N] their maximum (0 for a row of -inf).
 
-    Narrow ones have values in bfloat16, so their products are of bfloat16, and top [N] is near the maximum.
+    Those of `Narrow` have bfloat16 values, hence bfloat16 products, and top [N] is only near the maximum.
     """
 
     values: Tensor
@@ -31,14 +31,14 @@ class Exponentials:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory of values and top, in bytes."""
         return self.values.nbytes + self.top.nbytes
 
     def gradient(self, upstream: Rescaled, with_bias: bool) -> tuple[Tensor, Tensor]:
-        """dz^T hidden [C, D] and the sums of dz [C] (zeros without with_bias), where dz = scale exp(z - lse).
+        """Return dz^T hidden [C, D] and the sums of dz [C] (zeros without with_bias), with dz = scale exp(z - lse).
 
-        In hidden's dtype. Only hidden is rescaled, by scale exp(top - lse): nothing of the block's size is computed but
-        the product. Source: docs/design.md, "What was measured".
+        Both are in hidden's dtype. Only hidden is rescaled, by scale exp(top - lse): apart from the product, nothing of
+        the block's size is computed. Source: docs/adr/0008-exponentials-are-kept.md.
         """
         factor, hidden = upstream.by(self.top, self.values.dtype)
         rows = (self.values.T @ hidden).to(factor.dtype)
@@ -47,9 +47,9 @@ class Exponentials:
 
 
 class Rescaled:
-    """hidden [N, D] times scale exp(top - lse) for the tops [N] of one block after another.
+    """The product of hidden [N, D] and scale exp(top - lse), for the tops [N] of one block after another.
 
-    lse [N] float64, scale [N] = g * weight. Computed anew only where a top is another tensor than the one before.
+    lse [N] float64, scale [N] = g * weight. Computed again only if top is not the same tensor as before.
     """
 
     def __init__(self, hidden: Tensor, lse: Tensor, scale: Tensor) -> None:
@@ -58,7 +58,7 @@ class Rescaled:
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def by(self, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factor [N] and the product [N, D], this in `dtype`."""
+        """Return the factor scale exp(top - lse) [N] and the product [N, D], the latter in `dtype`."""
         if self._last is None or self._last[0] is not top:
             factor = (self.scale.double() * torch.exp(top.double() - finite_lse(self.lse))).to(self._hidden.dtype)
             self._last = top, factor, (self._hidden * factor[:, None]).to(dtype)
@@ -66,13 +66,14 @@ class Rescaled:
 
 
 class Narrow:
-    """Exponentials in bfloat16 of hidden [N, D] against one block of rows after another, both bfloat16.
+    """bfloat16 exponentials of the logits of hidden [N, D] and one block of rows after another, both bfloat16.
 
-    A reference [N] is subtracted inside the product, before a logit is rounded: the largest logit of the blocks before.
-    So what counts, logits near the top, keeps its digits; rounded as it is, a loss of 8-sigma logits was off by 0.17
-    (docs/design.md, "What was measured"). A block with a logit far above its reference is taken again with its own.
+    A reference [N], the largest logit of the blocks before, is subtracted inside the product, before rounding. So the
+    logits that matter, those near the top, keep their digits; without it, a loss over logits with a standard deviation
+    of 8 was off by 0.17 (docs/adr/0009-bfloat16-products.md). A block with a logit far above its reference is computed
+    again with its own largest logit as the reference.
 
-    Products are scaled by log2 e before they are rounded, so that a reference is a power of two, held as its exponent.
+    Products are scaled by log2 e before rounding, so that a reference is a power of two, stored as its exponent.
     """
 
     def __init__(self, hidden: Tensor) -> None:
@@ -81,15 +82,15 @@ class Narrow:
         self._top = self._reference
 
     def of(self, rows: Tensor, out: Tensor | None = None) -> tuple[Exponentials, Tensor]:
-        """Of the next block of rows [C, D], C >= 1: exponentials (in `out`) and their sums [N] float32.
+        """Compute the exponentials (in `out`) of the next block of rows [C, D], C >= 1, and their sums [N] float32.
 
-        Their top never falls; it is the same tensor as that of the block before unless it has risen. From logits of
-        MOST_TOP on, which no reference in bfloat16 is near to, sums are nan.
+        Their top never falls; it is the same tensor as for the block before unless it has risen. Sums are nan where
+        |top| >= MOST_TOP, as no bfloat16 reference is close to such logits.
         """
         if bool(torch.isneginf(self._reference).any()):
             self._raise(self._largest_logits(rows))
         values, total, largest = self._exponentials(rows, out)
-        if not bool((largest <= MOST_ABOVE).all()):  # or it overflowed
+        if not bool((largest <= MOST_ABOVE).all()):  # also if it overflowed
             self._raise(self._largest_logits(rows))
             values, total, largest = self._exponentials(rows, out)
         exponentials = Exponentials(values, self._top)
@@ -103,9 +104,9 @@ class Narrow:
         self._top = self._reference / LOG2_E
 
     def _exponentials(self, rows: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """2^(z log2 e - reference) [N, C], its sums [N] of float32 and its largest [N].
+        """Return 2^(z log2 e - reference) [N, C], its sums [N] in float32 and its maxima [N].
 
-        They lie class by class, as the product of a step reads them.
+        The values are stored class by class, as the product of a step reads them.
         """
         by_class = torch.empty(len(rows), len(self._hidden), dtype=rows.dtype) if out is None else out.T
         offset = (-self._reference).to(torch.bfloat16)
@@ -120,14 +121,14 @@ class Narrow:
 
 
 def exp2_(narrow: Tensor) -> Tensor:
-    """2^x in place of x [C, N] of bfloat16, and the sums [N] of what float32 holds of it."""
+    """Replace x [C, N] of bfloat16 by 2^x, in place; return the sums [N] of 2^x before it is rounded from float32."""
     wide = narrow.float().exp2_()
     narrow.copy_(wide)
     return wide.sum(0)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices are fast there; elsewhere they are slower than those of float32."""
+    """Return True if a device has fast products of bfloat16 matrices; otherwise they are slower than float32 ones."""
     if device.type == "cuda":
         return True
     able = torch.cpu.get_capabilities()
@@ -135,10 +136,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def exp_(values: Tensor) -> Tensor:
-    """exp(values), in place."""
+    """Compute exp(values) in place."""
     return values.mul_(LOG2_E).exp2_()
 
 
 def finite_lse(lse: Tensor) -> Tensor:
-    """lse with 0 in place of -inf: a row without a column has exp(-inf - 0) = 0 everywhere, never nan."""
+    """Return lse with 0 in place of -inf, so that a row without columns has exp(-inf - 0) = 0 everywhere, never nan."""
     return torch.where(torch.isneginf(lse), 0.0, lse)

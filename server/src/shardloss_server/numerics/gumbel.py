@@ -1,8 +1,8 @@
 """Draws from a softmax as races: the class of the largest logit plus Gumbel noise wins with its softmax probability.
 
-The noise is a function of (seed, number of the row, number of the draw, class id) alone, so a race can be run piece by
-piece in any order: the winner of the winners is the winner of all. In place of z - log(e) with e exponential, largest
-first, a piece compares e * exp(top - z), smallest first, which takes one logarithm less of each class.
+The noise is a function of (seed, row number, draw number, class id) alone, so a race can be run piece by piece in any
+order: the winner of the winners is the winner of all. Instead of the largest z - log(e), with e exponential, a piece
+looks for the smallest e * exp(top - z), which saves one logarithm per class.
 Source: Gumbel 1954; Maddison, Tarlow, Minka 2014, A* Sampling, section 2.
 """
 
@@ -13,34 +13,34 @@ from torch import Tensor
 
 from shardloss_server.numerics.initializer import CHUNK_ELEMENTS, GOLDEN_GAMMA, mix_, random_bits
 
-DRAW_STREAM = 0x64726177  # keeps the keys of draws apart from first values and from rounding, which count from 0
+DRAW_STREAM = 0x64726177  # separates the keys of draws from those of initial values and rounding, which count from 0
 
 
 def draw_keys(seed: int, first_row: int, num_rows: int, num_samples: int) -> Tensor:
-    """What the noise of each draw starts from: [N, S] int64, of rows first_row, first_row + 1, ..."""
+    """Return the noise key of each draw [N, S] int64, for rows first_row, first_row + 1, ..."""
     row_numbers = torch.arange(num_rows) + first_row
     return random_bits(seed, DRAW_STREAM, row_numbers, num_samples)
 
 
 def class_keys(class_ids: Tensor) -> Tensor:
-    """What the noise of each class starts from, int64 of the same shape."""
+    """Return the noise key of each class id, int64 of the same shape."""
     return mix_(class_ids * GOLDEN_GAMMA)
 
 
 def exponentials(draws: Tensor, classes: Tensor) -> Tensor:
-    """Exponential noise of pairs of a draw's key and a class's, which broadcast; float64, > 0 and finite.
+    """Return the exponential noise of pairs of draw keys and class keys, which broadcast; float64, > 0 and finite.
 
-    -log1p(-u) of 52 bits: u stays inside (0, 1), and its small values, which win races, keep their precision.
+    -log1p(-u) with u of 52 bits: u stays inside (0, 1), and its small values, which win races, keep their precision.
     """
     bits = mix_(draws + classes).bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1)
     return bits.double().add_(0.5).mul_(-(2.0**-52)).log1p_().neg_()
 
 
 def race(logits: Tensor, class_ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Who wins each of draws [N, S] among the classes class_ids [N, R] or [1, R] with logits [N, R] float64, R >= 1.
+    """Find the winner of each draw [N, S] among classes class_ids [N, R] or [1, R] with logits [N, R] float64, R >= 1.
 
-    Returns the winners' scores, max over R of logit + noise, and their columns, each [N, S]. A row with nan
-    has scores of nan; -inf never wins.
+    Returns the winners' scores, max over R of logit + noise, and their columns, each [N, S]. A row with a nan
+    logit has scores of nan; a logit of -inf never wins.
     """
     num_rows, num_samples = draws.shape
     top = logits.amax(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""First values of rows: a function of (seed, class id, column) alone, the same for any cut of the table.
+"""Initial values of rows: a function of (seed, class id, column) alone, the same for any sharding of the table.
 
-Bits are two rounds of the finaliser of SplitMix64 (Steele, Lea, Flood 2014) over a counter made of seed, class id and
-column pair; normals come by Box-Muller in float64, so that the last bit of a float32 does not depend on the machine's
+Bits are two rounds of the SplitMix64 finaliser (Steele, Lea, Flood 2014) over a counter of seed, class id and column
+pair. Normals are computed by Box-Muller in float64, so that the last bit of a float32 does not depend on the machine's
 float32 math library.
 """
 
@@ -21,7 +21,10 @@ SPLITMIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """How rows begin: kind is "normal" (scale = standard deviation), "uniform" (on [-scale, scale)) or "zeros"."""
+    """The distribution of the initial values of rows, drawn by seed.
+
+    kind is "normal" (scale = standard deviation), "uniform" (on [-scale, scale)) or "zeros".
+    """
 
     kind: str
     scale: float
@@ -29,40 +32,40 @@ class Initializer:
 
 
 def shifted_xor_(x: Tensor, bits: int) -> Tensor:
-    """x ^= x >> bits with a logical shift, in place, on int64."""
+    """Apply x ^= x >> bits with a logical shift, in place, on int64."""
     return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
 def mix_(x: Tensor) -> Tensor:
-    """The SplitMix64 finaliser, in place, on int64 (wrapping)."""
+    """Apply the SplitMix64 finaliser in place, on int64 (wrapping)."""
     shifted_xor_(x, 30).mul_(SPLITMIX_1)
     shifted_xor_(x, 27).mul_(SPLITMIX_2)
     return shifted_xor_(x, 31)
 
 
 def to_int64(value: int) -> int:
-    """The signed number with the same 64 bits."""
+    """Return the signed number with the same low 64 bits as value."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
 def row_keys(seed: int, stream: int, class_ids: Tensor) -> Tensor:
-    """64 random bits for each class id [M] int64, by (seed, stream)."""
+    """Return 64 random bits for each class id [M] int64, by (seed, stream)."""
     return mix_(class_ids * GOLDEN_GAMMA + to_int64(seed * 0xD1342543DE82EF95 + stream + 1))
 
 
 def random_bits(seed: int, stream: int, class_ids: Tensor, num_columns: int) -> Tensor:
-    """64 random bits for each (class id, column) [M, num_columns] int64, by (seed, stream)."""
+    """Return 64 random bits for each (class id, column) [M, num_columns] int64, by (seed, stream)."""
     column = torch.arange(1, num_columns + 1) * GOLDEN_GAMMA
     return mix_(row_keys(seed, stream, class_ids)[:, None] + column[None, :])
 
 
 def noise_bits(seed: int, stream: int, class_ids: Tensor, num_columns: int) -> Tensor:
-    """16 random bits for each (class id, column) [M, num_columns] int32, by (seed, stream): five times as fast.
+    """Return 16 random bits for each (class id, column) [M, num_columns] int32, five times as fast as `random_bits`.
 
-    The upper half of the product of two odd keys, one of the class and one of the column, modulo 2^32: over the
-    class's keys it is uniform, and of two columns nearly independent (multiply-shift hashing, Dietzfelbinger et al.
-    1997). Enough to round with, not to draw from.
+    By (seed, stream): the upper half of the product of two odd keys, one of the class and one of the column, modulo
+    2^32. It is uniform over the class's keys and nearly independent between two columns (multiply-shift hashing,
+    Dietzfelbinger et al. 1997): good enough for rounding, not for drawing.
     """
     row = row_keys(seed, stream, class_ids).to(torch.int32).bitwise_or_(1)
     column = row_keys(seed, stream, torch.arange(-num_columns, 0)).to(torch.int32).bitwise_or_(1)
@@ -70,17 +73,17 @@ def noise_bits(seed: int, stream: int, class_ids: Tensor, num_columns: int) -> T
 
 
 def high_uniform(bits: Tensor) -> Tensor:
-    """The upper 32 bits as float64 in (0, 1)."""
+    """Return the upper 32 bits as float64 in (0, 1)."""
     return ((bits >> 32) & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
 
 
 def low_uniform(bits: Tensor) -> Tensor:
-    """The lower 32 bits as float64 in (0, 1)."""
+    """Return the lower 32 bits as float64 in (0, 1)."""
     return (bits & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
 
 
 def initial_rows(initializer: Initializer, class_ids: Tensor, dim: int) -> Tensor:
-    """Rows [M, D] in float64 of classes [M].
+    """Return the initial rows [M, D] of classes [M], in float64.
 
     One 64-bit draw serves two neighbouring columns: (r cos a, r sin a) for normals, its halves for uniforms.
     """
@@ -98,7 +101,7 @@ def initial_rows(initializer: Initializer, class_ids: Tensor, dim: int) -> Tenso
 
 
 def fill_rows_(initializer: Initializer, class_ids: Tensor, rows: Tensor) -> None:
-    """Overwrite rows [M, D] of any float dtype with the first values of classes [M], chunk by chunk."""
+    """Overwrite rows [M, D] of any float dtype with the initial values of classes [M], chunk by chunk."""
     if initializer.kind == "zeros":
         rows.zero_()
         return
@@ -109,10 +112,11 @@ def fill_rows_(initializer: Initializer, class_ids: Tensor, rows: Tensor) -> Non
 
 
 def round_stochastically(values: Tensor, seed: int, step: int, class_ids: Tensor) -> Tensor:
-    """Round float32 [M, D] to bfloat16 up or down with probability by distance; E[rounded] = value.
+    """Round float32 [M, D] to bfloat16, up or down at random by distance, so that E[rounded] = value.
 
-    Adds 16 random bits, keyed by (seed, step, class id, column), below the kept ones and truncates. Non-finite
-    values are rounded to nearest. Source: DESIGN of low-precision training, Gupta et al. 2015, section 3.
+    Adds 16 random bits, keyed by (seed, step, class id, column), below the bits that are kept, and truncates. Values
+    that are not finite are rounded to nearest. Source: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with
+    Limited Numerical Precision", ICML 2015 (arXiv:1502.02551), section 3.
     """
     noise = noise_bits(seed, step, class_ids, values.shape[1])
     kept = noise.add_(values.contiguous().view(torch.int32)).bitwise_right_shift_(16)

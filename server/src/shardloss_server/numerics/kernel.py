@@ -1,9 +1,9 @@
-"""What a shard computes: statistics of columns, and the gradient of its rows.
+"""The computation of a shard: statistics of columns, and the gradient of its rows.
 
 Columns come in two shapes. A `Block` is dense: its rows are candidates of every row of hidden (the full softmax in
-chunks of rows, a sampled loss in ranges of candidates). `Entries` are sparse: each is a column of one row of hidden
-alone (true labels, candidates of a row's own). Rows are in compute dtype and transformed already: unit vectors where
-the transform normalises, and scale is inside hidden and biases. Nothing of size N x V is held.
+chunks of rows, a sampled loss in ranges of candidates). `Entries` are sparse: each is a column of a single row of
+hidden (true labels, a row's own candidates). Rows are in compute dtype and already transformed: they are unit vectors
+if the transform normalises, and scale is folded into hidden and biases. Nothing of size N x V is stored.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.partial import Partial, Statistics, Sums, Target
 from shardloss_server.numerics.transform import cap_, cap_slope
 
-CHUNK_LOGITS = 1 << 19  # logits of a block, of all rows or of candidates: 2 MiB of float32 stay near the cache
-ENTRY_ELEMENTS = 1 << 24  # elements of the rows of entries gathered at once
+CHUNK_LOGITS = 1 << 19  # logits of a block of rows or candidates: 2 MiB of float32 stay near the cache
+ENTRY_ELEMENTS = 1 << 24  # elements of entries' rows that are gathered at once
 
 
 @dataclass(frozen=True, slots=True)
 class Entries:
     """Columns of single rows of hidden, flattened to L entries.
 
-    batch_row [L], ascending, says whose column an entry is; row_index [L] its row in the shard, rows [L, D] and
-    biases [L] that row, norms [L] what it was divided by, or None; weight [L] = y, or None for y = 0; log_weight [L] =
-    -log Q, or None for 0.
+    batch_row [L], ascending, is each entry's row of hidden; row_index [L] is its row in the shard, with values rows
+    [L, D] and biases [L]; norms [L] are what the rows were divided by, or None. weight [L] = y, or None for y = 0;
+    log_weight [L] = -log Q, or None for 0.
     """
 
     batch_row: Tensor
@@ -51,7 +51,7 @@ class Entries:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that they hold, with what lies beside it where one is a view."""
+        """Memory that the tensors keep allocated, in bytes; for a view this is its whole storage."""
         own = (self.batch_row, self.row_index, self.rows, self.biases, self.norms, self.weight, self.log_weight)
         storages = [x.untyped_storage() for x in own if x is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -59,10 +59,10 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Removal of accidental hits: the labels [N, T] (padding negative) to look for among the keys of a block.
+    """The accidental hits to remove: labels [N, T] (padding negative) to look for among the keys of a block.
 
-    keys [C] ascending, order [C] the column of each, or None where they stand in order; log_weight [C] is what the
-    block's becomes in a row that has the column as a label.
+    keys [C] are ascending; order [C] is the column of each key, or None if columns are in key order. log_weight [C]
+    replaces the block's in a row that has the column as a label.
     """
 
     labels: Tensor
@@ -73,9 +73,9 @@ class Hits:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Columns of every row of hidden: rows [C, D], biases [C], log_weight [C] = -log Q or None for 0.
+    """Columns shared by all rows of hidden: rows [C, D], biases [C], log_weight [C] = -log Q or None for 0.
 
-    norms [C] is what the rows were divided by, or None.
+    norms [C] are what the rows were divided by, or None.
     """
 
     rows: Tensor
@@ -87,10 +87,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Logits of columns [...], corrected and transformed.
+    """The logits of columns [...], corrected and transformed.
 
     slope [...] is the derivative in the logit before the cap (or margin), None for 1; pull [...] = d z / d log scale,
-    None where it was not asked for.
+    None if not requested.
     """
 
     logits: Tensor
@@ -99,7 +99,7 @@ class Columns:
 
 
 def transformed(logits: Tensor, log_weight: Tensor | None, objective: Objective) -> Columns:
-    """Cap and correct plain logits (overwritten): cap(z) + log_weight."""
+    """Cap and correct plain logits, which are overwritten: cap(z) + log_weight."""
     slope, cap = None, objective.transform.soft_cap
     pull = logits.clone() if objective.learned_scale else None
     if cap is not None:
@@ -110,7 +110,7 @@ def transformed(logits: Tensor, log_weight: Tensor | None, objective: Objective)
 
 
 def block_columns(hidden: Tensor, block: Block, objective: Objective, out: Tensor | None = None) -> Columns:
-    """Columns [N, C] of a block, accidental hits removed; plain logits are written to `out`, if there is one."""
+    """Compute the columns [N, C] of a block, accidental hits removed; plain logits are written to `out` if given."""
     if objective.transform.soft_cap is None and not objective.learned_scale:
         offset = block.biases if block.log_weight is None else block.biases + block.log_weight
         columns = Columns(torch.addmm(offset, hidden, block.rows.T, out=out), None, None)
@@ -122,7 +122,7 @@ def block_columns(hidden: Tensor, block: Block, objective: Objective, out: Tenso
 
 
 def remove_hits_(logits: Tensor, hits: Hits, log_weight: Tensor | None) -> None:
-    """Give each accidental hit the log weight that remains of it, in place; -inf removes the column."""
+    """Set the log weight of each accidental hit to what remains of it, in place; -inf removes the column."""
     batch_row, place = find_hits(hits.keys, hits.labels)
     if len(place) == 0:
         return
@@ -133,7 +133,7 @@ def remove_hits_(logits: Tensor, hits: Hits, log_weight: Tensor | None) -> None:
 
 
 def entry_columns(hidden: Tensor, entries: Entries, objective: Objective) -> Columns:
-    """Columns [L] of entries; true ones get the margin."""
+    """Compute the columns [L] of entries; true ones get the margin."""
     logits = entry_products(hidden, entries).add_(entries.biases)
     if objective.margin is None or entries.weight is None:
         return transformed(logits, entries.log_weight, objective)
@@ -143,7 +143,7 @@ def entry_columns(hidden: Tensor, entries: Entries, objective: Objective) -> Col
 
 
 def entry_products(hidden: Tensor, entries: Entries) -> Tensor:
-    """hidden . row [L] of entries, in pieces that stay in the cache."""
+    """Compute hidden . row [L] of entries, in pieces that stay in the cache."""
     if len(entries.rows) == 0:
         return torch.zeros(0, dtype=hidden.dtype)
     pieces = (torch.split(of, max(1, CACHED // hidden.shape[1])) for of in (entries.batch_row, entries.rows))
@@ -151,14 +151,14 @@ def entry_products(hidden: Tensor, entries: Entries) -> Tensor:
 
 
 def sum_of_rows(num_rows: int, entries: Entries, factor: Tensor) -> Tensor:
-    """Sums [N, D] of factor [L] times the rows of each row's entries."""
+    """Sum factor [L] times the rows of entries over the entries of each row of hidden: [N, D]."""
     return bags(factor, torch.arange(len(factor)), entries.rows, torch.bincount(entries.batch_row, minlength=num_rows))
 
 
 def bags(factor: Tensor, place: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """Sums [B, D] of factor [L] times rows [M, D] at place [L], bag by bag: counts [B] says how many each takes.
+    """Sum factor [L] times rows [M, D] at place [L] into bags [B, D]; counts [B] is the number of terms of each bag.
 
-    embedding_bag makes nothing of size L x D; index_add_ would take that, at 2 GB/s.
+    embedding_bag allocates nothing of size L x D; index_add_ would need that as input, and runs at 2 GB/s.
     """
     if len(factor) == 0:
         return torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype)
@@ -167,12 +167,12 @@ def bags(factor: Tensor, place: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def sloped(values: Tensor, slope: Tensor | None) -> Tensor:
-    """values * slope."""
+    """Return values * slope; a slope of None is 1."""
     return values if slope is None else values * slope
 
 
 def softplus(logits: Tensor) -> Tensor:
-    """log(1 + exp(z)), to the last digit also where torch.nn.functional.softplus takes z itself."""
+    """Return log(1 + exp(z)), to the last digit even where torch.nn.functional.softplus returns z itself."""
     return torch.logaddexp(logits, torch.zeros((), dtype=logits.dtype))
 
 
@@ -182,8 +182,8 @@ def softplus(logits: Tensor) -> Tensor:
 class SoftmaxSums:
     """Softmax statistics of one block of columns after another, as sums relative to the largest logit so far.
 
-    So a block adds, where partials would be merged block by block. What `start` holds is counted in, and says what is
-    summed: mean_row, mean_pull; sums of rows are of `dtype`. A row may have no column yet, or none at all.
+    Blocks are added directly, without merging a partial per block. `start` is included; rows and pulls are summed only
+    if it has mean_row and mean_pull, and sums of rows are of `dtype`. A row may have no columns yet, or none at all.
     """
 
     def __init__(self, start: Partial, dtype: torch.dtype) -> None:
@@ -195,9 +195,9 @@ class SoftmaxSums:
         self._pull = None if start.mean_pull is None else start.mean_pull * self._total
 
     def add_(self, columns: Columns, rows: Tensor) -> Exponentials | None:
-        """Add a block's columns [N, C] (its logits are overwritten), rows [C, D].
+        """Add a block's columns [N, C], whose logits are overwritten, with its rows [C, D].
 
-        Its exponentials, where a step can use them: where logits have slope 1.
+        Returns the block's exponentials if a step can reuse them, that is, if logits have slope 1; else None.
         """
         logits = columns.logits
         if logits.shape[1] == 0:
@@ -214,7 +214,7 @@ class SoftmaxSums:
         return Exponentials(values, self._finite_top) if columns.slope is None else None
 
     def add_narrow_(self, narrow: Narrow, rows: Tensor, out: Tensor | None) -> Exponentials:
-        """Add the next block of narrow's plain logits, rows [C, D] of bfloat16, C >= 1; its exponentials, in `out`."""
+        """Add the next block of `narrow`, rows [C, D] of bfloat16, C >= 1; return its exponentials, stored in `out`."""
         exponentials, total = narrow.of(rows, out)
         if exponentials.top is not self._top:
             self._raise(exponentials.top)
@@ -224,7 +224,7 @@ class SoftmaxSums:
         return exponentials
 
     def _raise(self, top: Tensor) -> None:
-        """Take what is summed relative to another top [N], nowhere below the one before."""
+        """Rescale the sums to another top [N], which is nowhere below the one before."""
         finite_top = finite_lse(top)
         left = torch.exp(self._top.double() - finite_top)
         self._top, self._finite_top, self._is_empty = top, finite_top, False
@@ -235,7 +235,7 @@ class SoftmaxSums:
             self._pull *= left
 
     def partial(self) -> Partial:
-        """Of all blocks so far."""
+        """Return the partial of all blocks so far."""
         if self._is_empty:
             return self._start
         lse = self._finite_top.double() + self._total.log()
@@ -245,7 +245,7 @@ class SoftmaxSums:
 
 
 def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:
-    """Logistic statistics of a block."""
+    """Compute the logistic statistics of a block."""
     loss = softplus(columns.logits).sum(1, dtype=torch.float64)
     probability = torch.sigmoid(columns.logits)
     pull = None if columns.pull is None else (probability * columns.pull).sum(1, dtype=torch.float64)
@@ -253,7 +253,7 @@ def block_sums(columns: Columns, rows: Tensor, with_gradient: bool) -> Sums:
 
 
 def entry_statistics(num_rows: int, entries: Entries, columns: Columns, with_gradient: bool, family: str) -> Statistics:
-    """Statistics of entries: each is one column of its own row of hidden."""
+    """Compute the statistics of entries, each of which is a column of a single row of hidden."""
     if family == "logistic":
         share = torch.sigmoid(columns.logits)
         loss = by_row(num_rows, entries, softplus(columns.logits).double())
@@ -268,12 +268,12 @@ def entry_statistics(num_rows: int, entries: Entries, columns: Columns, with_gra
 
 
 def by_row(num_rows: int, entries: Entries, values: Tensor) -> Tensor:
-    """Sums [N] of the values [L] of each row's entries."""
+    """Sum values [L] over the entries of each row of hidden: [N]."""
     return torch.zeros(num_rows, dtype=values.dtype).index_add_(0, entries.batch_row, values)
 
 
 def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: bool) -> Target:
-    """Sums of y z [N], y slope row [M, D] and y pull [N] over the owned true columns; batch_row ascends."""
+    """Compute the sums of y z [N], y slope row [M, D] and y pull [N] over the owned true columns; batch_row ascends."""
     assert entries.weight is not None
     counts, weight = entries.weight != 0, entries.weight
     logit = by_row(num_rows, entries, torch.where(counts, weight.double() * columns.logits.double(), 0.0))
@@ -289,10 +289,10 @@ def target_of(num_rows: int, entries: Entries, columns: Columns, with_gradient: 
 
 
 def block_gradient(columns: Columns, lse: Tensor, scale: Tensor, family: str) -> Tensor:
-    """dz [N, C] before the slope's argument: scale * p * slope, in place of the logits; scale [N] = g * weight.
+    """Compute dz [N, C] = scale * p * slope (z before cap or margin) in place of the logits; scale [N] = g * weight.
 
-    p = exp(z - lse) with lse [N] float64, or sigmoid(z). lse is split into what the logits' dtype holds and a rest
-    that goes into the scale, so its rounding costs nothing.
+    p = exp(z - lse) with lse [N] float64, or sigmoid(z). lse is split into a value of the logits' dtype and a remainder
+    that is moved into the scale, so its rounding costs nothing.
     """
     if family == "logistic":
         probability = columns.logits.sigmoid_()
@@ -314,7 +314,7 @@ def entry_gradient(
     family: str,
     apart: bool,
 ) -> Tensor:
-    """dz [L] of entries of weight y: (scale p - g y) slope, or -g y slope where p is elsewhere (not apart)."""
+    """Compute dz [L] of entries of weight y: (scale p - g y) slope if apart, else -g y slope (p is elsewhere)."""
     n, logits = batch_row, columns.logits
     dz = torch.zeros_like(logits) if weight is None else -g[n] * weight
     if apart:

@@ -1,4 +1,4 @@
-"""From merged statistics to losses and their gradients in hidden and scale."""
+"""Losses and their gradients in hidden and scale, computed from merged statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardloss_server.numerics.partial import Partial, Spread, Statistics, Targe
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What all shards say of one part."""
+    """The answers of all shards to one part, merged."""
 
     statistics: Statistics
     target: Target
@@ -20,12 +20,12 @@ class Merged:
 
 
 def mass_of_gradient(mass: Tensor, is_unit: bool) -> Tensor:
-    """The mass [N] that gradients go by: 1 for every row that counts where is_unit."""
+    """Return the mass [N] that gradients use: mass itself or, if is_unit, 1 for every row with mass != 0."""
     return (mass != 0).to(mass.dtype) if is_unit else mass
 
 
 def weight_of_softmax(mass: Tensor, lse: Tensor, z_loss: float) -> Tensor:
-    """Factor of p in d loss / d z [N]: mass * (1 + 2 z_loss lse); 0 where mass = 0, whatever lse is."""
+    """Return the factor of p in d loss / d z [N]: mass * (1 + 2 z_loss lse); 0 where mass = 0, whatever lse is."""
     if not z_loss:
         return mass
     return torch.where(mass == 0, 0.0, mass * (1.0 + 2.0 * z_loss * lse)).to(mass.dtype)
@@ -34,11 +34,11 @@ def weight_of_softmax(mass: Tensor, lse: Tensor, z_loss: float) -> Tensor:
 def per_example_loss(
     merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: Tensor | None = None, hidden: Tensor | None = None
 ) -> Tensor:
-    """Loss [N] float64; 0 where mass = 0.
+    """Return the loss of each row [N] float64; 0 where mass = 0.
 
     softmax: mass * (lse + z_loss lse^2) - target_logit - spread * sum_v u_v z_v; logistic: sum of softplus(z) -
     target_logit. mass [N] is the sum of a row's weights: 1 for an ordinary row, 0 for an ignored one. spread [N] is the
-    weight of every class under label smoothing, and hidden [N, D] what was scored. Source of z_loss: PaLM, section 5.
+    weight of every class under label smoothing; hidden [N, D] is what was scored. Source of z_loss: PaLM, section 5.
     """
     statistics, target = merged.statistics, merged.target
     if not isinstance(statistics, Partial):
@@ -49,7 +49,7 @@ def per_example_loss(
 
 
 def hidden_gradient(merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: Tensor | None = None) -> Tensor:
-    """d loss / d hidden = weight * mean_row - target_row - spread * sum_v u_v row_v [N, D], before any upstream.
+    """Return d loss / d hidden [N, D] = weight * mean_row - target_row - spread * sum_v u_v row_v, without upstream.
 
     Raises:
         ValueError: the part was scored without gradients.
@@ -67,7 +67,7 @@ def hidden_gradient(merged: Merged, mass: Tensor, z_loss: float = 0.0, spread: T
 def scale_gradient(
     merged: Merged, mass: Tensor, z_loss: float, scale: float, spread: Tensor | None, hidden: Tensor
 ) -> Tensor:
-    """d loss / d scale [N] float64; arguments as in `per_example_loss`.
+    """Return d loss / d scale [N] float64; arguments as in `per_example_loss`.
 
     Raises:
         ValueError: the part was scored without pulls.
@@ -82,22 +82,22 @@ def scale_gradient(
 
 
 def sum_of_logits(merged: Merged, hidden: Tensor) -> Tensor:
-    """sum_v u_v z_v [N] float64 over all classes.
+    """Return sum_v u_v z_v [N] float64 over all classes.
 
     Raises:
         ValueError: the part was scored without label smoothing.
     """
     if merged.spread is None:
-        raise ValueError("the part was scored without what label smoothing needs")
+        raise ValueError("the part was scored without the sums that label smoothing needs")
     return hidden.double() @ merged.spread.row + merged.spread.bias
 
 
 def given(tensor: Tensor | None) -> Tensor:
-    """What was scored.
+    """Return a tensor that a gradient needs, if the score computed it.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the part was scored without it.
     """
     if tensor is None:
-        raise ValueError("the part was scored without what its gradient needs")
+        raise ValueError("the part was scored without a tensor that its gradient needs")
     return tensor

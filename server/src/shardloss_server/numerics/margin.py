@@ -12,7 +12,7 @@ LEAST_SINE = 1e-6  # the slope stays finite where |cos| = 1; above it the deriva
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """cos(theta) of the true class becomes cos(m1 theta + m2) - m3."""
+    """The margin of a true class: cos(theta) becomes cos(m1 theta + m2) - m3."""
 
     m1: float
     m2: float
@@ -20,9 +20,9 @@ class Margin:
 
 
 def with_margin(logits: Tensor, margin: Margin, scale: float) -> tuple[Tensor, Tensor]:
-    """(scale * (cos(m1 theta + m2) - m3), its derivative in the logit) of true logits scale * cos(theta) [L].
+    """Return scale * (cos(m1 theta + m2) - m3) and its derivative in the logit, of true logits scale * cos(theta) [L].
 
-    cos is clamped to [-1, 1], but for m1 = 1, m2 = 0, which needs no angle; outside the slope is that of the clamp, 0.
+    cos is clamped to [-1, 1], with slope 0 outside, except for m1 = 1, m2 = 0, which needs no angle.
     Source: ArcFace (Deng et al. 2019, section 2.3), paddle.nn.functional.margin_cross_entropy.
     """
     if margin.m1 == 1.0 and margin.m2 == 0.0:

@@ -1,4 +1,4 @@
-"""What is asked of the logits: the loss family and its options."""
+"""The objective: a loss family and its options."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shardloss_server.numerics.transform import Transform
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss without its tensors; docs/losses.md says which options combine.
+    """A loss without its tensors; docs/losses.md lists which options combine.
 
     family is "softmax" or "logistic" (NCE, sampled logistic, full sigmoid). label_smoothing and z_loss are the
-    weights of these terms; learned_scale asks for the derivative of each loss in the transform's scale. With
-    unit_mass_gradient gradients take a row's weights for a distribution, whatever their sum.
+    weights of these terms; learned_scale requests the derivative of each loss in the transform's scale. With
+    unit_mass_gradient, gradients treat a row's weights as a distribution, whatever their sum.
     """
 
     family: str = "softmax"

@@ -1,7 +1,7 @@
 """Optimizers over touched rows.
 
-Each is torch.optim's formula applied to the rows of a step and to nothing else (lazy semantics): a row that no
-candidate or label touched keeps its value and its state. Bias correction counts the table's commits.
+Each is torch.optim's formula applied only to the rows of a step (lazy semantics): a row that no candidate or label
+touched keeps its value and its state. Bias correction counts the table's commits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """kind and its numbers, every default filled in; fields that a kind does not use are 0."""
+    """The kind and hyperparameters of an optimizer, defaults filled in; fields that a kind does not use are 0."""
 
     kind: str
     momentum: float = 0.0
@@ -36,7 +36,7 @@ SUMS_OF_SQUARES = ("sum", "second_moment")  # never negative
 
 
 def state_widths(spec: OptimizerSpec, dim: int) -> dict[str, int]:
-    """Numbers that the state holds a row of dim D, by name, ascending."""
+    """Return how many numbers each state entry holds per row of dim D, by name, names ascending."""
     if spec.kind == "sgd":
         return {"momentum": dim} if spec.momentum else {}
     if spec.kind in ("adagrad", "row_adagrad"):
@@ -45,8 +45,8 @@ def state_widths(spec: OptimizerSpec, dim: int) -> dict[str, int]:
 
 
 def initial_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
-    """State of num_rows rows before any step; each entry is [num_rows, W] of `state_widths`."""
-    start = spec.initial_accumulator_value  # 0 but for the kinds of Adagrad
+    """Return the state of num_rows rows before any step; each entry is [num_rows, W], W from `state_widths`."""
+    start = spec.initial_accumulator_value  # 0 except for the Adagrad kinds
     return {name: torch.full((num_rows, width), start, dtype=dtype) for name, width in state_widths(spec, dim).items()}
 
 
@@ -59,7 +59,10 @@ def update_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, l
 
 
 def sgd_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int) -> None:
-    """buf = momentum * buf + grad; p -= lr * buf (torch.optim.SGD, dampening 0; nesterov: grad + momentum * buf)."""
+    """Apply SGD: buf = momentum * buf + grad; p -= lr * buf (torch.optim.SGD; nesterov: grad + momentum * buf).
+
+    Dampening is 0.
+    """
     if spec.weight_decay:
         gradient.add_(rows, alpha=spec.weight_decay)
     if spec.momentum:
@@ -71,7 +74,7 @@ def sgd_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, lear
 def adagrad_(
     spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int
 ) -> None:
-    """sum += grad^2; p -= lr * grad / (sqrt(sum) + eps) (torch.optim.Adagrad)."""
+    """Apply Adagrad: sum += grad^2; p -= lr * grad / (sqrt(sum) + eps) (torch.optim.Adagrad)."""
     total = state["sum"].addcmul_(gradient, gradient)
     rows.addcdiv_(gradient, root(total).add_(spec.eps), value=-learning_rate)
 
@@ -79,22 +82,22 @@ def adagrad_(
 def row_adagrad_(
     spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, _step: int
 ) -> None:
-    """As adagrad with sum [M, 1] += mean over D of grad^2 (row-wise Adagrad of FBGEMM, "exact_row_wise_adagrad")."""
+    """Apply Adagrad with sum [M, 1] += mean over D of grad^2 (row-wise Adagrad of FBGEMM, "exact_row_wise_adagrad")."""
     total = state["sum"].add_((gradient * gradient).mean(1, keepdim=True))
     rows.addcmul_(gradient, root(total).add_(spec.eps).reciprocal_(), value=-learning_rate)
 
 
 def moments_(spec: OptimizerSpec, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """m = b1 m + (1 - b1) grad; v = b2 v + (1 - b2) grad^2."""
+    """Update and return the moments: m = b1 m + (1 - b1) grad; v = b2 v + (1 - b2) grad^2."""
     first = state["first_moment"].mul_(spec.beta1).add_(gradient, alpha=1 - spec.beta1)
     second = state["second_moment"].mul_(spec.beta2).addcmul_(gradient, gradient, value=1 - spec.beta2)
     return first, second
 
 
 def adam_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int) -> None:
-    """p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
+    """Apply Adam: p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
 
-    adam adds weight_decay * p to the gradient, adamw scales p by 1 - lr * weight_decay first.
+    adam adds weight_decay * p to the gradient; adamw first scales p by 1 - lr * weight_decay.
     """
     if spec.kind == "adam" and spec.weight_decay:
         gradient.add_(rows, alpha=spec.weight_decay)
@@ -108,17 +111,17 @@ def adam_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, lea
 def sparse_adam_(
     spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int
 ) -> None:
-    """p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps) (torch.optim.SparseAdam)."""
+    """Apply SparseAdam: p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps) (torch.optim.SparseAdam)."""
     first, second = moments_(spec, gradient, state)
     step_size = learning_rate * (1 - spec.beta2**step) ** 0.5
     rows.addcdiv_(first / (1 - spec.beta1**step), root(second).add_(spec.eps), value=-step_size)
 
 
 def root(values: Tensor) -> Tensor:
-    """sqrt(values) of values >= 0; the root of the smallest normal number, 1e-19 in float32, where they are below it.
+    """Return sqrt(values) of values >= 0, first raised to the smallest normal number (its root is 1e-19 in float32).
 
-    MKL's vector library, which torch takes, needs 8 times as long for 0 and 40 times for denormal numbers, as sums of
-    squares of small gradients are.
+    MKL's vector library, which torch uses, takes 8 times as long for 0 and 40 times as long for denormal numbers, which
+    sums of squares of small gradients often are.
     """
     return values.clamp(min=torch.finfo(values.dtype).tiny).sqrt_()
 

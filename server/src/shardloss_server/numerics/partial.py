@@ -1,4 +1,4 @@
-"""The partial: what a shard says about its candidates, and how two of them merge."""
+"""The partial: a shard's statistics of its candidates, and the merge of two partials."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 class Partial:
     """Softmax statistics of one candidate set, per row of hidden.
 
-    lse [N] is the log-sum-exp of its logits, always float64: at logits of hundreds a float32 lse would cost the shares
-    five digits; mean_row [N, D] the softmax-weighted mean of slope * row, or None where no gradient is wanted;
-    mean_pull [N] that of d logit / d log scale, or None where the scale is not learned.
+    lse [N] is the log-sum-exp of its logits, always float64: with logits in the hundreds, a float32 lse would cost the
+    shares five digits. mean_row [N, D] is the softmax-weighted mean of slope * row, or None if no gradient is wanted;
+    mean_pull [N] is that of d logit / d log scale, or None if the scale is not learned.
     Source: docs/design.md, "The partial".
     """
 
@@ -36,10 +36,10 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Logistic statistics of one candidate set, per row of hidden: everything merges by +.
+    """Logistic statistics of one candidate set, per row of hidden; all fields merge by +.
 
-    loss [N] = sum of softplus(z), float64; row [N, D] = sum of sigmoid(z) * slope * row, or None where no gradient is
-    wanted; pull [N] = sum of sigmoid(z) * d z / d log scale, or None where the scale is not learned.
+    loss [N] = sum of softplus(z), float64; row [N, D] = sum of sigmoid(z) * slope * row, or None if no gradient is
+    wanted; pull [N] = sum of sigmoid(z) * d z / d log scale, or None if the scale is not learned.
     """
 
     loss: Tensor
@@ -54,7 +54,7 @@ class Sums:
 
     @property
     def lse(self) -> Tensor:
-        """0 [N]: a logistic gradient needs no normaliser."""
+        """Zeros [N]: a logistic gradient needs no normaliser."""
         return torch.zeros_like(self.loss)
 
 
@@ -63,11 +63,11 @@ Statistics = Partial | Sums
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Labels a shard owns.
+    """Sums over the true labels that a shard owns.
 
     target_logit = sum_t y_t z_t [N] float64; target_pull = sum_t y_t d z_t / d log scale [N] or None. target_row =
-    sum_t y_t slope_t row_t [N, D], or None where no gradient is wanted; with `at` [M] it is [M, D], and each of its
-    rows belongs to row at[m] of hidden: a label is one shard's alone, so most shards have little to say.
+    sum_t y_t slope_t row_t [N, D], or None if no gradient is wanted; with `at` [M] it is [M, D], and its row m belongs
+    to row at[m] of hidden: each label is owned by one shard, so a shard's target has few such rows.
     """
 
     target_logit: Tensor
@@ -76,13 +76,13 @@ class Target:
     at: Tensor | None = None
 
     def subtracted_from_(self, gradient: Tensor) -> Tensor:
-        """gradient [N, D] - target_row, in place.
+        """Subtract target_row from gradient [N, D], in place.
 
         Raises:
             ValueError: the target has no rows.
         """
         if self.target_row is None:
-            raise ValueError("the target was taken without its rows")
+            raise ValueError("the target was computed without its rows")
         if self.at is None:
             return gradient.sub_(self.target_row)
         return gradient.index_add_(0, self.at, self.target_row, alpha=-1)
@@ -90,7 +90,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What label smoothing needs of all rows v of a shard, u_v their class weights: float64 sums.
+    """The float64 sums that label smoothing needs over all rows v of a shard, with class weights u_v.
 
     row = sum_v u_v row_v [D], bias = sum_v u_v b_v [].
     """
@@ -100,7 +100,7 @@ class Spread:
 
 
 def share(lse: Tensor, total_lse: Tensor) -> Tensor:
-    """The part of the whole's mass that a set holds: exp(lse - total_lse) [N]; 0 where both are -inf."""
+    """Return a candidate set's share of the total probability: exp(lse - total_lse) [N]; 0 where both are -inf."""
     return torch.exp(lse - torch.where(torch.isneginf(total_lse), 0.0, total_lse))
 
 
@@ -129,12 +129,12 @@ def add(a: Sums, b: Sums) -> Sums:
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b; None where one is not there."""
+    """Return a + b, or None if either is None."""
     return None if a is None or b is None else a + b
 
 
 def combine(a: Statistics, b: Statistics) -> Statistics:
-    """`merge` of two partials, `add` of two sums."""
+    """Combine two statistics: `merge` two partials, `add` two sums."""
     if isinstance(a, Partial) and isinstance(b, Partial):
         return merge(a, b)
     assert isinstance(a, Sums)
@@ -143,7 +143,7 @@ def combine(a: Statistics, b: Statistics) -> Statistics:
 
 
 def add_targets(a: Target, b: Target) -> Target:
-    """Sum two targets, both with `at` or neither: rows that have their places are put one after the other."""
+    """Sum two targets, both with `at` or neither; with `at`, their rows are concatenated."""
     assert (a.at is None) == (b.at is None) or a.target_row is None or b.target_row is None
     logit, pull = a.target_logit + b.target_logit, plus(a.target_pull, b.target_pull)
     if a.at is None or b.at is None or a.target_row is None or b.target_row is None:
@@ -152,10 +152,10 @@ def add_targets(a: Target, b: Target) -> Target:
 
 
 def add_all(targets: Sequence[Target]) -> Target:
-    """Sum at least one target from left to right."""
+    """Sum one or more targets from left to right."""
     return reduce(add_targets, targets)
 
 
 def add_spreads(a: Spread | None, b: Spread | None) -> Spread | None:
-    """The spread of two shards; None where one is not there."""
+    """Return the spread of two shards, or None if either is None."""
     return None if a is None or b is None else Spread(a.row + b.row, a.bias + b.bias)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The k best of some classes, by key descending and then id ascending: each [N, <= k].
+    """The k best of some classes, by key descending and then id ascending; each tensor is [N, <= k].
 
-    logits go along with the keys; where the keys are logits themselves, as of hard negatives, log weights stand there.
+    logits belong to the keys; if the keys are logits themselves, as for hard negatives, this field has log weights.
     """
 
     class_ids: Tensor
@@ -21,7 +21,7 @@ class Best:
 
 
 def best(class_ids: Tensor, keys: Tensor, logits: Tensor, k: int) -> Best:
-    """The min(k, R) best of class_ids [R] (ascending) by keys [N, R]."""
+    """Return the min(k, R) best of class_ids [R] (ascending) by keys [N, R]."""
     k = min(k, len(class_ids))
     if k == 0:
         return Best(class_ids.new_zeros(len(keys), 0), keys[:, :0], logits[:, :0])
@@ -34,7 +34,7 @@ def best(class_ids: Tensor, keys: Tensor, logits: Tensor, k: int) -> Best:
 
 
 def ordered(found: Best, k: int) -> Best:
-    """The first k of [N, M] candidates by key descending, then id ascending."""
+    """Return the first k of [N, M] candidates by key descending, then id ascending."""
     by_id = torch.argsort(found.class_ids, dim=1)
     by_key = torch.argsort(found.keys.gather(1, by_id), dim=1, descending=True, stable=True)[:, :k]
     place = by_id.gather(1, by_key)
@@ -42,6 +42,6 @@ def ordered(found: Best, k: int) -> Best:
 
 
 def beside(a: Best, b: Best) -> Best:
-    """Both, [N, a + b]."""
+    """Concatenate two sets of candidates, [N, a] and [N, b], into [N, a + b]."""
     columns = zip((a.class_ids, a.keys, a.logits), (b.class_ids, b.keys, b.logits), strict=True)
     return Best(*(torch.cat(pair, dim=1) for pair in columns))

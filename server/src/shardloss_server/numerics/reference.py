@@ -1,7 +1,7 @@
-"""The slow, obvious definition of every loss, in whatever dtype it is given: the oracle of the tests.
+"""The slow, obvious definition of every loss, in the dtype of its arguments: the oracle of the tests.
 
-Unsharded and differentiable by autograd; nothing outside the tests calls it. Logits are made of hidden and rows,
-columns are chosen of logits, a loss is made of columns. Losses over all classes take a batch, sampled ones one row.
+Unsharded and differentiable by autograd; only the tests call it. Logits are computed from hidden and rows, columns are
+chosen from logits, and a loss is computed from columns. Losses over all classes take a batch, sampled ones one row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def logits_of(
     soft_cap: float | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """z [N, V] = cap(scale * (hidden . row + bias)) of weights [V, D], biases [V] and hidden [N, D]."""
+    """Return z [N, V] = cap(scale * (hidden . row + bias)) of weights [V, D], biases [V] and hidden [N, D]."""
     if normalize:
         weights, hidden = functional.normalize(weights, eps=1e-12), functional.normalize(hidden, eps=1e-12)
     logits = scale * (hidden @ weights.T + biases)
@@ -33,7 +33,7 @@ def logits_of(
 
 
 def with_margin(logits: Tensor, margin: Margin | None, scale: float | Tensor) -> Tensor:
-    """True logits scale * cos(theta) as scale * (cos(m1 theta + m2) - m3)."""
+    """Turn true logits scale * cos(theta) into scale * (cos(m1 theta + m2) - m3)."""
     if margin is None:
         return logits
     theta = torch.acos((logits / scale).clamp(-1.0, 1.0))
@@ -51,7 +51,7 @@ def softmax_loss(
     class_weights: Tensor | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """sum_v y_v (-log softmax(z)_v + z_loss lse^2) [N], y_v = u_v ((1 - s) sum_t [label_t = v] y_t + s / V).
+    """Return sum_v y_v (-log softmax(z)_v + z_loss lse^2) [N], y_v = u_v ((1 - s) sum_t [label_t = v] y_t + s / V).
 
     logits [N, V]; labels [N, T] (-1 is padding), label_weights y [N, T] (0 on padding), class_weights u [V]; a row
     whose y are all 0 has loss 0. Source: torch.nn.functional.cross_entropy; z_loss from PaLM, section 5.
@@ -67,14 +67,14 @@ def softmax_loss(
 
 
 def sigmoid_loss(logits: Tensor, labels: Tensor, label_weights: Tensor) -> Tensor:
-    """sum_v softplus(z_v) - sum_t y_t z_t [N]; arguments as in `softmax_loss`."""
+    """Return sum_v softplus(z_v) - sum_t y_t z_t [N]; arguments as in `softmax_loss`."""
     loss = softplus(logits).sum(1)
     loss = loss - (label_weights * logits.gather(1, labels.clamp(min=0))).sum(1)
     return torch.where(label_weights.sum(1) == 0, 0.0, loss)
 
 
 def softplus(logits: Tensor) -> Tensor:
-    """log(1 + exp(z))."""
+    """Return log(1 + exp(z))."""
     return torch.logaddexp(logits, torch.zeros_like(logits))
 
 
@@ -83,7 +83,7 @@ def softplus(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one row draws: sampled [S] with repeats, its labels [T], log Q of both; ids that find accidental hits."""
+    """One row's draw: its labels [T], sampled [S] with repeats, log Q of both, and the ids to find accidental hits."""
 
     labels: Tensor
     sampled: Tensor
@@ -95,7 +95,7 @@ class Draw:
 
 
 def kept(draw: Draw) -> Tensor:
-    """Which of the sampled columns stay [S]: not the accidental hits, or with "last" not the last copy of each."""
+    """Return True [S] for the sampled columns that stay: all but accidental hits or, with "last", their last copies."""
     ids = draw.sampled_hit_ids
     hit = (draw.label_hit_ids[:, None] == ids[None, :]).any(0)
     has_later_copy = (ids[:, None] == ids[None, :]).triu(1).any(1)
@@ -105,7 +105,7 @@ def kept(draw: Draw) -> Tensor:
 def columns(
     logits: Tensor, draw: Draw, margin: Margin | None = None, scale: float | Tensor = 1.0, num_hardest: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Corrected logits of the true columns [T] and of the sampled ones, of a row's logits [V]."""
+    """Return the corrected logits of the true columns [T] and of the kept sampled ones, from a row's logits [V]."""
     true = with_margin(logits[draw.labels], margin, scale) - draw.label_log_q
     stays = kept(draw)
     ids, sampled = draw.sampled[stays], (logits[draw.sampled] - draw.sampled_log_q)[stays]
@@ -116,21 +116,21 @@ def columns(
 
 
 def sampled_softmax_loss(true: Tensor, sampled: Tensor, z_loss: float = 0.0) -> Tensor:
-    """lse - mean of the true columns + z_loss lse^2 []: tf.nn.sampled_softmax_loss (TensorFlow 2.21)."""
+    """Return lse - mean of the true columns + z_loss lse^2 []. Source: tf.nn.sampled_softmax_loss (TensorFlow 2.21)."""
     lse = torch.cat([true, sampled]).logsumexp(0)
     return lse - true.mean() + z_loss * lse * lse
 
 
 def sampled_logistic_loss(true: Tensor, sampled: Tensor) -> Tensor:
-    """Sum of the columns' logistic losses []: target 1/T where true, else 0. Source: tf.nn.nce_loss."""
+    """Sum the columns' logistic losses []: target 1/T for true columns, else 0. Source: tf.nn.nce_loss."""
     return softplus(torch.cat([true, sampled])).sum() - true.mean()
 
 
-# Whole batches of the plain losses
+# Plain losses of whole batches
 
 
 def full_softmax(weights: Tensor, biases: Tensor, hidden: Tensor, labels: Tensor, label_weights: Tensor) -> Tensor:
-    """Softmax losses [N] over all classes; arguments as in `logits_of` and `softmax_loss`."""
+    """Return the softmax losses [N] over all classes; arguments as in `logits_of` and `softmax_loss`."""
     return softmax_loss(logits_of(weights, biases, hidden), labels, label_weights)
 
 
@@ -144,7 +144,7 @@ def sampled_softmax(
     sampled_expected_count: Tensor,
     hit_removal: str = "every",
 ) -> Tensor:
-    """Sampled softmax losses [N] over a draw that the batch shares.
+    """Return the sampled softmax losses [N] over a draw that the batch shares.
 
     labels [N, T] without padding, sampled [S] with repeats, expected counts Q [N, T] and [S].
     """

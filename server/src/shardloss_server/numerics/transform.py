@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_NORM = 1e-12  # as torch.nn.functional.normalize: a row of zeros has cosine 0 with everything
+LEAST_NORM = 1e-12  # as in torch.nn.functional.normalize: a row of zeros has cosine 0 with everything
 
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """z = cap(scale * (hidden . row + bias)); normalize makes hidden and rows unit vectors first; soft_cap None: z."""
+    """The logit transform z = cap(scale * (hidden . row + bias)).
+
+    normalize makes hidden and rows unit vectors first; with soft_cap None there is no cap.
+    """
 
     scale: float = 1.0
     soft_cap: float | None = None
@@ -23,10 +26,10 @@ PLAIN = Transform()
 
 
 def normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """v / |v| [M, D] and |v| [M] of vectors [M, D], with |v| at least LEAST_NORM.
+    """Return v / |v| [M, D] and |v| [M] of vectors [M, D], with |v| at least LEAST_NORM.
 
-    Scaled by the largest entry, so that squares neither overflow nor vanish; a |v| that overflows is inf, and v / |v|
-    is right all the same.
+    Vectors are first divided by their largest entry, so that squares neither overflow nor underflow; a |v| that
+    overflows is inf, and v / |v| is still correct.
     """
     if vectors.numel() == 0:
         return vectors, torch.full((len(vectors),), LEAST_NORM, dtype=vectors.dtype)
@@ -40,25 +43,25 @@ def normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norms_of(vectors: Tensor) -> Tensor:
-    """|v| [M] of vectors [M, D], at least LEAST_NORM."""
+    """Return |v| [M] of vectors [M, D], at least LEAST_NORM."""
     return normalized(vectors)[1]
 
 
 def project(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """Gradient in v [M, D] from the gradient in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors.
+    """Return the gradient in v [M, D] from the gradient G in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors.
 
-    Where |v| was raised to LEAST_NORM, it is a constant: G / |v|.
+    Where |v| was raised to LEAST_NORM, it is a constant, and the gradient is G / |v|.
     """
     along = torch.where(norms > LEAST_NORM, (gradient * unit).sum(1), 0.0)
     return (gradient - along[:, None] * unit) / norms[:, None]
 
 
 def cap_(logits: Tensor, soft_cap: float) -> Tensor:
-    """soft_cap * tanh(z / soft_cap), in place."""
+    """Compute soft_cap * tanh(z / soft_cap) in place."""
     return logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 def cap_slope(capped: Tensor, soft_cap: float) -> Tensor:
-    """Derivative of the cap where it gave `capped`: 1 - tanh(z / soft_cap)^2."""
+    """Return the derivative of the cap, from its result `capped`: 1 - tanh(z / soft_cap)^2."""
     ratio = capped / soft_cap
     return 1.0 - ratio * ratio

@@ -1,1 +1,1 @@
-"""The gRPC border of the server."""
+"""The gRPC layer of the server."""

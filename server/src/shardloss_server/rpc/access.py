@@ -1,7 +1,8 @@
-"""Behind the gate: nobody's call gets further, and no byte of its message is read, before the caller is known.
+"""Access control behind the gate: no byte of a call's message is read before its caller is known.
 
-An interceptor runs when a call's metadata came. A refusal is a handler of streams, which asks for no message; so is the
-handler of a caller who is known by certificate, since only a handler sees that.
+The interceptor runs once a call's metadata has arrived. A refusal is a streaming handler, which does not request a
+message. A caller that is identified by certificate gets a streaming handler, too, since only a handler sees the
+certificate.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from shardloss_server.rpc.roles import is_open, needed_role
 
 AUTHORIZATION = "authorization"
 NAMES = ("x509_common_name", "x509_subject_alternative_name")
-Handler = Any  # grpc.RpcMethodHandler: the stubs hide what it holds
+Handler = Any  # grpc.RpcMethodHandler, whose attributes the stubs do not declare
 
 
 class Access(grpc.ServerInterceptor):
-    """Refuses calls without credentials of the role that their method declares.
+    """An interceptor that refuses calls without credentials for the role that their method declares.
 
-    Without a tokens file everyone who could connect is admin: on this machine, or by mutual TLS.
+    Without a tokens file, every client that can connect is admin: on this machine, or by mutual TLS.
     """
 
     def __init__(self, security: Security, call_log: CallLog) -> None:
-        """Raises CannotServe where the tokens file cannot be read."""
+        """Read the tokens file; raises CannotServe if that fails."""
         try:
             self._grants = None if security.tokens_file is None else watched_grants(security.tokens_file)
         except Unreadable as error:
@@ -41,12 +42,12 @@ class Access(grpc.ServerInterceptor):
         self._is_mutual = security.tls_client_ca_file is not None
 
     def expiries(self) -> list[tuple[tuple[str, ...], float]]:
-        """When each token that ends does so, by name, seconds since 1970."""
+        """Return the expiry time of each token that expires, by name, in seconds since 1970."""
         tokens = () if self._grants is None else self._grants.value().tokens
         return [((token.name,), token.expires.timestamp()) for token in tokens if token.expires is not None]
 
     def intercept_service(self, continuation: Callable[[Any], Handler], handler_call_details: Any) -> Handler:
-        """The method's handler, or one that refuses."""
+        """Return the method's handler, or one that refuses the call."""
         path = handler_call_details.method
         if is_open(path):
             return continuation(handler_call_details)
@@ -57,14 +58,14 @@ class Access(grpc.ServerInterceptor):
         try:
             caller = ANYONE if self._grants is None else self._caller(values, grants)
             handler = continuation(handler_call_details)
-            if handler is not None:  # else gRPC says that there is no such method
+            if handler is not None:  # else gRPC reports that the method does not exist
                 refuse_lower(caller, needed_role(path), path)
         except (Unauthenticated, PermissionDenied) as error:
             return self._call_log.refusing(path, error)
         return handler
 
     def _caller(self, values: list[str], grants: Grants) -> Caller:
-        """The caller by token; one that is unknown may have been made since the file was looked at."""
+        """Return the caller by token; an unknown token is looked up again in the latest file, which may be newer."""
         try:
             return caller_by_token(values, grants)
         except Unauthenticated:
@@ -77,7 +78,7 @@ ANY = Grants()
 
 
 def by_certificate(handler: Handler, grants: Grants, path: str, call_log: CallLog) -> Handler:
-    """A handler that looks at the client's certificate before it asks for the message."""
+    """Return a handler that checks the client's certificate before it requests the message."""
     if handler is None:
         return None
     behaviour = next(
@@ -100,7 +101,7 @@ def by_certificate(handler: Handler, grants: Grants, path: str, call_log: CallLo
 
 
 def refuse_by_certificate(context: grpc.ServicerContext, grants: Grants, path: str, call_log: CallLog) -> None:
-    """End the call of a client whose certificate may not make it."""
+    """End the call if the client's certificate does not permit it."""
     peer: Any = context.auth_context()
     names = {name.decode("utf-8", "replace") for key in NAMES for name in peer.get(key, ())}
     try:

@@ -1,4 +1,4 @@
-"""AdminService: what a running server does, for who runs it."""
+"""AdminService: the status of a running server, for its operator."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """AdminService."""
+    """The servicer of AdminService."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
-        self._looking = threading.Lock()  # one call at a time waits for workers: health shares the few threads here
+        self._looking = threading.Lock()  # only one call waits for workers: health shares the few threads here
 
     @answers
     def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Any) -> admin_pb2.Status:
@@ -70,7 +70,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a server is made of; what is not installed is left out."""
+    """Return the versions of the server and its packages; packages that are not installed are left out."""
     found = {"shardloss-server": __version__, "python": platform.python_version()}
     for package in ("torch", "grpcio", "protobuf", "ray"):
         try:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def worker_message(worker: SeenWorker) -> admin_pb2.Worker:
-    """A worker as it was seen."""
+    """Encode the status of a worker as its group saw it."""
     facts = {} if worker.stats is None else asdict(worker.stats) | {"up": True}
     facts.pop("versions", None)
     message = admin_pb2.Worker(**facts)
@@ -90,7 +90,7 @@ def worker_message(worker: SeenWorker) -> admin_pb2.Worker:
 
 
 def table_message(owner: TableOwner) -> admin_pb2.TableStatus:
-    """A table as it stands."""
+    """Encode the current status of a table."""
     spec = owner.spec
     return admin_pb2.TableStatus(
         name=spec.name,

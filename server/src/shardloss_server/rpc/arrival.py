@@ -1,8 +1,8 @@
-"""The gate: before a call takes a thread it is counted, and while its message is on the way it is watched.
+"""The gate, which counts each call before it takes a thread, and watches it while its message arrives.
 
-gRPC gives a unary call a thread, which waits for the message for as long as the client likes. So every unary method is
-served as a stream of one message, which is the same on the wire: its handler begins before the message is there, counts
-the call by its caller, and has the call at hand for the watch to drop.
+gRPC gives a unary call a thread, which waits for the message as long as the client likes. Every unary method is
+therefore served as a stream of one message, which is the same on the wire: its handler starts before the message has
+arrived, counts the call under its caller, and registers the call so that it can be dropped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from shardloss_server.rpc.caller import caller_of
 from shardloss_server.rpc.splicing import SERVICE
 
 DRAINING_RETRY_S = 1.0
-WATCHES_ITSELF = f"/{SERVICE}/StreamLoss"  # from its first piece to its last, by `Handlers.streams`
+WATCHES_ITSELF = f"/{SERVICE}/StreamLoss"  # `Handlers.streams` watches it from its first piece to its last
 Answer = Callable[..., Any]
 Context = grpc.ServicerContext
 
 
 class Gate(grpc.ServerInterceptor):
-    """Lets at most max_inside calls take a thread, from their first byte to the end of their handler. Thread-safe.
+    """An interceptor that lets at most max_inside calls hold a thread, from first byte to end of handler. Thread-safe.
 
-    arriving are the places of calls whose message is on its way.
+    `arriving` holds the places of calls whose message is still arriving.
     """
 
     def __init__(self, max_inside: int, arriving: LiveStreams, call_log: CallLog) -> None:
@@ -42,11 +42,11 @@ class Gate(grpc.ServerInterceptor):
         self.num_refused = 0
 
     def drain(self) -> None:
-        """From now on refuse every new call as SERVER_UNAVAILABLE."""
+        """Refuse every new call as SERVER_UNAVAILABLE from now on."""
         self._is_draining = True
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        """The handler of a method behind the gate, or one that refuses without waiting for a message."""
+        """Return the method's handler behind the gate, or one that refuses the call without waiting for its message."""
         handler, path = continuation(handler_call_details), handler_call_details.method
         if handler is None:
             return None
@@ -61,12 +61,14 @@ class Gate(grpc.ServerInterceptor):
             return ServerUnavailable("the server is shutting down", retry_after_s=DRAINING_RETRY_S)
         if self.num_inside >= self._max_inside:
             return Overloaded(
-                f"{self.num_inside} calls are inside", retry_after_s=self._hints.next(), limit="num_threads"
+                f"{self.num_inside} calls are under way; repeat later",
+                retry_after_s=self._hints.next(),
+                limit="num_threads",
             )
         return None
 
     def _behind(self, handler: Any, path: str) -> Any:
-        """The same method as one of streams."""
+        """Return a handler of the same method, with its requests as a stream behind the gate."""
         read, write = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary:
             return grpc.stream_unary_rpc_method_handler(self._of_one(handler.unary_unary, path), read, write)
@@ -78,7 +80,7 @@ class Gate(grpc.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer, read, write)
 
     def _of_one(self, answer: Answer, path: str) -> Answer:
-        @functools.wraps(answer)  # and with it what gRPC reads of a handler, such as that it does not block
+        @functools.wraps(answer)  # also copies attributes that gRPC reads, such as experimental_non_blocking
         def handler(requests: Iterator[Any], context: Context, *send: Any) -> Any:
             try:
                 request = self._next(requests, context, path)
@@ -112,7 +114,7 @@ class Gate(grpc.ServerInterceptor):
         return handler
 
     def _next(self, requests: Iterator[Any], context: Context, path: str) -> Any:
-        """The next message, for which the client is not waited for too long; None at the end."""
+        """Return the next message, or None at the end; wait at most max_message_s."""
         try:
             with self.arriving.stream(context.cancel, caller_of(context)):
                 return next(requests, None)
@@ -124,7 +126,7 @@ class Gate(grpc.ServerInterceptor):
             yield request
 
     def _sent(self, replies: Iterator[Any], context: Context, path: str) -> Iterator[Any]:
-        """The replies, for each of which the client is not waited for too long."""
+        """Yield the replies; wait at most max_message_s for the client to read each one."""
         for reply in replies:
             try:
                 with self.arriving.stream(context.cancel, caller_of(context)):

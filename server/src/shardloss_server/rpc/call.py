@@ -1,4 +1,4 @@
-"""Every call from its first moment to its last: named, metered, counted and logged; its errors become statuses."""
+"""A call from start to end: its request id, its cost, its metrics and log lines, and the status of its error."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ log = logging.getLogger("shardloss_server.calls")
 REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID = re.compile(r"[!-~]{1,64}")
 OK, CANCELLED = "OK", "CANCELLED"
-UNKNOWN = "unknown"  # a method that there is not: callers can make up any number of them
+UNKNOWN = "unknown"  # for methods that do not exist: callers can make up any number of names
 PLACES = frozenset(
     {field.name for field in fields(Limits)} | {"backlog", "max_watchers", "num_threads", "unread_replies"}
 )  # limits that a refusal may name
-NO_MESSAGE = "the call ended without its message"  # says who refuses a unary call of none
-MAX_LINES_A_SECOND = 10  # of one reason: an overload must not drown in its own log
-MAX_TEXT = 512  # characters of what a caller wrote that are logged
+NO_MESSAGE = "the call ended without its message"  # the error of a unary call without a message
+MAX_LINES_A_SECOND = 10  # per reason, so that an overload does not flood the log
+MAX_TEXT = 512  # characters of a caller's text that are logged
 
 
 class Sized(Protocol):
-    """A message."""
+    """A message that knows its size."""
 
-    def ByteSize(self) -> int:  # noqa: N802  (as protobuf has it)
-        """Its bytes on the wire."""
+    def ByteSize(self) -> int:  # noqa: N802  (protobuf's name)
+        """Return the size of the message on the wire, in bytes."""
 
 
 S = TypeVar("S", bound=Sized)
 
 
 class CallLog:
-    """The calls of one server."""
+    """The log, metrics and traces of the calls of one server."""
 
     def __init__(self, counted: Metrics, watching: Watching, tracing: Tracing | None = None) -> None:
         self.metrics, self.watching, self.recent, self.tracing = counted, watching, Calls(), tracing
@@ -59,14 +59,14 @@ class CallLog:
         self._numbers = itertools.count(1)
 
     def refuse(self, path: str, context: grpc.ServicerContext, error: ShardlossError) -> NoReturn:
-        """End a call ("/package.Service/Method") that gets no further."""
+        """End a call of a method ("/package.Service/Method") with an error."""
         name = path.rpartition("/")[2] if needed_role(path) is not None else UNKNOWN
         with self.begin(name, context):
             raise error
         raise AssertionError("a failed call has ended")
 
     def refusing(self, path: str, error: ShardlossError) -> Any:
-        """A handler of any method that ends its call with an error at once, without asking for its message."""
+        """Return a handler for any method that ends the call with an error at once, without requesting its message."""
 
         def refuse(_messages: Iterator[Any], context: grpc.ServicerContext) -> NoReturn:
             self.refuse(path, context, error)
@@ -74,14 +74,14 @@ class CallLog:
         return grpc.stream_unary_rpc_method_handler(refuse)
 
     def begin(self, method: str, context: grpc.ServicerContext, request: Any = None) -> Call:
-        """A call that has come: the context manager around all that is done for it."""
+        """Return a new call: the context manager around all work for it."""
         call = Call(self, method, context)
         if request is not None:
             call.about(request)
         return call
 
     def request_id(self, context: grpc.ServicerContext) -> str:
-        """The caller's name for this call, where it is a short printable one; else ours."""
+        """Return the caller's request id if it is a short printable text, or else a new one."""
         for key, value in context.invocation_metadata() or ():
             if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
                 return value
@@ -89,9 +89,9 @@ class CallLog:
 
 
 class Call:
-    """One call. As a context manager it ends the call with a status where an error leaves it.
+    """One call; as a context manager it turns an error of its body into the status of the call.
 
-    A ShardlossError keeps its reason; anything else is INTERNAL, whose trace the log has by the request id.
+    A ShardlossError keeps its reason. Any other error becomes INTERNAL, and its trace is logged with the request id.
     """
 
     def __init__(self, call_log: CallLog, method: str, context: grpc.ServicerContext) -> None:
@@ -104,7 +104,7 @@ class Call:
         self._span: CallSpan | None = None
 
     def about(self, request: Any) -> None:
-        """Its request, or the header of its stream: whose bytes count, and what it is about."""
+        """Note the call's request, or the header of its stream: its bytes, table and session."""
         self.received_bytes += request.ByteSize()
         message = getattr(request, "message", request)
         header = getattr(message, "header", message)
@@ -112,7 +112,7 @@ class Call:
         self.session = str(getattr(header, "session", ""))
 
     def receiving(self, pieces: Iterable[S]) -> Iterator[S]:
-        """The messages of its stream, counted as they come; the first says what it is about."""
+        """Yield the messages of the call's stream and count their bytes; the first one names its table and session."""
         for place, piece in enumerate(pieces):
             if place:
                 self.received_bytes += piece.ByteSize()
@@ -121,17 +121,17 @@ class Call:
             yield piece
 
     def sending(self, reply: Sized) -> Call:
-        """Its reply is made; of a stream, its header with all its content."""
+        """Note the size of the call's reply; for a stream, of the header with all its content."""
         self.sent_bytes = reply.ByteSize()
         return self
 
     @property
     def elapsed_s(self) -> float:
-        """Since it had a thread."""
+        """Seconds since the call got a thread."""
         return time.perf_counter() - self._began
 
     def cost(self, sent_bytes: int) -> cost_pb2.CallCost:
-        """What it has cost so far, with a reply of so many bytes."""
+        """Return the cost of the call so far, with a reply of sent_bytes bytes."""
         spent = self.meter
         times = {f"{name}_us": round(1e6 * getattr(spent, f"{name}_s")) for name in TIMES}
         return cost_pb2.CallCost(
@@ -143,7 +143,10 @@ class Call:
         )
 
     def describe(self) -> Mapping[str, object]:
-        """What a line of the log says of it: never a token, a row, or a session by which others could commit."""
+        """Return the call's fields for log lines.
+
+        They contain no token, no row, and only a digest of the session, since others could commit with its name.
+        """
         said = {"request_id": self.request_id, "method": self.method}
         if self.table:
             said["table"] = printable(self.table)
@@ -154,7 +157,7 @@ class Call:
         return said
 
     def __enter__(self) -> Call:
-        """Each gRPC call has a context of its own, which ends with it: nothing is set back."""
+        """Set the context variables of this call; each gRPC call has its own context, so they are never reset."""
         if self._log_of.tracing is not None:
             self._span = self._log_of.tracing.begin(self.method, self._context.invocation_metadata() or (), self._began)
             self.meter.phases = None if self._span is None else Phases()
@@ -171,14 +174,14 @@ class Call:
             fail(self._context, ours, (REQUEST_ID_KEY, self.request_id))
 
     def _ours(self, error: BaseException) -> ShardlossError | None:
-        """What the caller is told; None where it has gone away."""
+        """Return the error to send to the caller, or None if it has gone away."""
         if isinstance(error, ShardlossError):
             return error
         if isinstance(error, MemoryError):
-            return LimitExceeded("the server has not enough memory for this call")
+            return LimitExceeded("the server does not have enough memory for this call")
         if isinstance(error, Exception) and self._context.is_active():
             log.exception("call failed inside", exc_info=error)
-            return Internal(f"internal error; the server's log has request {self.request_id}")
+            return Internal(f"internal error; the server's log has the details of request {self.request_id}")
         return None
 
     def _note(self, reason: str, error: ShardlossError | None) -> None:
@@ -213,7 +216,7 @@ class Call:
         if spent.fanout_s:
             observe(metrics.KERNEL_SECONDS, spent.kernel_s, method)
             count(metrics.FLOPS, method, by=spent.flops)
-            if spent.finish_s:  # only a loss is finished
+            if spent.finish_s:  # only losses have a finish phase
                 for phase, seconds in (
                     ("wait", spent.wait_s),
                     ("plan", spent.plan_s),
@@ -260,18 +263,18 @@ class Call:
 
 
 TIMES = ("wait", "plan", "fanout", "kernel", "finish")
-GIVEN_UP = ("DEADLINE_EXCEEDED",)  # what a wait ends with, too, once its caller has gone away
+GIVEN_UP = ("DEADLINE_EXCEEDED",)  # also the reason of a wait whose caller has gone away
 
 
 class Pace:
-    """At most MAX_LINES_A_SECOND lines. Thread-safe."""
+    """A limiter of log lines to MAX_LINES_A_SECOND per second. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._second, self._num_lines, self._num_left_out = -1.0, 0, 0
 
     def left_out(self, now: float) -> int | None:
-        """How many lines were left out since the last one; None: leave this one out, too."""
+        """Return how many lines were left out since the last one, or None if this one must be left out, too."""
         with self._lock:
             if now - self._second >= 1.0:
                 self._second, self._num_lines = now, 0
@@ -284,17 +287,17 @@ class Pace:
 
 
 def level_of(error: ShardlossError | None) -> int:
-    """ERROR where an operator must look, WARNING where the server refused, INFO where the caller did something."""
+    """Return the log level: ERROR if an operator must look, WARNING for a refusal, INFO if the caller is the cause."""
     if isinstance(error, ServiceError):
         return logging.ERROR
     return logging.WARNING if isinstance(error, Overloaded) else logging.INFO
 
 
 def digest(session: str) -> str:
-    """A session's name in the log: the same for the same session, but no key to it."""
+    """Return the digest of a session's name for the log, which identifies the session but cannot be used to commit."""
     return hashlib.blake2b(session.encode("utf-8", "replace"), digest_size=6).hexdigest()
 
 
 def printable(text: str) -> str:
-    """A caller's text on one line of the log."""
+    """Return a caller's text for one log line: at most MAX_TEXT characters, with unprintable ones as "?"."""
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])

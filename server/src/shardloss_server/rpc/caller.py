@@ -1,4 +1,4 @@
-"""Who calls: the one place that says whose share of the server a call is taken from."""
+"""The caller of a call: the connection to which its share of the server is charged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import grpc
 
 
 def caller_of(context: grpc.ServicerContext, request: object = None) -> str:
-    """The connection; on a Unix socket, where all connections look alike, the session of the request, if it has one.
+    """Return the connection; on a Unix socket, whose connections look alike, the request's session if it has one.
 
-    A connection, not a session: whoever opens many sessions over one does not get many shares.
+    Otherwise sessions do not count, so that many sessions on one connection do not get a larger share.
     """
     peer: str = context.peer()
     if not peer.startswith("unix:"):

@@ -1,4 +1,4 @@
-"""What became of calls, by method: a small bounded record, for GetStatus and the metrics. Knows no gRPC."""
+"""A small record of finished calls by method, of limited size, for GetStatus. Independent of gRPC."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from shardloss.errors import Overloaded
 
 WINDOW_S = 60.0
-KEPT = 1 << 12  # calls of a method whose time is remembered; of a faster method quantiles are of the last so many
+KEPT = 1 << 12  # times kept per method; if a window has more calls, its quantiles cover the last KEPT
 
 
 @dataclass(frozen=True, slots=True)
 class MethodCalls:
-    """One method since the start; rate (calls a second) and quantiles (seconds, 0 for no call) of the last minute."""
+    """One method: counts since the start; rate (calls/s) and quantiles (seconds, 0 for no call) of the last minute."""
 
     name: str
     num_calls: int
@@ -28,7 +28,7 @@ class MethodCalls:
 
 
 class Method:
-    """The calls of one method."""
+    """The record of the calls of one method."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -37,7 +37,7 @@ class Method:
         self.by_second: deque[tuple[int, int]] = deque(maxlen=int(WINDOW_S) + 1)  # second, calls that ended in it
 
     def note(self, now: float, seconds: float, reason: str | None) -> None:
-        """A call has ended."""
+        """Record a call that has ended at `now`."""
         self.num_calls += 1
         if reason is not None:
             self.errors[reason] += 1
@@ -49,7 +49,7 @@ class Method:
         self.by_second.append((second, count + 1))
 
     def seen(self, name: str, now: float, age_s: float) -> MethodCalls:
-        """The method as it stands at `now`, on a server that is age_s old."""
+        """Return the method's statistics at `now`, on a server that is age_s seconds old."""
         recent = sorted(seconds for ended, seconds in self.times if now - ended <= WINDOW_S)
         count = sum(count for second, count in self.by_second if now - second <= WINDOW_S)
         quantiles = (quantile(recent, share) for share in (0.5, 0.9, 0.99))
@@ -58,7 +58,7 @@ class Method:
 
 
 class Calls:
-    """The calls of a server. Thread-safe."""
+    """The record of the calls of a server. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,17 +67,17 @@ class Calls:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the server was made."""
+        """Seconds since the server was created."""
         return time.monotonic() - self._began
 
     def note(self, method: str, seconds: float, reason: str | None) -> None:
-        """A call has ended; reason is None where it went well."""
+        """Record a call that has ended; reason is None if it succeeded."""
         with self._lock:
             known = self._methods.get(method) or self._methods.setdefault(method, Method())
             known.note(time.monotonic(), seconds, reason)
 
     def seen(self) -> list[MethodCalls]:
-        """Every method that was called, by name."""
+        """Return the statistics of every method that was called, sorted by name."""
         with self._lock:
             now, age_s = time.monotonic(), self.age_s
             return [method.seen(name, now, age_s) for name, method in sorted(self._methods.items())]
@@ -90,7 +90,7 @@ class Calls:
 
 
 def quantile(ascending: list[float], share: float) -> float:
-    """The least of the numbers that a share of them does not exceed; 0 of none."""
+    """Return the quantile of sorted numbers at a share in [0, 1]; 0 if there are none."""
     if not ascending:
         return 0.0
     return ascending[min(len(ascending) - 1, int(share * len(ascending)))]

@@ -15,7 +15,7 @@ from shardloss_server.rpc.workers import WorkerWatch
 
 
 class Exposition:
-    """The metrics at http://address/metrics, with what the workers said last.
+    """The metrics of a server at http://address/metrics, with the latest statistics of its workers.
 
     Raises:
         CannotServe: the port cannot be listened on.
@@ -35,17 +35,17 @@ class Exposition:
 
     @staticmethod
     def of(counted: Metrics, catalog: Catalog, watching: Watching) -> Exposition | None:
-        """As the settings have it; None: nobody listens."""
+        """Create the exposition from the settings; None if metrics_port is not set."""
         if watching.metrics_port is None:
             return None
         return Exposition(counted, catalog, watching.metrics_host, watching.metrics_port)
 
     def start(self) -> None:
-        """Ask the workers from now on."""
+        """Start polling the workers."""
         self._workers.start()
 
     def stop(self) -> None:
-        """Let go of the port. Idempotent."""
+        """Stop polling and close the port. Idempotent."""
         self._workers.stop()
         self._http.shutdown()
         self._http.server_close()

@@ -1,4 +1,4 @@
-"""What stands in a running server, read from its live objects whenever somebody asks for its metrics."""
+"""The gauges of a running server, read from its live objects at each scrape."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], bool]) -> None:
-    """Have every metric of a server that says what stands read from it."""
+    """Register the readings of all metrics that show the current state of a server, except those of its workers."""
     read_places(counted, handlers)
     read_tables(counted, handlers.catalog)
     read_limits(counted, handlers.limits)
     catalog, made, memory_limit = handlers.catalog, time.time(), memory_limit_bytes()
-    for method in METHODS:  # there before the first one: a rate sees no growth in a series that begins with it
+    for method in METHODS:  # starts at 0: rate() sees no growth in a series that begins with the first error
         counted.count(metrics.CALLS, method, Internal.reason, by=0)
     one(counted, metrics.SERVING, lambda: not is_stopping())
     one(counted, metrics.TICKET_BYTES, lambda: catalog.budget.num_bytes)
@@ -54,7 +54,7 @@ def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], boo
 
 
 def memory_limit_bytes() -> int:
-    """What this process's control group may take, at most this machine's memory."""
+    """Return the memory limit of this process's control group, at most the machine's memory."""
     try:
         limit = int(CGROUP_LIMIT.read_text())
     except (OSError, ValueError):  # there is none, or it is "max"
@@ -63,12 +63,12 @@ def memory_limit_bytes() -> int:
 
 
 def one(counted: Metrics, metric: Metric, read: Callable[[], float]) -> None:
-    """A metric without labels."""
+    """Register the reading of a metric without labels."""
     counted.read(metric, lambda: [((), float(read()))])
 
 
 def read_limits(counted: Metrics, limits: Limits) -> None:
-    """What the limits are, beside what they bound."""
+    """Register the limits as metrics, so that they can be compared with the values they limit."""
     for metric, value in (
         (metrics.TURNS_HELD_LIMIT, limits.max_calls_at_workers),
         (metrics.TABLES_LIMIT, limits.max_tables),
@@ -81,7 +81,7 @@ def read_limits(counted: Metrics, limits: Limits) -> None:
 
 
 def read_places(counted: Metrics, handlers: Handlers) -> None:
-    """What calls hold of what they may."""
+    """Register the places and bytes that calls hold, and the limits on them."""
     places, streams = handlers.places, handlers.streams
 
     def reading(of: Callable[[Admission], float]) -> Reading:
@@ -100,7 +100,7 @@ def read_places(counted: Metrics, handlers: Handlers) -> None:
 
 
 def read_tables(counted: Metrics, catalog: Catalog) -> None:
-    """What stands in each table."""
+    """Register the metrics of each table."""
 
     def each(of: Callable[[TableOwner], float]) -> Callable[[], Reading]:
         return lambda: [((owner.spec.name,), float(of(owner))) for owner in catalog.owners()]
@@ -125,7 +125,7 @@ def read_tables(counted: Metrics, catalog: Catalog) -> None:
 
 
 def read_workers(counted: Metrics, group: ShardGroup, watch: WorkerWatch) -> None:
-    """What is known of each worker."""
+    """Register the metrics of each worker."""
     one(counted, metrics.WORKERS, lambda: len(group.devices))
     one(counted, metrics.WORKER_FACTS_AGE, watch.age_s)
     for metric, of in (
@@ -140,5 +140,5 @@ def read_workers(counted: Metrics, group: ShardGroup, watch: WorkerWatch) -> Non
 
 
 def of_living(watch: WorkerWatch, of: Callable[[WorkerStats], float]) -> Reading:
-    """One fact of every worker that answered."""
+    """Return one statistic of every worker that answered the last poll."""
     return [((str(each.index),), float(of(each.stats))) for each in watch.seen if each.stats is not None]

@@ -1,6 +1,6 @@
-"""gRPC's health service. Who watches and does not read holds up nobody: neither other askers nor a stop.
+"""gRPC's health service, in which a watcher that does not read delays neither other clients nor a shutdown.
 
-The servicer of grpc_health sends while it holds the lock of all its answers.
+The servicer of grpc_health does not ensure this: it sends while it holds the lock of all its answers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from shardloss_server.frontend.admission import LiveStream, LiveStreams
 from shardloss_server.rpc.call import CallLog
 from shardloss_server.rpc.caller import caller_of
 
-MAX_WATCHERS = 256  # anybody may watch, and each costs memory
+MAX_WATCHERS = 256  # watching needs no credentials, and each watcher costs memory
 WATCH = "/grpc.health.v1.Health/Watch"
 Send = Callable[[health_pb2.HealthCheckResponse | None], None]
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
-    """All services serve, or none does. Thread-safe.
+    """The servicer of health; all services have the same status. Thread-safe.
 
-    watching are the places of watchers: one that does not read what it is sent within longest_s is dropped.
+    `watching` holds the places of watchers: a watcher that does not read a message within longest_s is dropped.
     """
 
     def __init__(self, services: tuple[str, ...], longest_s: float, call_log: CallLog) -> None:
@@ -36,24 +36,24 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no
         self._is_over = False
 
     def serve(self) -> None:
-        """From now on SERVING."""
+        """Report SERVING from now on."""
         self._status = health_pb2.HealthCheckResponse.SERVING
         self._tell_all()
 
     def stop(self) -> None:
-        """From now on NOT_SERVING, for good; whoever watches is told so, and then the watch ends."""
+        """Report NOT_SERVING from now on, for good; watchers receive it, and then their calls end."""
         self._status = health_pb2.HealthCheckResponse.NOT_SERVING
         self._is_over = True
         self._tell_all()
 
     def _tell_all(self) -> None:
-        for watcher in list(self._watchers):  # each waits for its own client
+        for watcher in list(self._watchers):  # each thread waits for one client
             threading.Thread(target=self._tell, args=(watcher,), daemon=True).start()
 
-    def Check(  # noqa: N802  (as the service has it)
+    def Check(  # noqa: N802  (the service's name)
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
-        """The status of one service; NOT_FOUND where there is none of that name."""
+        """Return the status of one service, or NOT_FOUND if there is none of that name."""
         if request.service not in self._services:
             context.set_code(grpc.StatusCode.NOT_FOUND)
             return health_pb2.HealthCheckResponse()
@@ -62,7 +62,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no
     def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send: Send
     ) -> None:
-        """The status of one service, now and whenever it changes. Between two answers it holds no thread."""
+        """Send the status of one service, now and whenever it changes; between two messages no thread is held."""
         with ExitStack() as until_end:
             try:
                 stream = until_end.enter_context(self.watching.stream(context.cancel, caller_of(context)))
@@ -77,7 +77,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no
         else:
             end()
 
-    Watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # so gRPC hands `send` over
+    Watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # makes gRPC pass `send`
 
     def _tell(self, watcher: Watcher) -> None:
         with watcher.sending:
@@ -89,7 +89,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no
 
 
 class Watcher:
-    """One Watch, as `Health` tells it. `sending` is held for each of its answers."""
+    """One Watch call, to which `Health` sends statuses; the lock `sending` is held for each one."""
 
     def __init__(self, service: str, send: Send, stream: LiveStream) -> None:
         self.service, self.sending = service, threading.Lock()
@@ -98,7 +98,7 @@ class Watcher:
         stream.working()
 
     def send(self, status: int) -> None:
-        """Say what has changed, and wait until the client reads it or is dropped."""
+        """Send a status if it has changed, and wait until the client reads it or is dropped."""
         if status != self._told:
             self._told = status
             self._stream.moved()
@@ -106,7 +106,7 @@ class Watcher:
             self._stream.working()
 
     def end(self) -> None:
-        """Nothing more will be said."""
+        """End the call. Idempotent."""
         if not self._has_ended:
             self._has_ended = True
             self._send(None)

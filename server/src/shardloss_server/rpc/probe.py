@@ -1,4 +1,4 @@
-"""Ask a server how it is, as a container's health check does; needs neither torch nor ray."""
+"""A health probe of a server, as for a container's health check; imports neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """PEM files for a port that speaks TLS: who signed the server's certificate and, under mutual TLS, who asks."""
+    """PEM files for a port with TLS: the CA of the server's certificate and, for mutual TLS, the client's own."""
 
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """What to connect with; None: plaintext.
+        """Return the credentials to connect with; None means plaintext.
 
         Raises:
             OSError: a file cannot be read.
@@ -35,7 +35,7 @@ PLAINTEXT = Identity()
 
 
 def health_of(address: str, timeout_s: float, identity: Identity = PLAINTEXT) -> str:
-    """What the port answers: SERVING, NOT_SERVING, UNKNOWN or SERVICE_UNKNOWN; or why nothing was answered, in words.
+    """Return the port's answer (SERVING, NOT_SERVING, UNKNOWN or SERVICE_UNKNOWN), or why there is none, as text.
 
     Raises:
         OSError: a file of the identity cannot be read.

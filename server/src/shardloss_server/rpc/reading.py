@@ -1,4 +1,4 @@
-"""Bytes that are no message are the caller's mistake: INVALID_ARGUMENT, where gRPC itself would say INTERNAL."""
+"""Refusal of requests that cannot be decoded: INVALID_ARGUMENT, since gRPC itself would report INTERNAL."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from shardloss_server.rpc.call import CallLog
 
 
 class Unreadable:
-    """What a deserializer gives in place of a message that cannot be read."""
+    """The result of a deserializer for bytes that it cannot decode."""
 
     def __init__(self, method: str) -> None:
-        self.error = InvalidArgument(f"the bytes are no request of {method}: is the client's contract another one?")
+        self.error = InvalidArgument(f"the bytes are not a request of {method}: does the client use another contract?")
 
 
 class Reading(grpc.ServerInterceptor):
-    """Every method refuses what it cannot read by name."""
+    """An interceptor that makes every method refuse requests that cannot be decoded."""
 
     def __init__(self, call_log: CallLog) -> None:
         self._call_log = call_log
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        """The handler of a method; of streams both ways, its iterator raises InvalidArgument."""
+        """Return the method's handler; in a bidirectional stream, its request iterator raises InvalidArgument."""
         handler, method = continuation(handler_call_details), handler_call_details.method
         if handler is None or handler.request_deserializer is None:
             return handler
@@ -45,7 +45,7 @@ class Reading(grpc.ServerInterceptor):
 
 
 def reading(read: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
-    """A deserializer that never fails."""
+    """Return a deserializer that never raises; it returns `Unreadable` instead."""
 
     def readable(content: bytes) -> Any:
         try:
@@ -60,9 +60,9 @@ Answer = Callable[..., Any]
 
 
 def refusing(answer: Answer, path: str, call_log: CallLog) -> Answer:
-    """A method of one request that refuses what was not read."""
+    """Return a method of one request that refuses a request that could not be decoded."""
 
-    @functools.wraps(answer)  # and with it what gRPC reads of a handler, such as that it does not block
+    @functools.wraps(answer)  # also copies attributes that gRPC reads, such as experimental_non_blocking
     def answered(request: Any, context: grpc.ServicerContext, *send: Any) -> Any:
         if isinstance(request, Unreadable):
             call_log.refuse(path, context, request.error)
@@ -72,7 +72,10 @@ def refusing(answer: Answer, path: str, call_log: CallLog) -> Answer:
 
 
 def checking(answer: Answer, path: str, call_log: CallLog) -> Answer:
-    """A method of streams whose iterator raises where a piece was not read; others' methods know no error of ours."""
+    """Return a streaming method whose iterator raises InvalidArgument for a piece that could not be decoded.
+
+    The error also ends the call here, since third-party methods do not handle it.
+    """
 
     def pieces(requests: Iterator[Any]) -> Iterator[Any]:
         for request in requests:

@@ -1,4 +1,4 @@
-"""Which role each method needs: what its descriptor declares, whatever serves it."""
+"""The role that each method needs, as declared by its descriptor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _known: dict[str, Role | None] = {}
 
 
 def is_open(path: str) -> bool:
-    """Whether a method ("/package.Service/Method") asks for no credentials: probes have none."""
+    """Return True if a method ("/package.Service/Method") needs no credentials, as probes have none."""
     return path.startswith(f"/{HEALTH}/")
 
 
 def needed_role(path: str) -> Role | None:
-    """The least role that may call a method; None where none is declared, so that nobody may."""
+    """Return the lowest role that may call a method; None if none is declared, so that every caller is refused."""
     if path in _known:
         return _known[path]
     if path.startswith(f"/{REFLECTION}"):
@@ -26,7 +26,7 @@ def needed_role(path: str) -> Role | None:
     try:
         method = descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
     except KeyError:
-        return None  # not kept: callers can make up any number of names
+        return None  # not cached: callers can make up any number of names
     declared: int = method.GetOptions().Extensions[options_pb2.required_role]  # type: ignore[index]
     _known[path] = Role(declared) if declared in list(Role) else None
     return _known[path]

@@ -1,4 +1,4 @@
-"""A running server: the data port, the small admin port, and the watch over tickets and silent streams."""
+"""A running server: its data port, its small admin port, and a watch that expires tickets and drops silent streams."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ from shardloss_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 1.0
-ADMIN_CALLS = 16  # that arrive at once, on the admin port; three times as many may be inside
-MAX_CALLS_A_CONNECTION = 1024  # further ones wait inside their client
-STOP_S = 5.0  # for calls that were cut off to see it
+ADMIN_CALLS = 16  # calls that may arrive at once on the admin port; three times as many may hold a thread
+MAX_CALLS_A_CONNECTION = 1024  # further calls wait in the client
+STOP_S = 5.0  # seconds for calls that were cut off to end
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -70,11 +70,11 @@ SERVICES = tuple(
 
 
 class PortTaken(CannotServe):
-    """A port that cannot be listened on."""
+    """A port or Unix socket that the server cannot listen on."""
 
 
 class Server:
-    """The front end of a shard group on two ports. Does not close the group."""
+    """The front end of a shard group, on two ports; it does not close the group."""
 
     def __init__(self, group: ShardGroup, config: ServerConfig) -> None:
         self.config = config
@@ -98,7 +98,7 @@ class Server:
         )
         self.gate = Gate(places_of(limits), arriving, call_log)
         self.admin_gate = Gate(3 * ADMIN_CALLS, arriving_admin, call_log)
-        # The fewest threads have fewer than one place of each kind needs, and refusals need one.
+        # With the lowest num_threads, one place of each kind already needs more threads, and refusals need one more.
         self._data = self._make_server(max(listening.num_threads, 1 + places_of(limits)), self.gate)
         self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate)
         self._register()
@@ -123,11 +123,11 @@ class Server:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.max_concurrent_streams", MAX_CALLS_A_CONNECTION),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-                ("grpc.http2.max_pings_without_data", 0),  # else two, and a silent peer would not be asked again
+                ("grpc.http2.max_pings_without_data", 0),  # the default of 2 would stop pings to a silent peer
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", round(1000 * limits.peer_ping_s)),
                 ("grpc.keepalive_timeout_ms", round(1000 * limits.peer_answer_s)),
-                ("grpc.http2.ping_timeout_ms", round(1000 * limits.peer_answer_s)),  # what counts, and is 60 s else
+                ("grpc.http2.ping_timeout_ms", round(1000 * limits.peer_answer_s)),  # takes precedence; 60 s by default
                 ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
             interceptors=[gate, *self._interceptors],
@@ -155,25 +155,25 @@ class Server:
             else:
                 bound = server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError:
-            raise PortTaken(f"cannot listen on {host} port {port}: is another server there?") from None
+            raise PortTaken(f"cannot listen on {host} port {port}: is another server using it?") from None
         return f"{host}:{bound}"
 
     def _bind_socket(self, path: str) -> None:
-        """Listen on a Unix socket, which this user alone may connect to; one that nobody listens on is replaced.
+        """Listen on a Unix socket that only this user may connect to; a socket file without a listener is replaced.
 
-        gRPC would replace any: a living server would lose its clients to this one.
+        gRPC itself would replace any socket, and a running server would lose its clients to this one.
         """
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(path) == 0:
-                raise PortTaken(f"cannot listen on {path}: another server does")
+                raise PortTaken(f"cannot listen on {path}: another server is using it")
         try:
             self._data.add_insecure_port(f"unix:{path}")
         except RuntimeError:
-            raise PortTaken(f"cannot listen on {path}: is its folder there, and yours?") from None
+            raise PortTaken(f"cannot listen on {path}: does its folder exist, and may you write to it?") from None
         os.chmod(path, 0o600)
 
     def start(self) -> None:
-        """Serve until `stop`."""
+        """Start serving, until `stop` is called."""
         self._data.start()
         self._admin.start()
         self._watcher.start()
@@ -183,7 +183,7 @@ class Server:
         log.info("serving on %s, admin on %s", self.address, self.admin_address)
 
     def stop(self, grace_s: float | None = None) -> None:
-        """Report NOT_SERVING, let calls in flight finish within the grace, stop. Idempotent."""
+        """Report NOT_SERVING, let calls in flight finish within grace_s (by default drain_s), and stop. Idempotent."""
         with self._stopped:
             if self._stopping.is_set():
                 return
@@ -205,8 +205,8 @@ class Server:
         while not self._stopping.wait(WATCH_INTERVAL_S):
             try:
                 self._look()
-            except Exception:  # a bug of one table must not keep tickets and silent calls for ever
-                log.exception("the watch goes on")
+            except Exception:  # a bug in one table must not stop the expiry of tickets and silent calls
+                log.exception("the watch failed and will try again")
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -218,7 +218,7 @@ class Server:
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:
-    """The limits for which the threads suffice: each call holds one, and refusals need some."""
+    """Return the limits, lowered to what the threads suffice for: each call holds one, and refusals need some."""
     reserved = max(1, num_threads // 12)  # for streams, for commits, and for refusals
     calls = min(limits.max_calls_in_flight, num_threads // 2 - reserved // 2)
     return replace(
@@ -231,6 +231,6 @@ def shared_out(num_threads: int, limits: Limits) -> Limits:
 
 
 def places_of(limits: Limits) -> int:
-    """Calls that may be inside at once, of all kinds."""
+    """Return how many calls of all kinds may hold a thread at once."""
     arrived = limits.max_calls_in_flight + limits.max_streams + limits.max_commits_in_flight
     return arrived + limits.max_calls_arriving

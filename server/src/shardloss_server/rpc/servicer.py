@@ -1,4 +1,4 @@
-"""The services: each method decodes, calls, encodes."""
+"""The gRPC services: each method decodes its request, calls the front end and encodes the reply."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ FEATURES = (
 
 
 class Handlers:
-    """What every service needs: the front end, admission and the one place where errors become statuses."""
+    """The objects that all services share: the front end, admission, and the log that turns errors into statuses."""
 
     def __init__(self, catalog: Catalog, limits: Limits, streams: LiveStreams, call_log: CallLog) -> None:
         self.catalog, self.limits, self.streams, self.call_log = catalog, limits, streams, call_log
@@ -88,18 +88,18 @@ class Handlers:
 
     @property
     def places(self) -> Mapping[str, Admission]:
-        """What calls of each kind hold, by the name that an operator sees."""
+        """The places that calls of each kind hold, by the name that an operator sees."""
         return {"calls": self.admission, "commits": self.commits, "streams": self.stream_bytes}
 
     def admitted(self, method: str, num_bytes: int, caller: str) -> AbstractContextManager[None]:
-        """The place of a unary call, and room for its reply."""
+        """Return a context that holds a place for a unary call; refuse a caller that leaves too many replies unread."""
         if method in ("GetServerInfo", "GetStatus"):
             return nullcontext()
         self.unsent.refuse_unread(caller)
         return (self.commits if method in ("Commit", "Abort") else self.admission).admit(num_bytes, caller)
 
     def deadline(self, context: Context, request: object = None) -> Deadline:
-        """The caller's deadline, cut to the server's longest, and over when the caller goes away."""
+        """Return the caller's deadline, at most max_deadline_s away; it is cancelled when the caller goes away."""
         left = context.time_remaining()
         longest = self.limits.max_deadline_s
         seconds = longest if left is None else min(left, longest)
@@ -109,7 +109,7 @@ class Handlers:
         return deadline
 
     def note_loss(self, method: str, request: LossRequest, reply: LossReply) -> None:
-        """Count what a loss did."""
+        """Count a loss, and its commit if it made one."""
         counted = self.call_log.metrics
         if reply.replayed:
             counted.count(metrics.REPLAYS, method)
@@ -119,7 +119,7 @@ class Handlers:
                 self.note_commit(method, reply.committed)
 
     def note_commit(self, method: str, reply: CommitReply) -> None:
-        """Count what a commit did."""
+        """Count a commit."""
         if reply.replayed:
             self.call_log.metrics.count(metrics.REPLAYS, method)
         else:
@@ -127,10 +127,10 @@ class Handlers:
 
 
 def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Context], M]:
-    """Admit a unary call, run it without autograd, and add what it cost where that is asked for.
+    """Admit a unary call, run it without autograd, and add its cost to the reply if requested.
 
-    Commits and aborts have places of their own, since they free what other calls wait for; GetServerInfo and GetStatus
-    need none.
+    Commits and aborts have places of their own, since they release what other calls wait for. GetServerInfo and
+    GetStatus need no place.
     """
     name = method.__name__
 
@@ -145,7 +145,7 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
             with torch.inference_mode():
                 response = method(self, request, context)
             if call.sending(response).sent_bytes > limit:
-                raise LimitExceeded("the reply exceeds max_message_bytes; ask for less, or through StreamLoss")
+                raise LimitExceeded("the reply exceeds max_message_bytes; request less, or use StreamLoss")
             handlers.unsent.hand_over(call.sent_bytes, context.cancel, context.add_callback, caller)
             add_cost(call, request, response)
             return response
@@ -155,13 +155,13 @@ def answers(method: Callable[[Any, Any, Context], M]) -> Callable[[Any, Any, Con
 
 
 def add_cost(call: Call, request: Any, response: Any) -> None:
-    """Say in a reply what its call has cost, where the request asks for it."""
+    """Add the cost of a call to its reply if the request asks for it."""
     if getattr(getattr(request, "message", request), "want_cost", False):
         getattr(response, "message", response).call_cost.CopyFrom(call.cost(call.sent_bytes))
 
 
 class LossServicer(loss_pb2_grpc.LossServiceServicer):
-    """LossService."""
+    """The servicer of LossService."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
@@ -192,10 +192,10 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
                     yield chunks.spliced(piece, loss_pb2.StreamLossResponse)
 
     def _begin(self, pieces: Iterator[StreamMessage]) -> tuple[loss_pb2.ComputeLossRequest, chunks.Assembler]:
-        """The header that a stream begins with, and what collects the chunks it announces."""
+        """Return the header of a stream, and an assembler for the chunks that it announces."""
         first = next(pieces, None)
         if first is None or first.message.WhichOneof("piece") != "header":
-            raise InvalidArgument("a StreamLoss begins with a header", field="piece")
+            raise InvalidArgument("a StreamLoss must begin with a header", field="piece")
         limits, header = self.handlers.limits, first.message.header
         return header, chunks.Assembler(header, limits.max_request_bytes, limits.max_chunk_bytes)
 
@@ -207,14 +207,14 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         stream: LiveStream,
         deadline: Deadline,
     ) -> Iterator[LabelColumns]:
-        """All chunks of a stream; then its label columns, to be read as they come."""
+        """Read all chunks of a stream; return its label columns, to be read as they arrive."""
         first = None
         while not (header.label_columns and assembler.is_complete):
             piece = next(pieces, None)
             if piece is None:
                 break
             stream.moved()
-            deadline.check("the request came whole")
+            deadline.check("the request had arrived")
             kind = piece.message.WhichOneof("piece")
             if kind == "columns" and header.label_columns:
                 first = piece
@@ -229,23 +229,23 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         stream: LiveStream,
         deadline: Deadline,
     ) -> Iterator[LabelColumns]:
-        """Label columns, one piece at a time; between two of them the client must not stand still."""
+        """Yield label columns piece by piece; the client must not pause for too long between two pieces."""
         most = self.handlers.limits.max_chunk_bytes
         stream.moved()
         for piece in chain(() if first is None else (first,), pieces):
             stream.working()
-            deadline.check("the labels came whole")
+            deadline.check("the labels had arrived")
             if piece.message.WhichOneof("piece") != "columns":
                 raise InvalidArgument("only label columns may follow the chunks", field="piece")
             columns = piece.message.columns
             if len(columns.weights.inline) > most:
-                message = f"columns of {len(columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
+                message = f"label columns of {len(columns.weights.inline)} bytes exceed max_chunk_bytes = {most}"
                 raise LimitExceeded(message, field="columns.weights")
             yield wire.label_columns(columns)
             if columns.last:
                 return
             stream.moved()
-        raise InvalidArgument("the stream ends before its last columns", field="columns.last")
+        raise InvalidArgument("the stream ended before its last columns", field="columns.last")
 
     def _loss(
         self,
@@ -285,7 +285,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         draw = validate.filled_in(draw, spec)
         validate.at_least(request.step, 0, "step")
         if 16 * draw.num_sampled > self.handlers.limits.max_message_bytes:
-            raise LimitExceeded(f"{draw.num_sampled} candidates exceed one message", field="sampler.num_sampled")
+            raise LimitExceeded(f"{draw.num_sampled} candidates do not fit in one message", field="sampler.num_sampled")
         labels = torch.zeros(0, 1, dtype=torch.int64)
         if request.HasField("labels"):
             labels = wire.column(wire.to_ids(request.labels, "labels"))
@@ -301,7 +301,7 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
 
 
 class TableServicer(table_pb2_grpc.TableServiceServicer):
-    """TableService."""
+    """The servicer of TableService."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
@@ -383,7 +383,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         learned = wire.to_counts(request.learned, "learned") if request.HasField("learned") else None
         counts = wire.optional_tensor(request, "counts")
         if counts is None and learned is None:
-            counts = wire.to_tensor(request.counts, "counts")  # refuses
+            counts = wire.to_tensor(request.counts, "counts")  # raises, since neither is given
         if counts is not None:
             validate.class_counts(request.first_class, counts, owner.spec, self.handlers.limits)
         if learned is not None:
@@ -400,7 +400,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         owner = self.handlers.catalog.owner(request.table)
         validate.class_range(request.first_class, request.num_classes, owner.spec)
         if 16 * request.num_classes > self.handlers.limits.max_message_bytes:
-            raise LimitExceeded(f"counts of {request.num_classes} classes exceed one message", field="num_classes")
+            raise LimitExceeded(f"{request.num_classes} counts do not fit in one message", field="num_classes")
         counts = owner.read_counts(request.first_class, request.num_classes, self.handlers.deadline(context, request))
         return table_pb2.ReadClassCountsResponse(
             counts=None if counts.written is None else wire.from_tensor(torch.from_numpy(counts.written)),
@@ -410,7 +410,7 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
 
 
 class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
-    """EvaluationService."""
+    """The servicer of EvaluationService."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
@@ -448,7 +448,7 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
         return wire.sample_classes_response(samples)
 
     def _ask(self, request: Question, context: Context) -> Ask:
-        """What every question holds."""
+        """Decode the fields that all evaluation requests share."""
         hidden = wire.to_tensor(request.hidden, "hidden")
         return Ask(
             request.table, hidden, wire.logit_transform(request.logits), self.handlers.deadline(context, request)
@@ -456,7 +456,7 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
-    """ServerService."""
+    """The servicer of ServerService."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers

@@ -1,4 +1,4 @@
-"""Table specs between the contract and the front end, with every default filled in here."""
+"""Conversion of table specs between protobuf and the front end; every default is filled in here."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PLACEMENTS = {
 
 
 def table_spec(message: table_pb2.TableSpec, default_num_shards: int) -> TableSpec:
-    """Decode a spec.
+    """Decode a table spec.
 
     Raises:
-        InvalidArgument, NotSupported: an unknown enum, a number out of range, or what is reserved.
+        InvalidArgument, NotSupported: an unknown enum value, a number out of range, or a reserved field.
     """
     if message.durability not in (table_pb2.DURABILITY_UNSPECIFIED, table_pb2.DURABILITY_MEMORY):
-        raise NotSupported("durability: only MEMORY is supported yet", field="spec.durability")
+        raise NotSupported("durability: only MEMORY is supported so far", field="spec.durability")
     if message.HasField("limits"):
         raise NotSupported("limits of a table are reserved and not yet supported", field="spec.limits")
     dtype = "float32" if message.dtype == tensor_pb2.DTYPE_UNSPECIFIED else wire.NAMES.get(message.dtype)
@@ -64,13 +64,13 @@ def refuse_unrepresentable(spec: TableSpec) -> None:
         value = getattr(one, name)
         if value and not least <= value <= range_of.max:
             raise InvalidArgument(
-                f"optimizer.{one.kind}.{name} = {value} does not fit {spec.compute_dtype}",
+                f"optimizer.{one.kind}.{name} = {value} does not fit in {spec.compute_dtype}",
                 field=f"spec.optimizer.{one.kind}.{name}",
             )
 
 
 def initializer(message: table_pb2.Initializer, dim: int) -> Initializer:
-    """Decode an initializer; absent is uniform on +-1/sqrt(dim), as torch.nn.Linear."""
+    """Decode an initializer; the default is uniform on +-1/sqrt(dim), as in torch.nn.Linear."""
     kind = message.WhichOneof("kind")
     if kind == "zeros":
         return Initializer("zeros", 0.0, message.seed)
@@ -82,7 +82,7 @@ def initializer(message: table_pb2.Initializer, dim: int) -> Initializer:
 
 
 def optimizer(message: table_pb2.Optimizer) -> OptimizerSpec:
-    """Decode an optimizer; absent is plain SGD."""
+    """Decode an optimizer; the default is plain SGD."""
     kind = message.WhichOneof("kind")
     if kind is None or kind == "sgd":
         return sgd(message.sgd)
@@ -103,7 +103,7 @@ def optimizer(message: table_pb2.Optimizer) -> OptimizerSpec:
 
 
 def sgd(message: table_pb2.Optimizer.Sgd) -> OptimizerSpec:
-    """Decode SGD."""
+    """Decode the SGD optimizer."""
     momentum = number(message.momentum, "optimizer.sgd.momentum", least=0.0, below=1.0)
     if message.nesterov and momentum == 0:
         raise InvalidArgument("nesterov needs momentum > 0", field="spec.optimizer.sgd.nesterov")
@@ -112,7 +112,7 @@ def sgd(message: table_pb2.Optimizer.Sgd) -> OptimizerSpec:
 
 
 def adam_decay(message: table_pb2.Optimizer, kind: str) -> float:
-    """Weight decay of the Adam family."""
+    """Return the weight decay of an optimizer of the Adam family."""
     if kind == "sparse_adam":
         return 0.0
     if kind == "adam":
@@ -122,7 +122,7 @@ def adam_decay(message: table_pb2.Optimizer, kind: str) -> float:
 
 
 def eps(message: table_pb2.Optimizer.Adagrad | table_pb2.Optimizer.RowAdagrad, kind: str, default: float) -> float:
-    """eps > 0."""
+    """Return the eps of an optimizer, which must be above 0."""
     value = message.eps if message.HasField("eps") else default
     return number(value, f"optimizer.{kind}.eps", above=0.0)
 
@@ -130,10 +130,10 @@ def eps(message: table_pb2.Optimizer.Adagrad | table_pb2.Optimizer.RowAdagrad, k
 def number(
     value: float, field: str, *, least: float | None = None, above: float | None = None, below: float | None = None
 ) -> float:
-    """A finite number within its range.
+    """Return a number that is finite and within its range.
 
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: the number is not finite or out of its range.
     """
     fits = math.isfinite(value)
     fits = fits and (least is None or value >= least) and (above is None or value > above)
@@ -143,7 +143,7 @@ def number(
 
 
 def spec_message(spec: TableSpec) -> table_pb2.TableSpec:
-    """Encode a spec with every default written out."""
+    """Encode a table spec with every default written out."""
     message = table_pb2.TableSpec(
         name=spec.name,
         num_classes=spec.num_classes,
@@ -171,7 +171,7 @@ def spec_message(spec: TableSpec) -> table_pb2.TableSpec:
 
 
 def table_message(owner: TableOwner) -> table_pb2.Table:
-    """Encode a table as it stands."""
+    """Encode the current state of a table."""
     return table_pb2.Table(
         spec=spec_message(owner.spec),
         version=owner.steps.version,

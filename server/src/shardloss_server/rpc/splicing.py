@@ -1,4 +1,4 @@
-"""Where the large tensors of a call leave its message before protobuf reads it, and come back after it was written."""
+"""Splicing of the large tensors of a call, which bypass protobuf on the way in and out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SERVICE = loss_pb2.DESCRIPTOR.services_by_name["LossService"].full_name
 
 
 class Splicing(grpc.ServerInterceptor):
-    """ComputeLoss and StreamLoss take and give `shardloss.splice.Spliced` messages."""
+    """An interceptor that gives ComputeLoss and StreamLoss `shardloss.splice.Spliced` requests and replies."""
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        """The handler of a method, with our serializers where it has large tensors."""
+        """Return the method's handler, with splicing serializers if it has large tensors."""
         handler, method = continuation(handler_call_details), handler_call_details.method
         if handler is not None and method == f"/{SERVICE}/ComputeLoss":
             return grpc.unary_unary_rpc_method_handler(handler.unary_unary, LOSS_REQUEST.split, LOSS_REPLY.join)

@@ -1,4 +1,4 @@
-"""Errors as google.rpc.Status with one ErrorInfo, and nothing else of what went wrong inside."""
+"""Encoding of errors as google.rpc.Status with one ErrorInfo and no other internal details."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from shardloss.errors import DOMAIN, ShardlossError, TransientError
 
 DETAILS_KEY = "grpc-status-details-bin"
-MAX_MESSAGE_BYTES = 512  # it travels three times, once percent-encoded; gRPC drops a status above about 8 kB
+MAX_MESSAGE_BYTES = 512  # it is sent three times, once percent-encoded; gRPC drops a status above about 8 kB
 MAX_VALUE_BYTES = 128
 
 
 def cut(text: str, num_bytes: int) -> str:
-    """The beginning of a text that takes at most so many bytes."""
+    """Return the longest beginning of a text that takes at most num_bytes bytes of UTF-8."""
     return text.encode("utf-8", "replace")[:num_bytes].decode("utf-8", "ignore")
 
 
 def status_of(error: ShardlossError) -> status_pb2.Status:
-    """The rich status of an error; below 4 kB."""
+    """Return the google.rpc.Status of an error; it takes less than 4 kB."""
     message = cut(error.message, MAX_MESSAGE_BYTES)
     status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
     metadata = {name: cut(value, MAX_VALUE_BYTES) for name, value in error.details.items()}
@@ -42,7 +42,7 @@ def status_of(error: ShardlossError) -> status_pb2.Status:
 
 
 def fail(context: grpc.ServicerContext, error: ShardlossError, *metadata: tuple[str, str]) -> None:
-    """End a call with an error's status, beside other trailing metadata; raises, as grpc's abort does."""
+    """End a call with an error's status, next to other trailing metadata; always raises, as grpc's abort does."""
     status = status_of(error)
     context.set_trailing_metadata((*metadata, (DETAILS_KEY, status.SerializeToString())))
     context.abort(getattr(grpc.StatusCode, error.status), status.message)

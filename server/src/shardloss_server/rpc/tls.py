@@ -1,4 +1,4 @@
-"""TLS of both ports: certificates are looked at with every handshake. gRPC takes TLS 1.2 and later."""
+"""TLS of both ports, with certificate files checked for changes at every handshake. gRPC accepts TLS 1.2 and later."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from shardloss_server.config import CannotServe, Security
 
 
 def credentials(security: Security) -> grpc.ServerCredentials | None:
-    """What one port speaks; None: plaintext. A port has its own, since gRPC asks for news once and not for each.
+    """Return the credentials of one port; None means plaintext.
+
+    Each port needs its own, since gRPC fetches a change once and not once per port.
 
     Raises:
-        CannotServe: a file is missing or wrong.
+        CannotServe: a file is missing or invalid.
     """
     chain, key, client_ca = security.tls_cert_file, security.tls_key_file, security.tls_client_ca_file
     if chain is None or key is None:
@@ -32,10 +34,10 @@ def credentials(security: Security) -> grpc.ServerCredentials | None:
         served = latest
         return configuration(latest)
 
-    # The stub knows no None, which is how the documentation says "no change".
+    # The stub does not allow None, which by the documentation means "no change".
     return grpc.dynamic_ssl_server_credentials(configuration(served), fetch, client_ca is not None)  # type: ignore[arg-type]
 
 
 def configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
-    """The same for gRPC."""
+    """Return the certificates in the form that gRPC expects."""
     return grpc.ssl_server_certificate_configuration([(certificates.key, certificates.chain)], certificates.client_ca)

@@ -1,4 +1,4 @@
-"""Between the contract's messages and the front end's values: the only place that knows protobuf and torch."""
+"""Conversion between the contract's protobuf messages and the front end's values, with their torch tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HIT_REMOVALS = {
 
 
 def to_tensor(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None) -> Tensor:
-    """A tensor of its own memory."""
+    """Decode a tensor into memory of its own."""
     array = wire.decode(message, field, chunks)
     array = array if array.flags.writeable else array.copy()
     if message.dtype == tensor_pb2.DTYPE_BFLOAT16:
@@ -65,10 +65,10 @@ def to_tensor(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = No
 
 
 def to_ids(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None) -> Tensor:
-    """Class ids as int64.
+    """Decode class ids as int64.
 
     Raises:
-        InvalidArgument: not an integer tensor, or absent.
+        InvalidArgument: the tensor is absent, or neither int64 nor int32.
     """
     if message.dtype not in (tensor_pb2.DTYPE_INT64, tensor_pb2.DTYPE_INT32):
         name = wire.NAMES.get(message.dtype, "absent" if not message.ByteSize() else str(message.dtype))
@@ -77,10 +77,10 @@ def to_ids(message: tensor_pb2.Tensor, field: str, chunks: Chunks | None = None)
 
 
 def to_counts(message: tensor_pb2.Tensor, field: str) -> Tensor:
-    """Counts as int64.
+    """Decode counts as int64.
 
     Raises:
-        InvalidArgument: another dtype.
+        InvalidArgument: the tensor has another dtype.
     """
     if message.dtype != tensor_pb2.DTYPE_INT64:
         name = wire.NAMES.get(message.dtype, str(message.dtype))
@@ -89,36 +89,36 @@ def to_counts(message: tensor_pb2.Tensor, field: str) -> Tensor:
 
 
 def to_state(messages: Sequence[table_pb2.RowState], field: str) -> dict[str, Tensor]:
-    """Optimizer state by name.
+    """Decode optimizer state by name.
 
     Raises:
-        InvalidArgument: a name is there twice.
+        InvalidArgument: a name occurs twice.
     """
     found: dict[str, Tensor] = {}
     for place, message in enumerate(messages):
         if message.name in found:
-            raise InvalidArgument(f"{field}[{place}].name = {message.name!r} is there twice", field=field, index=place)
+            raise InvalidArgument(f"{field}[{place}].name = {message.name!r} occurs twice", field=field, index=place)
         found[message.name] = to_tensor(message.values, f"{field}[{place}].values")
     return found
 
 
 def from_state(state: Mapping[str, Tensor]) -> list[table_pb2.RowState]:
-    """The messages of optimizer state, by name."""
+    """Encode optimizer state, sorted by name."""
     return [table_pb2.RowState(name=name, values=from_tensor(state[name])) for name in sorted(state)]
 
 
 def optional_tensor(owner: Message, field: str, chunks: Chunks | None = None, prefix: str = "") -> Tensor | None:
-    """The tensor of a field, or None where it is absent; prefix is the owner's path in an error."""
+    """Decode the tensor of a field, or return None if it is absent; prefix is the owner's path in an error."""
     return to_tensor(getattr(owner, field), prefix + field, chunks) if owner.HasField(field) else None
 
 
 def from_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
-    """The message of a tensor."""
+    """Encode a tensor as a message."""
     return beside(tensor).whole()
 
 
 def beside(tensor: Tensor) -> wire.Encoded:
-    """A tensor's memory beside its message."""
+    """Encode a tensor as a message without content and, separately, the memory of its content."""
     tensor = tensor.detach().contiguous().cpu()
     if tensor.dtype == torch.bfloat16:
         return wire.encode_beside(tensor.view(torch.int16).numpy().view("<u2"), bfloat16=True)
@@ -126,7 +126,7 @@ def beside(tensor: Tensor) -> wire.Encoded:
 
 
 def column(tensor: T) -> T:
-    """[N] as [N, 1]; everything else as it is."""
+    """Return [N] as [N, 1], and everything else unchanged."""
     return tensor[:, None] if tensor is not None and tensor.dim() == 1 else tensor
 
 
@@ -136,14 +136,14 @@ def loss_request(
     chunks: Chunks | None = None,
     columns: Iterable[LabelColumns] | None = None,
 ) -> LossRequest:
-    """Decode a ComputeLoss; what the front end can check, it checks later.
+    """Decode a ComputeLoss request; the front end validates its values later.
 
     Raises:
-        InvalidArgument, NotSupported: what is not even a request, or is reserved.
+        InvalidArgument, NotSupported: the message cannot be decoded, or uses a reserved field.
     """
     refuse_reserved(message, "max_staleness", "group")
     if message.label_columns and columns is None:
-        raise InvalidArgument("label_columns come through StreamLoss", field="label_columns")
+        raise InvalidArgument("label_columns must be sent through StreamLoss", field="label_columns")
     hidden = to_tensor(message.hidden, "hidden", chunks)
     if message.label_columns and not message.HasField("labels"):
         labels = torch.zeros(len(hidden) if hidden.dim() else 0, 0, dtype=torch.int64)
@@ -172,12 +172,12 @@ def loss_request(
 
 
 def label_columns(message: loss_pb2.LabelColumns) -> LabelColumns:
-    """A piece of a label distribution."""
+    """Decode one piece of a label distribution."""
     return LabelColumns(message.first_class, to_tensor(message.weights, "columns.weights"))
 
 
 def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
-    """The loss without its tensors."""
+    """Decode the objective of a request: its loss without tensors."""
     is_logistic = message.WhichOneof("loss") in ("sampled_logistic", "full_sigmoid")
     one = message.margin
     margin = Margin(one.m1 if one.HasField("m1") else 1.0, one.m2, one.m3) if message.HasField("margin") else None
@@ -193,22 +193,22 @@ def objective(message: loss_pb2.ComputeLossRequest) -> Objective:
 
 
 def refuse_reserved(message: Message, *fields: str) -> None:
-    """Refuse fields of the contract that are not built."""
+    """Refuse fields of the contract that are reserved and not implemented."""
     for field in fields:
         if message.HasField(field):
             raise NotSupported(f"{field} is reserved and not yet supported; leave it out", field=field)
 
 
 def digest(message: Message, chunks: Chunks | None = None) -> bytes:
-    """DIGEST_BYTES that tell one payload under a key from another."""
-    digest = hashlib.sha256(message.SerializeToString(deterministic=True))  # in hardware, half of blake2b's time
+    """Return DIGEST_BYTES bytes that distinguish the payloads sent under one key."""
+    digest = hashlib.sha256(message.SerializeToString(deterministic=True))  # in hardware: half of blake2b's time
     for _, content in sorted((chunks or {}).items()):
         digest.update(content)
     return digest.digest()[:DIGEST_BYTES]
 
 
 def want(message: loss_pb2.ComputeLossRequest) -> Want:
-    """What the reply must hold."""
+    """Decode the outputs that a reply must contain."""
     grad_dtype = None
     if message.grad_dtype != tensor_pb2.DTYPE_UNSPECIFIED:
         grad_dtype = wire.NAMES.get(message.grad_dtype)
@@ -219,7 +219,7 @@ def want(message: loss_pb2.ComputeLossRequest) -> Want:
 
 
 def commit_now(message: loss_pb2.ComputeLossRequest) -> CommitNow | None:
-    """The one-call form, if asked for."""
+    """Decode the commit of a one-call loss, or return None if the request has none."""
     if not message.HasField("commit_now"):
         return None
     now = message.commit_now
@@ -228,7 +228,7 @@ def commit_now(message: loss_pb2.ComputeLossRequest) -> CommitNow | None:
 
 
 def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> SampledSoftmax | None:
-    """The columns of a sampled loss, or None for a loss over all classes."""
+    """Decode the columns of a sampled loss, or return None for a loss over all classes."""
     kind = message.WhichOneof("loss")
     if kind is None:
         raise InvalidArgument(
@@ -245,19 +245,19 @@ def sampled_softmax(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None)
     remove = sampled.remove_accidental_hits if sampled.HasField("remove_accidental_hits") else True
     hit_removal = HIT_REMOVALS[sampled.hit_removal] if remove else "none"
     if not remove and sampled.WhichOneof("candidates") in ("in_batch", "partial_fc"):
-        hit_removal = "last"  # of the batch's copies of a label one is the row's own
+        hit_removal = "last"  # one of the batch's copies of a label is the row's own
     draw = candidates(sampled, chunks)
     return SampledSoftmax(draw, hit_removal, hit_ids(message, chunks), sampled.num_hard_negatives, is_corrected)
 
 
 def refuse_hit_ids(message: loss_pb2.ComputeLossRequest) -> None:
-    """Only a sampled loss has accidental hits."""
+    """Refuse hit_ids for a loss over all classes, which has no accidental hits."""
     if message.HasField("hit_ids"):
-        raise InvalidArgument("hit_ids belong to a sampled loss", field="hit_ids")
+        raise InvalidArgument("hit_ids are only allowed for a sampled loss", field="hit_ids")
 
 
 def hit_ids(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> HitIds | None:
-    """What accidental hits are found by, or None for class ids."""
+    """Decode the ids that accidental hits are found by, or return None if those are the class ids."""
     if not message.HasField("hit_ids"):
         return None
     given = message.hit_ids
@@ -268,7 +268,7 @@ def hit_ids(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> HitI
 def candidates(
     sampled: loss_pb2.SampledSoftmax, chunks: Chunks | None
 ) -> SamplerSpec | SampledValues | InBatch | PartialFc:
-    """The sampler, the caller's draw, or what the batch itself gives."""
+    """Decode the source of candidates: a sampler, the caller's draw, or the batch itself."""
     kind = sampled.WhichOneof("candidates")
     if kind == "sampler":
         return sampler(sampled.sampler)
@@ -291,12 +291,12 @@ def candidates(
 
 
 def sampler(message: loss_pb2.Sampler, field: str = "sampler") -> SamplerSpec:
-    """What to draw."""
+    """Decode a sampler of candidates."""
     if message.kind not in SAMPLER_KINDS:
         raise InvalidArgument(f"{field}.kind = {message.kind} is unknown", field=f"{field}.kind")
     mixture = None
     if message.HasField("mixture") and field != "sampler":
-        raise InvalidArgument(f"{field}.mixture: a mixture is of two plain distributions", field=f"{field}.mixture")
+        raise InvalidArgument(f"{field}.mixture: a mixture needs two plain distributions", field=f"{field}.mixture")
     if message.HasField("mixture"):
         first = sampler(message.mixture.first, "sampler.mixture.first")
         second = sampler(message.mixture.second, "sampler.mixture.second")
@@ -313,7 +313,7 @@ def sampler(message: loss_pb2.Sampler, field: str = "sampler") -> SamplerSpec:
 
 
 def loss_response(reply: LossReply) -> Spliced[loss_pb2.ComputeLossResponse]:
-    """Encode the answer to a ComputeLoss, the gradient of hidden beside it."""
+    """Encode the reply to a ComputeLoss, with the content of the gradient of hidden outside the message."""
     message = loss_pb2.ComputeLossResponse(
         ticket=reply.ticket, version=reply.version, replayed=reply.replayed, cost=cost_of(reply)
     )
@@ -338,13 +338,13 @@ def loss_response(reply: LossReply) -> Spliced[loss_pb2.ComputeLossResponse]:
 
 
 def cost_of(reply: LossReply) -> loss_pb2.Cost:
-    """What a call cost."""
+    """Encode the cost of a loss."""
     cost = reply.cost
     return loss_pb2.Cost(queue_us=cost.queue_us, score_us=cost.score_us, num_candidates=cost.num_candidates)
 
 
 def commit_request(message: loss_pb2.CommitRequest) -> CommitRequest:
-    """Decode a Commit."""
+    """Decode a Commit request."""
     if message.external_gradients:
         raise NotSupported("external_gradients is reserved and not yet supported", field="external_gradients")
     parts = tuple(
@@ -364,12 +364,12 @@ def commit_request(message: loss_pb2.CommitRequest) -> CommitRequest:
 
 
 def commit_response(reply: CommitReply) -> loss_pb2.CommitResponse:
-    """Encode the answer to a Commit."""
+    """Encode the reply to a Commit."""
     return loss_pb2.CommitResponse(version=reply.version, staleness=reply.staleness, replayed=reply.replayed)
 
 
 def logit_transform(message: logits_pb2.LogitTransform) -> Transform:
-    """How logits are made; an absent message is the plain one."""
+    """Decode a logit transform; the default leaves logits unchanged."""
     return Transform(
         scale=message.scale if message.HasField("scale") else 1.0,
         soft_cap=message.soft_cap if message.HasField("soft_cap") else None,
@@ -378,13 +378,13 @@ def logit_transform(message: logits_pb2.LogitTransform) -> Transform:
 
 
 def draws(message: evaluation_pb2.SampleClassesRequest) -> Draws:
-    """What to draw from the exact softmax."""
+    """Decode the draws from the exact softmax that a SampleClasses requests."""
     top_k = message.top_k if message.HasField("top_k") else None
     return Draws(message.num_samples, message.seed, message.first_row, top_k)
 
 
 def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse:
-    """Encode the answer to an Evaluate."""
+    """Encode the reply to an Evaluate."""
     message = evaluation_pb2.EvaluateResponse(
         loss=from_tensor(evaluation.loss), version=evaluation.version, last_version=evaluation.last_version
     )
@@ -396,7 +396,7 @@ def evaluate_response(evaluation: Evaluation) -> evaluation_pb2.EvaluateResponse
 
 
 def top_k_response(ranked: Ranked) -> evaluation_pb2.TopKResponse:
-    """Encode the answer to a TopK."""
+    """Encode the reply to a TopK."""
     message = evaluation_pb2.TopKResponse(
         class_ids=from_tensor(ranked.class_ids),
         logits=from_tensor(ranked.logits),
@@ -409,7 +409,7 @@ def top_k_response(ranked: Ranked) -> evaluation_pb2.TopKResponse:
 
 
 def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
-    """Encode the answer to a Score."""
+    """Encode the reply to a Score."""
     message = evaluation_pb2.ScoreResponse(
         logits=from_tensor(ranked.logits), version=ranked.version, last_version=ranked.last_version
     )
@@ -419,7 +419,7 @@ def score_response(ranked: Ranked) -> evaluation_pb2.ScoreResponse:
 
 
 def sample_classes_response(samples: Samples) -> evaluation_pb2.SampleClassesResponse:
-    """Encode the answer to a SampleClasses."""
+    """Encode the reply to a SampleClasses."""
     message = evaluation_pb2.SampleClassesResponse(
         class_ids=from_tensor(samples.class_ids), version=samples.version, last_version=samples.last_version
     )

@@ -1,4 +1,4 @@
-"""Asks the workers for their facts every few seconds, so that whoever wants to know them waits for no worker."""
+"""Polling of the workers' statistics every few seconds, so that reading the metrics never waits for a worker."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shardloss_server.cluster.stats import SeenWorker, WorkerStats
 from shardloss_server.frontend.catalog import Catalog
 
 INTERVAL_S = 5.0
-TIMEOUT_S = 5.0  # a worker that computes for longer than this counts as down until the next time
+TIMEOUT_S = 5.0  # a worker that computes for longer than this counts as down until the next poll
 log = logging.getLogger(__name__)
 
 
 class WorkerWatch:
-    """What each worker said of itself last."""
+    """The latest statistics of each worker, polled in the background."""
 
     def __init__(self, catalog: Catalog, interval_s: float = INTERVAL_S) -> None:
         self.seen: Sequence[SeenWorker] = ()
@@ -27,19 +27,19 @@ class WorkerWatch:
         self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
 
     def start(self) -> None:
-        """Ask from now on."""
+        """Start polling."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more. Idempotent."""
+        """Stop polling. Idempotent."""
         self._stopping.set()
 
     def age_s(self) -> float:
-        """Seconds since the workers answered last, or were first to be asked."""
+        """Return the seconds since the last poll, or since this object was created if there was none."""
         return time.monotonic() - self._asked
 
     def ask(self) -> None:
-        """Ask once, and log who came or went."""
+        """Poll once, and log each worker that stopped answering, answers again or was replaced."""
         versions = {owner.key: owner.steps.version for owner in self._catalog.owners()}
         seen = self._catalog.group.stats(TIMEOUT_S)
         self.behind = {each.index: behind(each.stats, versions) for each in seen if each.stats is not None}
@@ -50,15 +50,15 @@ class WorkerWatch:
         while True:
             try:
                 self.ask()
-            except Exception:  # whatever it is, the next time may be better, and the age of the facts shows it
-                log.exception("the workers could not be asked")
+            except Exception:  # the next poll may succeed; until then, age_s() shows the failure
+                log.exception("the workers could not be polled")
             if self._stopping.wait(self._interval_s):
                 return
 
     def _tell(self, seen: Sequence[SeenWorker]) -> None:
-        for before, worker in zip(self.seen, seen, strict=False):  # the first time there is nothing before
+        for before, worker in zip(self.seen, seen, strict=False):  # self.seen is empty the first time
             if worker.num_restarts > before.num_restarts:
-                log.warning("worker %d is another process now: its rows are gone", worker.index)
+                log.warning("worker %d was replaced by a new process: its rows are lost", worker.index)
             if (worker.stats is None) != (before.stats is None):
                 level, does = (
                     (logging.WARNING, "does not answer") if worker.stats is None else (logging.INFO, "answers")
@@ -67,6 +67,6 @@ class WorkerWatch:
 
 
 def behind(worker: WorkerStats, versions: Mapping[str, int]) -> int:
-    """How far a worker is behind versions that its tables had before it was asked, at most over all of them."""
+    """Return how many versions a worker is behind those of its tables before the poll, the most over all tables."""
     lags = [versions[table] - version for table, version in worker.versions.items() if table in versions]
     return max([0, *lags])

@@ -1,4 +1,4 @@
-"""The columns of a part as one shard sees them: those whose rows it owns."""
+"""Columns of a part on one shard: those whose rows the shard owns."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from shardloss_server.shard.rows import ShardRows
 
 
 def score(rows: ShardRows, part: Part, with_gradient: bool, version: int, kept: Kept | None) -> Score:
-    """What the shard's columns say of a part; rows of D only where a gradient is wanted.
+    """Score a part over the shard's columns; statistics with D columns are computed only if with_gradient.
 
-    kept takes what a step can use of it.
+    Results that a later step can reuse are kept in kept, if it is given.
     """
     labels, hidden = label_entries(rows, part), as_multiplied(rows, part, part.batch.hidden)
     found = kernel.entry_columns(hidden, labels, part.objective)
@@ -41,7 +41,10 @@ def entry_statistics(
     with_gradient: bool,
     of_part: KeptPart | None,
 ) -> Statistics:
-    """Statistics of the true columns, where they stand apart, and of the candidates of single rows, which are kept."""
+    """Return the statistics of the candidates of single rows, and of the true columns if they are separate.
+
+    The candidates' columns are kept in of_part, if it is given.
+    """
     hidden, family = part.batch.hidden, part.objective.family
     pieces: list[Statistics] = []
     if part.has_columns_apart:
@@ -60,7 +63,7 @@ def entry_statistics(
 def with_blocks(
     rows: ShardRows, part: Part, total: Statistics, with_gradient: bool, of_part: KeptPart | None
 ) -> Statistics:
-    """The statistics so far with those of each block, whose exponentials are kept."""
+    """Add the statistics of each block to the total, keeping the blocks' exponentials in of_part, if it is given."""
     hidden, objective = part.batch.hidden, part.objective
     sums = kernel.SoftmaxSums(total, rows.compute_dtype) if isinstance(total, Partial) else None
     narrow = Narrow(hidden) if is_narrow(rows, part) else None
@@ -82,12 +85,12 @@ def with_blocks(
 
 
 def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:
-    """The k best candidates of each row among the shard's, accidental hits left out."""
+    """Return the k best candidates of each row among the shard's, excluding accidental hits."""
     none = torch.zeros(len(part.batch.hidden), 0, dtype=rows.compute_dtype)
     found = ranking.Best(none.long(), none, none)
     for class_ids, block in blocks(rows, part):
         logits = kernel.block_columns(part.batch.hidden, block, part.objective).logits
-        logits = torch.where(torch.isnan(logits), torch.inf, logits)  # of an overflow: chosen, then refused by its loss
+        logits = torch.where(torch.isnan(logits), torch.inf, logits)  # an overflow: mined, then its loss is refused
         log_weight = torch.zeros_like(block.biases) if block.log_weight is None else block.log_weight
         kept = torch.where(torch.isneginf(logits), logits, log_weight)
         found = ranking.ordered(ranking.beside(found, ranking.best(class_ids, logits, kept, k)), k)
@@ -95,14 +98,14 @@ def mine(rows: ShardRows, part: Part, k: int, version: int) -> Mined:
 
 
 def no_columns(rows: ShardRows, part: Part, with_gradient: bool) -> Statistics:
-    """The statistics of an empty set of columns."""
+    """Return the statistics of an empty set of columns."""
     kind = Sums if part.objective.family == "logistic" else Partial
     num_rows, with_pull = len(part.batch.hidden), part.objective.learned_scale
     return kind.empty(num_rows, rows.spec.dim, rows.compute_dtype, with_gradient, with_pull)
 
 
 def label_entries(rows: ShardRows, part: Part) -> kernel.Entries:
-    """The true columns that the shard owns."""
+    """Gather the true columns that the shard owns."""
     batch, candidates = part.batch, part.candidates
     at = torch.nonzero(rows.spec.placement.owned(rows.shard, batch.labels), as_tuple=True)
     log_weight = None if candidates is None else candidates.label_log_weight[at]
@@ -110,7 +113,7 @@ def label_entries(rows: ShardRows, part: Part) -> kernel.Entries:
 
 
 def row_entries(rows: ShardRows, part: Part) -> Iterator[kernel.Entries]:
-    """The candidates of single rows that the shard owns, in ranges of at most ENTRY_ELEMENTS of rows."""
+    """Yield the owned candidates of single rows, in ranges whose rows have at most ENTRY_ELEMENTS elements."""
     own = part.candidates
     if not isinstance(own, RowCandidates):
         return
@@ -130,14 +133,14 @@ def entries_of(
     weight: Tensor | None,
     log_weight: Tensor | None,
 ) -> kernel.Entries:
-    """Entries [L] of owned classes."""
+    """Gather the entries [L] of owned classes."""
     row_index = rows.spec.placement.rows(rows.shard, class_ids)
     gathered, biases, norms = rows.gather(row_index, part.objective.transform)
     return kernel.Entries(batch_row, row_index, gathered, biases, norms, weight, log_weight)
 
 
 def blocks(rows: ShardRows, part: Part) -> Iterator[tuple[Tensor, kernel.Block]]:
-    """Class ids [C] and columns of the part that all rows of hidden share: chunks of all rows, or candidates."""
+    """Yield class ids [C] and columns of each block that all rows of hidden share: a chunk of rows, or candidates."""
     if part.is_full:
         for start, end in rows.chunks(len(part.batch.hidden)):
             yield dense_block(rows, part, start, end)
@@ -146,9 +149,9 @@ def blocks(rows: ShardRows, part: Part) -> Iterator[tuple[Tensor, kernel.Block]]
 
 
 def is_narrow(rows: ShardRows, part: Part) -> bool:
-    """Whether a part over all classes is computed from products of bfloat16: plain logits of a table of bfloat16.
+    """Return True if a part is computed from bfloat16 products: all classes, plain logits and a bfloat16 table.
 
-    Everything else, and all of it where such products are slow, is computed in float32 from the same rows.
+    Other parts, and all parts if the hardware has no fast bfloat16 products, use float32 with the same rows.
     """
     objective = part.objective
     plain = objective.family == "softmax" and objective.transform == PLAIN and objective.margin is None
@@ -156,12 +159,15 @@ def is_narrow(rows: ShardRows, part: Part) -> bool:
 
 
 def as_multiplied(rows: ShardRows, part: Part, hidden: Tensor) -> Tensor:
-    """hidden [N, D] as the part's products take it: a label's logit of another one might be above the sum beside it."""
+    """Return hidden [N, D] rounded as in the part's products.
+
+    With unrounded hidden, the logit of a label could exceed the log-sum-exp that includes it.
+    """
     return hidden.to(torch.bfloat16).to(hidden.dtype) if is_narrow(rows, part) else hidden
 
 
 def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tensor, kernel.Block]:
-    """A range of all rows; labels that are columns of their own are left out of their rows."""
+    """Return class ids and columns of a range of rows; labels that have columns of their own are masked."""
     class_ids = rows.class_ids(slice(start, end))
     if is_narrow(rows, part):
         return class_ids, kernel.Block(rows.weights[start:end], rows.biases[start:end], None, None, None)
@@ -173,19 +179,19 @@ def dense_block(rows: ShardRows, part: Part, start: int, end: int) -> tuple[Tens
 
 
 def candidate_blocks(rows: ShardRows, part: Part, candidates: Candidates) -> Iterator[tuple[Tensor, kernel.Block]]:
-    """Class ids and columns of the owned candidates, in ranges."""
+    """Yield class ids and columns of the owned candidates, in ranges."""
     for place in candidate_places(rows, part, candidates):
         yield candidates.class_ids[place], candidate_block(rows, part, candidates, place)
 
 
 def candidate_places(rows: ShardRows, part: Part, candidates: Candidates) -> tuple[Tensor, ...]:
-    """Places of the owned candidates, in ranges whose logits stay within CHUNK_LOGITS."""
+    """Return the positions of the owned candidates, in ranges whose logits stay within CHUNK_LOGITS."""
     mine = torch.nonzero(rows.spec.placement.owned(rows.shard, candidates.class_ids))[:, 0]
     return torch.split(mine, max(64, kernel.CHUNK_LOGITS // max(1, len(part.batch.hidden))))
 
 
 def candidate_block(rows: ShardRows, part: Part, candidates: Candidates, place: Tensor) -> kernel.Block:
-    """Columns of the candidates at place [C]."""
+    """Gather the columns of the candidates at place [C]."""
     row_index = rows.spec.placement.rows(rows.shard, candidates.class_ids[place])
     gathered, biases, norms = rows.gather(row_index, part.objective.transform)
     return kernel.Block(
@@ -194,7 +200,7 @@ def candidate_block(rows: ShardRows, part: Part, candidates: Candidates, place: 
 
 
 def hits_of(labels: Tensor, candidates: Candidates, place: Tensor) -> kernel.Hits | None:
-    """How accidental hits are removed from the candidates at place [C]; None where they are kept."""
+    """Return how to remove accidental hits from the candidates at place [C], or None if hits stay."""
     after_hit = candidates.log_weight_after_hit
     if after_hit is None:
         return None
@@ -205,7 +211,7 @@ def hits_of(labels: Tensor, candidates: Candidates, place: Tensor) -> kernel.Hit
 
 
 def spread(rows: ShardRows, part: Part) -> Spread | None:
-    """Sums of u_v row_v and u_v b_v over all rows, for label smoothing."""
+    """Return the sums of u_v row_v and u_v b_v over all rows for label smoothing, or None without it."""
     if part.batch.spread is None:
         return None
     row = torch.zeros(rows.spec.dim, dtype=torch.float64)
@@ -219,7 +225,7 @@ def spread(rows: ShardRows, part: Part) -> Spread | None:
 
 
 def class_weights(rows: ShardRows, part: Part, start: int, end: int) -> Tensor:
-    """u [R] of a range of rows, float64."""
+    """Return the class weights u [R] of a range of rows, in float64."""
     if part.class_weights is None:
         return torch.ones(end - start, dtype=torch.float64)
     return part.class_weights[rows.class_ids(slice(start, end))].double()

@@ -1,4 +1,4 @@
-"""Gradients of a shard's rows: those that labels and candidates touch, and those of a loss over all classes."""
+"""Gradients of a shard's rows: of those that labels and candidates touch, or of all rows for a full loss."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of r
 
 
 class Touch:
-    """The rows that parts touch, each at one place: first the block, then the others, both ascending.
+    """The rows that parts touch, each once: first the block, then the others, both ascending.
 
-    The block is the candidates of one part, nearly all there is: their gradients are written where they stand, and
-    others that hit them are added; index_add_ of all would run at 2 GB/s.
+    The block is the candidates of one part, usually nearly all of the rows. Its gradients are written directly, and
+    other gradients of the same rows are added; index_add_ over everything would run at 2 GB/s.
     """
 
     def __init__(self, rows: ShardRows, parts: tuple[Part, ...]) -> None:
@@ -35,18 +35,18 @@ class Touch:
         self.index = torch.cat([self.block, self._others])
 
     def _in_block(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows stand in the block, and where."""
+        """Return which rows are in the block, and their positions in it."""
         if len(self.block) == 0:
             return torch.zeros_like(index, dtype=torch.bool), index
         place = torch.searchsorted(self.block, index).clamp_(max=len(self.block) - 1)
         return self.block[place] == index, place
 
     def add_(self, total: Tensor, index: Tensor, piece: Tensor, is_shared: bool) -> None:
-        """Add the values [L, ...] of rows [L] to a total in the order of `self.index`; is_shared: of candidates."""
+        """Add the values [L, ...] of rows [L] to a total ordered as `self.index`; is_shared: of shared candidates."""
         is_in_block, place = self._in_block(index)
         if is_shared and len(index) and bool(is_in_block[0]):
             run = slice(int(place[0]), int(place[0]) + len(index))
-            if torch.equal(index, self.block[run]):  # those of another part, as they are within a step
+            if torch.equal(index, self.block[run]):  # parts of one step usually share candidates
                 total[run] += piece
                 return
         elsewhere = len(self.block) + torch.searchsorted(self._others, index)
@@ -54,9 +54,9 @@ class Touch:
 
 
 def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
-    """Gradient through candidate and label columns.
+    """Return the gradient through candidate and label columns.
 
-    Gradients that hit the same row are summed, one piece at a time.
+    Gradients of the same row are summed, one piece at a time.
     """
     if not any(isinstance(part.candidates, Candidates) or part.objective.transform.normalize for part in parts):
         return entries_gradient(rows, parts, upstreams, kept)
@@ -79,7 +79,7 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
 
 
 def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
-    """Gradient where all columns are entries of rows as they are stored: sums of dz hidden, row by row in one pass."""
+    """Return the gradient if all columns are entries of unnormalised rows: sums of dz hidden per row, in one pass."""
     found, first_row = [], 0
     for part, up in zip(parts, upstreams, strict=True):
         scale = part.objective.transform.scale
@@ -97,7 +97,7 @@ def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
 def entry_derivatives(
     rows: ShardRows, part: Part, up: Upstream, kept: KeptPart
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row index, row of hidden, dz), each [L], of a part's labels and of its rows' own candidates."""
+    """Yield (row index, row of hidden, dz), each [L], for a part's labels and for its rows' own candidates."""
     hidden, objective = part.batch.hidden, part.objective
     rescaled = Rescaled(hidden, up.lse, up.g * weight_of_columns(part, up.lse))
     labels = kept.labels or columns.label_entries(rows, part)
@@ -114,7 +114,10 @@ def entry_derivatives(
 
 
 def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> tuple[int | None, Tensor]:
-    """Which part is the first with shared candidates, and their rows [C], where they are distinct; else none."""
+    """Return the number of the first part that has shared candidates, and their rows [C].
+
+    If there is no such part, or its rows are not distinct and ascending, return None and no rows.
+    """
     none = torch.zeros(0, dtype=torch.int64)
     for number, part in enumerate(parts):
         if isinstance(part.candidates, Candidates):
@@ -125,7 +128,7 @@ def distinct_candidates(rows: ShardRows, parts: tuple[Part, ...]) -> tuple[int |
 
 
 def touched_rows(rows: ShardRows, part: Part, with_candidates: bool) -> Tensor:
-    """The shard's rows among a part's labels and candidates; [L], with repeats."""
+    """Return the shard's rows [L] among a part's labels and candidates, with repeats."""
     placement = rows.spec.placement
     class_ids = part.batch.labels.flatten()
     if with_candidates and part.candidates is not None:
@@ -137,7 +140,7 @@ Pieces = Iterator[tuple[Tensor, Tensor, Tensor]]  # row index [L], gradient of r
 
 
 def candidate_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPart) -> Pieces:
-    """Gradients through a part's shared candidates, in their order."""
+    """Yield the gradients through a part's shared candidates, in the candidates' order."""
     if not isinstance(part.candidates, Candidates):
         return
     rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
@@ -148,7 +151,7 @@ def candidate_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPar
 
 
 def own_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPart) -> Pieces:
-    """Gradients through a part's labels and its rows' own candidates."""
+    """Yield the gradients through a part's labels and its rows' own candidates."""
     rescaled = Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse))
     labels = kept.labels or columns.label_entries(rows, part)
     yield labels.row_index, *entry_gradient(part, labels, up.g, rescaled, part.has_columns_apart)
@@ -159,7 +162,7 @@ def own_gradients(rows: ShardRows, part: Part, up: Upstream, kept: KeptPart) -> 
 def entry_gradient(
     part: Part, entries: kernel.Entries, g: Tensor, rescaled: Rescaled, apart: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the row [L, D] and bias [L] of each entry."""
+    """Return the gradient of the row [L, D] and bias [L] of each entry."""
     hidden, objective = part.batch.hidden, part.objective
     found = kernel.entry_columns(hidden, entries, objective)
     dz = kernel.entry_gradient(entries.batch_row, entries.weight, found, rescaled, g, objective.family, apart)
@@ -178,9 +181,9 @@ def block_gradient(
     class_weights: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows [C, D] and biases [C] of a block, from its exponentials where they were kept.
+    """Return the gradient of a block's rows [C, D] and biases [C], from its exponentials if they were kept.
 
-    class_weights [C] where labels are smoothed; labels: sums of g y hidden [C, D] and g y [C] of a distribution.
+    class_weights [C] are for label smoothing; labels are the sums of g y hidden [C, D] and g y [C] of a distribution.
     """
     hidden, objective = part.batch.hidden, part.objective
     if isinstance(scored, KeptBlock):
@@ -209,9 +212,9 @@ def dense_gradient(
     collected: Collected | None,
     kept: Kept,
 ) -> Iterator[tuple[Index, Tensor, Tensor]]:
-    """Gradient of every row, in chunks of rows: the parts over all classes plus what the columns touched.
+    """Yield the gradient of every row in chunks of rows: the parts over all classes plus the touched rows.
 
-    A chunk's logits depend on its own rows alone, so the caller may update a chunk before asking for the next.
+    A chunk's logits depend only on its own rows, so the caller may update a chunk before requesting the next.
     """
     full = [(part, up) for part, up in zip(parts, upstreams, strict=True) if part.is_full]
     rescaled = [Rescaled(part.batch.hidden, up.lse, up.g * weight_of_columns(part, up.lse)) for part, up in full]
@@ -241,7 +244,7 @@ def dense_gradient(
 
 
 def kept_chunk(rows: ShardRows, part: Part, kept: KeptPart, place: int, start: int, end: int) -> KeptBlock | None:
-    """The chunk's exponentials, where the part was scored in the same chunks."""
+    """Return the chunk's kept exponentials, or None if the part was not scored in the same chunks."""
     scored = kept.blocks.get(place)
     own = rows.chunk_rows(len(part.batch.hidden))
     if scored is None or start != place * own or scored.exponentials.values.shape[1] != end - start:
@@ -250,20 +253,23 @@ def kept_chunk(rows: ShardRows, part: Part, kept: KeptPart, place: int, start: i
 
 
 def labels_of(part: Part, collected: Collected | None, start: int, end: int) -> tuple[Tensor, Tensor] | None:
-    """What was collected for a range of rows, where the part's labels are a distribution.
+    """Return the gradient collected for a range of rows, or None if the part's labels are not a distribution.
 
     Raises:
-        LookupError: another distribution was collected, or none; whoever orders work made a mistake.
+        LookupError: no distribution or another one was collected; the front end's calls were out of order.
     """
     if not part.distribution:
         return None
     if collected is None or collected.name != part.distribution:
-        raise LookupError(f"label distribution {part.distribution!r} is not here")
+        raise LookupError(f"label distribution {part.distribution!r} was not collected on this shard")
     return collected.rows[start:end], collected.biases[start:end]
 
 
 def weight_of_columns(part: Part, lse: Tensor) -> Tensor:
-    """Factor of p in d loss / d z [N]: a softmax's by mass, lse and z-loss; 1 for a counted row of a logistic loss."""
+    """Return the factor of p in d loss / d z [N].
+
+    A softmax's factor depends on mass, lse and z-loss; that of a logistic loss is 1 for a counted row, else 0.
+    """
     mass = part.batch.mass
     if part.objective.family == "logistic":
         return (mass != 0).to(mass.dtype)
@@ -272,7 +278,7 @@ def weight_of_columns(part: Part, lse: Tensor) -> Tensor:
 
 
 def in_blocks(touched: Touched) -> Iterator[tuple[Index, Tensor, Tensor]]:
-    """Touched rows, as many at a time as the cache holds."""
+    """Yield the touched rows in blocks that fit into the cache."""
     index, gradient, biases = touched
     size = max(64, CACHED // gradient.shape[1])
     for start in range(0, len(index), size):

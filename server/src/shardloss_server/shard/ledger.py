@@ -1,4 +1,4 @@
-"""The ledger: which steps of which sessions a table has applied. Table state, changed only by records."""
+"""The ledger: which steps of which sessions a table has applied. It is table state that only records change."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from shardloss_server.shard.record import StepKey
 
-KEPT_OUTCOMES = 16  # per session; a trainer repeats its last step, not one of long ago
+KEPT_OUTCOMES = 16  # per session; a trainer repeats its last step, not one from long ago
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step made: the version after it and the staleness of its oldest part."""
+    """The result of a step: the version after it and the staleness of its oldest part."""
 
     digest: bytes
     version: int
@@ -28,9 +28,9 @@ class SessionSteps:
 
 
 class Ledger:
-    """Per session the highest applied step and its last outcomes; at most max_sessions sessions are remembered.
+    """The highest applied step and the last outcomes of each session, for at most max_sessions sessions.
 
-    The session that committed longest ago is forgotten first. Steps of one session only grow.
+    The session with the oldest last commit is forgotten first. Step numbers of a session only increase.
     """
 
     def __init__(self, max_sessions: int) -> None:
@@ -39,16 +39,16 @@ class Ledger:
         self.horizon = 0  # no forgotten session committed after this version
 
     def highest(self, session: str) -> int:
-        """The highest applied step of a session; 0 where none is remembered."""
+        """Return the highest applied step of a session; 0 if none is remembered."""
         known = self._sessions.get(session)
         return known.highest if known else 0
 
     def knows(self, session: str) -> bool:
-        """Whether a step of this session is remembered."""
+        """Return True if a step of this session is remembered."""
         return session in self._sessions
 
     def outcome(self, session: str, step: int) -> Outcome | None:
-        """What a step made, if it was applied and is among the last of its session."""
+        """Return the outcome of a step if it was applied and is among the last of its session, else None."""
         known = self._sessions.get(session)
         return known.outcomes.get(step) if known else None
 

@@ -1,4 +1,4 @@
-"""Values that cross the port of a shard group: what to score, what came out, what to apply."""
+"""Values that cross the port of a shard group: parts to score, their scores, and records to apply."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from shardloss_server.numerics.optimizer import OptimizerSpec, State
 from shardloss_server.numerics.partial import Spread, Statistics, Target
 from shardloss_server.placement import Placement
 
-SIGNS_OF_NO_MEMORY = ("allocate memory", "out of memory")  # torch's CPU and CUDA allocators say so
+SIGNS_OF_NO_MEMORY = ("allocate memory", "out of memory")  # in errors of torch's CPU and CUDA allocators
 
 
 class OutOfMemory(Exception):
-    """There is no memory for what was asked for; nothing changed."""
+    """Failure to allocate memory for a request; nothing was changed."""
 
 
 @contextmanager
 def allocating(what: str) -> Iterator[None]:
-    """Around work that has changed nothing yet.
+    """Run a block that has changed nothing yet, and report a failed allocation in it.
 
     Raises:
         OutOfMemory: an allocation failed.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError, OutOfMemoryError being one
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in SIGNS_OF_NO_MEMORY):
             raise
-        raise OutOfMemory(f"no memory for {what}") from None
+        raise OutOfMemory(f"not enough memory for {what}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """A table with every default filled in. dtype is "float32", "float64" or "bfloat16".
+    """The definition of a table with every default filled in. dtype is "float32", "float64" or "bfloat16".
 
-    count_labels: commits count their labels, for the samplers that draw by them.
+    If count_labels is True, commits count their labels for the samplers that draw by class counts.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TableSpec:
 
     @property
     def compute_dtype(self) -> str:
-        """dtype of logits, reductions, biases and optimizer state: float64 in a float64 table, else float32."""
+        """Dtype of logits, reductions, biases and optimizer state: float64 in a float64 table, else float32."""
         return "float64" if self.dtype == "float64" else "float32"
 
 
@@ -63,9 +63,9 @@ class TableSpec:
 class Batch:
     """Rows to score, in the table's compute dtype.
 
-    hidden [N, D], unit vectors where the objective normalises, times its scale; labels [N, T] int64, padding is -1;
-    label_weights y [N, T], 0 on padding; mass [N] = the sum of all the row's weights; spread [N] the weight that label
-    smoothing gives to every class v, times u_v, or None without it.
+    hidden [N, D] is multiplied by the objective's scale, and has unit vectors if the objective normalises. labels
+    [N, T] are int64, with -1 as padding; label_weights y [N, T] are 0 on padding; mass [N] is the sum of all weights of
+    a row. spread [N] times u_v is the weight that label smoothing gives to class v; None without label smoothing.
     """
 
     hidden: Tensor
@@ -79,9 +79,9 @@ class Batch:
 class Candidates:
     """The candidates of a sampled loss, shared by the batch; ids ascend.
 
-    class_ids [C]; log_weight [C] and log_weight_after_hit [C] as `correction.Folded`; label_log_weight [N, T] = -log Q
-    of the true columns. hit_ids [C] and label_hit_ids [N, T] (padding negative) are compared in place of class ids to
-    find accidental hits; None: class ids are.
+    class_ids [C]; log_weight [C] and log_weight_after_hit [C] as in `correction.Folded`; label_log_weight [N, T] is
+    -log Q of the true columns. hit_ids [C] and label_hit_ids [N, T] (padding negative) are compared instead of class
+    ids to find accidental hits; if they are None, class ids are compared.
     """
 
     class_ids: Tensor
@@ -94,7 +94,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class RowCandidates:
-    """Candidates of each row's own: class_ids [N, S], log_weight [N, S] (-inf: removed), label_log_weight [N, T]."""
+    """Own candidates for each row: class_ids [N, S], log_weight [N, S] (-inf: removed), label_log_weight [N, T]."""
 
     class_ids: Tensor
     log_weight: Tensor
@@ -103,10 +103,10 @@ class RowCandidates:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Part:
-    """One planned batch, complete in itself: candidates None means every class.
+    """One planned, self-contained batch; candidates None means every class.
 
-    class_weights u [V] are those of label smoothing; None: all 1. distribution names the label distribution whose
-    gradient every shard has collected for its own rows (`ShardTable.add_labels_`), or is "".
+    class_weights u [V] are the weights of label smoothing, or None if all are 1. distribution names the label
+    distribution whose gradient every shard has collected for its own rows (`ShardTable.add_labels_`), or is "".
     """
 
     batch: Batch
@@ -117,18 +117,18 @@ class Part:
 
     @property
     def is_full(self) -> bool:
-        """Whether every class is a column."""
+        """True if every class is a column."""
         return self.candidates is None
 
     @property
     def has_columns_apart(self) -> bool:
-        """Whether true labels are columns beside the candidates, which lack them; else they are among all classes."""
+        """True if true labels have columns of their own next to the candidates; else they are among all classes."""
         return self.candidates is not None or self.objective.margin is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The answer of a shard, or of a run of them, to a part; spread is None without label smoothing."""
+    """The answer of a shard, or of a run of shards, to a part; spread is None without label smoothing."""
 
     statistics: Statistics
     target: Target
@@ -139,7 +139,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class LabelTarget:
-    """One shard's part of a piece of a label distribution: its target, and mass [N] float64 = sum of its y."""
+    """One shard's share of a piece of a label distribution: its target, and mass [N] float64, the sum of its y."""
 
     target: Target
     mass: Tensor
@@ -148,9 +148,9 @@ class LabelTarget:
 
 @dataclass(frozen=True, slots=True)
 class Mined:
-    """The best candidates of each row, by logit descending and then id ascending: each [N, <= k].
+    """The best candidates of each row by descending logit, then ascending id; each tensor is [N, <= k].
 
-    logits are corrected; log_weight is that of the candidate in this row, -inf where it is an accidental hit.
+    logits are corrected; log_weight is the candidate's log weight in its row, -inf if it is an accidental hit.
     """
 
     class_ids: Tensor
@@ -170,7 +170,7 @@ class RowGradient:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the table's gradient of one part needs beside the part: lse [N] float64 and g [N] (already scaled)."""
+    """Inputs of the table's gradient in addition to a part: lse [N] float64 and g [N] (already scaled)."""
 
     lse: Tensor
     g: Tensor
@@ -178,7 +178,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class StepKey:
-    """Who asked for a step: exactly-once is promised for it. digest tells one payload from another."""
+    """The identity of a step, which is applied exactly once. digest distinguishes payloads."""
 
     session: str
     step: int
@@ -187,7 +187,7 @@ class StepKey:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One optimizer step: the self-contained input of `ShardTable.apply_`. parts and upstreams belong pairwise."""
+    """One optimizer step: the self-contained input of `ShardTable.apply_`. upstreams[i] belongs to parts[i]."""
 
     version: int
     key: StepKey
@@ -199,10 +199,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RowWrite:
-    """Rows to overwrite as one version: class_ids [M] distinct, rows [M, D], biases [M] or None (stay).
+    """Rows to overwrite as one version: class_ids [M] distinct, rows [M, D], biases [M] or None (unchanged).
 
-    State [M, W] by name of rows and of biases is overwritten too; what is not named stays, as num_commits does where it
-    is None.
+    weight_state and bias_state contain the states [M, W] to overwrite, by name. Other states are unchanged, and so is
+    num_commits if it is None.
     """
 
     version: int
@@ -216,9 +216,9 @@ class RowWrite:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows read at one version, in the order asked: rows [M, D] in storage dtype, biases [M].
+    """Rows read at one version, in the requested order: rows [M, D] in storage dtype, biases [M].
 
-    State [M, W] by name of rows and of biases, where asked for; num_commits at that version.
+    weight_state and bias_state contain the states [M, W] by name, if requested; num_commits is that of the version.
     """
 
     class_ids: Tensor

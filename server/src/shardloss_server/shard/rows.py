@@ -1,4 +1,4 @@
-"""The rows of one shard, and how a loss sees them."""
+"""The rows of one shard, as stored and as a loss uses them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import TableSpec
 
 BLOCK_ROWS = 1 << 14  # rows that are read or changed at once, so that temporaries stay small
-MANY_ROWS = 256  # a bag costs 0.01 ms whatever it takes
+MANY_ROWS = 256  # embedding_bag has a fixed cost of 0.01 ms
 
 Index = Tensor | slice  # rows of a shard: sparse, or one contiguous range
 
 
 class ShardRows:
-    """Weights [R, D] in storage dtype and biases [R] in compute dtype of shard k of a table, filled at first."""
+    """One shard of a table: weights [R, D] in storage dtype and biases [R] in compute dtype, with initial values."""
 
     def __init__(self, spec: TableSpec, shard: int) -> None:
         self.spec, self.shard = spec, shard
@@ -35,7 +35,7 @@ class ShardRows:
             fill_rows_(spec.initializer, class_ids, self.weights[start:end])
 
     def gather(self, row_index: Index, transform: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows as the transform makes them, their biases, and their norms where it normalises; in compute dtype."""
+        """Return transformed rows, their biases, and their norms if the transform normalises, all in compute dtype."""
         rows, biases = taken(self.weights, row_index).to(self.compute_dtype), taken(self.biases, row_index)
         if transform.scale != 1.0:
             biases = biases * transform.scale
@@ -45,40 +45,40 @@ class ShardRows:
         return units, biases, norms
 
     def dense_rows(self, first_row: int, end_row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Class ids [R], rows [R, D] and biases [R] of a range of rows, in compute dtype."""
+        """Return class ids [R], rows [R, D] and biases [R] of a range of rows, in compute dtype."""
         class_ids = self.spec.placement.class_ids(self.shard, first_row, end_row)
         rows = self.weights[first_row:end_row].to(self.compute_dtype)
         return class_ids, rows, self.biases[first_row:end_row]
 
     def class_ids(self, row_index: Index) -> Tensor:
-        """Class id of each row."""
+        """Return the class id of each row."""
         if isinstance(row_index, slice):
             return self.spec.placement.class_ids(self.shard, row_index.start, row_index.stop)
         placement = self.spec.placement
         return placement.first_class(self.shard) + row_index * placement.stride()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of BLOCK_ROWS rows."""
+        """Yield ranges of at most BLOCK_ROWS rows."""
         for start in range(0, self.num_rows, BLOCK_ROWS):
             yield start, min(start + BLOCK_ROWS, self.num_rows)
 
     @staticmethod
     def chunk_rows(num_rows: int) -> int:
-        """Rows of a chunk."""
+        """Return the number of rows of a chunk for num_rows of hidden."""
         return max(64, kernel.CHUNK_LOGITS // max(1, num_rows) // 64 * 64)
 
     def chunks(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Ranges of rows whose logits against num_rows of hidden stay within kernel.CHUNK_LOGITS."""
+        """Yield ranges of rows whose logits against num_rows of hidden stay within kernel.CHUNK_LOGITS."""
         size = self.chunk_rows(num_rows)
         for start in range(0, self.num_rows, size):
             yield start, min(start + size, self.num_rows)
 
 
 def taken(values: Tensor, index: Index) -> Tensor:
-    """values[index]: a copy of sparse rows, a view of a range.
+    """Return values[index]: a copy of sparse rows, a view of a range.
 
-    index_select is seven times as fast as an index in brackets where the rows lie far apart. A bag of each row is 1.7
-    times as fast again, for it asks for the next rows ahead.
+    index_select is seven times as fast as values[index] if the rows are far apart. embedding_bag with one row per bag
+    is another 1.7 times as fast, because it prefetches the next rows.
     """
     if isinstance(index, slice):
         return values[index]
@@ -88,9 +88,9 @@ def taken(values: Tensor, index: Index) -> Tensor:
 
 
 def put_(values: Tensor, index: Index, new: Tensor) -> None:
-    """values[index] = new; nothing to do where new is that very range.
+    """Assign values[index] = new; do nothing if new is a view of that range.
 
-    index_copy_ goes number by number, so rows that divide into numbers of 16 bytes are put as such.
+    index_copy_ copies number by number, so rows that divide into 16-byte numbers are copied as such numbers.
     """
     if isinstance(index, Tensor):
         if is_of_words(values) and is_of_words(new):
@@ -101,7 +101,7 @@ def put_(values: Tensor, index: Index, new: Tensor) -> None:
 
 
 def is_of_words(rows: Tensor) -> bool:
-    """Whether rows [M, D] are contiguous and each divides into numbers of 16 bytes."""
+    """Return True if rows [M, D] are contiguous and each row divides into aligned 16-byte numbers."""
     if rows.dim() != 2 or not rows.is_contiguous():
         return False
     return all(count * rows.element_size() % 16 == 0 for count in (rows.shape[1], rows.storage_offset()))

@@ -1,12 +1,12 @@
-"""Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, draws, asked logits.
+"""Exact questions over a slice of a shard's rows: log-sum-exp, rank of a label, best classes, draws, given logits.
 
-Logits are formed in float64. Their last bits depend on where a row stands in the matrix, so for every comparison they
-are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row| or of |bias|, whichever is
-larger, all taken up to the next power of two. Equal rows have equal keys on any shard and in any slice, and logits
-with the same key count as tied. See docs/adr/0002.
+Logits are computed in float64. Their last bits depend on the position of a row in the matrix, so for every comparison
+they are rounded to a **key**: a multiple of 2^-24 (2^-33 in a float64 table) of |hidden| |row| or of |bias|, whichever
+is larger, each rounded up to the next power of two. Equal rows have equal keys on any shard and in any slice, and
+logits with the same key count as tied. See docs/adr/0002.
 
-Keys are of hidden . row + bias (of unit vectors, where these are asked for): scale and soft cap keep their order, and
-would make equal, in floating point, what is not.
+Keys are computed from hidden . row + bias (of unit vectors, if the transform normalises). Scale and soft cap preserve
+the order of logits, but in floating point they could make different logits equal.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from shardloss_server.numerics.ranking import Best, best
 from shardloss_server.numerics.transform import Transform, cap_, norms_of
 from shardloss_server.shard.table import ShardTable
 
-ASKED_ELEMENTS = 1 << 20  # elements of asked rows held at once
+ASKED_ELEMENTS = 1 << 20  # elements of requested rows gathered at once
 KEY_BITS = {torch.float32: 24, torch.float64: 33}
 MOST_POWER = 2.0**1023  # the largest power of two
-MOST_MAGIC = 1.5 * 2.0**1022  # what a larger one would round to its grid overflows beside it
+MOST_MAGIC = 1.5 * 2.0**1022  # logits that need a larger one would overflow when it is added
 PLAIN = Transform()
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to answer for hidden [N, D].
+    """The answers requested for hidden [N, D].
 
-    labels [N] (-1: no label) with label_keys [N] ask for the number of classes that stand before the label; k > 0 asks
-    for the k best; with_lse for the log-sum-exp; with_softplus for the sum of log(1 + exp(z)); draws [N, S], of
-    `gumbel.draw_keys`, for the winner of each draw.
+    labels [N] (-1: no label) with label_keys [N] request the number of classes that rank before the label; k > 0
+    requests the k best classes; with_lse the log-sum-exp; with_softplus the sum of log(1 + exp(z)); draws [N, S], from
+    `gumbel.draw_keys`, the winner of each draw.
     """
 
     hidden: Tensor
@@ -51,7 +51,7 @@ class Question:
 class Drawn:
     """The winners of draws among some classes: class_ids, scores (logit + noise) and logits, each [N, S].
 
-    Among no classes: id -1 and score -inf.
+    If there are no classes, the id is -1 and the score -inf.
     """
 
     class_ids: Tensor
@@ -61,7 +61,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class ScanAnswer:
-    """The answers over one slice: lse and softplus [N] float64, num_before [N], ...; None where not asked."""
+    """The answers over one slice: lse and softplus [N] float64, num_before [N], ...; None if not requested."""
 
     version: int
     lse: Tensor | None
@@ -73,7 +73,7 @@ class ScanAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AskedLogits:
-    """Logits and keys [N, S] float64 of asked classes: a shard's own, 0 for all others, so that shards sum up."""
+    """Logits and keys [N, S] float64 of requested classes; 0 for classes of other shards, so that shards add up."""
 
     logits: Tensor
     keys: Tensor
@@ -81,15 +81,15 @@ class AskedLogits:
 
 
 def power_above(values: Tensor) -> Tensor:
-    """The power of two above each value's size, at most twice it; 0 for 0, MOST_POWER for what is larger."""
+    """Return the power of two above each |value|, at most twice as large; 0 for 0, and never above MOST_POWER."""
     return torch.where(values == 0, 0.0, torch.exp2(torch.frexp(values).exponent.double()).clamp_(max=MOST_POWER))
 
 
 def norms(values: Tensor) -> Tensor:
-    """|value| [M] of values [M, D], up to the next power of two; the same bits for equal rows.
+    """Return |value| [M] of values [M, D], rounded up to the next power of two; the same bits for equal rows.
 
-    Scaled by each row's largest entry, so that its squares neither overflow nor vanish. A norm of 1 to
-    rounding, as unit vectors have, is 1.
+    Each row is scaled by its largest entry, so that squares neither overflow nor vanish. A norm that is 1 up to
+    rounding, as that of a unit vector, is 1.
     """
     largest = power_above(values.abs().amax(1)) / 2
     scaled = values / torch.where(largest == 0, 1.0, largest)[:, None]
@@ -97,7 +97,7 @@ def norms(values: Tensor) -> Tensor:
 
 
 def directions(vectors: Tensor, transform: Transform) -> Tensor:
-    """Unit vectors of [M, D] float64 where the transform normalizes, else the vectors; the same bits for equal ones."""
+    """Return vectors [M, D] float64, as unit vectors if the transform normalises; equal vectors get the same bits."""
     if not transform.normalize:
         return vectors
     bounded = vectors / vectors.abs().amax(1, keepdim=True).clamp_(min=1.0)  # so that its norm is finite
@@ -105,7 +105,7 @@ def directions(vectors: Tensor, transform: Transform) -> Tensor:
 
 
 def transformed(raw: Tensor, transform: Transform) -> Tensor:
-    """cap(scale * raw); nan where raw is not finite, which a cap would hide."""
+    """Return cap(scale * raw); nan for raw values that are not finite, which a cap would hide."""
     logits = raw if transform.scale == 1.0 else raw * transform.scale
     if transform.soft_cap is None:
         return logits
@@ -114,10 +114,10 @@ def transformed(raw: Tensor, transform: Transform) -> Tensor:
 
 
 def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dtype) -> Tensor:
-    """What added to a logit, and subtracted again, rounds it to its grid: 1.5 * 2^52 steps of 2^-bits * scale.
+    """Return the number whose addition and subtraction rounds a logit to its grid: 1.5 * 2^52 steps of 2^-bits * scale.
 
-    The scale is the size of what the logit is the sum of: |hidden| |row| or |bias|, whichever is larger. Beyond 1e302
-    there is one grid, that of MOST_MAGIC: a key is never nan where its logit is finite.
+    The scale is the magnitude of the logit's terms: |hidden| |row| or |bias|, whichever is larger. Beyond 1e302 there
+    is only one grid, that of MOST_MAGIC, so a key is never nan if its logit is finite.
     """
     steps = 1.5 * 2.0 ** (52 - KEY_BITS[dtype])
     of_hidden, of_biases = ((steps * size).clamp_(max=MOST_MAGIC) for size in (hidden_norms, power_above(biases)))
@@ -125,7 +125,7 @@ def magic_of(hidden_norms: Tensor, rows: Tensor, biases: Tensor, dtype: torch.dt
 
 
 def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-sum-exp [N] of float64 logits [N, R], its exponentials in dtype; -inf where R = 0."""
+    """Return the log-sum-exp [N] of float64 logits [N, R], with exponentials in dtype; -inf if R = 0."""
     if logits.shape[1] == 0:
         return torch.full((len(logits),), -torch.inf, dtype=torch.float64)
     top = logits.amax(1)
@@ -133,18 +133,18 @@ def log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def keys_of(logits: Tensor, magic: Tensor) -> Tensor:
-    """Logits rounded to their grids."""
+    """Round logits to their grids."""
     return (logits + magic).sub_(magic)
 
 
 def sum_softplus(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of log(1 + exp(z)) [N] in float64 over logits [N, R] float64; log1p(exp(-|z|)) is formed in dtype."""
+    """Return the sum of log(1 + exp(z)) [N] in float64 over logits [N, R] float64, with log1p(exp(-|z|)) in dtype."""
     small = logits.abs().neg_().to(dtype).exp_().log1p_()
     return logits.clamp(min=0).sum(1) + small.sum(1, dtype=torch.float64)
 
 
 def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor, transform: Transform = PLAIN) -> AskedLogits:
-    """Logits and keys of class_ids [N, S] that this shard owns."""
+    """Return the logits and keys of those class_ids [N, S] that this shard owns, and 0 for the others."""
     logits, keys = (torch.zeros(class_ids.shape, dtype=torch.float64) for _ in range(2))
     batch_row, column = torch.nonzero(table.spec.placement.owned(table.shard, class_ids), as_tuple=True)
     hidden = directions(hidden.double(), transform)
@@ -160,7 +160,7 @@ def asked_logits(table: ShardTable, hidden: Tensor, class_ids: Tensor, transform
 
 
 def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -> ScanAnswer:
-    """Answer over the piece-th of num_pieces slices of the shard's rows."""
+    """Answer a question over slice number piece of num_pieces slices of the shard's rows."""
     start = table.num_rows * piece // num_pieces
     end = table.num_rows * (piece + 1) // num_pieces
     class_ids, rows, biases = table.dense_rows(start, end)
@@ -171,7 +171,7 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
     num_before = found = None
     if question.k or question.labels is not None:
         keys = keys_of(raw, magic_of(norms(hidden)[:, None], rows, biases, table.compute_dtype))
-        if not torch.isfinite(raw.sum()):  # nan comes first of all, so that whoever asked finds it and refuses it
+        if not torch.isfinite(raw.sum()):  # nan ranks first, so that the front end finds it and refuses it
             keys[keys.isnan()] = torch.inf
         if question.labels is not None and question.label_keys is not None:
             num_before = count_before(class_ids, keys, question.labels, question.label_keys)
@@ -188,7 +188,7 @@ def answer(table: ShardTable, question: Question, piece: int, num_pieces: int) -
 
 
 def drawn(class_ids: Tensor, logits: Tensor, draws: Tensor) -> Drawn:
-    """The winners of draws [N, S] among class_ids [R], shared, or [N, R], with logits [N, R]; nan in a row with any."""
+    """Return the winners of draws [N, S] among class_ids, [R] or [N, R], with logits [N, R]; nan if a row has any."""
     if logits.shape[1] == 0:
         nothing = torch.zeros(draws.shape, dtype=torch.float64)
         return Drawn(torch.full_like(draws, -1), nothing - torch.inf, nothing)
@@ -199,7 +199,7 @@ def drawn(class_ids: Tensor, logits: Tensor, draws: Tensor) -> Drawn:
 
 
 def count_before(class_ids: Tensor, keys: Tensor, labels: Tensor, label_keys: Tensor) -> Tensor:
-    """#{z > z_y} + #{z = z_y, id < y} [N] over one slice: class_ids [R], keys [N, R]."""
+    """Return #{z > z_y} + #{z = z_y, id < y} [N] over one slice: class_ids [R], keys [N, R]."""
     z_y, y = label_keys[:, None], labels[:, None]
     before = (keys > z_y) | ((keys == z_y) & (class_ids < y))
     return (before & (class_ids != y)).sum(1)

@@ -30,18 +30,18 @@ from shardloss_server.shard.record import (
 )
 from shardloss_server.shard.rows import Index, ShardRows, put_, taken
 
-KEPT_RECORDS = 1  # a peer lags by the one record in flight: the owner settles it before it starts another
+KEPT_RECORDS = 1  # shards lag by one record at most: the owner settles it before it starts another
 
 
 class VersionGap(Exception):
-    """A record or write that is not the next version: the shard lags and must be given what it lacks first."""
+    """A record or write that is not the next version; the shard lags and needs the missing ones first."""
 
 
 class ShardTable(ShardRows):
-    """The rows of shard k of a table and everything that may change them.
+    """The rows of one shard of a table and the operations that change them.
 
-    Optimizer state is in compute dtype. Only `apply_` and `write_` change anything, and only from version v to v + 1; a
-    repeat of the present version is a no-op.
+    Optimizer state is in compute dtype. Only `apply_` and `write_` change rows or state, and only from version v to
+    v + 1; repeating the current version is a no-op.
     """
 
     def __init__(self, spec: TableSpec, shard: int, max_sessions: int, room: Room | None = None) -> None:
@@ -58,18 +58,21 @@ class ShardTable(ShardRows):
     # Reading
 
     def score(self, part: Part, with_gradient: bool, keep: bool = False) -> Score:
-        """What this shard's columns say of a part; rows of D only where a gradient is wanted.
+        """Score a part over this shard's columns; statistics with D columns are computed only if with_gradient.
 
-        keep: a step is expected to follow at this version, and finds what it can use again.
+        If keep is True, a step is expected at this version, and results that it can reuse are kept.
         """
         return columns.score(self, part, with_gradient, self.version, self.kept if keep else None)
 
     def mine(self, part: Part, k: int) -> Mined:
-        """The k best candidates of each row among this shard's, accidental hits left out."""
+        """Return the k best candidates of each row among this shard's, excluding accidental hits."""
         return columns.mine(self, part, k, self.version)
 
     def gradient(self, part: Part, upstream: Upstream) -> RowGradient:
-        """Gradient of sum(g * loss) in this shard's touched rows, class ids ascending; all rows for a full softmax."""
+        """Return the gradient of sum(g * loss) in this shard's touched rows, class ids ascending.
+
+        A full softmax touches all rows.
+        """
         row_index, rows, biases = touched_gradient(self, (part,), (upstream,), self.kept)
         if part.is_full:
             touched = row_index, rows, biases
@@ -81,13 +84,13 @@ class ShardTable(ShardRows):
         return RowGradient(self.class_ids(row_index), rows[order], biases[order])
 
     def begin_labels_(self, name: str) -> int:
-        """Collect the gradient of a label distribution; of another one before nothing is kept."""
+        """Begin to collect the gradient of a label distribution, dropping any earlier one; return the version."""
         self.collected = None
         self.collected = Collected.nothing(name, self)
         return self.version
 
     def add_labels_(self, part: Part, first_class: int, weights: Tensor, g: Tensor | None) -> LabelTarget:
-        """The target of a piece of a label distribution, weights [N, C]; with g [N] its gradient is collected."""
+        """Return the target of a label distribution's piece, weights [N, C]; with g [N], also collect the gradient."""
         row_index, mine = distribution.owned_columns(self, first_class, weights)
         target = distribution.target_of(self, part, row_index, mine, self.version)
         if g is not None and self.collected is not None:
@@ -95,12 +98,12 @@ class ShardTable(ShardRows):
         return target
 
     def forget_labels_(self) -> int:
-        """Free what was collected."""
+        """Free the collected gradient of a label distribution; return the version."""
         self.collected = None
         return self.version
 
     def read(self, class_ids: Tensor, with_state: bool = False) -> Rows:
-        """This shard's rows among class_ids [M], in that order, with their ids; with their state where asked."""
+        """Return this shard's rows among class_ids [M], in that order, with their ids; with_state adds their state."""
         mine = class_ids[self.spec.placement.owned(self.shard, class_ids)]
         index = self.spec.placement.rows(self.shard, mine)
         of_rows = {name: value[index] for name, value in self.weight_state.items() if with_state}
@@ -108,13 +111,13 @@ class ShardTable(ShardRows):
         return Rows(mine, self.weights[index], self.biases[index], self.version, self.num_commits, of_rows, of_biases)
 
     def records_since(self, version: int) -> list[Record | RowWrite]:
-        """The kept records above a version, ascending; a gap before the first means that older ones are gone."""
+        """Return the kept records above a version, ascending; a gap before the first means that older ones are gone."""
         return [record for record in self._records if record.version > version]
 
     # Changing
 
     def apply_(self, record: Record) -> int:
-        """Apply one optimizer step and return the version; a record of the present version was applied already.
+        """Apply one optimizer step and return the version; a record of the current version is already applied.
 
         Raises:
             VersionGap: the record is not the next one.
@@ -122,7 +125,7 @@ class ShardTable(ShardRows):
         if not self._is_next(record.version):
             return self.version
         step = self.num_commits + 1
-        with allocating("the gradient of a step"):  # nothing has changed until its first block is there
+        with allocating("the gradient of a step"):  # nothing changes before its first block is computed
             touched = touched_gradient(self, record.parts, record.upstreams, self.kept)
             if any(part.is_full for part in record.parts):
                 blocks = dense_gradient(self, record.parts, record.upstreams, touched, self.collected, self.kept)
@@ -139,7 +142,7 @@ class ShardTable(ShardRows):
         return self.version
 
     def write_(self, write: RowWrite) -> int:
-        """Overwrite rows, and what is given of their state, as one version and return it.
+        """Overwrite rows, and their state as far as it is given, as one version; return the version.
 
         Raises:
             VersionGap: the write is not the next version.
@@ -164,7 +167,7 @@ class ShardTable(ShardRows):
             return True
         if version == self.version:
             return False
-        raise VersionGap(f"shard {self.shard} is at version {self.version}, the record is {version}")
+        raise VersionGap(f"shard {self.shard} is at version {self.version}, but the record is for version {version}")
 
     def _advance_(self, record: Record | RowWrite) -> None:
         self.version = record.version
@@ -186,13 +189,16 @@ class ShardTable(ShardRows):
             put_all_(self.bias_state, index, state)
 
     def _stored(self, rows: Tensor, index: Index, step: int) -> Tensor:
-        """Rows as they are stored; noise is keyed by the step, which unlike the version goes with a table's files."""
+        """Return rows in storage dtype.
+
+        The rounding noise is keyed by the step, which, unlike the version, is preserved when a table is imported.
+        """
         if self.weights.dtype != torch.bfloat16:
             return rows
         return round_stochastically(rows, self.spec.initializer.seed, step, self.class_ids(index))
 
 
 def put_all_(state: State, index: Index, new: State) -> None:
-    """`put_` of every entry."""
+    """Call `put_` for every entry of a state."""
     for name, value in new.items():
         put_(state[name], index, value)

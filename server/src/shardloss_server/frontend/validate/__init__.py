@@ -1,4 +1,4 @@
-"""Every rejection of a request happens here, before any work."""
+"""Checks that reject a request before any work is done for it."""
 
 from shardloss_server.frontend.validate.candidates import candidates, filled_in, num_drawn, sampler
 from shardloss_server.frontend.validate.changes import (

@@ -1,4 +1,4 @@
-"""The candidates of a sampled loss: samplers, draws, what the batch gives."""
+"""Checks of the candidates of a sampled loss: samplers, the caller's draws, and labels of the batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from shardloss_server.shard.record import TableSpec
 
 
 def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """The sampler, the caller's draw, or what the batch gives; and what else is said of the columns."""
+    """Check the source of the candidates (a sampler, the caller's draw or the batch), hit ids and hard negatives."""
     sampled = request.sampled
     assert sampled is not None
     draw = sampled.candidates
@@ -52,32 +52,36 @@ def candidates(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
 
 
 def partial_fc(draw: PartialFc, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """At least one class, and no more than V."""
+    """Check partial_fc: at least one class, no more than V, and within the limits."""
     field = "partial_fc.num_sampled"
     at_least(draw.num_sampled, 1, field)
     if draw.num_sampled > spec.num_classes:
-        raise InvalidArgument(f"{field} = {draw.num_sampled} exceeds {spec.num_classes} classes", field=field)
+        raise InvalidArgument(
+            f"{field} = {draw.num_sampled} exceeds the table's {spec.num_classes} classes", field=field
+        )
     if draw.num_sampled > limits.max_num_sampled:
-        raise LimitExceeded(f"{field} = {draw.num_sampled} exceeds {limits.max_num_sampled}", field=field)
+        raise LimitExceeded(
+            f"{field} = {draw.num_sampled} exceeds max_num_sampled = {limits.max_num_sampled}", field=field
+        )
     sampled_rows(max(draw.num_sampled, request.labels.numel()), field, spec, limits)
 
 
 def in_batch(draw: InBatch, request: LossRequest, spec: TableSpec) -> None:
-    """One label a row; its frequency is known where logits are corrected."""
-    refuse_if(request.labels.shape[1] != 1, "in_batch needs one label a row", "labels")
+    """Check in_batch: one label per row, and a table that counts its labels if logits are corrected."""
+    refuse_if(request.labels.shape[1] != 1, "in_batch needs one label per row", "labels")
     if draw.is_corrected:
-        refuse_if(not spec.count_labels, "it needs a table with count_labels", "in_batch.correct_log_q")
+        refuse_if(not spec.count_labels, "it needs a table created with count_labels", "in_batch.correct_log_q")
 
 
 def hit_ids(request: LossRequest, sampled: SampledSoftmax) -> None:
-    """Ids of the labels' and the draw's shapes, not negative, where hits are removed."""
+    """Check hit ids: not negative, in the shapes of the labels and the draw, and only if hits are removed."""
     ids, draw = sampled.hit_ids, sampled.candidates
     assert ids is not None
     if isinstance(draw, (SamplerSpec, PartialFc)):
-        raise InvalidArgument("hit_ids go with sampled_values or in_batch", field="hit_ids")
+        raise InvalidArgument("hit_ids need sampled_values or in_batch", field="hit_ids")
     if isinstance(draw, InBatch):
-        refuse_if(ids.sampled is not None, "in_batch takes the labels' hit ids alone", "hit_ids.sampled")
-        refuse_if(sampled.hit_removal != "every", "in_batch hit_ids need every hit removed", "hit_ids")
+        refuse_if(ids.sampled is not None, "in_batch accepts hit ids for the labels only", "hit_ids.sampled")
+        refuse_if(sampled.hit_removal != "every", "with in_batch they need HIT_REMOVAL_EVERY", "hit_ids")
     elif ids.sampled is None or ids.sampled.shape != draw.sampled.shape:
         raise InvalidArgument(f"hit_ids.sampled must have shape {list(draw.sampled.shape)}", field="hit_ids.sampled")
     else:
@@ -85,18 +89,22 @@ def hit_ids(request: LossRequest, sampled: SampledSoftmax) -> None:
     if ids.labels.shape != request.labels.shape:
         raise InvalidArgument(f"hit_ids.labels must have shape {list(request.labels.shape)}", field="hit_ids.labels")
     refuse_where(ids.labels < 0, ids.labels, "hit_ids.labels", "is negative")
-    refuse_if(sampled.hit_removal == "none", "hits are not removed, so nothing is compared", "hit_ids")
+    refuse_if(sampled.hit_removal == "none", "accidental hits are not removed, so hit ids have no effect", "hit_ids")
 
 
 def hard_negatives(request: LossRequest, sampled: SampledSoftmax, spec: TableSpec, limits: Limits) -> None:
-    """Of a softmax over shared candidates; what all shards answer is bounded."""
+    """Check hard negatives: a softmax over shared candidates, and the shards' answers within the limits."""
     field, k = "sampled_softmax.num_hard_negatives", sampled.num_hard_negatives
     at_least(k, 0, field)
     if k == 0:
         return
     draw = sampled.candidates
-    refuse_if(request.objective.family == "logistic", "hard negatives belong to the softmax", field)
-    refuse_if(isinstance(draw, SampledValues) and draw.sampled.dim() == 2, "each row has its own candidates", field)
+    refuse_if(request.objective.family == "logistic", "hard negatives need a softmax loss", field)
+    refuse_if(
+        isinstance(draw, SampledValues) and draw.sampled.dim() == 2,
+        "hard negatives need candidates that all rows share",
+        field,
+    )
     if k > limits.max_top_k:
         raise LimitExceeded(f"{field} = {k} exceeds max_top_k = {limits.max_top_k}", field=field)
     per_row = min(k, num_drawn(request, spec)) * (8 + 2 * width_of(spec))
@@ -104,11 +112,11 @@ def hard_negatives(request: LossRequest, sampled: SampledSoftmax, spec: TableSpe
 
 
 def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
-    """num_sampled is positive, within the limits and, where distinct, at most V; the distribution is well-formed."""
+    """Check a sampler: num_sampled positive, within the limits and, if distinct, at most V; a valid distribution."""
     if draw.kind == "all":
         if draw.num_sampled not in (0, spec.num_classes):
             raise InvalidArgument(
-                f"sampler.num_sampled = {draw.num_sampled}; all candidates are {spec.num_classes}",
+                f"sampler.num_sampled = {draw.num_sampled}; with KIND_ALL it must be 0 or {spec.num_classes}",
                 field="sampler.num_sampled",
             )
     else:
@@ -116,7 +124,8 @@ def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
     num_sampled = filled_in(draw, spec).num_sampled
     if num_sampled > limits.max_num_sampled:
         raise LimitExceeded(
-            f"sampler.num_sampled = {num_sampled} exceeds {limits.max_num_sampled}", field="sampler.num_sampled"
+            f"sampler.num_sampled = {num_sampled} exceeds max_num_sampled = {limits.max_num_sampled}",
+            field="sampler.num_sampled",
         )
     sampled_rows(num_sampled, "sampler.num_sampled", spec, limits)
     if draw.unique and num_sampled > spec.num_classes:
@@ -128,7 +137,7 @@ def sampler(draw: SamplerSpec, spec: TableSpec, limits: Limits) -> None:
 
 
 def distribution(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
-    """What a sampler draws by."""
+    """Check the distribution of a sampler: its kind and the options of that kind."""
     in_range(draw.distortion, f"{field}.distortion", 0.0, math.inf)
     finite_number(draw.distortion, f"{field}.distortion")
     if not 0 <= draw.num_reserved_ids < spec.num_classes:
@@ -138,7 +147,8 @@ def distribution(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
         )
     if draw.kind == "learned_unigram" and not spec.count_labels:
         raise InvalidArgument(
-            "learned_unigram needs a table that counts its labels: create it with count_labels", field=f"{field}.kind"
+            "learned_unigram needs a table that counts its labels; create the table with count_labels",
+            field=f"{field}.kind",
         )
     if draw.kind != "mixture":
         refuse_if(draw.mixture is not None, "only KIND_MIXTURE has a mixture", f"{field}.mixture")
@@ -151,31 +161,36 @@ def distribution(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
 
 
 def component(draw: SamplerSpec, spec: TableSpec, field: str) -> None:
-    """A sampler inside a mixture is a distribution alone."""
+    """Check a sampler inside a mixture: it may only describe a distribution."""
     if draw.kind in ("mixture", "all"):
         raise InvalidArgument(f"{field}.kind = {draw.kind} cannot be part of a mixture", field=f"{field}.kind")
-    refuse_if(draw.num_sampled != 0, "the mixture's own num_sampled counts", f"{field}.num_sampled")
-    refuse_if(draw.seed != 0, "the mixture's own seed counts", f"{field}.seed")
-    refuse_if(not draw.unique, "the mixture's own unique counts", f"{field}.unique")
+    refuse_if(draw.num_sampled != 0, "set num_sampled on the mixture, not on a part of it", f"{field}.num_sampled")
+    refuse_if(draw.seed != 0, "set seed on the mixture, not on a part of it", f"{field}.seed")
+    refuse_if(not draw.unique, "set unique on the mixture, not on a part of it", f"{field}.unique")
     distribution(draw, spec, field)
 
 
 def filled_in(draw: SamplerSpec, spec: TableSpec) -> SamplerSpec:
-    """The sampler with its num_sampled: V for all candidates."""
+    """Return the sampler with num_sampled filled in: V if its kind is "all"."""
     return replace(draw, num_sampled=spec.num_classes) if draw.kind == "all" else draw
 
 
 def sampled_rows(num_sampled: int, field: str, spec: TableSpec, limits: Limits) -> None:
-    """The rows of all candidates, gathered, stay within max_request_bytes."""
+    """Check that the gathered rows of all candidates stay within max_request_bytes."""
     num_bytes = num_sampled * spec.dim * width_of(spec)
     if num_bytes > limits.max_request_bytes:
         raise LimitExceeded(
-            f"{num_sampled} candidates gather {num_bytes} bytes of rows, above {limits.max_request_bytes}", field=field
+            f"the rows of {num_sampled} candidates take {num_bytes} bytes, above max_request_bytes = "
+            f"{limits.max_request_bytes}",
+            field=field,
         )
 
 
 def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """sampled [S] or [N, S] in range; both expected counts of the right shape, finite and positive where they count."""
+    """Check the caller's draw: sampled [S] or [N, S] in range, and both expected counts.
+
+    The counts must have the right shape, and be finite and positive except on padding.
+    """
     prefix = "sampled_values."
     found, num_rows, num_drawn = list(draw.sampled.shape), len(request.hidden), draw.sampled.numel()
     if len(found) not in (1, 2) or (len(found) == 2 and found[0] != num_rows):
@@ -183,7 +198,9 @@ def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, l
             f"{prefix}sampled has shape {found}; [S] or [{num_rows}, S] is needed", field=prefix + "sampled"
         )
     if num_drawn > limits.max_num_sampled:
-        raise LimitExceeded(f"{num_drawn} samples exceed {limits.max_num_sampled}", field=prefix + "sampled")
+        raise LimitExceeded(
+            f"{num_drawn} samples exceed max_num_sampled = {limits.max_num_sampled}", field=prefix + "sampled"
+        )
     sampled_rows(min(num_drawn, spec.num_classes), prefix + "sampled", spec, limits)
     class_ids(draw.sampled, spec.num_classes, prefix + "sampled")
     for name, count, shape in (
@@ -204,12 +221,12 @@ def sampled_values(draw: SampledValues, request: LossRequest, spec: TableSpec, l
 
 
 def positive(count: Tensor, where: Tensor, field: str) -> None:
-    """Q > 0 and finite wherever it counts: log Q must exist."""
+    """Check that Q is positive and finite wherever it counts, so that log Q exists."""
     refuse_where(where & ~(torch.isfinite(count) & (count > 0)), count, field, "is not a positive finite count")
 
 
 def num_drawn(request: LossRequest, spec: TableSpec) -> int:
-    """At most so many candidates, over all rows; 0 in a loss over all classes."""
+    """Return the largest possible number of candidates over all rows; 0 in a loss over all classes."""
     if request.sampled is None:
         return 0
     draw = request.sampled.candidates

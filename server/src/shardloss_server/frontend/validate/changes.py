@@ -1,4 +1,4 @@
-"""What a commit, a row write and a write of class counts say by themselves."""
+"""Checks of commits, row writes and class counts that do not depend on the state of the table."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from shardloss_server.frontend.validate.tensors import (
 from shardloss_server.numerics.optimizer import SUMS_OF_SQUARES, State, state_widths
 from shardloss_server.shard.record import TableSpec
 
-MAX_COMMITS = 1 << 62  # steps stay in 64 bits, whatever is committed later
+MAX_COMMITS = 1 << 62  # steps stay within 64 bits, however many commits follow
 
 
 def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> None:
-    """Check what a Commit says by itself; its tickets are looked up later."""
+    """Check a commit without its tickets, which are looked up later."""
     session(request.session)
     at_least(request.step, 1, "step")
     if not request.parts:
@@ -40,7 +40,9 @@ def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> N
     seen: set[str] = set()
     for place, part in enumerate(request.parts):
         if part.ticket in seen:
-            raise InvalidArgument(f"parts[{place}].ticket names a ticket twice", field="parts", index=place)
+            raise InvalidArgument(
+                f"parts[{place}].ticket repeats the ticket of an earlier part", field="parts", index=place
+            )
         seen.add(part.ticket)
         if part.g is not None:
             vector(f"parts[{place}].g", part.g, None, spec)
@@ -51,7 +53,7 @@ def commit_request(request: CommitRequest, spec: TableSpec, limits: Limits) -> N
 
 
 def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec, limits: Limits) -> None:
-    """Rows to overwrite: class_ids [M] distinct, rows [M, D], biases [M] where the table has them."""
+    """Check rows to overwrite: class_ids [M] distinct, rows [M, D], biases [M] only if the table has them."""
     id_list(ids, spec.num_classes)
     order = torch.argsort(ids, stable=True)
     repeated = torch.zeros_like(ids, dtype=torch.bool)
@@ -59,7 +61,7 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
     if repeated.any():
         index = first_index(repeated)
         place, class_id = show(index), int(ids[index[0]])
-        raise InvalidArgument(f"class_ids[{place}] = {class_id} is there twice", field="class_ids", index=place)
+        raise InvalidArgument(f"class_ids[{place}] = {class_id} occurs twice", field="class_ids", index=place)
     hidden(rows, spec, limits, field="rows")
     refuse_where(~torch.isfinite(rows.to(getattr(torch, spec.dtype))), rows, "rows", f"overflows {spec.dtype}")
     if len(rows) != len(ids):
@@ -72,7 +74,7 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
 
 
 def row_state(of_rows: State, of_biases: State, num_rows: int, spec: TableSpec) -> None:
-    """Optimizer state to overwrite: [M, W] by the optimizer's own names, finite, sums of squares not negative."""
+    """Check optimizer state to overwrite: [M, W] by the optimizer's own names, finite, sums of squares not negative."""
     if of_biases and not spec.bias:
         raise InvalidArgument("this table has no biases", field="bias_state")
     for field, given, dim in (("weight_state", of_rows, spec.dim), ("bias_state", of_biases, 1)):
@@ -81,7 +83,7 @@ def row_state(of_rows: State, of_biases: State, num_rows: int, spec: TableSpec) 
             if name not in widths:
                 known = ", ".join(widths) or "no state"
                 raise InvalidArgument(
-                    f"{field}[{place}].name = {name[:40]!r}: {spec.optimizer.kind} has {known}",
+                    f"{field}[{place}].name = {name[:40]!r} is unknown: {spec.optimizer.kind} has {known}",
                     field=field,
                     index=place,
                 )
@@ -97,31 +99,31 @@ def row_state(of_rows: State, of_biases: State, num_rows: int, spec: TableSpec) 
 
 
 def num_commits(value: int | None) -> None:
-    """The optimizer's step to go on from, or None."""
+    """Check the optimizer step to continue from: None, or in [0, 2^62]."""
     if value is not None and not 0 <= value <= MAX_COMMITS:
         raise InvalidArgument(f"num_commits = {value} is outside [0, 2^62]", field="num_commits")
 
 
 def class_range(first_class: int, num_classes: int, spec: TableSpec) -> None:
-    """A range of classes within the table."""
+    """Check that a range of classes is within the table."""
     at_least(first_class, 0, "first_class")
     at_least(num_classes, 0, "num_classes")
     if first_class + num_classes > spec.num_classes:
         raise InvalidArgument(
-            f"first_class = {first_class} and {num_classes} classes exceed {spec.num_classes} classes",
+            f"first_class = {first_class} plus {num_classes} classes exceeds the table's {spec.num_classes} classes",
             field="first_class",
         )
 
 
 def learned_counts(first_class: int, learned: Tensor, spec: TableSpec) -> None:
-    """Learned counts [M] int64 of a range of classes; what they hold is looked at where they are kept."""
+    """Check learned counts: [M] int64 of a range of classes; their values are checked when they are stored."""
     if learned.dim() != 1:
         raise InvalidArgument(f"learned has shape {list(learned.shape)}; [M] is needed", field="learned")
     class_range(first_class, len(learned), spec)
 
 
 def class_counts(first_class: int, counts: Tensor, spec: TableSpec, limits: Limits) -> None:
-    """Counts [M] of a range of classes: finite, not negative, within the table."""
+    """Check counts [M] of a range of classes: finite, not negative, within the table and max_table_bytes."""
     at_least(first_class, 0, "first_class")
     vector("counts", counts, None)
     refuse_where(counts < 0, counts, "counts", "is negative")

@@ -1,4 +1,4 @@
-"""A ComputeLoss against its table and the limits."""
+"""Checks of a ComputeLoss against its table and the limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     """Check a ComputeLoss against its table and the limits.
 
     Raises:
-        InvalidArgument, LimitExceeded: naming the field and, for values, the first offending index.
+        InvalidArgument, LimitExceeded: the request is not valid; the error names the field and, for values, the first
+            offending index.
     """
     key(request, limits)
     hidden(request.hidden, spec, limits)
@@ -60,10 +61,12 @@ def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
 
 
 def key(request: LossRequest, limits: Limits) -> None:
-    """Session, step and part fit together."""
+    """Check that session, step, part and after_step fit together."""
     if not request.session:
         if request.commit_now is not None:
-            raise InvalidArgument("commit_now needs a session: exactly once is promised by its key", field="session")
+            raise InvalidArgument(
+                "commit_now needs a session: its key makes the commit happen exactly once", field="session"
+            )
         if request.after_step is not None:
             raise InvalidArgument("after_step names a step of a session, but session is empty", field="session")
         at_least(request.step, 0, "step")
@@ -82,42 +85,48 @@ def key(request: LossRequest, limits: Limits) -> None:
 
 
 def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None, limits: Limits) -> None:
-    """[N, T] class ids in [0, V) or equal to ignore_index."""
+    """Check labels: [N, T] class ids in [0, V) or equal to ignore_index."""
     if tensor.dim() != 2 or len(tensor) != num_rows or tensor.shape[1] == 0:
         raise InvalidArgument(
             f"labels has shape {list(tensor.shape)}; [{num_rows}, T] with T >= 1 is needed", field="labels"
         )
     if tensor.shape[1] > limits.max_num_true:
-        raise LimitExceeded(f"labels has T = {tensor.shape[1]}, above {limits.max_num_true}", field="labels")
+        raise LimitExceeded(
+            f"labels has T = {tensor.shape[1]}, above max_num_true = {limits.max_num_true}", field="labels"
+        )
     class_ids(
-        tensor, num_classes, "labels", ignore_index, "; ids are zero-based; is an end-of-text token in the batch?"
+        tensor,
+        num_classes,
+        "labels",
+        ignore_index,
+        ": class ids are zero-based; is there an end-of-text token in the batch?",
     )
 
 
 def label_list(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None) -> None:
-    """[N] class ids in [0, V) or equal to ignore_index."""
+    """Check labels: [N] class ids in [0, V) or equal to ignore_index."""
     if tensor.dim() != 1 or len(tensor) != num_rows:
         raise InvalidArgument(f"labels has shape {list(tensor.shape)}; [{num_rows}] is needed", field="labels")
     class_ids(tensor, num_classes, "labels", ignore_index)
 
 
 def label_rows(tensor: Tensor, spec: TableSpec, limits: Limits) -> None:
-    """The rows of all labels, gathered, stay within max_request_bytes."""
+    """Check that the gathered rows of all labels stay within max_request_bytes."""
     num_bytes = tensor.numel() * spec.dim * width_of(spec)
     if num_bytes > limits.max_request_bytes:
         raise LimitExceeded(
-            f"labels {list(tensor.shape)} gather {num_bytes} bytes of rows, above {limits.max_request_bytes}; "
-            "split the batch",
+            f"the rows of labels {list(tensor.shape)} take {num_bytes} bytes, above max_request_bytes = "
+            f"{limits.max_request_bytes}; split the batch",
             field="labels",
         )
 
 
 def label_weights(request: LossRequest, spec: TableSpec) -> None:
-    """[N, T] finite and not negative; losses over all classes only."""
+    """Check label weights: [N, T], finite and not negative; in losses over all classes only."""
     weights = request.label_weights
     assert weights is not None
     if request.sampled is not None:
-        raise InvalidArgument("label_weights belong to losses over all classes", field="label_weights")
+        raise InvalidArgument("only losses over all classes support label_weights", field="label_weights")
     if weights.shape != request.labels.shape or weights.dtype not in FLOATS:
         raise InvalidArgument(
             f"label_weights is {name_of(weights)} {list(weights.shape)}; a float tensor of the labels' shape "
@@ -130,21 +139,27 @@ def label_weights(request: LossRequest, spec: TableSpec) -> None:
 
 
 def distribution_request(request: LossRequest) -> None:
-    """Labels that come as columns: what they do not combine with."""
+    """Refuse the options that do not combine with labels that are sent as columns."""
     field, one = "label_columns", request.objective
-    refuse_if(request.sampled is not None or one.family != "softmax", "they belong to the full softmax", field)
-    refuse_if(request.labels.numel() > 0, "labels stay absent beside them", "labels")
-    refuse_if(request.label_weights is not None, "they are weights themselves", "label_weights")
-    refuse_if(request.ignore_index is not None, "a row of zeros does not count", "ignore_index")
-    refuse_if(request.class_weights is not None, "multiply the columns instead", "full_softmax.class_weights")
-    refuse_if(one.label_smoothing != 0, "smooth the columns instead", "full_softmax.label_smoothing")
-    refuse_if(one.margin is not None, "a margin needs one label a row", "margin")
-    refuse_if(one.transform.soft_cap is not None, "they do not combine with a soft cap", "logits.soft_cap")
-    refuse_if(bool(request.session) and request.commit_now is None, "a session needs commit_now with them", field)
+    refuse_if(request.sampled is not None or one.family != "softmax", "only the full softmax supports them", field)
+    refuse_if(request.labels.numel() > 0, "labels must be absent with label_columns", "labels")
+    refuse_if(request.label_weights is not None, "leave it out: label_columns are weights already", "label_weights")
+    refuse_if(request.ignore_index is not None, "with label_columns, a row of zeros is ignored instead", "ignore_index")
+    refuse_if(
+        request.class_weights is not None,
+        "with label_columns, multiply the columns instead",
+        "full_softmax.class_weights",
+    )
+    refuse_if(
+        one.label_smoothing != 0, "with label_columns, smooth the columns instead", "full_softmax.label_smoothing"
+    )
+    refuse_if(one.margin is not None, "a margin needs one label per row", "margin")
+    refuse_if(one.transform.soft_cap is not None, "label_columns do not combine with a soft cap", "logits.soft_cap")
+    refuse_if(bool(request.session) and request.commit_now is None, "with a session they need commit_now", field)
 
 
 def label_columns(piece: LabelColumns, end: int, num_rows: int, spec: TableSpec) -> int:
-    """A piece of a label distribution stands behind the classes before `end`; the end of its own."""
+    """Check a piece of a label distribution, which must start at class `end` or later; return the piece's own end."""
     field, weights = "columns.weights", piece.weights
     if weights.dim() != 2 or len(weights) != num_rows or weights.dtype not in FLOATS or weights.shape[1] == 0:
         raise InvalidArgument(
@@ -163,9 +178,10 @@ def label_columns(piece: LabelColumns, end: int, num_rows: int, spec: TableSpec)
 
 
 def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
-    """What all shards answer to a batch: four float64 a row, and two rows of D where a gradient is wanted.
+    """Check the size of all shards' answers to a batch.
 
-    To a piece of a label distribution they always answer with a row.
+    Per row of the batch a shard answers with four float64, and with two rows of D if a gradient is wanted. To a piece
+    of a label distribution it always answers with a row of D.
     """
     num_rows_answered = 2 if request.want.hidden_grad else int(request.label_columns is not None)
     per_row = 32 + num_rows_answered * spec.dim * width_of(spec)
@@ -173,18 +189,18 @@ def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
 
 
 def reply_size(request: LossRequest, spec: TableSpec) -> None:
-    """The reply fits what the call may carry back; a table gradient of the full softmax has V rows."""
+    """Check that the reply fits in max_reply_bytes; a table gradient of the full softmax has V rows."""
     num_bytes = reply_bytes(request, spec)
     if num_bytes > request.max_reply_bytes:
         raise LimitExceeded(
-            f"the reply would take up to {num_bytes} bytes, above {request.max_reply_bytes}; ask for less, split the "
-            "batch, or call through StreamLoss",
+            f"the reply would take up to {num_bytes} bytes, above {request.max_reply_bytes}; request fewer results, "
+            "split the batch, or use StreamLoss",
             field="want_table_grad" if request.want.table_grad else "want_hidden_grad",
         )
 
 
 def reply_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """At most so many bytes of tensors answer a request."""
+    """Return the largest possible size of the reply's tensors, in bytes."""
     width = width_of(spec)
     num_rows = len(request.hidden)
     num_bytes = num_rows * width * (request.want.loss + request.want.lse + request.objective.learned_scale)
@@ -197,7 +213,7 @@ def reply_bytes(request: LossRequest, spec: TableSpec) -> int:
 
 
 def num_touched(request: LossRequest, spec: TableSpec) -> int:
-    """At most so many rows have a gradient."""
+    """Return the largest possible number of table rows that have a gradient."""
     if request.sampled is None:
         return spec.num_classes
     return min(spec.num_classes, num_drawn(request, spec) + request.labels.numel())
