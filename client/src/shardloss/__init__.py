@@ -1,10 +1,10 @@
-"""shardloss: softmax losses over class tables that live in a service.
+"""shardloss: softmax losses over class tables that a remote service stores.
 
     client = shardloss.connect("localhost:7070")
     head = client.table("words").sampled_softmax(num_sampled=4096)
     optimizer = head.optimizer(lr=0.1)
 
-Importing this package imports neither torch nor ray; heads import torch when they are made.
+Importing this package imports neither torch nor ray; torch is imported when a head is created.
 """
 
 from shardloss import errors

@@ -1,4 +1,4 @@
-"""The border to torch: the autograd.Function of losses that the server computed, tensors to and from the wire."""
+"""Interface to torch: the autograd.Function of server-computed losses, and conversion of tensors for the wire."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def fresh_seed() -> int:
-    """A sampler seed from torch's global generator, so that torch.manual_seed decides it."""
+    """Return a sampler seed from torch's global generator, so that torch.manual_seed determines it."""
     return int(torch.randint(0, 2**62, (), device="cpu").item())
 
 
 def check_tensor(value: object, field: str) -> None:
-    """Refuse what is no torch tensor: an array of NumPy's, a list, a number.
+    """Raise `InvalidArgument` if value is not a torch tensor but, for example, a NumPy array, a list or a number.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: value is not a torch tensor; the error names field.
     """
     if not isinstance(value, Tensor):
         raise InvalidArgument(f"{field} is a {type(value).__name__}; a torch tensor is needed", field=field)
 
 
 def to_wire(tensor: Tensor, field: str) -> wire.Encoded:
-    """A float tensor on any device beside its message, in its own dtype; on the CPU its memory, not a copy.
+    """Encode a float tensor on any device in its own dtype; the content of a contiguous CPU tensor is not copied.
 
     Raises:
-        InvalidArgument: the contract has no such dtype.
+        InvalidArgument: the contract does not have the tensor's dtype.
     """
     if tensor.dtype not in FLOAT_DTYPES:
         raise InvalidArgument(f"{field} is {tensor.dtype}; one of {FLOAT_DTYPES} is needed", field=field)
@@ -45,10 +45,10 @@ def to_wire(tensor: Tensor, field: str) -> wire.Encoded:
 
 
 def to_ids(labels: Tensor) -> wire.Array:
-    """Class ids on any device as NumPy.
+    """Return class ids on any device as a NumPy array.
 
     Raises:
-        InvalidArgument: they are not int64 or int32.
+        InvalidArgument: labels are not int64 or int32.
     """
     if labels.dtype not in (torch.int64, torch.int32):
         raise InvalidArgument(f"labels is {labels.dtype}; int64 or int32 class ids are needed", field="labels")
@@ -56,22 +56,22 @@ def to_ids(labels: Tensor) -> wire.Array:
 
 
 def to_numpy(tensor: Tensor) -> wire.Array:
-    """A tensor on any device as NumPy (bfloat16 widened to float32)."""
+    """Return a tensor on any device as a NumPy array; bfloat16 is widened to float32."""
     tensor = tensor.detach().to("cpu")
     array: wire.Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
 
 def to_torch(array: wire.Array) -> Tensor:
-    """A tensor with memory of its own."""
+    """Return a tensor with a copy of an array."""
     return torch.from_numpy(array.copy())
 
 
 def num_true_of(hidden: Tensor, labels: Tensor) -> int:
-    """T of labels [...] (1) or [..., T] beside hidden [..., D].
+    """Return the number of labels per row for hidden [..., D]: 1 for labels [...], T for labels [..., T].
 
     Raises:
-        InvalidArgument: they are no tensors, or do not fit.
+        InvalidArgument: hidden or labels is not a tensor, or their shapes do not match.
     """
     check_tensor(hidden, "hidden")
     check_tensor(labels, "labels")
@@ -80,37 +80,37 @@ def num_true_of(hidden: Tensor, labels: Tensor) -> int:
         return 1
     if labels.shape[:-1] != batch_shape or labels.dim() != hidden.dim() or labels.shape[-1] == 0:
         raise InvalidArgument(
-            f"labels {list(labels.shape)} do not fit hidden {list(hidden.shape)}; [...] or [..., T] is needed",
+            f"labels {list(labels.shape)} do not match hidden {list(hidden.shape)}; [...] or [..., T] is needed",
             field="labels",
         )
     return labels.shape[-1]
 
 
 class Mark(torch.autograd.Function):
-    """The table's side of a loss: nothing is added to it, and its upstream g [N] is left for the next commit.
+    """The table's input to a loss: it adds zero to the loss, and its backward records g [N] for the next commit.
 
-    Between the probe and the loss, so that it runs where a local table would get its gradient, and only there:
-    torch.autograd.grad(loss, hidden) trains no table. The probe carries no loss: its gradient is 1 for each step, so
-    that a GradScaler scales and checks it.
+    The node is between the probe and the loss, so its backward runs exactly when a local table would receive a
+    gradient: torch.autograd.grad(loss, hidden) does not train the table. The probe does not contribute to the loss; its
+    gradient is 1 in each step, so that a GradScaler can scale and check it.
     """
 
     @staticmethod
     def forward(ctx: Any, probe: Tensor, pending: Pending, part: Part, loss: Tensor) -> Tensor:
-        """Zeros like loss [N]: autograd casts g to their dtype."""
+        """Return zeros like loss [N]; autograd then casts g to their dtype."""
         ctx.pending, ctx.part = pending, part
         return torch.zeros_like(loss)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        """The probe's gradient."""
+        """Record g [N] and return the probe's gradient."""
         return torch.tensor(ctx.pending.record(ctx.part, g), device="cpu"), None, None, None
 
 
 class RemoteLoss(torch.autograd.Function):
     """Per-example losses [N] of hidden [N, D] and a scale [], already computed by the server with their gradients.
 
-    backward scales the rows of hidden_grad [N, D], and sums scale_grad [N], by the upstream g [N]; it hands g itself to
-    the mark [N], or to None where the table is not trained.
+    backward multiplies the rows of hidden_grad [N, D] by the upstream g [N], reduces scale_grad [N] to its dot product
+    with g, and passes g itself to mark [N]. mark is None if the table is not trained.
     """
 
     @staticmethod
@@ -123,17 +123,17 @@ class RemoteLoss(torch.autograd.Function):
         hidden_grad: wire.Array | None,
         scale_grad: wire.Array | None,
     ) -> Tensor:
-        """The loss [N] on hidden's device."""
+        """Return the loss [N] on hidden's device."""
         ctx.hidden_grad, ctx.scale_grad, ctx.scale = hidden_grad, scale_grad, scale
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
         return loss.to(hidden.device, copy=True)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        """(g * hidden_grad, g, sum(g * scale_grad)).
+        """Return (g * hidden_grad, g, sum(g * scale_grad)).
 
         Raises:
-            DoubleBackward: create_graph=True; the server has no second derivative.
+            DoubleBackward: backward was called with create_graph=True; the server computes no second derivatives.
         """
         if torch.is_grad_enabled():
             raise DoubleBackward("a remote loss has no second derivative; call backward without create_graph=True")

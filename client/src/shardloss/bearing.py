@@ -1,6 +1,7 @@
-"""A gRPC channel each of whose calls carries a token.
+"""A wrapper of a gRPC channel that sends a bearer token with every call.
 
-Not gRPC's own call credentials: these hop to another thread with every call, and refuse plaintext, loopback too.
+gRPC's own call credentials are not used because they switch threads on every call and refuse plaintext, even on
+loopback.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from shardloss.credentials import Bearer
 
 
 class Bearing:
-    """What stubs need of a channel; its methods carry the token of the moment."""
+    """The part of a gRPC channel that stubs use; its methods send the current token."""
 
     def __init__(self, channel: grpc.Channel, bearer: Bearer) -> None:
         self._channel, self._bearer = channel, bearer
@@ -28,15 +29,15 @@ class Bearing:
 
 
 class Method:
-    """A method of a stub."""
+    """A stub method that sends the current token with each call."""
 
     def __init__(self, method: Any, bearer: Bearer) -> None:
         self._method, self._bearer = method, bearer
 
     def __call__(self, request: Any, *, metadata: tuple[tuple[str, str], ...] = (), **options: Any) -> Any:
-        """As gRPC's own."""
+        """Call the method as in gRPC, with the token added to the metadata."""
         return self._method(request, metadata=(*metadata, *self._bearer.metadata()), **options)
 
     def with_call(self, request: Any, *, metadata: tuple[tuple[str, str], ...] = (), **options: Any) -> Any:
-        """As gRPC's own: the reply and its call."""
+        """Call the method with the token added to the metadata; return the reply and its call, as in gRPC."""
         return self._method.with_call(request, metadata=(*metadata, *self._bearer.metadata()), **options)

@@ -1,4 +1,4 @@
-"""The border to gRPC: options, deadlines, retries; grpc.RpcError ends here."""
+"""The interface to gRPC: options, deadlines and retries; grpc.RpcError never leaves this module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shardloss.tracing import UNTRACED, Naming, Tracing
 
 DETAILS_KEY = "grpc-status-details-bin"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
-MESSAGE_BYTES = 64 * 2**20  # what the client takes in one message; the server's limits are tighter
+MESSAGE_BYTES = 64 * 2**20  # the client accepts messages up to this size; the server's limits are lower
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -40,20 +40,20 @@ OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
-    ("grpc.http2.ping_timeout_ms", 10000),  # what counts, and is 60 s else
+    ("grpc.http2.ping_timeout_ms", 10000),  # the timeout that takes effect; the default is 60 s
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
-REQUEST_ID_KEY = "x-request-id"  # the server's log and its errors name a call by it
+REQUEST_ID_KEY = "x-request-id"  # identifies a call in the server's log and errors
 
 Q = TypeVar("Q")
 R = TypeVar("R")
-Named: TypeAlias = dict[str, tuple[tuple[str, str], ...]]  # what a stub's call takes beside request and timeout
+Named: TypeAlias = dict[str, tuple[tuple[str, str], ...]]  # keyword arguments of a stub's call other than timeout
 Attempt: TypeAlias = Callable[[float, Named], R]
 
 
 def error_of(failure: grpc.RpcError) -> ShardlossError:
-    """Our error for a failed call: by the reason in its status details, else by its status code."""
+    """Return the error for a failed call, chosen by the reason in its status details or else by its status code."""
     code = failure.code().name
     message = failure.details() or code
     metadata: Any = failure.trailing_metadata() or ()
@@ -65,7 +65,7 @@ def error_of(failure: grpc.RpcError) -> ShardlossError:
 
 
 def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
-    """The ErrorInfo of our domain inside serialized status details."""
+    """Return the ErrorInfo with the domain "shardloss" in serialized status details, or None."""
     try:
         status = status_pb2.Status.FromString(details)
     except DecodeError:
@@ -78,8 +78,8 @@ def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
 
 
 def opened(address: str, credentials: Credentials) -> grpc.Channel:
-    """A gRPC channel, encrypted where the credentials ask for it."""
-    # A proxy from the environment would read what was to stay on this machine.
+    """Return a gRPC channel to address, encrypted if the credentials require it."""
+    # A proxy from the environment could read data that is meant to stay on this machine.
     options = (*OPTIONS, ("grpc.enable_http_proxy", 0)) if is_local(address) else OPTIONS
     if not credentials.is_tls:
         return grpc.insecure_channel(address, options=options)
@@ -87,10 +87,10 @@ def opened(address: str, credentials: Credentials) -> grpc.Channel:
 
 
 class Channel:
-    """One gRPC channel with an overall deadline a call and retries of transient errors under the same request.
+    """A gRPC channel that gives each call an overall deadline and retries transient errors with the same request.
 
-    timeout_s bounds a call with all its tries; attempt_timeout_s the first try, so that a lost reply is asked for
-    again, and each later one may take twice as long as the one before, so that slow work comes to its end.
+    timeout_s limits a call with all its tries. attempt_timeout_s limits the first try, so that a lost reply is
+    requested again; each later try may take twice as long as the one before, so that slow work can finish.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Channel:
             self._bearing = Naming(self._bearing)
         self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
         self._closed = False
-        self.max_message_bytes = MESSAGE_BYTES  # what the server takes, once it has said so
+        self.max_message_bytes = MESSAGE_BYTES  # replaced by the server's limit once that is known
 
     def stub(self, make: Callable[[grpc.Channel], R]) -> R:
-        """A service's stub on this channel."""
+        """Return a stub of a service on this channel."""
         return make(self._bearing)
 
     def spliced(self, method: MethodDescriptor, request: Splice[Any], reply: Splice[Any]) -> Callable[..., Any]:
-        """A method that takes and gives `Spliced` messages, a stream of them where it is one of streams."""
+        """Return a callable that sends and receives `Spliced` messages, or streams of them for a streaming method."""
         kind = self._bearing.stream_stream if method.client_streaming else self._bearing.unary_unary
         name = f"/{method.containing_service.full_name}/{method.name}"
         made: Callable[..., Any] = kind(name, request_serializer=request.join, response_deserializer=reply.split)
@@ -134,17 +134,17 @@ class Channel:
         whole: bool = False,
         repeatable: bool = True,
     ) -> R:
-        """Call until it succeeds, fails for good or the time is up; whole gives a single try all of the time.
+        """Call method until it succeeds, fails permanently or runs out of time; whole lets one try use all the time.
 
-        Where a token is refused and its file holds another by now, the call is repeated with that one.
-        A call that is not repeatable is repeated only where the server refused it at once as OVERLOADED.
+        If the server refuses the token and the token file now contains another one, the call is repeated with the new
+        token. A call that is not repeatable is retried only if the server refused it immediately as OVERLOADED.
 
         Raises:
-            LimitExceeded: the request is larger than a message may be; it is not sent.
+            LimitExceeded: the request is larger than max_message_bytes and is not sent.
         """
         num_bytes = request.ByteSize()
         if num_bytes > self.max_message_bytes:
-            message = f"the request takes {num_bytes} bytes, above max_message_bytes = {self.max_message_bytes}"
+            message = f"the request of {num_bytes} bytes exceeds max_message_bytes = {self.max_message_bytes}; split it"
             raise LimitExceeded(message)
         attempt: Attempt[R] = lambda left, named: method(request, timeout=left, **named)  # noqa: E731
         return self._repeat(method, attempt, timeout_s, whole, repeatable)
@@ -152,14 +152,14 @@ class Channel:
     def stream(
         self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
     ) -> list[R]:
-        """As `unary` for a stream both ways; requests are made anew for each try."""
+        """Call a bidirectional stream as `unary` does and return its replies; each try calls requests() again."""
         attempt: Attempt[list[R]] = lambda left, named: list(method(requests(), timeout=left, **named))  # noqa: E731
         return self._repeat(method, attempt, timeout_s, True, True)
 
     def _repeat(
         self, method: Callable[..., object], attempt: Attempt[R], timeout_s: float | None, whole: bool, repeatable: bool
     ) -> R:
-        """All tries of a call have one request id, which its error names, and one span where it is traced."""
+        """Run all tries of a call with one request id, which is added to its error, and one span if it is traced."""
         request_id = next(self._request_ids)
         span = UNTRACED if self._tracing is None else self._tracing.call(getattr(method, "path", ""), request_id)
         named: Named = {"metadata": ((REQUEST_ID_KEY, request_id), *span.headers)}
@@ -176,7 +176,7 @@ class Channel:
         backoff_s, last, is_renewed = FIRST_BACKOFF_S, None, False
         while True:
             if self._closed:
-                raise ClientClosed("the client was closed")
+                raise ClientClosed("the client was closed; connect again")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise last or DeadlineExceeded("the deadline passed before the call was sent")
@@ -185,13 +185,13 @@ class Channel:
                 return attempt(min(left, attempt_s), named)
             except grpc.RpcError as failure:
                 last = error_of(failure)
-            except ValueError:  # grpc's own, on a channel that another thread closed meanwhile
+            except ValueError:  # raised by gRPC if another thread has closed the channel
                 if not self._closed:
                     raise
                 continue
             if isinstance(last, Unauthenticated) and not is_renewed:
                 self._bearer.renew()
-                is_renewed = self._bearer.metadata() != shown  # by this call, or by another meanwhile
+                is_renewed = self._bearer.metadata() != shown  # by this call or by a concurrent one
                 if is_renewed:
                     continue
             if not isinstance(last, TransientError if repeatable else Overloaded):
@@ -204,10 +204,10 @@ class Channel:
 
 
 def single(replies: list[Spliced[Any]], kind: str) -> Any:
-    """The header that a reply stream begins with.
+    """Return the header at the start of a reply stream.
 
     Raises:
-        BadReply: it begins with something else.
+        BadReply: the stream is empty or starts with another kind of message.
     """
     if not replies or replies[0].message.WhichOneof("piece") != kind:
         raise BadReply("the reply stream does not begin with a header")

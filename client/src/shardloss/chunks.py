@@ -1,4 +1,4 @@
-"""Large tensors beside their message: a header with chunk references, then the chunks, both ways."""
+"""Large tensors sent separately from their message: first a header with chunk references, then the chunks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shardloss.wire import Contents, expected_bytes
 
 M = TypeVar("M", bound=Message)
 INLINE_BYTES = 1 << 16  # tensors up to this size stay inside the header
-PIECE_BYTES = 1 << 20  # a piece on its way while the next is copied
+PIECE_BYTES = 1 << 20  # small, so that one piece is sent while the next is copied
 
 
 def tensors_of(message: Message, path: str = "") -> Iterator[tuple[str, tensor_pb2.Tensor]]:
-    """Every Tensor inside a message with its field path, in field order."""
+    """Yield every Tensor inside a message as (field path, tensor), in field order."""
     for field, value in message.ListFields():
         name = f"{path}.{field.name}" if path else field.name
         if field.message_type is None:
@@ -35,16 +35,16 @@ def tensors_of(message: Message, path: str = "") -> Iterator[tuple[str, tensor_p
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of the content of a chunk reference."""
+    """A piece of the content of the chunk reference with the same id."""
 
     id: int
     content: Buffer
 
 
 def detach(message: Spliced[M], owner: str, max_chunk_bytes: int) -> tuple[M, Iterator[Piece]]:
-    """A header like the message with its large tensors as chunk references, and the pieces that belong to them.
+    """Return a copy of a message in which chunk references replace large tensors, and the pieces of these tensors.
 
-    owner is the field of the tensor whose content stands beside the message.
+    owner is the field of the tensor whose content is message.content.
     """
     header = type(message.message)()
     header.CopyFrom(message.message)
@@ -58,28 +58,28 @@ def detach(message: Spliced[M], owner: str, max_chunk_bytes: int) -> tuple[M, It
 
 
 def refer(tensor: tensor_pb2.Tensor, content: Buffer, contents: list[Buffer]) -> None:
-    """Make the next content the tensor's."""
+    """Make a tensor refer to content as the next chunk, and append content to contents."""
     tensor.chunk.id, tensor.chunk.num_bytes = len(contents), len(content)
     contents.append(content)
 
 
 def cut(contents: list[Buffer], piece_bytes: int) -> Iterator[Piece]:
-    """Each content in pieces, its place in the list as its id."""
+    """Yield each content in pieces of at most piece_bytes; the index of the content in the list is its id."""
     for place, content in enumerate(contents):
         for start in range(0, len(content), piece_bytes):
             yield Piece(place, memoryview(content)[start : start + piece_bytes])
 
 
 def spliced(piece: Piece, kind: type[M]) -> Spliced[M]:
-    """A message of a stream, of a kind that has a chunk, that carries a piece."""
+    """Return a stream message of type kind whose chunk is the given piece."""
     return Spliced(kind(chunk=tensor_pb2.Chunk(id=piece.id)), piece.content)
 
 
 def piece_of(message: Spliced[Any]) -> Piece:
-    """What a message of a stream carries.
+    """Return the piece in a stream message.
 
     Raises:
-        InvalidArgument: no chunk.
+        InvalidArgument: the message contains no chunk.
     """
     if message.message.WhichOneof("piece") != "chunk":
         raise InvalidArgument("only chunks may follow the header", field="piece")
@@ -88,12 +88,12 @@ def piece_of(message: Spliced[Any]) -> Piece:
 
 
 class Assembler:
-    """Collects the chunks that a header announced, and nothing else.
+    """Collector of the chunks that a header announces; it refuses all others.
 
     Raises:
-        InvalidArgument: a reference and its tensor do not fit, or a chunk comes that was not announced, is empty or is
-            too long.
-        LimitExceeded: the header announces more than max_bytes in all, or a chunk is above max_chunk_bytes.
+        InvalidArgument: a chunk reference does not match its tensor, or a chunk was not announced, is empty or is too
+            long.
+        LimitExceeded: the header announces more than max_bytes in total, or a chunk exceeds max_chunk_bytes.
     """
 
     def __init__(self, header: Message, max_bytes: int, max_chunk_bytes: int) -> None:
@@ -105,20 +105,20 @@ class Assembler:
                 self._announce(field, tensor)
         total = sum(self._missing.values())
         if total > max_bytes:
-            raise LimitExceeded(f"the call announces {total} bytes in chunks; {max_bytes} are taken", field="chunk")
+            raise LimitExceeded(f"the call announces {total} bytes in chunks; the limit is {max_bytes}", field="chunk")
 
     def _announce(self, field: str, tensor: tensor_pb2.Tensor) -> None:
         reference, expected = tensor.chunk, expected_bytes(tensor, field)
         if reference.num_bytes != expected:
             raise InvalidArgument(
-                f"{field} announces {reference.num_bytes} bytes; its shape takes {expected}", field=field
+                f"{field} announces {reference.num_bytes} bytes; its shape requires {expected}", field=field
             )
         if reference.id in self._missing:
-            raise InvalidArgument(f"{field} refers to chunk {reference.id}, as another tensor does", field=field)
+            raise InvalidArgument(f"{field} refers to chunk {reference.id}, as does another tensor", field=field)
         self._missing[reference.id] = expected
 
     def add(self, chunk: Piece) -> None:
-        """Take the next chunk."""
+        """Store the next chunk."""
         if len(chunk.content) > self._max_chunk_bytes:
             message = f"a chunk of {len(chunk.content)} bytes exceeds max_chunk_bytes = {self._max_chunk_bytes}"
             raise LimitExceeded(message, field="chunk")
@@ -127,7 +127,7 @@ class Assembler:
         if len(chunk.content) > self._missing.get(chunk.id, -1):
             raise InvalidArgument(f"chunk {chunk.id} was not announced or is longer than announced", field="chunk")
         missing = self._missing[chunk.id]
-        if chunk.id not in self._contents:  # memory is taken for what comes, not for what is announced
+        if chunk.id not in self._contents:  # memory is allocated for chunks that arrive, not for announced ones
             self._contents[chunk.id] = np.empty(missing, np.uint8).data
         whole = self._contents[chunk.id]
         start = len(whole) - missing
@@ -136,11 +136,11 @@ class Assembler:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every announced chunk has come."""
+        """True if every announced chunk has arrived."""
         return not any(self._missing.values())
 
     def contents(self) -> Contents:
-        """Every announced content by id, once all chunks have come."""
+        """Return every announced content by chunk id; raise `InvalidArgument` if a chunk is incomplete."""
         for place, missing in self._missing.items():
             if missing:
                 raise InvalidArgument(f"chunk {place} lacks {missing} bytes at the end of the stream", field="chunk")

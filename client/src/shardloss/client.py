@@ -1,4 +1,4 @@
-"""A connection to a server. Importing it needs neither torch nor ray."""
+"""A connection to a server. Importing this module imports neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def connect(
     attempt_timeout_s: float = 20.0,
     keep_freed_memory: bool = True,
 ) -> LossClient:
-    """Connect to a server ("host:port", or "unix:/path" on its own machine) and read its limits.
+    """Connect to a server ("host:port", or "unix:/path" on the server's machine) and read its limits.
 
-    timeout_s bounds each request with all its retries: a paged call, as `Table.evaluate`, makes several, and
-    `create_table` has a longer one of its own. attempt_timeout_s bounds the first try of a short request, so that a
-    lost reply is asked for again; each later try may take twice as long. With keep_freed_memory glibc is told, for the
-    whole process, not to hand large freed blocks back to the kernel: a message of 2 MB costs a third then.
+    timeout_s limits each request with all its retries. A paged call such as `Table.evaluate` sends several requests;
+    `create_table` has its own, longer timeout. attempt_timeout_s limits the first try of a short request, so that a
+    lost reply is requested again; each later try may take twice as long. keep_freed_memory stops glibc, in the whole
+    process, from returning large freed blocks to the kernel, which reduces the time of a 2 MB message to a third.
 
-    token, or token_file (a file that holds it alone and is read again when it changes), goes with every call. ca_file
-    (PEM) asks for TLS and says whose certificates a server may show; tls=True asks for it with the system's roots.
-    client_cert_file and client_key_file (PEM) are this client's own, for mutual TLS. A token is sent in plaintext to
-    this machine alone, unless allow_plaintext_token says otherwise.
+    token, or the content of token_file (a file with nothing but the token, read again when it changes), is sent with
+    every call. ca_file (PEM) enables TLS and contains the certificate authorities that may sign the server's
+    certificate; tls=True enables TLS with the system's authorities. client_cert_file and client_key_file (PEM) are the
+    client's own, for mutual TLS. Without TLS a token is sent only to this machine, unless allow_plaintext_token=True.
 
     Raises:
-        InvalidArgument: a file cannot be read, or a token would go over a network in plaintext.
-        Unauthenticated, PermissionDenied: the server wants another token.
-        ServerUnavailable, DeadlineExceeded: no server answers there.
+        InvalidArgument: a file cannot be read, or a token would be sent over a network in plaintext.
+        Unauthenticated, PermissionDenied: the server requires a different token.
+        ServerUnavailable, DeadlineExceeded: no server answers at this address.
     """
     if keep_freed_memory:
         allocator.keep_freed_memory()
@@ -70,9 +70,10 @@ def connect(
 
 
 class LossClient:
-    """A connection to a server: thread-safe, a context manager. Calls have a deadline; transient errors are retried.
+    """A thread-safe connection to a server, usable as a context manager.
 
-    It neither copies nor pickles, and so does nothing that holds it: tables, lazy logits, heads in torch.save(model).
+    Calls have a deadline, and transient errors are retried. A client cannot be copied or pickled, and neither can an
+    object that contains it: a table, lazy logits, or a head in torch.save(model).
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class LossClient:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise NotSupported(
-            "a connection, and what holds it (a table, a head), is not copied or pickled: save state_dict() of the "
-            "other modules, and connect where it is loaded"
+            "a connection, or an object that contains one (a table, a head), cannot be copied or pickled: save "
+            "state_dict() of the other modules, and connect again after loading it"
         )
 
     def __enter__(self) -> LossClient:
@@ -117,12 +118,15 @@ class LossClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection, once commits under way have ended; open tickets stay until they expire. Idempotent."""
+        """Close the connection after waiting up to timeout_s for commits in progress. Idempotent.
+
+        Open tickets stay on the server until they expire.
+        """
         wait(tuple(self._under_way), self.channel.timeout_s)
         self.channel.close()
 
     def watch(self, commit: Future[object]) -> None:
-        """Have `close` wait for a commit under way, and log where it fails: who started it may never ask."""
+        """Make `close` wait for a commit in progress, and log its failure in case the caller never reads the result."""
         self._under_way.add(commit)
         commit.add_done_callback(self._ended)
 
@@ -130,10 +134,10 @@ class LossClient:
         self._under_way.discard(commit)
         error = commit.exception()
         if error is not None:
-            log.warning("a commit that was under way ended with %s: %s", type(error).__name__, error)
+            log.warning("a commit sent in the background failed with %s: %s", type(error).__name__, error)
 
     def attached(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
-        """What shardloss.compat keeps with a table: the one that was made before, while it fits."""
+        """Return the object that a module of shardloss.compat keeps for a table; call make if none fits."""
         with self._attaching:
             known = self._attached.get((module, table))
             if known is None or not fits(cast(T, known)):
@@ -141,19 +145,19 @@ class LossClient:
             return cast(T, known)
 
     def server_info(self) -> types.ServerInfo:
-        """Version, features and limits of the server.
+        """Return the version, features and limits of the server.
 
         Raises:
-            ServerUnavailable, DeadlineExceeded: it does not answer.
+            ServerUnavailable, DeadlineExceeded: the server does not answer.
         """
         request = server_pb2.GetServerInfoRequest()
         return messages.server_info(self.channel.unary(self._server.GetServerInfo, request, None))
 
     def status(self) -> ServerStatus:
-        """What the server, its workers and its tables do now; of a client that is connected to the admin port.
+        """Return the status of the server, its workers and its tables; the client must be connected to the admin port.
 
         Raises:
-            NotSupported: the address is not that of an admin port.
+            NotSupported: the client is connected to another port.
         """
         stub = self.channel.stub(admin_pb2_grpc.AdminServiceStub)
         return server_status(self.channel.unary(stub.GetStatus, admin_pb2.GetStatusRequest(), None))
@@ -173,17 +177,18 @@ class LossClient:
         count_labels: bool = False,
         timeout_s: float = FILL_S,
     ) -> Table:
-        """Make a table of num_classes V rows of dim D, or take the one that exists with an equal spec.
+        """Create a table of num_classes V rows of dim D, or return the existing table if its spec is equal.
 
-        dtype is how rows are stored: "float32", "float64" or "bfloat16". placement "mod" deals the
-        classes out in turn, so that frequent ones, which samplers and labels hit, are on all shards alike; "div" cuts
-        them in ranges. num_shards 0 is one shard a worker. initializer None is uniform on +-1/sqrt(D);
-        optimizer None is plain SGD. count_labels counts the labels of commits, for the learned_unigram sampler and
-        corrected in-batch candidates. timeout_s is for the whole filling.
+        dtype is the storage dtype of rows: "float32", "float64" or "bfloat16". placement "mod" assigns classes to
+        shards in turn (id modulo num_shards), so that all shards share the frequent classes that samplers and labels
+        hit; "div" assigns contiguous ranges. num_shards 0 is one shard per worker. initializer None is uniform on
+        +-1/sqrt(D); optimizer None is plain SGD. With count_labels the server counts the labels of commits, which the
+        learned_unigram sampler and corrected in-batch candidates need. timeout_s includes the initialization of all
+        rows.
 
         Raises:
-            TableExists: the name is taken by another spec.
-            InvalidArgument, LimitExceeded: the spec is wrong or too large.
+            TableExists: a table of this name exists with another spec.
+            InvalidArgument, LimitExceeded: the spec is invalid or too large.
         """
         spec = messages.table_spec(
             name, num_classes, dim, dtype, bias, num_shards, placement, initializer, optimizer, count_labels
@@ -193,36 +198,38 @@ class LossClient:
         return Table(self, messages.table_info(reply.table))
 
     def table(self, name: str) -> Table:
-        """A table that exists.
+        """Return an existing table.
 
         Raises:
-            TableNotFound: there is none of that name.
+            TableNotFound: there is no table of this name.
         """
         request = table_pb2.GetTableRequest(table=name)
         return Table(self, messages.table_info(self.channel.unary(self.tables.GetTable, request, None)))
 
     def list_tables(self) -> list[types.TableInfo]:
-        """All tables by name, each as it stands now."""
+        """Return the spec and current state of all tables, ordered by name."""
         reply = self.channel.unary(self.tables.ListTables, table_pb2.ListTablesRequest(), None)
         return [messages.table_info(table) for table in reply.tables]
 
     def rename_table(self, name: str, new_name: str) -> Table:
-        """Give a table another name, whole and at once.
+        """Rename a table atomically.
 
         Raises:
-            TableNotFound, TableExists: there is none of that name; the new name is taken.
-            TransientError: it may have been renamed.
+            TableNotFound: there is no table of this name.
+            TableExists: the new name is taken.
+            TransientError: the table may have been renamed.
         """
         request = table_pb2.RenameTableRequest(table=name, new_name=new_name)
         reply = self.channel.unary(self.tables.RenameTable, request, None, whole=True, repeatable=False)
         return Table(self, messages.table_info(reply.table))
 
     def delete_table(self, name: str) -> None:
-        """Free a table with all its tickets.
+        """Delete a table with all its tickets.
 
         Raises:
-            TableNotFound: there is none of that name.
-            TransientError: it may have been deleted; not repeated here, since by then the name may be another table's.
+            TableNotFound: there is no table of this name.
+            TransientError: the table may have been deleted. The call is not retried, because another table may have
+                the name by then.
         """
         request = table_pb2.DeleteTableRequest(table=name)
         self.channel.unary(self.tables.DeleteTable, request, None, whole=True, repeatable=False)

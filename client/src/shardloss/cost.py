@@ -1,4 +1,4 @@
-"""What calls cost the server, where it was asked to tell."""
+"""The cost of calls on the server, which replies contain on request."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shardloss.v1 import cost_pb2
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """What a call, or the pages of one question together, cost the server.
+    """The cost on the server of one call, or of all pages of one request.
 
-    total_s holds wait_s (for its place, and the step before it), plan_s, fanout_s (until all shards had answered) and
-    finish_s, which do not overlap; fanout_s holds kernel_s, what the slowest worker computed. received_bytes and
-    sent_bytes are messages; flops those of the matrix products that were asked for (docs/metrics.md).
+    total_s includes wait_s (for the call's turn and the preceding step), plan_s, fanout_s (until all shards have
+    answered) and finish_s, which do not overlap. fanout_s includes kernel_s, the compute time of the slowest worker.
+    received_bytes and sent_bytes are message sizes; flops counts the requested matrix products (docs/metrics.md).
     """
 
     total_s: float
@@ -29,7 +29,7 @@ class CallCost:
 
 
 def call_cost(message: cost_pb2.CallCost) -> CallCost:
-    """The cost in a reply."""
+    """Return the cost that a reply contains."""
     times = {name: getattr(message, f"{name[:-2]}_us") / 1e6 for name in NAMES if name.endswith("_s")}
     return CallCost(**times, received_bytes=message.received_bytes, sent_bytes=message.sent_bytes, flops=message.flops)
 
@@ -38,7 +38,7 @@ NAMES = tuple(field.name for field in fields(CallCost))
 
 
 def sum_of(costs: Sequence[CallCost | None]) -> CallCost | None:
-    """The cost of several calls together; None where they were not asked for it."""
+    """Return the total cost of several calls, or None if it was not requested."""
     present = [cost for cost in costs if cost is not None]
     if not present:
         return None

@@ -1,4 +1,4 @@
-"""What a client shows and asks of a server: a token, certificates, and where neither may be sent."""
+"""Credentials of a client: its token, its certificates, and the check that a token is not exposed in plaintext."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from shardloss.errors import InvalidArgument
 
-LOOK_AGAIN_S = 1.0  # how often a token file is looked at
+LOOK_AGAIN_S = 1.0  # minimum time between two checks of a token file
 FilePath = str | os.PathLike[str]
 SCHEMES = ("dns:", "ipv4:", "ipv6:")
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """As `shardloss.connect` takes them; of none, the connection is plaintext and without a token."""
+    """The credential arguments of `shardloss.connect`. With none set: plaintext, no token."""
 
     token: str | None = field(default=None, repr=False)
     token_file: FilePath | None = None
@@ -32,32 +32,32 @@ class Credentials:
 
     @property
     def is_tls(self) -> bool:
-        """Whether the connection is encrypted: any of the files of TLS asks for it."""
+        """True if the connection is encrypted: tls is True, or a certificate or key file is given."""
         return self.tls or any(file is not None for file in (self.ca_file, self.client_cert_file, self.client_key_file))
 
     def check(self, address: str) -> None:
-        """Refuse what does not fit together, and a token that others could read on its way.
+        """Raise `InvalidArgument` if arguments conflict or a token would be sent over a network in plaintext.
 
         Raises:
-            InvalidArgument: the message says what to do.
+            InvalidArgument: one of these is the case; the message says how to fix it.
         """
         if self.token is not None and self.token_file is not None:
             raise InvalidArgument("give token or token_file, not both", field="token")
         if (self.client_cert_file is None) != (self.client_key_file is None):
-            raise InvalidArgument("client_cert_file and client_key_file go together", field="client_cert_file")
+            raise InvalidArgument("give client_cert_file and client_key_file together", field="client_cert_file")
         has_token = self.token is not None or self.token_file is not None
         if has_token and not (self.is_tls or self.allow_plaintext_token or is_local(address)):
             message = (
-                f"a token would go to {address} in plaintext, for others to read: give ca_file (or tls=True), or "
-                "allow_plaintext_token=True where something else encrypts, or the network is yours alone"
+                f"a token would be sent to {address} in plaintext, where others could read it: give ca_file (or "
+                "tls=True), or allow_plaintext_token=True if another layer encrypts or the network is private"
             )
             raise InvalidArgument(message, field="token")
 
     def certificates(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """(roots, private key, certificate chain) as PEM; None is gRPC's own roots, and no certificate.
+        """Return (roots, private key, certificate chain) as PEM; None stands for gRPC's own roots or no certificate.
 
         Raises:
-            InvalidArgument: a file cannot be read, or is no PEM, or the key is another certificate's.
+            InvalidArgument: a file cannot be read or is not PEM, or the key does not belong to the certificate.
         """
         roots = self.ca_file if self.ca_file is not None else ssl.get_default_verify_paths().cafile
         found = (
@@ -67,7 +67,7 @@ class Credentials:
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         field_name = "ca_file"
-        try:  # gRPC would say no more than that nobody answers
+        try:  # gRPC itself would only report that the server is unavailable
             if roots is not None:
                 context.load_verify_locations(roots)
             field_name = "client_cert_file"
@@ -79,15 +79,15 @@ class Credentials:
 
 
 def no_password() -> str:
-    """A key with a password would have OpenSSL ask for it at a terminal."""
-    raise ValueError("the key has a password")
+    """Raise ValueError; without this callback OpenSSL would prompt at the terminal for the password of a key."""
+    raise ValueError("the key is protected by a password")
 
 
 class Bearer:
-    """The token of each call; one of a file is read again where the file changes. Thread-safe."""
+    """Source of the token that each call sends; a token file is read again when it changes. Thread-safe."""
 
     def __init__(self, credentials: Credentials) -> None:
-        """Raises InvalidArgument where the token, or what its file holds, is none."""
+        """Read the token; raise `InvalidArgument` if the token or the content of its file is not valid."""
         self._file = None if credentials.token_file is None else Path(credentials.token_file)
         self._looking = threading.Lock()
         self._looked = time.monotonic()
@@ -99,35 +99,38 @@ class Bearer:
             self._token = checked(credentials.token, "token")
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with a call."""
+        """Return the metadata to send with a call: the authorization header, or nothing if there is no token."""
         if self._file is not None and time.monotonic() - self._looked >= LOOK_AGAIN_S:
             self.renew()
         return () if self._token is None else (("authorization", f"Bearer {self._token}"),)
 
     def renew(self) -> bool:
-        """Look at the file again; whether it held another token. One that cannot be read changes nothing."""
+        """Read the token file again if it has changed and return True if the token is new.
+
+        A file that cannot be read changes nothing.
+        """
         if self._file is None:
             return False
         with self._looking:
             self._looked, before, stamp = time.monotonic(), self._token, stamp_of(self._file)
             if stamp is None or stamp == self._stamp:
                 return False
-            with suppress(InvalidArgument):  # half written: the next look tells
+            with suppress(InvalidArgument):  # a half-written file is read again at the next check
                 self._token, self._stamp = token_in(self._file), stamp
             return self._token != before
 
 
 def token_in(path: Path) -> str:
-    """The token that a file holds.
+    """Return the token in a file.
 
     Raises:
-        InvalidArgument: it cannot be read, or holds none.
+        InvalidArgument: the file cannot be read or contains no valid token.
     """
     return checked(content_of(path, "token_file").decode("utf-8", "replace"), f"token_file {path}")
 
 
 def stamp_of(path: Path) -> tuple[int, int, int] | None:
-    """What changes where a file does; None: it is not there."""
+    """Return (mtime, size, inode), which changes when the file changes, or None if there is no such file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -136,23 +139,24 @@ def stamp_of(path: Path) -> tuple[int, int, int] | None:
 
 
 def checked(text: str, where: str) -> str:
-    """A token as it goes into metadata.
+    """Return a token without surrounding whitespace, as it is sent in metadata.
 
     Raises:
-        InvalidArgument: it is empty, or holds what metadata cannot; it is not shown.
+        InvalidArgument: the token is empty or has characters that metadata cannot contain. The message does not show
+            the token.
     """
     token = text.strip()
     if not token or not all(0x21 <= ord(char) <= 0x7E for char in token):
-        message = f"{where} holds no token: one word of printable ASCII characters is needed"
+        message = f"{where} contains no valid token: one word of printable ASCII characters is needed"
         raise InvalidArgument(message, field="token")
     return token
 
 
 def content_of(path: FilePath, name: str) -> bytes:
-    """A file's bytes.
+    """Return the bytes of a file.
 
     Raises:
-        InvalidArgument: it cannot be read.
+        InvalidArgument: the file cannot be read; the error names the argument.
     """
     try:
         return Path(path).read_bytes()
@@ -161,7 +165,7 @@ def content_of(path: FilePath, name: str) -> bytes:
 
 
 def is_local(address: str) -> bool:
-    """Whether a gRPC address is on this machine for sure: a Unix socket, localhost or a loopback address."""
+    """Return True if a gRPC address is certainly on this machine: a Unix socket, localhost or a loopback address."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     for scheme in SCHEMES:
@@ -170,7 +174,7 @@ def is_local(address: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host; names other than localhost, and every address at once, do not count."""
+    """Return True if only this machine can reach host: localhost or a loopback address, but no wildcard address."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -183,7 +187,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(address: str) -> str:
-    """The host of host:port, [host]:port or host."""
+    """Return the host of host:port, [host]:port or host."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
     return address if address.count(":") > 1 else address.partition(":")[0]

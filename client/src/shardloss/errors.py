@@ -1,14 +1,14 @@
-"""The one error tree of client and server, sorted by who must act.
+"""The error tree that client and server share, sorted by who must act.
 
     ShardlossError
-    ├── RequestError                the caller changes something
+    ├── RequestError                the caller must change something
     │   ├── InvalidArgument         INVALID_ARGUMENT    a field is wrong; `field` and `index` name it
-    │   ├── LimitExceeded           LIMIT_EXCEEDED      larger than this server ever takes
-    │   ├── NotSupported            NOT_SUPPORTED       reserved in the contract, not built
+    │   ├── LimitExceeded           LIMIT_EXCEEDED      larger than this server accepts
+    │   ├── NotSupported            NOT_SUPPORTED       reserved in the contract, not implemented
     │   ├── TableNotFound           TABLE_NOT_FOUND
     │   ├── TableExists             TABLE_EXISTS        with another spec
     │   ├── SessionExpired          SESSION_EXPIRED     unknown or forgotten
-    │   ├── StepReused              STEP_REUSED         another payload came under the same key
+    │   ├── StepReused              STEP_REUSED         the key was used with another payload
     │   ├── StepTooOld              STEP_TOO_OLD        a later step was applied or given up
     │   ├── TicketUnknown           TICKET_UNKNOWN
     │   ├── TicketExpired           TICKET_EXPIRED
@@ -16,8 +16,8 @@
     │   ├── Stale                   STALE               scored too many commits ago
     │   ├── Unauthenticated         UNAUTHENTICATED
     │   ├── PermissionDenied        PERMISSION_DENIED
-    │   ├── BadFile                 BAD_FILE            client only: a file is not what it must be
-    │   ├── TableMoved              TABLE_MOVED         client only: others trained it while it was exported
+    │   ├── BadFile                 BAD_FILE            client only: a file is invalid or cannot be written
+    │   ├── TableMoved              TABLE_MOVED         client only: the table changed while it was exported
     │   ├── DoubleBackward          DOUBLE_BACKWARD     client only: the loss has no second derivative
     │   └── ClientClosed            CLIENT_CLOSED       client only
     ├── TransientError              the same call may be repeated
@@ -25,13 +25,13 @@
     │   ├── TableUnavailable        TABLE_UNAVAILABLE   shards are being brought to one version
     │   ├── ServerUnavailable       SERVER_UNAVAILABLE  no answer, or shutting down
     │   └── DeadlineExceeded        DEADLINE_EXCEEDED
-    └── ServiceError                an operator looks
+    └── ServiceError                an operator must investigate
         ├── RowsLost                ROWS_LOST           a worker died with rows of this table
         ├── Internal                INTERNAL
-        └── BadReply                BAD_REPLY           client only: the server answered nonsense
+        └── BadReply                BAD_REPLY           client only: the reply violates the contract
 
-A class is rebuilt from its stable `reason`, never from text; where a status carries no reason (a proxy made it), from
-the gRPC status code.
+The client rebuilds a class from its stable `reason`, never from text. If a status carries no reason, for instance
+because a proxy created it, the gRPC status code determines the class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ DOMAIN = "shardloss"
 
 
 class ShardlossError(Exception):
-    """Root of the tree. `reason` is stable; `status` is the gRPC status code's name; details are strings by name."""
+    """Root of the error tree.
+
+    `reason` is a stable identifier, `status` the name of the gRPC status code, and `details` strings by name.
+    """
 
     reason = "UNKNOWN"
     status = "UNKNOWN"
@@ -54,17 +57,17 @@ class ShardlossError(Exception):
 
     @property
     def field(self) -> str | None:
-        """The request field at fault, as named in the contract."""
+        """The request field at fault, as named in the contract, or None."""
         return self.details.get("field")
 
     @property
     def index(self) -> str | None:
-        """The first offending index within the field, "17" or "17, 0"."""
+        """The first offending index within the field, such as "17" or "17, 0", or None."""
         return self.details.get("index")
 
 
 class RequestError(ShardlossError):
-    """The caller must change something; a repeat fails again."""
+    """An error that the caller must fix; the same call would fail again."""
 
     status = "FAILED_PRECONDITION"
 
@@ -82,19 +85,19 @@ class LimitExceeded(RequestError):
 
 
 class NotSupported(RequestError, NotImplementedError):
-    """A reserved field or option was used."""
+    """A reserved field, or an operation that is not supported, was used."""
 
     reason, status = "NOT_SUPPORTED", "UNIMPLEMENTED"
 
 
 class TableNotFound(RequestError, LookupError):
-    """No table of that name."""
+    """There is no table of this name."""
 
     reason, status = "TABLE_NOT_FOUND", "NOT_FOUND"
 
 
 class TableExists(RequestError):
-    """A table of that name exists with another spec."""
+    """A table of this name exists with another spec."""
 
     reason, status = "TABLE_EXISTS", "ALREADY_EXISTS"
 
@@ -118,31 +121,31 @@ class StepTooOld(RequestError):
 
 
 class TicketUnknown(RequestError, LookupError):
-    """No such ticket in this session and step."""
+    """There is no such ticket in this session and step."""
 
     reason, status = "TICKET_UNKNOWN", "NOT_FOUND"
 
 
 class TicketExpired(RequestError):
-    """The ticket was open for longer than the server keeps one."""
+    """The ticket was open for longer than the server keeps tickets."""
 
     reason = "TICKET_EXPIRED"
 
 
 class TicketAborted(RequestError):
-    """The ticket was given up."""
+    """The ticket was given up and can no longer be committed."""
 
     reason, status = "TICKET_ABORTED", "ABORTED"
 
 
 class Stale(RequestError):
-    """A part was scored more commits ago than allowed."""
+    """A part was scored more commits ago than is allowed."""
 
     reason = "STALE"
 
 
 class Unauthenticated(RequestError):
-    """No valid credentials."""
+    """The call carries no valid credentials."""
 
     reason, status = "UNAUTHENTICATED", "UNAUTHENTICATED"
 
@@ -154,13 +157,13 @@ class PermissionDenied(RequestError):
 
 
 class BadFile(RequestError, ValueError):
-    """A file that is not what it must be, or cannot be written; the message names the file and the tensor."""
+    """A file is invalid or cannot be written; the message names the file and the tensor."""
 
     reason = "BAD_FILE"
 
 
 class TableMoved(RequestError):
-    """Another trainer changed the table while it was exported: what was read is of several versions."""
+    """Another trainer changed the table while it was exported, so the exported rows are of several versions."""
 
     reason = "TABLE_MOVED"
 
@@ -178,18 +181,18 @@ class ClientClosed(RequestError, RuntimeError):
 
 
 class TransientError(ShardlossError):
-    """The same call, with the same key, may be repeated."""
+    """A temporary failure; the same call, with the same key, may be repeated."""
 
     status = "UNAVAILABLE"
 
     @property
     def retry_after_s(self) -> float:
-        """Seconds the server asks to wait before a repeat; 0 where it named none."""
+        """Seconds to wait before repeating the call, as reported by the server; 0 if it reported none."""
         return float(self.details.get("retry_after_s", "0"))
 
 
 class Overloaded(TransientError):
-    """The server is at a momentary limit of calls, bytes, sessions or tickets."""
+    """The server is temporarily at its limit of calls, bytes, sessions or tickets."""
 
     reason, status = "OVERLOADED", "RESOURCE_EXHAUSTED"
 
@@ -207,46 +210,46 @@ class ServerUnavailable(TransientError, ConnectionError):
 
 
 class DeadlineExceeded(TransientError, TimeoutError):
-    """The call's time was up; it may or may not have taken effect, and a repeat with the same key tells."""
+    """The call ran out of time. It may or may not have taken effect; repeat it with the same key to find out."""
 
     reason, status = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"
 
 
 class ServiceError(ShardlossError):
-    """Something an operator must look at."""
+    """A failure that an operator must investigate."""
 
     status = "INTERNAL"
 
 
 class RowsLost(ServiceError):
-    """A worker died and its rows of this table are gone; the table must be made and filled again."""
+    """A worker died and its rows of this table are lost: delete the table, create it again and reload its rows."""
 
     reason, status = "ROWS_LOST", "DATA_LOSS"
 
 
 class Internal(ServiceError):
-    """A bug of the server; its log holds the request id."""
+    """A bug in the server, whose log contains the request id."""
 
     reason = "INTERNAL"
 
 
 class BadReply(ServiceError):
-    """The server's answer does not fit the contract."""
+    """The server's reply violates the contract."""
 
     reason = "BAD_REPLY"
 
 
 def leaves(root: type[ShardlossError] = ShardlossError) -> list[type[ShardlossError]]:
-    """Every class of the tree that has no subclass."""
+    """Return every class of the tree that has no subclass."""
     subclasses = root.__subclasses__()
     return [leaf for sub in subclasses for leaf in leaves(sub)] if subclasses else [root]
 
 
 BY_REASON: Mapping[str, type[ShardlossError]] = {leaf.reason: leaf for leaf in leaves()}
 
-# For statuses without our ErrorInfo: made by gRPC itself or by a proxy on the way.
+# For statuses without our ErrorInfo, which gRPC itself or a proxy has created.
 BY_STATUS: Mapping[str, type[ShardlossError]] = {
-    "CANCELLED": ServerUnavailable,  # the client cancels nothing: the server dropped a call that stood still
+    "CANCELLED": ServerUnavailable,  # the client never cancels a call, so the server dropped a stalled one
     "UNKNOWN": Internal,
     "INVALID_ARGUMENT": InvalidArgument,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
@@ -266,6 +269,6 @@ BY_STATUS: Mapping[str, type[ShardlossError]] = {
 
 
 def from_reason(reason: str | None, status: str, message: str, details: Mapping[str, str]) -> ShardlossError:
-    """Rebuild an error from what crossed the wire; an unknown reason falls back to its status."""
+    """Rebuild an error from a received status; an unknown reason falls back to the status code."""
     cls = BY_REASON.get(reason or "") or BY_STATUS.get(status, Internal)
     return cls(message, **details)

@@ -1,4 +1,4 @@
-"""What exact questions found, in numbers: per row, over a data set, and beside a sampled loss."""
+"""Results of exact evaluation: per row, summed over a data set, and compared with a sampled loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from shardloss.wire import Array
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSummary:
-    """Sums over counted rows, and how often each rank came: at most min(V, rows) numbers, none of them a row's own.
+    """Sums over the counted rows, and the number of rows per rank; no value of a single row is kept.
 
-    num_rows counts all rows, num_counted those that were not ignored. ranks [R] ascending, rank_counts [R]; None where
-    ranks, or sigmoid_sum, were not asked for. The means are nan where no row counts.
+    num_rows counts all rows, num_counted those that were not ignored. ranks [R] are ascending, with rank_counts [R] and
+    R <= min(V, num_rows). ranks and rank_counts, or sigmoid_sum, are None if not requested. The means are nan if no row
+    counts.
     """
 
     num_rows: int
@@ -31,12 +32,12 @@ class EvaluationSummary:
 
     @property
     def mean_loss(self) -> float:
-        """Mean negative log likelihood, nats."""
+        """Mean negative log-likelihood in nats."""
         return mean(self.loss_sum, self.num_counted)
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_loss); inf where that overflows."""
+        """The perplexity exp(mean_loss), or inf on overflow."""
         try:
             return math.exp(self.mean_loss)
         except OverflowError:
@@ -44,29 +45,29 @@ class EvaluationSummary:
 
     @property
     def mean_sigmoid(self) -> float:
-        """Mean sigmoid cross-entropy over all classes, nats.
+        """Mean sigmoid cross-entropy over all classes in nats.
 
         Raises:
-            InvalidArgument: it was not asked for.
+            InvalidArgument: the sigmoid cross-entropy was not requested.
         """
         if self.sigmoid_sum is None:
-            raise InvalidArgument("no sigmoid cross-entropy is here: evaluate with want_sigmoid=True")
+            raise InvalidArgument("the sigmoid cross-entropy was not computed: evaluate with want_sigmoid=True")
         return mean(self.sigmoid_sum, self.num_counted)
 
     def hit_rate(self, k: int) -> float:
-        """Share of the rows whose true class is among the k best.
+        """Return the share of counted rows whose true class is among the k best.
 
         Raises:
-            InvalidArgument: k < 1, or ranks were not asked for.
+            InvalidArgument: k < 1, or ranks were not requested.
         """
         ranks, counts = self._ranks(k)
         return mean(float(counts[ranks <= k].sum()), self.num_counted)
 
     def mrr(self, k: int | None = None) -> float:
-        """Mean reciprocal rank of the true class; ranks beyond k count 0.
+        """Return the mean reciprocal rank of the true class; a rank beyond k counts as 0.
 
         Raises:
-            InvalidArgument: k < 1, or ranks were not asked for.
+            InvalidArgument: k < 1, or ranks were not requested.
         """
         ranks, counts = self._ranks(k)
         near = slice(None) if k is None else ranks <= k
@@ -76,18 +77,18 @@ class EvaluationSummary:
         if k is not None and k < 1:
             raise InvalidArgument(f"k = {k} must be at least 1", field="k")
         if self.ranks is None or self.rank_counts is None:
-            raise InvalidArgument("no ranks are here: evaluate with want_rank=True", field="want_rank")
+            raise InvalidArgument("ranks were not computed: evaluate with want_rank=True", field="want_rank")
         return self.ranks, self.rank_counts
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Exact answers per row; None where not asked for.
+    """Exact results per row; a field is None if it was not requested.
 
-    loss [N] nats; rank [N] of the true class, 1 the best; sigmoid [N], sigmoid cross-entropy over all classes, nats.
-    counted [N] is False in ignored rows, where all else is 0; None: all count. version and last_version are the table's
-    when the first slice ran, and the last; cost is None unless asked for. The means are over counted rows, nan where
-    there is none.
+    loss [N] is in nats; rank [N] is that of the true class, 1 the best; sigmoid [N] is the sigmoid cross-entropy over
+    all classes in nats. counted [N] is False for ignored rows, whose other values are 0; None means that all rows
+    count. version and last_version are the table's versions when the first and the last slice ran. The means are over
+    counted rows, and nan if there are none.
     """
 
     loss: Array
@@ -99,7 +100,7 @@ class Evaluation:
     cost: CallCost | None = None
 
     def summary(self) -> EvaluationSummary:
-        """The sums of these rows."""
+        """Return the summary of these rows."""
         counted = np.ones(len(self.loss), dtype=bool) if self.counted is None else self.counted
         ranks, counts = (None, None) if self.rank is None else np.unique(self.rank[counted], return_counts=True)
         return EvaluationSummary(
@@ -115,39 +116,39 @@ class Evaluation:
 
     @property
     def num_counted(self) -> int:
-        """Rows that were not ignored."""
+        """The number of rows that were not ignored."""
         return self.summary().num_counted
 
     @property
     def mean_loss(self) -> float:
-        """Mean negative log likelihood, nats."""
+        """Mean negative log-likelihood in nats."""
         return self.summary().mean_loss
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_loss); inf where that overflows."""
+        """The perplexity exp(mean_loss), or inf on overflow."""
         return self.summary().perplexity
 
     @property
     def mean_sigmoid(self) -> float:
-        """Mean sigmoid cross-entropy over all classes, nats; raises as `EvaluationSummary.mean_sigmoid`."""
+        """Mean sigmoid cross-entropy over all classes in nats; raises as `EvaluationSummary.mean_sigmoid`."""
         return self.summary().mean_sigmoid
 
     def hit_rate(self, k: int) -> float:
-        """Share of the rows whose true class is among the k best; raises as `EvaluationSummary.hit_rate`."""
+        """Return the share of counted rows whose true class is among the k best, as `EvaluationSummary.hit_rate`."""
         return self.summary().hit_rate(k)
 
     def mrr(self, k: int | None = None) -> float:
-        """Mean reciprocal rank, ranks beyond k counting 0; raises as `EvaluationSummary.mrr`."""
+        """Return the mean reciprocal rank, ranks beyond k counting as 0, as `EvaluationSummary.mrr`."""
         return self.summary().mrr(k)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingGap:
-    """The sampled and the exact loss of the same rows, each [N], nats; counted [N] is False in ignored rows.
+    """The sampled and the exact loss of the same rows, each [N] in nats; counted [N] is False for ignored rows.
 
-    Sampled at `version`, exact from exact_version to exact_last_version: where `is_one_version` is False, others
-    trained between, and a part of the gap is their work.
+    The sampled loss is of `version`, the exact one of exact_version to exact_last_version. If `is_one_version` is
+    False, the table was trained in between, which accounts for part of the gap.
     """
 
     sampled: Array
@@ -159,33 +160,33 @@ class SamplingGap:
 
     @property
     def gap(self) -> Array:
-        """sampled - exact [N], nats."""
+        """The gap sampled - exact [N] in nats."""
         return np.asarray(self.sampled - self.exact)
 
     @property
     def mean_gap(self) -> float:
-        """Mean of gap over counted rows, nats; nan where there is none."""
+        """Mean of gap over counted rows in nats; nan if there are none."""
         return mean(float(self.gap[self.counted].sum(dtype=np.float64)), int(self.counted.sum()))
 
     @property
     def is_one_version(self) -> bool:
-        """Whether both losses are of the same version of the table."""
+        """True if both losses are of the same version of the table."""
         return self.version == self.exact_version == self.exact_last_version
 
 
 def mean(total: float, count: int) -> float:
-    """total / count; nan for none."""
+    """Return total / count, or nan if count is 0."""
     return total / count if count else math.nan
 
 
 def joined(first: EvaluationSummary, second: EvaluationSummary) -> EvaluationSummary:
-    """The summary of the rows of both, first before second.
+    """Return one summary of the rows of two summaries, first before second.
 
     Raises:
-        InvalidArgument: one has ranks, or sigmoid sums, and the other has not.
+        InvalidArgument: only one of them has ranks, or only one has a sigmoid sum.
     """
     if (first.ranks is None) != (second.ranks is None) or (first.sigmoid_sum is None) != (second.sigmoid_sum is None):
-        raise InvalidArgument("the summaries answer different questions")
+        raise InvalidArgument("only one of the two summaries has ranks or sigmoid sums: request the same for both")
     ranks, counts = first.ranks, first.rank_counts
     if ranks is not None and counts is not None and second.ranks is not None and second.rank_counts is not None:
         ranks, place = np.unique(np.concatenate([ranks, second.ranks]), return_inverse=True)

@@ -1,4 +1,4 @@
-"""Heads: torch modules over a remote table, called like a local loss."""
+"""Heads: torch modules that compute losses over a remote table and are called like a local loss."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uncompiled(function: F) -> F:
-    """A function that torch.compile runs as it is, between compiled graphs: an RPC cannot be traced."""
+    """Exclude a function from torch.compile, which cannot trace an RPC; it runs between the compiled graphs."""
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Head(torch.nn.Module):
     """A loss over a remote table: head(hidden, labels) -> loss.
 
-    hidden [..., D] on any device in float32, float64, float16 or bfloat16; labels [...] one class a row, or [..., T]
-    for T true classes, int64 or int32. The loss is of float32 (float64 for a float64 table), [...] with reduction
-    "none". As in torch, "mean" divides by the number of rows with a label other than ignore_index, and is nan where
-    there is none.
+    hidden [..., D] is on any device in float32, float64, float16 or bfloat16. labels are int64 or int32: [...] with one
+    class per row, or [..., T] with T true classes. The loss is float32 (float64 for a float64 table), [...] with
+    reduction "none". As in torch, "mean" divides by the number of rows with a label other than ignore_index, and is nan
+    if there are none.
 
-    Each call in training mode with gradients enabled is a part of the present step; `optimizer(lr)` gives the torch
-    optimizer whose step() commits those whose backward has run, and gives the others up. In eval mode or under no_grad
-    a call leaves the table alone. zero_grad() of the optimizer gives up a step none of whose losses waits for its
-    backward: backward of one of them again (retain_graph=True) cannot be committed any more. With a learning_rate of
-    its own the head commits in backward, for plain loops of one loss a step. copy.deepcopy gives a head of the same
-    table with steps of its own. torch.compile runs it as it is, between compiled graphs. Not thread-safe.
+    Each call in training mode with gradients enabled is a part of the current step. `optimizer(lr)` returns the torch
+    optimizer whose step() commits the parts whose backward has run and gives up the others. In eval mode or under
+    no_grad a call does not change the table. zero_grad() of the optimizer gives up the step unless one of its losses
+    still waits for its backward; a second backward of a loss of that step (retain_graph=True) can then no longer be
+    committed. With its own learning_rate the head commits in backward, for simple loops with one loss per step.
+    copy.deepcopy returns a head of the same table with its own steps. torch.compile runs the head uncompiled, between
+    compiled graphs. Not thread-safe.
 
-    wire_dtype, None until it is set, is what hidden and its gradient cross the wire in: torch.bfloat16 or torch.float16
-    halve what float32 hidden carries, rounded once on each way. A loss's gradient is rounded before it is multiplied by
-    any upstream: float16 makes 0 of what is below 6e-8 then, and refuses what is above 65,504.
+    wire_dtype, None by default, is the dtype in which hidden and its gradient are sent: torch.bfloat16 or torch.float16
+    halve the bytes of float32 hidden, with one rounding in each direction. The gradient of a loss is rounded before it
+    is multiplied by the upstream gradient: float16 then rounds values below 6e-8 to 0 and refuses values above 65,504.
 
     Raises:
-        InvalidArgument: a tensor does not fit; hidden that overflowed to inf is refused, not passed on as nan.
-        ShardlossError: whatever the service answers, see docs/errors.md.
+        InvalidArgument: a tensor has a wrong type, dtype or shape; hidden that overflowed to inf is refused and does
+            not become a nan loss.
+        ShardlossError: the service returned an error; see docs/errors.md.
     """
 
     def __init__(self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None) -> None:
@@ -74,14 +76,14 @@ class Head(torch.nn.Module):
         return twin
 
     def optimizer(self, lr: float, *, overlap: bool = False) -> RemoteOptimizer:
-        """The optimizer of the remote table: step() commits, zero_grad() drops what was not committed.
+        """Return the optimizer of the remote table: step() commits, zero_grad() drops uncommitted gradients.
 
-        With overlap step() does not wait: the table takes the step while the trainer goes on.
+        With overlap, step() does not wait: the table applies the step while the trainer continues.
         """
         return RemoteOptimizer(self.pending, lr, overlap)
 
     def extra_repr(self) -> str:
-        """The table in repr(head)."""
+        """Return the description of the table in repr(head)."""
         spec = self.table.spec
         return f"table={spec.name!r}, num_classes={spec.num_classes}, dim={spec.dim}, reduction={self.reduction!r}"
 
@@ -94,7 +96,10 @@ class Head(torch.nn.Module):
         label_weights: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Flatten, compute, reduce. A scale of one element multiplies the loss's own and gets its gradient."""
+        """Compute the losses of a batch and reduce them.
+
+        scale, a one-element tensor, multiplies the loss's own scale and gets a gradient.
+        """
         check_tensor(hidden, "hidden")
         if hidden.dim() == 0:
             raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
@@ -104,7 +109,7 @@ class Head(torch.nn.Module):
             check_tensor(label_weights, "label_weights")
             if label_weights.shape != labels.shape:
                 raise InvalidArgument(
-                    f"label_weights {list(label_weights.shape)} do not fit labels {list(labels.shape)}",
+                    f"label_weights {list(label_weights.shape)} must have the shape of labels {list(labels.shape)}",
                     field="label_weights",
                 )
         flat_labels = labels.reshape(num_rows, num_true)
@@ -142,12 +147,15 @@ class Head(torch.nn.Module):
     def apply_distribution(
         self, hidden: Tensor, labels: Tensor, loss: types.FullSoftmax, scale: Tensor | None = None
     ) -> Tensor:
-        """As `apply_loss` of labels [..., V] that are weights of all classes: a step of their own."""
+        """Compute the loss of labels [..., V] with a weight for every class, as `apply_loss`.
+
+        It must be the only loss of its step.
+        """
         num_classes = self.table.spec.num_classes
         if hidden.dim() == 0 or labels.shape != (*hidden.shape[:-1], num_classes):
             raise InvalidArgument(
-                f"labels {list(labels.shape)} are floats: a distribution [..., {num_classes}] beside hidden "
-                f"{list(hidden.shape)} is needed",
+                f"labels {list(labels.shape)} are floats: a distribution [..., {num_classes}] is needed for hidden "
+                f"{list(hidden.shape)}",
                 field="labels",
             )
         batch_shape = hidden.shape[:-1]
@@ -193,10 +201,10 @@ class Head(torch.nn.Module):
         return self._attached(hidden, scale, result, loss, part)
 
     def _sent(self, hidden: Tensor) -> Tensor:
-        """Hidden as it crosses the wire.
+        """Return hidden in the dtype in which it is sent.
 
         Raises:
-            InvalidArgument: it, or wire_dtype, is of no float dtype of the contract.
+            InvalidArgument: the dtype of hidden, or wire_dtype, is not a float dtype of the contract.
         """
         if self.wire_dtype is None:
             return hidden
@@ -207,18 +215,18 @@ class Head(torch.nn.Module):
 
     @property
     def _grad_dtype(self) -> str | None:
-        """The name of wire_dtype."""
+        """The name of wire_dtype, such as "bfloat16", or None."""
         return None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
 
     def _attached(
         self, hidden: Tensor, scale: Tensor | None, result: types.LossResult, kind: types.Loss, part: Part | None
     ) -> Tensor:
-        """The losses [N] of a reply, in the graph of hidden [N, D] and scale; part None leaves the table alone."""
+        """Return a reply's losses [N] in the graph of hidden [N, D] and scale; part None does not train the table."""
         differentiable = torch.is_grad_enabled()
         lacks_grad = differentiable and hidden.requires_grad and result.hidden_grad is None
         lacks_scale = differentiable and scale is not None and scale.requires_grad and result.scale_grad is None
         if result.loss is None or lacks_grad or lacks_scale:
-            raise BadReply("the reply lacks the loss or the gradient that was asked for")
+            raise BadReply("the reply lacks the loss or a requested gradient")
         loss, mark = to_torch(result.loss), None
         if part is not None:
             mark = Mark.apply(self.pending.probe, self.pending, part, loss)  # type: ignore[no-untyped-call]
@@ -226,18 +234,18 @@ class Head(torch.nn.Module):
         inputs = (hidden, mark, scale, loss, result.hidden_grad, scale_grad)
         return cast(Tensor, RemoteLoss.apply(*inputs))  # type: ignore[no-untyped-call]
 
-    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:  # noqa: ARG002  (heads differ)
-        """What "mean" divides the losses of labels [N, T] by."""
+    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:  # noqa: ARG002  (overridden)
+        """Return the number by which "mean" divides the sum of the losses of labels [N, T]."""
         if self.ignore_index is None:
             return len(labels)
         return int((labels != self.ignore_index).any(1).sum())
 
 
 def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
-    """The loss with its scale multiplied by a tensor of one element.
+    """Return a loss with its scale multiplied by a one-element tensor.
 
     Raises:
-        InvalidArgument: it has more, or is no tensor.
+        InvalidArgument: scale is not a tensor of one element.
     """
     check_tensor(scale, "scale")
     if scale.numel() != 1:
@@ -247,7 +255,7 @@ def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
 
 
 def mean_of(losses: Tensor, num_counted: float) -> Tensor:
-    """sum(losses [N]) / num_counted; nan for none, whose gradient is 0 as torch's."""
+    """Return sum(losses [N]) / num_counted, or nan with gradient 0, as torch does, if num_counted is 0."""
     mean = losses.sum() / (num_counted or 1)
     return mean if num_counted else torch.where(torch.ones_like(mean, dtype=torch.bool), float("nan"), mean)
 
@@ -267,7 +275,7 @@ class SoftmaxHead(Head):
         super().__init__(table, reduction=reduction, ignore_index=ignore_index, learning_rate=learning_rate)
         given = loss.class_weights
         self.class_weights = None if given is None else class_weights_of(given, table.spec.num_classes)
-        sent = self.class_weights if loss.label_smoothing else None  # else they are weights of labels
+        sent = self.class_weights if loss.label_smoothing else None  # without smoothing they weight the labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
     def forward(
@@ -278,24 +286,24 @@ class SoftmaxHead(Head):
         *,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T).
+        """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T).
 
-        Labels of a float dtype [..., V] are a distribution over all classes, as torch's cross_entropy takes it: they
-        stream to the server, with the loss and again with the step, which holds this one loss alone.
-        scale, a tensor of one element, multiplies the logits and gets its gradient; labels and weights get none.
+        Labels of a float dtype [..., V] are a distribution over all classes, as in torch's cross_entropy. They are
+        streamed to the server with the loss and again with the step, which can contain no other loss. scale, a
+        one-element tensor, multiplies the logits and gets a gradient; labels and label_weights get none.
         """
         check_tensor(labels, "labels")
         if labels.is_floating_point():
             check_tensor(hidden, "hidden")
             if label_weights is not None or self.loss.label_smoothing or self.class_weights is not None:
-                raise InvalidArgument("smooth and weight the label distribution itself", field="labels")
+                raise InvalidArgument("apply smoothing and weights to the label distribution itself", field="labels")
             return self.apply_distribution(hidden, labels, self.loss, scale)
         if self.class_weights is not None and not self.loss.label_smoothing:
             label_weights = self._weighted(labels, num_true_of(hidden, labels), label_weights)
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
 
     def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
-        """As torch: the class weights of all labels together, or the number of rows."""
+        """Return torch's divisor: the sum of the class weights of all labels, or the number of counted rows."""
         if self.class_weights is None:
             return super().num_counted(labels, label_weights)
         if self.loss.label_smoothing:
@@ -303,11 +311,11 @@ class SoftmaxHead(Head):
         return float(0.0 if label_weights is None else label_weights.double().sum())
 
     def _weighted(self, labels: Tensor, num_true: int, label_weights: Tensor | None) -> Tensor:
-        """Weights of labels times the weights of their classes."""
+        """Return the weights of labels multiplied by the weights of their classes."""
         assert self.class_weights is not None
         ids = labels.detach().cpu()
         counted = torch.ones_like(ids, dtype=torch.bool) if self.ignore_index is None else ids != self.ignore_index
-        places = ids.long().clamp(0, len(self.class_weights) - 1)  # what is no class is refused by the server
+        places = ids.long().clamp(0, len(self.class_weights) - 1)  # the server refuses ids of no class
         of_class = self.class_weights[places] * counted
         if label_weights is not None:
             return label_weights.detach().cpu() * of_class
@@ -317,10 +325,10 @@ class SoftmaxHead(Head):
 
 
 def class_weights_of(given: wire.Array | Tensor, num_classes: int) -> Tensor:
-    """class_weights [V] on the CPU, without a graph.
+    """Return class_weights [V] on the CPU, detached from autograd.
 
     Raises:
-        InvalidArgument: they are no floats [V], or one is negative or not finite.
+        InvalidArgument: the weights are not floats [V], or one is negative or not finite.
     """
     weights = torch.as_tensor(given).detach().cpu()
     if weights.shape != (num_classes,) or not weights.is_floating_point():
@@ -343,7 +351,7 @@ L = TypeVar("L", bound=types.Loss)
 
 
 class LossHead(Head, Generic[L]):
-    """A head of one loss, as it was given."""
+    """A head that computes the loss it was created with."""
 
     def __init__(
         self,
@@ -362,10 +370,10 @@ VALUES = ("sampled", "true_expected_count", "sampled_expected_count")
 
 
 def check_values(sampled_values: Sequence[Tensor]) -> None:
-    """Refuse what is not three tensors, as a sampler gives them.
+    """Raise `InvalidArgument` if sampled_values are not three tensors, as a sampler returns them.
 
     Raises:
-        InvalidArgument: naming the member.
+        InvalidArgument: a member is missing or not a tensor; the error names it.
     """
     if len(sampled_values) != len(VALUES):
         raise InvalidArgument(
@@ -376,7 +384,10 @@ def check_values(sampled_values: Sequence[Tensor]) -> None:
 
 
 class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
-    """What the sampled losses share. All parts of a step share their candidates, so micro-batches equal one batch."""
+    """The base of heads of sampled losses.
+
+    All parts of a step share their candidates, so micro-batches are equivalent to one batch.
+    """
 
     def forward(
         self,
@@ -387,11 +398,11 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
         hit_ids: tuple[Tensor, Tensor | None] | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """loss = head(hidden [..., D], labels [...] or [..., T]).
+        """Compute loss = head(hidden [..., D], labels [...] or [..., T]).
 
-        sampled_values = (sampled [S] or [N, S], true_expected_count of the labels' shape, sampled_expected_count of
-        sampled's) replaces the draw; hit_ids = (of the labels, of sampled) replace class ids where accidental hits are
-        looked for; scale, a tensor of one element, multiplies the logits and gets its gradient.
+        sampled_values = (sampled [S] or [N, S], true_expected_count with the shape of labels, sampled_expected_count
+        with that of sampled) replaces the draw. hit_ids = (ids of the labels, ids of sampled) replaces class ids in the
+        search for accidental hits. scale, a one-element tensor, multiplies the logits and gets a gradient.
         """
         loss, num_true = self.loss, num_true_of(hidden, labels)
         if sampled_values is not None:
@@ -408,7 +419,7 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
                 check_tensor(of_sampled, "hit_ids.sampled")
             if of_labels.shape != labels.shape:
                 raise InvalidArgument(
-                    f"hit_ids.labels {list(of_labels.shape)} do not fit labels {list(labels.shape)}",
+                    f"hit_ids.labels {list(of_labels.shape)} must have the shape of labels {list(labels.shape)}",
                     field="hit_ids.labels",
                 )
             ids = to_numpy(of_labels).reshape(-1, num_true)
@@ -417,15 +428,15 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
 
 
 class SampledSoftmaxHead(SampledHead):
-    """The sampled softmax: as tf.nn.sampled_softmax_loss, with candidates drawn by the server for each step."""
+    """The sampled softmax of tf.nn.sampled_softmax_loss; the server draws the candidates for each step."""
 
 
 class SampledLogisticHead(SampledHead):
-    """Noise-contrastive estimation and its relatives: as tf.nn.nce_loss, with candidates drawn for each step."""
+    """Noise-contrastive estimation, as tf.nn.nce_loss, and related losses; candidates are drawn for each step."""
 
 
 class SigmoidHead(LossHead[types.FullSigmoid]):
-    """The logistic loss over all classes, summed a row."""
+    """The logistic loss over all classes, summed per row."""
 
     def forward(
         self,
@@ -435,13 +446,13 @@ class SigmoidHead(LossHead[types.FullSigmoid]):
         *,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1)."""
+        """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1)."""
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
 
 
 class MarginSoftmaxHead(LossHead[types.FullSoftmax | types.SampledSoftmax]):
-    """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over cosines of hidden and rows."""
+    """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over the cosines of hidden and rows."""
 
     def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
-        """loss = head(hidden [..., D], labels [...])."""
+        """Compute loss = head(hidden [..., D], labels [...])."""
         return self.apply_loss(hidden, labels, self.loss, None, scale)

@@ -1,4 +1,4 @@
-"""Logits of a remote table that nobody holds: a shape, and exact answers about chosen classes."""
+"""Lazy logits of a remote table: a tensor shape that is never materialised, and exact values of chosen classes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TENSOR_METHODS = frozenset(dir(Tensor))
 
 
 class Unheld:
-    """A value [..., V] of which nothing is held; what would need all of it is refused by name."""
+    """A value [..., V] that is never materialised; operations that would need all of it raise a specific error."""
 
     shape: torch.Size
 
     def dim(self) -> int:
-        """The rank of shape."""
+        """Return the number of dimensions of shape."""
         return len(self.shape)
 
     def __repr__(self) -> str:
@@ -40,14 +40,14 @@ class Unheld:
     @classmethod
     def _refusal(cls, what: str) -> str:
         return (
-            f"{what} would hold all [..., V] values of a {cls.__name__}; ask it for probabilities(class_ids) or "
-            "probability_chunks(size), give it to a loss of shardloss.compat.paddle, or call table.softmax(), "
-            "table.top_k or table.score; a scale or a soft cap goes into table.logits(hidden, transform)"
+            f"{what} would need all [..., V] values of a {cls.__name__}; call its probabilities(class_ids) or "
+            "probability_chunks(size), pass it to a loss of shardloss.compat.paddle, or call table.softmax(), "
+            "table.top_k or table.score; pass a scale or a soft cap to table.logits(hidden, transform)"
         )
 
 
 def refused(name: str) -> Any:
-    """A special method that raises NotSupported."""
+    """Return a special method that raises NotSupported."""
 
     def refuse(self: Unheld, *_args: Any, **_options: Any) -> NoReturn:
         raise NotSupported(self._refusal(name))
@@ -63,10 +63,10 @@ for _name in REFUSED:
 
 
 class LazyLogits(Unheld):
-    """transform(hidden @ rows.T + biases) [..., V] of hidden [..., D], of which nothing is held.
+    """The logits transform(hidden @ rows.T + biases) [..., V] of hidden [..., D], never materialised.
 
-    A loss of shardloss.compat.paddle over it is computed by the service, is differentiable in hidden and trains the
-    table. Its probabilities are those of the table when they are asked, and carry no gradient.
+    A loss of shardloss.compat.paddle over these logits is computed by the service, is differentiable in hidden and
+    trains the table. Probabilities are computed from the table's rows at the time of the call and carry no gradient.
     """
 
     def __init__(self, table: Table, hidden: Tensor, transform: types.LogitTransform | None = None) -> None:
@@ -76,9 +76,9 @@ class LazyLogits(Unheld):
         self.shape = torch.Size([*hidden.shape[:-1], table.spec.num_classes])
 
     def probabilities(self, class_ids: Sequence[int] | Tensor) -> Tensor:
-        """softmax(logits)[..., class_ids] of class_ids [S], or of each row's own [..., S]; on hidden's device.
+        """Return softmax(logits)[..., class_ids] for class_ids [S], or [..., S] per row, on hidden's device.
 
-        Costs a pass over the table. float64 for a float64 table, else float32.
+        The call costs one pass over the table. The result is float64 for a float64 table, otherwise float32.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `Table.score`.
@@ -88,13 +88,13 @@ class LazyLogits(Unheld):
         return log_probs.exp()
 
     def probability_chunks(self, size: int) -> Iterator[tuple[range, Tensor]]:
-        """(class ids, their probabilities [..., chunk]) of size classes at a time, 0 to V - 1.
+        """Yield (class ids, their probabilities [..., chunk]) of size classes at a time, from 0 to V - 1.
 
-        Costs a pass over the table, and one more over the rows of the chunks. The denominator is that of the first
-        chunk: where the table is trained meanwhile, later ones do not fit it.
+        A full iteration costs one pass over the table, and one more over the rows of the chunks. All chunks use the
+        softmax denominator of the first chunk, which no longer matches if the table is trained in between.
 
         Raises:
-            InvalidArgument: size is not positive; else as `probabilities`.
+            InvalidArgument: size is not positive; otherwise as `probabilities`.
         """
         lse = None
         for class_ids in ranges(self.shape[-1], size):
@@ -107,25 +107,25 @@ class LazyLogits(Unheld):
 
 
 class LazySoftmax(Unheld):
-    """softmax(logits) [..., V] of lazy logits, of which nothing is held either."""
+    """The probabilities softmax(logits) [..., V] of lazy logits, never materialised."""
 
     def __init__(self, logits: LazyLogits) -> None:
         self.logits, self.shape = logits, logits.shape
 
     def probabilities(self, class_ids: Sequence[int] | Tensor) -> Tensor:
-        """As `LazyLogits.probabilities`."""
+        """Return the probabilities of chosen classes, as `LazyLogits.probabilities`."""
         return self.logits.probabilities(class_ids)
 
     def probability_chunks(self, size: int) -> Iterator[tuple[range, Tensor]]:
-        """As `LazyLogits.probability_chunks`."""
+        """Yield the probabilities of all classes in chunks, as `LazyLogits.probability_chunks`."""
         return self.logits.probability_chunks(size)
 
 
 def check_hidden(table: Table, hidden: Tensor) -> None:
-    """hidden is a float tensor [..., D].
+    """Raise `InvalidArgument` if hidden is not a float tensor [..., D].
 
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: hidden is not a tensor, or has a wrong dtype or shape.
     """
     dim = table.spec.dim
     if not isinstance(hidden, Tensor) or hidden.dtype not in FLOAT_DTYPES:
@@ -136,7 +136,7 @@ def check_hidden(table: Table, hidden: Tensor) -> None:
 
 
 def ranges(num_classes: int, size: int) -> Iterator[range]:
-    """0 to V - 1 in ranges of size."""
+    """Yield the class ids 0 to V - 1 in ranges of at most size ids."""
     if size < 1:
         raise InvalidArgument(f"size = {size} is not positive", field="size")
     for start in range(0, num_classes, size):
@@ -146,7 +146,7 @@ def ranges(num_classes: int, size: int) -> Iterator[range]:
 def asked(
     logits: LazyLogits, class_ids: Sequence[int] | Tensor, *, want_log_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(logits, log probabilities or None) [..., S] of class_ids [S] or [..., S], by the exact Score."""
+    """Return (logits, log-probabilities or None) [..., S] of class_ids [S] or [..., S], computed by the Score RPC."""
     ids, batch_shape = ids_of(class_ids), logits.shape[:-1]
     if ids.ndim != 1:
         if ids.shape[:-1] != batch_shape:
@@ -164,10 +164,10 @@ def asked(
 
 
 def ids_of(class_ids: Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Class ids [S] or [..., S] as int64.
+    """Return class ids [S] or [..., S] as int64.
 
     Raises:
-        InvalidArgument: they are not integers, or a scalar.
+        InvalidArgument: class_ids are not integers, or are a scalar.
     """
     ids = to_numpy(class_ids) if isinstance(class_ids, Tensor) else np.asarray(class_ids)
     if ids.ndim == 0 or (ids.size and ids.dtype.kind not in "iu"):

@@ -1,4 +1,4 @@
-"""A lookup of table rows that is never fetched: what a loss takes in place of an embedding's output."""
+"""A lookup of table rows that is never fetched, which losses accept in place of the output of an embedding."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyRows:
-    """The rows [C, D] of class_ids [C] of a table, repeats allowed, as they are whenever a loss scores them.
+    """The rows [C, D] of class_ids [C] of a table, repeats allowed, with their values at the time a loss scores them.
 
-    Made by `Table.embeddings`; nothing is fetched. `Table.read_rows` reads the numbers.
+    `Table.embeddings` creates the lookup without fetching rows; `Table.read_rows` reads their values.
     """
 
     table: Table
@@ -29,7 +29,7 @@ class LazyRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(C, D)."""
+        """The shape (C, D) of the rows."""
         return len(self.class_ids), self.table.spec.dim
 
     def __len__(self) -> int:
@@ -37,10 +37,10 @@ class LazyRows:
 
 
 def lazy_rows(table: Table, class_ids: Array | Tensor) -> LazyRows:
-    """A lookup of class_ids [C], NumPy's or a tensor on any device.
+    """Return a lookup of class_ids [C], a NumPy array or a tensor on any device.
 
     Raises:
-        InvalidArgument: they are not a list of class ids of the table.
+        InvalidArgument: class_ids is not a one-dimensional array of class ids of the table.
     """
     on_host: Any = getattr(class_ids, "cpu", lambda: class_ids)()
     ids = np.asarray(on_host)

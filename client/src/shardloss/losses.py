@@ -1,4 +1,4 @@
-"""Losses of a table in NumPy: scored alone, or as steps of a session."""
+"""Losses of a table for NumPy arrays: scored alone, or as steps of a session."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class Losses(Questions):
         grad_dtype: str | None = None,
         want_cost: bool = False,
     ) -> types.LossResult:
-        """Score hidden [N, D] with labels [N] or [N, T]; opens no ticket and changes nothing.
+        """Score hidden [N, D] with labels [N] or [N, T] without opening a ticket or changing the table.
 
-        label_weights [N, T] belong to losses over all classes, None is 1/T (1 in a full sigmoid); labels equal to
-        ignore_index do not count. In their place (labels None) a label_distribution [N, V] may stand, a weight >= 0 for
-        every class: it streams to a FullSoftmax in columns, those of zeros left out. step keys the sampler.
-        want_table_grad asks for the gradient of sum(upstream [N] * loss) in the rows, for callers who own the
-        optimizer; want_scale_grad for that of each loss in the logits' scale. Losses are in nats. grad_dtype is what
-        the gradient of hidden crosses the wire in, None the table's compute dtype; bfloat16 is widened to float32 here.
-        want_cost asks what the call cost the server. Where hidden is a NumPy array it is sent from its memory, which
-        must not change until the call returns.
+        label_weights [N, T] apply to losses over all classes; None is 1/T (1 in a full sigmoid). Labels equal to
+        ignore_index do not count. A FullSoftmax also accepts a label_distribution [N, V] in place of labels, which are
+        then None: a weight >= 0 for every class, streamed in columns without those that are zero. step keys the
+        sampler. want_table_grad requests the gradient of sum(upstream [N] * loss) with respect to the rows, for callers
+        with their own optimizer; want_scale_grad requests that of each loss with respect to the logits' scale. Losses
+        are in nats. grad_dtype is the dtype in which the gradient of hidden is sent, None for the table's compute
+        dtype; bfloat16 is widened to float32 on receipt. want_cost requests the cost of the call. If hidden is a NumPy
+        array, it is sent from its own memory, which must not change until the call returns.
 
         Raises:
-            InvalidArgument: naming the field and the first offending index.
-            LimitExceeded: larger than the server takes; split the batch.
-            TransientError: nobody answered in time, or the server is full; repeat.
+            InvalidArgument: a field is invalid; the error names the field and the first offending index.
+            LimitExceeded: the request is larger than the server accepts; split the batch.
+            TransientError: the server did not answer in time or is at its limits; repeat the call.
             RowsLost: a worker died with rows of this table.
         """
         request = messages.loss_request(
@@ -78,7 +78,7 @@ class Losses(Questions):
     def send_loss(
         self, request: Spliced[loss_pb2.ComputeLossRequest], label_distribution: Array | None = None
     ) -> types.LossResult:
-        """Send a request as one message, or in chunks where it or its reply is too large for one.
+        """Send a request as one message, or in chunks if the request or its reply is too large for one message.
 
         Raises:
             ShardlossError: as `compute_loss`.
@@ -110,13 +110,14 @@ class Losses(Questions):
             return messages.loss_result(header, assembler.contents())
 
     def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:
-        """A label distribution [N, V] whose every column fits a piece.
+        """Return a label distribution [N, V] as an array, each column of which fits in one piece of a stream.
 
         Raises:
-            InvalidArgument, LimitExceeded: it is absent, stands beside labels, has another shape or too many rows.
+            InvalidArgument: the distribution is missing, is given in addition to labels, or has a wrong dtype or shape.
+            LimitExceeded: a column is too large because there are too many rows.
         """
         if distribution is None or not request.label_columns:
-            raise InvalidArgument("give labels or a label_distribution, and not both", field="labels")
+            raise InvalidArgument("give either labels or a label_distribution", field="labels")
         distribution, shape = np.asarray(distribution), [*request.hidden.shape[:1], self.spec.num_classes]
         if list(distribution.shape) != shape or distribution.dtype.kind != "f":
             raise InvalidArgument(
@@ -129,7 +130,10 @@ class Losses(Questions):
         return distribution
 
     def _reply_bytes(self, request: loss_pb2.ComputeLossRequest) -> int:
-        """At most so many: lse and class ids take 8 bytes, the rest is in the table's compute dtype or grad_dtype."""
+        """Return an upper bound on the size of the reply in bytes.
+
+        lse and class ids take 8 bytes each; other values have the table's compute dtype or grad_dtype.
+        """
         num_rows, dim = next(iter(request.hidden.shape), 0), self.spec.dim
         width = 8 if self.spec.dtype == "float64" else 4
         of_grad = NUMPY_DTYPES[request.grad_dtype].itemsize if request.grad_dtype else width
@@ -139,7 +143,7 @@ class Losses(Questions):
         return num_bytes + 4096
 
     def _num_touched(self, request: loss_pb2.ComputeLossRequest) -> int:
-        """At most so many rows have a gradient."""
+        """Return an upper bound on the number of rows with a gradient."""
         kind = request.WhichOneof("loss")
         if kind not in ("sampled_softmax", "sampled_logistic"):
             return self.spec.num_classes
@@ -161,10 +165,13 @@ class Losses(Questions):
         step: int = 0,
         labels: Array | None = None,
     ) -> types.Candidates:
-        """The candidates of (seed, step) and the expected counts of them and of labels [N, T]; changes nothing.
+        """Return the candidates of (seed, step) with their expected counts and those of labels [N, T].
+
+        The call does not change the table.
 
         Raises:
-            InvalidArgument: naming the field, as num_sampled above the number of classes where unique.
+            InvalidArgument: a field is invalid, for example num_sampled > num_classes with unique=True; the error names
+                the field.
         """
         loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
         request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
@@ -181,10 +188,10 @@ class Losses(Questions):
         step: int = 0,
         ignore_index: int | None = -100,
     ) -> types.SamplingGap:
-        """The sampled loss of hidden [N, D] with labels [N], beside the exact one; changes nothing.
+        """Return the sampled and the exact loss of hidden [N, D] with labels [N], without changing the table.
 
-        step keys the sampler. Two requests: where the table moved between them both are repeated, GAP_TRIES times in
-        all; the answer says which versions it is of.
+        step keys the sampler. The losses are two requests. If the table changes between them, both are repeated, up to
+        GAP_TRIES tries in total; the result reports the versions of both losses.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`.
@@ -202,6 +209,6 @@ class Losses(Questions):
         sampled = self.compute_loss(hidden, labels, loss, step=step, ignore_index=ignore_index)
         exact = self.evaluate(hidden, labels, want_rank=False, ignore_index=ignore_index, logits=loss.logits)
         if sampled.loss is None or exact.counted is None:
-            raise BadReply("the reply holds no loss")
+            raise BadReply("the reply contains no loss")
         versions = sampled.version, exact.version, exact.last_version
         return types.SamplingGap(sampled.loss, exact.loss, exact.counted, *versions)

@@ -1,4 +1,4 @@
-"""Between public values and the contract's messages."""
+"""Conversion between public values and the messages of the contract."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ FLOATS = {name: dtype for name, dtype in wire.WIRE_DTYPES.items() if "float" in 
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
 
-Numbers: TypeAlias = Array | wire.Encoded  # what is encoded passes as it is: so bfloat16 comes
+Numbers: TypeAlias = Array | wire.Encoded  # an Encoded is used unchanged; bfloat16 is passed this way
 
 
 def numbers(array: Numbers, field: str) -> tensor_pb2.Tensor:
-    """The message of an array."""
+    """Return an array as a Tensor message."""
     return beside(array, field).whole()
 
 
 def beside(array: Numbers, field: str) -> wire.Encoded:
-    """An array beside its message."""
+    """Return an array as a header with its content; an `Encoded` is returned unchanged."""
     return array if isinstance(array, wire.Encoded) else wire.encode_beside(np.asarray(array), field)
 
 
 @contextmanager
 def writing_request() -> Iterator[None]:
-    """What no field of the contract can hold is the caller's fault.
+    """Convert errors raised while a request is written to `InvalidArgument`: the caller's value fits no field.
 
     Raises:
-        InvalidArgument: a value of the wrong type or beyond a field's range.
+        InvalidArgument: a value has the wrong type or is outside a field's range.
     """
     try:
         yield
@@ -66,22 +66,22 @@ def writing_request() -> Iterator[None]:
 
 @contextmanager
 def reading_reply() -> Iterator[None]:
-    """What is wrong in a reply is the server's fault, not the caller's.
+    """Convert errors raised while a reply is read to `BadReply`: the fault is the server's, not the caller's.
 
     Raises:
-        BadReply: the reply does not fit the contract.
+        BadReply: the reply violates the contract.
     """
     try:
         yield
     except (InvalidArgument, LimitExceeded, NotSupported, KeyError) as error:
-        raise BadReply(f"the reply does not fit the contract: {error}") from error
+        raise BadReply(f"the reply violates the contract: {error}") from error
 
 
 def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
-    """The entry of a named option.
+    """Return the entry of table for a named option.
 
     Raises:
-        InvalidArgument: no such option.
+        InvalidArgument: there is no option of this name.
     """
     if value not in table:
         raise InvalidArgument(f"{field} = {value!r} must be one of {', '.join(map(repr, table))}", field=field)
@@ -89,7 +89,7 @@ def choose(table: Mapping[str, Any], value: str, field: str) -> Any:
 
 
 def optional(message: tensor_pb2.Tensor, present: bool, field: str, contents: wire.Contents | None) -> Array | None:
-    """A tensor's array, or None where the field is absent."""
+    """Return the array of a Tensor message, or None if the field is absent."""
     return wire.decode_numbers(message, field, contents) if present else None
 
 
@@ -106,7 +106,7 @@ def table_spec(
     optimizer: types.Optimizer | None,
     count_labels: bool,
 ) -> table_pb2.TableSpec:
-    """A table's spec."""
+    """Return the message of a table's spec."""
     spec = table_pb2.TableSpec(
         name=name,
         num_classes=num_classes,
@@ -119,7 +119,7 @@ def table_spec(
     )
     if optimizer is not None:
         if type(optimizer) not in OPTIMIZER_FIELDS:
-            raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; give shardloss.Sgd(), ...")
+            raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; give one such as shardloss.Sgd()")
         one = getattr(spec.optimizer, OPTIMIZER_FIELDS[type(optimizer)])
         one.SetInParent()
         for field, value in asdict(optimizer).items():
@@ -138,7 +138,7 @@ def table_spec(
 
 
 def optimizer_of(message: table_pb2.Optimizer) -> types.Optimizer:
-    """A table's optimizer, every default filled in."""
+    """Return a table's optimizer with every default filled in."""
     kinds = {field: kind for kind, field in OPTIMIZER_FIELDS.items()}
     kind = kinds[message.WhichOneof("kind") or "sgd"]
     one = getattr(message, OPTIMIZER_FIELDS[kind])
@@ -147,7 +147,7 @@ def optimizer_of(message: table_pb2.Optimizer) -> types.Optimizer:
 
 
 def initializer_of(message: table_pb2.Initializer) -> types.Initializer:
-    """A table's first values."""
+    """Return the initializer of a table's rows."""
     kind = message.WhichOneof("kind")
     if kind == "normal":
         return types.Normal(message.normal.stddev, message.seed)
@@ -158,7 +158,7 @@ def initializer_of(message: table_pb2.Initializer) -> types.Initializer:
 
 @reading_reply()
 def table_info(message: table_pb2.Table) -> types.TableInfo:
-    """A table as it stands."""
+    """Return the spec and current state of a table."""
     spec = message.spec
     return types.TableInfo(
         name=spec.name,
@@ -179,16 +179,16 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
 
 @writing_request()
 def sampler(loss: types.SampledSoftmax | types.SampledLogistic) -> loss_pb2.Sampler:
-    """The sampler of a loss."""
+    """Return the message of a loss's sampler."""
     if isinstance(loss.sampler, (types.InBatch, types.PartialFc)):
-        raise InvalidArgument(f"{type(loss.sampler).__name__} depends on the batch", field="sampler")
+        raise InvalidArgument(f"{type(loss.sampler).__name__} needs a batch; give another sampler", field="sampler")
     message = distribution(loss.sampler)
     message.num_sampled, message.unique, message.seed = loss.num_sampled, loss.unique, loss.seed
     return message
 
 
 def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.Sampler:
-    """What a sampler draws by."""
+    """Return a sampler message with the distribution that a sampler draws from."""
     if isinstance(sampler, types.FixedUnigram):
         return loss_pb2.Sampler(
             kind=loss_pb2.Sampler.KIND_FIXED_UNIGRAM,
@@ -201,7 +201,7 @@ def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.
         )
         return loss_pb2.Sampler(kind=loss_pb2.Sampler.KIND_MIXTURE, mixture=mixture)
     if not isinstance(sampler, str):
-        raise InvalidArgument(f"sampler is a {type(sampler).__name__}; give a name or shardloss.Mixture(...), ...")
+        raise InvalidArgument(f"sampler is a {type(sampler).__name__}; give a name, FixedUnigram or Mixture")
     return loss_pb2.Sampler(kind=choose(SAMPLER_KINDS, sampler, "sampler"))
 
 
@@ -234,23 +234,23 @@ def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
 
 
 def check_loss(loss: types.Loss) -> None:
-    """Refuse unknown names now rather than at the first step.
+    """Raise `InvalidArgument` for an unknown option now rather than at the first step.
 
     Raises:
-        InvalidArgument: naming the option.
+        InvalidArgument: an option of the loss is unknown; the error names it.
     """
     set_loss(loss_pb2.ComputeLossRequest(), loss)
 
 
 def set_softmax(message: loss_pb2.ComputeLossRequest, loss: types.FullSoftmax | types.SampledSoftmax) -> None:
-    """Write what only softmax losses have."""
+    """Write the options that only softmax losses have: z-loss and margin."""
     message.z_loss = loss.z_loss
     if loss.margin is not None:
         message.margin.m1, message.margin.m2, message.margin.m3 = loss.margin.m1, loss.margin.m2, loss.margin.m3
 
 
 def set_hit_ids(message: loss_pb2.ComputeLossRequest, hit_ids: types.HitIds | None) -> None:
-    """Write what accidental hits are found by."""
+    """Write the ids by which accidental hits are found."""
     if hit_ids is None:
         return
     message.hit_ids.labels.CopyFrom(numbers(hit_ids.labels, "hit_ids.labels"))
@@ -259,7 +259,7 @@ def set_hit_ids(message: loss_pb2.ComputeLossRequest, hit_ids: types.HitIds | No
 
 
 def set_columns(message: loss_pb2.SampledSoftmax, loss: types.SampledSoftmax | types.SampledLogistic) -> None:
-    """Write the columns of a sampled loss."""
+    """Write the candidates of a sampled loss and the removal of accidental hits."""
     message.remove_accidental_hits = loss.remove_accidental_hits
     message.hit_removal = choose(HIT_REMOVALS, loss.hit_removal, "hit_removal")
     if loss.sampled_values is not None:
@@ -291,7 +291,7 @@ def loss_request(
     grad_dtype: str | None = None,
     want_cost: bool = False,
 ) -> Spliced[loss_pb2.ComputeLossRequest]:
-    """A ComputeLoss without its key; it holds the memory of hidden, not a copy."""
+    """Return a ComputeLoss request without its key (session, step, part); hidden is not copied."""
     encoded = beside(hidden, "hidden")
     message = loss_pb2.ComputeLossRequest(
         table=table,
@@ -315,9 +315,10 @@ def loss_request(
 
 
 def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb2.LabelColumns]:
-    """A label distribution [N, V] in pieces of at most max_chunk_bytes, at least a column; zeros are left out.
+    """Yield a label distribution [N, V] in pieces of at most max_chunk_bytes, but at least one column.
 
-    There is always a last piece: by it the server knows that all have come.
+    Pieces of zeros are left out, but there is at least one piece. The last piece is marked, so that the server knows
+    that all have arrived.
     """
     num_rows, num_classes = distribution.shape
     size = max(1, max_chunk_bytes // max(1, num_rows * distribution.itemsize))
@@ -329,7 +330,7 @@ def label_columns(distribution: Array, max_chunk_bytes: int) -> Iterator[loss_pb
 
 @reading_reply()
 def loss_result(message: loss_pb2.ComputeLossResponse, contents: wire.Contents | None = None) -> types.LossResult:
-    """A batch's answer."""
+    """Return the result for a batch."""
     gradient = None
     if message.HasField("table_grad"):
         grad = message.table_grad
@@ -355,18 +356,18 @@ def loss_result(message: loss_pb2.ComputeLossResponse, contents: wire.Contents |
 
 @reading_reply()
 def commit_result(message: loss_pb2.CommitResponse) -> types.CommitResult:
-    """A step's outcome."""
+    """Return the result of a commit."""
     return types.CommitResult(message.version, message.staleness, message.replayed, cost_of(message))
 
 
 def cost_of(message: Any) -> types.CallCost | None:
-    """What a call cost; None where it was not asked to tell."""
+    """Return the cost of a call, or None if it was not requested."""
     return cost.call_cost(message.call_cost) if message.HasField("call_cost") else None
 
 
 @writing_request()
 def logit_transform(transform: types.LogitTransform | None) -> logits_pb2.LogitTransform | None:
-    """How logits are made; None stays absent."""
+    """Return the message of a logit transform, or None, which leaves the field absent."""
     if transform is None:
         return None
     return logits_pb2.LogitTransform(scale=transform.scale, soft_cap=transform.soft_cap, normalize=transform.normalize)
@@ -374,7 +375,7 @@ def logit_transform(transform: types.LogitTransform | None) -> logits_pb2.LogitT
 
 @reading_reply()
 def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
-    """Exact losses and ranks."""
+    """Return the exact losses and ranks in a reply."""
     return types.Evaluation(
         wire.decode(message.loss, "loss"),
         optional(message.rank, message.HasField("rank"), "rank", None),
@@ -387,7 +388,7 @@ def evaluation(message: evaluation_pb2.EvaluateResponse) -> types.Evaluation:
 
 @reading_reply()
 def class_samples(message: evaluation_pb2.SampleClassesResponse) -> types.ClassSamples:
-    """Draws from the exact softmax."""
+    """Return the draws from the exact softmax in a reply."""
     return types.ClassSamples(
         wire.decode(message.class_ids, "class_ids"),
         optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
@@ -399,7 +400,7 @@ def class_samples(message: evaluation_pb2.SampleClassesResponse) -> types.ClassS
 
 @reading_reply()
 def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
-    """Best classes."""
+    """Return the best classes of each row in a reply."""
     return types.TopK(
         wire.decode(message.class_ids, "class_ids"),
         wire.decode(message.logits, "logits"),
@@ -412,7 +413,7 @@ def top_k(message: evaluation_pb2.TopKResponse) -> types.TopK:
 
 @reading_reply()
 def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
-    """Logits of asked classes."""
+    """Return the logits of the requested classes in a reply."""
     return types.Scores(
         wire.decode(message.logits, "logits"),
         optional(message.log_probs, message.HasField("log_probs"), "log_probs", None),
@@ -424,14 +425,14 @@ def scores(message: evaluation_pb2.ScoreResponse) -> types.Scores:
 
 @reading_reply()
 def rows(message: table_pb2.ReadRowsResponse) -> types.Rows:
-    """Rows read."""
+    """Return the rows in a reply."""
     biases = optional(message.biases, message.HasField("biases"), "biases", None)
     return types.Rows(wire.decode_numbers(message.rows, "rows"), biases, message.version)
 
 
 @reading_reply()
 def table_rows(message: table_pb2.ReadRowsResponse) -> types.TableRows:
-    """Rows read with their state, bit for bit."""
+    """Return the rows in a reply with their optimizer state, bit for bit."""
     biases = wire.decode(message.biases, "biases") if message.HasField("biases") else None
     of_rows = {state.name: wire.decode(state.values, "weight_state") for state in message.weight_state}
     of_biases = {state.name: wire.decode(state.values, "bias_state") for state in message.bias_state}
@@ -443,7 +444,7 @@ def table_rows(message: table_pb2.ReadRowsResponse) -> types.TableRows:
 def row_write(
     table: str, class_ids: Array, page: types.TableRows, num_commits: int | None, *, bfloat16: bool
 ) -> table_pb2.WriteRowsRequest:
-    """Rows to overwrite with their state; with bfloat16, rows of uint16 are its bits."""
+    """Return a request to overwrite rows and their state; with bfloat16, uint16 rows contain the bits of bfloat16."""
     return table_pb2.WriteRowsRequest(
         table=table,
         class_ids=numbers(class_ids, "class_ids"),
@@ -456,13 +457,13 @@ def row_write(
 
 
 def row_states(state: Mapping[str, Array], field: str) -> list[table_pb2.RowState]:
-    """Optimizer state by name."""
+    """Return the messages of optimizer state given by name."""
     return [table_pb2.RowState(name=name, values=numbers(values, field)) for name, values in state.items()]
 
 
 @reading_reply()
 def class_counts(message: table_pb2.ReadClassCountsResponse) -> types.ClassCounts:
-    """Class counts read."""
+    """Return the class counts in a reply."""
     written = wire.decode(message.counts, "counts") if message.HasField("counts") else None
     learned = wire.decode(message.learned, "learned") if message.HasField("learned") else None
     return types.ClassCounts(written, learned, message.version)
@@ -470,7 +471,7 @@ def class_counts(message: table_pb2.ReadClassCountsResponse) -> types.ClassCount
 
 @reading_reply()
 def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
-    """A draw."""
+    """Return the drawn candidates in a reply."""
     return types.Candidates(
         wire.decode(message.sampled, "sampled"),
         wire.decode(message.true_expected_count, "true_expected_count"),
@@ -481,7 +482,7 @@ def candidates(message: loss_pb2.SampleCandidatesResponse) -> types.Candidates:
 
 @reading_reply()
 def server_info(message: server_pb2.ServerInfo) -> types.ServerInfo:
-    """What a server is and allows."""
+    """Return the version, features, devices and limits of a server."""
     limits = {field.name: getattr(message.limits, field.name) for field in message.limits.DESCRIPTOR.fields}
     return types.ServerInfo(
         message.version, tuple(message.features), message.num_workers, tuple(message.devices), limits

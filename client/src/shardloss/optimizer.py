@@ -1,4 +1,4 @@
-"""The optimizer of a remote table, as torch sees it."""
+"""The torch optimizer of a remote table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shardloss import types, wire
 from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld, TransientError
 from shardloss.session import Session
 
-MAX_DEAD_PARTS = 16  # losses of one step that were let go before the others are taken for forgotten, too
+MAX_DEAD_PARTS = 16  # if more losses of one step were freed, its others are considered abandoned too
 
 
 Alone = Callable[[wire.Array, float, float], object]
 
 
 class Part:
-    """One loss of a step. It lives as long as the graph of that loss, whose backward may still record it.
+    """One loss of a step, alive as long as the graph of that loss, because its backward may still record the part.
 
-    A loss without a ticket is a step of its own: `alone` gets its g [N], the learning rate and the grad scale.
+    A loss without a ticket is a step of its own: `alone` is called with its g [N], the learning rate and grad scale.
     """
 
     __slots__ = ("__weakref__", "alone", "ticket")
@@ -36,10 +36,10 @@ class Part:
 
 
 class Pending:
-    """What backward left for the next commit: g [N] by ticket. One step of one session.
+    """The gradients g [N] that backward has recorded for the next commit, which is one step of one session.
 
-    probe is the scalar whose gradient tells how far g is scaled: 1 after backward, 1/scale once a GradScaler has
-    unscaled it, not finite where g is not.
+    The gradient of the scalar probe is the factor by which the commit multiplies g: 1 after backward, 1/scale after a
+    GradScaler has unscaled it, and not finite if g is not.
     """
 
     def __init__(self, session: Session, learning_rate: float | None = None) -> None:
@@ -52,27 +52,27 @@ class Pending:
         self._retired: str | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: Future[object] | None = None
-        self._send: Callable[[], object] | None = None  # the commit under way; kept while it may have to be repeated
+        self._send: Callable[[], object] | None = None  # sends the commit in progress; kept while it may be repeated
 
     def retire(self, reason: str) -> None:
-        """Another one has taken its place: nothing can be recorded any more, and the optimizer says so."""
+        """Mark this object as replaced: it records nothing more, and the optimizer's next step() raises an error."""
         self._retired = reason
 
     def check_in_use(self) -> None:
-        """Refuse to step what nothing is recorded for.
+        """Raise `InvalidArgument` if this object was retired, because nothing is recorded in it any more.
 
         Raises:
-            InvalidArgument: it was retired.
+            InvalidArgument: this object was retired; the message gives the reason.
         """
         if self._retired is not None:
-            raise InvalidArgument(f"{self._retired}: make a new optimizer of it")
+            raise InvalidArgument(f"{self._retired}: create a new optimizer for it")
 
     def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
-        """`Session.compute_loss` of the next part of the present step.
+        """Compute the next part of the current step with `Session.compute_loss`.
 
-        A step whose losses were let go without a backward, all of them or more than MAX_DEAD_PARTS, is given up first:
-        so is a validation loop that forgot no_grad. Where the server has done the step,
-        as after a commit whose replies were lost, what it held is forgotten and the loss belongs to the next one.
+        If all losses of the step, or more than MAX_DEAD_PARTS, were freed without a backward, as in a validation loop
+        without no_grad, the step is given up first. If the server has already finished the step, for example after a
+        commit whose replies were lost, recorded gradients are dropped and the loss belongs to the next step.
         """
         if self._under_way is None or self._under_way.done():
             self.join()
@@ -83,14 +83,14 @@ class Pending:
         try:
             return self.session.compute_loss(*args, **options)
         except ShardlossError as error:
-            self.join()  # the step before may have failed, which is told first
+            self.join()  # if the previous step failed, its error is raised first
             if not isinstance(error, StepTooOld):
                 raise
         self._clear()
         return self.session.compute_loss(*args, **options)
 
     def part(self, ticket: str, alone: Alone | None = None) -> Part:
-        """The part of a ticket, or a step of its own, for the graph of its loss to hold."""
+        """Return a new part for a ticket or for a step of its own; the graph of its loss keeps it alive."""
         part = Part(ticket, alone)
         self._waiting.add(part)
         return part
@@ -98,13 +98,13 @@ class Pending:
     def record(self, part: Part, g: Tensor) -> float:
         """Add g [N] to a part and return the gradient of the probe: 1 for the first part of a step, then 0.
 
-        Not finite g gives a not finite gradient, so that a GradScaler skips the step. With a learning rate of its own
-        the head commits here. What was recorded before is forgotten where somebody has cleared the probe's gradient,
-        as a local parameter's would be.
+        If g is not finite, the returned gradient is nan, so that a GradScaler skips the step. A head with its own
+        learning rate commits here. If the probe's gradient has been cleared, earlier records are dropped, as the
+        gradient of a local parameter would be.
 
         Raises:
-            InvalidArgument: the head commits by itself, and g is not finite or another loss waits for its backward in
-                this step, which is given up.
+            InvalidArgument: the head has its own learning rate, and g is not finite or another loss of the step still
+                waits for its backward; the step is given up.
         """
         if self._has_accumulated and self.probe.grad is None:
             self._forget_recorded()
@@ -118,19 +118,19 @@ class Pending:
         if not is_finite or self._waiting:
             what = "two losses in one step" if is_finite else "a gradient that is not finite"
             self._give_up()
-            raise InvalidArgument(f"a head with a learning rate of its own met {what}; the table's step was given up")
+            raise InvalidArgument(f"a head with its own learning rate got {what}; the table's step was given up")
         self.commit(self.learning_rate, 1.0)
         return float(is_first)
 
     def commit(self, learning_rate: float, grad_scale: float, overlap: bool = False) -> None:
-        """Commit what was recorded as one step; nothing recorded is no step.
+        """Commit the recorded gradients as one step; do nothing if there are none.
 
-        Losses of the step whose backward has not run are given up with it. After a TransientError the recorded parts
-        stay, so a second call repeats the same commit; only a head with a learning rate of its own cannot repeat, and
-        gives the step up. So does a commit that is refused.
+        Losses of the step whose backward has not run are given up. After a TransientError the recorded parts are kept,
+        so a second call repeats the same commit. A head with its own learning rate cannot repeat a commit and gives the
+        step up instead; the step is also given up if the commit is refused.
 
-        With overlap the commit is under way when this returns: the next loss follows it on the server, and what becomes
-        of it is told by whatever comes next, `join` at the latest.
+        With overlap, the commit is still in progress when this returns. The server scores the next loss after the
+        commit. If the commit fails, the next loss, commit or `join` raises its error.
         """
         self.join()
         if not self._upstreams:
@@ -147,10 +147,10 @@ class Pending:
         self._clear()
 
     def join(self) -> None:
-        """Wait until no commit is under way; one that nobody answered is sent again first.
+        """Wait for the commit in progress, if there is one; a commit that got no reply is sent again first.
 
         Raises:
-            TransientError: nobody answered again; the next call repeats it.
+            TransientError: there was again no reply; the next call repeats the commit.
             RequestError, ServiceError: the step was refused.
         """
         if self._send is None:
@@ -166,7 +166,7 @@ class Pending:
         self._forget_commit()
 
     def _forget_commit(self) -> None:
-        """What became of it is known."""
+        """Forget the commit in progress, whose outcome is known."""
         self._send = self._under_way = self.session.follows = None
 
     def _begin_commit(self, learning_rate: float, grad_scale: float) -> None:
@@ -175,14 +175,14 @@ class Pending:
         self._clear()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "shardloss-commit")
-        self._under_way = self._thread.submit(copy_context().run, self._send)  # a trace follows it
+        self._under_way = self._thread.submit(copy_context().run, self._send)  # in the caller's trace context
         self.session.table.client.watch(self._under_way)
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
         parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
         alone = [(part.alone, g) for part, g in parts if part.alone is not None]
         if alone and len(parts) > 1:
-            raise InvalidArgument("a loss of a label distribution is a step of its own; this step has other losses")
+            raise InvalidArgument("a loss of a label distribution needs a step of its own; this step has others")
         for step, g in alone:
             step(g, learning_rate, grad_scale)
         if not alone:
@@ -190,7 +190,7 @@ class Pending:
             self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
 
     def drop(self) -> None:
-        """Forget what was recorded, and give the step up unless a loss still waits for its backward."""
+        """Drop the recorded gradients, and give the step up unless a loss still waits for its backward."""
         self._forget_recorded()
         self._leave_if_nobody_waits()
 
@@ -200,10 +200,10 @@ class Pending:
 
     def _give_up(self) -> None:
         self._clear()
-        if self._send is not None:  # an abort would take the tickets of that step along, and the next commit does this
+        if self._send is not None:  # an abort would give up the step in progress too; the next commit gives up this one
             self.session.skip()
             return
-        with suppress(ShardlossError):  # a lost abort costs nothing: the next commit gives up what is below its step
+        with suppress(ShardlossError):  # a lost abort is harmless: the next commit gives up all earlier steps
             self.session.abort()
 
     def _clear(self) -> None:
@@ -220,22 +220,22 @@ class Pending:
 
 
 def wire_array(g: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """g as NumPy: float64 stays, everything else goes as float32."""
+    """Return g as a NumPy array: float64 is kept, other dtypes become float32."""
     return (g if g.dtype == torch.float64 else g.float()).numpy()
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
-    """step() commits the parts whose backward has run, with the learning rate of its one param group.
+    """An optimizer whose step() commits the parts whose backward has run, at the learning rate of its one param group.
 
-    Its one parameter is the head's probe, so schedulers and torch.amp.GradScaler treat it as any optimizer. What a
-    step does to the rows is the table's own optimizer; its state lives with the table, and state_dict holds lr alone.
-    Leave the probe out of gradient clipping: its gradient is the scale of the step, not a norm. Neither copies nor
-    pickles: a second optimizer would commit the same step.
+    Its only parameter is the head's probe, so schedulers and torch.amp.GradScaler treat it as any other optimizer. The
+    rows are updated by the table's own optimizer, whose state is stored with the table; state_dict contains only lr.
+    Leave the probe out of gradient clipping: its gradient is the scale of the step, not a norm. The optimizer cannot be
+    copied or pickled, because a second one would commit the same step.
 
-    With overlap step() returns at once, and the table takes the step while the trainer goes on. The head's next loss
-    follows it on the server, so training is the same to the bit. An error of the commit is raised by the next loss, the
-    next step() or synchronize(); after a TransientError each of them sends the same commit again first. Other readers
-    of the table see the step once it is applied: synchronize() waits for that.
+    With overlap, step() returns immediately, and the table applies the step while the trainer continues. The server
+    scores the head's next loss after the step, so training is the same to the bit. If the commit fails, the next loss,
+    step() or synchronize() raises its error; after a TransientError each of them first sends the same commit again.
+    Other readers of the table see the step once it is applied, which synchronize() waits for.
     """
 
     def __init__(self, pending: Pending, lr: float, overlap: bool = False) -> None:
@@ -245,20 +245,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__([pending.probe], {"lr": lr})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise NotSupported("a remote optimizer is not copied; make one with head.optimizer(lr)")
+        raise NotSupported("a remote optimizer cannot be copied or pickled; create one with head.optimizer(lr)")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: a remote table has one group.
+        """Raise `NotSupported`, because a remote table has one param group.
 
         Raises:
-            NotSupported: always, once the optimizer is made.
+            NotSupported: always, except while the optimizer is being created.
         """
         if self.param_groups:
-            raise NotSupported("a remote optimizer steps its own table only; give other parameters their own optimizer")
+            raise NotSupported("a remote optimizer updates only its table; use another one for other parameters")
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Commit. With a closure, evaluate it first and return its loss."""
+        """Commit the recorded gradients. With a closure, evaluate it first and return its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -266,7 +266,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._pending.check_in_use()
         self._pending.join()
         grad = self._pending.probe.grad
-        if grad is None:  # as any optimizer passes over a parameter without a gradient
+        if grad is None:  # torch's optimizers also skip a parameter without a gradient
             self._pending.drop()
         else:
             self._pending.commit(float(self.param_groups[0]["lr"]), float(grad), self._overlap)
@@ -276,10 +276,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Wait until the last step is applied.
 
         Raises:
-            ShardlossError: what became of it instead; after a TransientError this repeats it.
+            ShardlossError: the step failed; after a TransientError another call repeats the commit.
         """
         self._pending.join()
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)
-        """Drop what was recorded and not committed; losses whose backward has not run yet stay valid."""
+        """Drop recorded gradients that were not committed; losses whose backward has not run yet stay valid."""
         self._pending.drop()

@@ -1,4 +1,4 @@
-"""Arrays of many rows go to the server in pages: rows cut, answers joined, errors counted from the first row."""
+"""Paging of large arrays: split rows into pages, join the answers, and count error indices from the first row."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ import numpy as np
 from shardloss.errors import InvalidArgument
 from shardloss.wire import Array
 
-PAGE_BYTES = 1 << 20  # rows and questions go in pages of about this size
+PAGE_BYTES = 1 << 20  # rows and requests are sent in pages of about this size
 
 T = TypeVar("T")
 
 
 def pages(num_rows: int, width: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of rows of about PAGE_BYTES, width numbers of 8 bytes a row, at most so many; one empty slice for none."""
+    """Yield slices of about PAGE_BYTES with width 8-byte numbers per row, each of at most `most` rows.
+
+    For 0 rows there is one empty slice.
+    """
     size = max(1, PAGE_BYTES // (8 * width) if most is None else min(most, PAGE_BYTES // (8 * width)))
     for start in range(0, max(num_rows, 1), size):
         yield slice(start, start + size)
 
 
 def of_rank(array: Array, rank: int, field: str) -> Array:
-    """An array whose rank was checked, so that it can be cut in pages."""
+    """Return array as a NumPy array after checking its rank, so that it can be split into pages."""
     array = np.asarray(array)
     if array.ndim != rank:
         raise InvalidArgument(f"{field} has shape {list(array.shape)}; rank {rank} is needed", field=field)
@@ -32,16 +35,16 @@ def of_rank(array: Array, rank: int, field: str) -> Array:
 
 
 def check_length(array: Array, hidden: Array, field: str) -> None:
-    """Refuse what is not as long as hidden: pages alone would not show it."""
+    """Raise `InvalidArgument` if array is not as long as hidden, which single pages would not reveal."""
     if len(array) != len(hidden):
-        raise InvalidArgument(f"{field} has {len(array)} rows for {len(hidden)} of hidden", field=field)
+        raise InvalidArgument(f"{field} has {len(array)} rows, but hidden has {len(hidden)}", field=field)
 
 
 def count_of(number: int, field: str) -> int:
-    """What a number counts in a page: at least 1, for the server refuses less.
+    """Return a number as an integer >= 1 for the size of a page; the server refuses numbers below 1.
 
     Raises:
-        InvalidArgument: it is not an integer.
+        InvalidArgument: number is not an integer.
     """
     try:
         return max(1, operator.index(number))
@@ -50,12 +53,12 @@ def count_of(number: int, field: str) -> int:
 
 
 def asked(ask: Callable[[slice], T], page: slice) -> T:
-    """The answer to a page; an error's index counts from the first page."""
+    """Return the answer to a page; the index of an error counts from the first page."""
     return from_row(page.start, lambda: ask(page))
 
 
 def from_row(row: int, ask: Callable[[], T]) -> T:
-    """The answer about rows from `row` on; an error's index counts from row 0."""
+    """Return the answer to a request about rows from `row` on; the index of an error counts from row 0."""
     try:
         return ask()
     except InvalidArgument as error:
@@ -68,6 +71,6 @@ def from_row(row: int, ask: Callable[[], T]) -> T:
 
 
 def joined(pages: Sequence[Array | None]) -> Array | None:
-    """Pages in one array; None where they are None."""
+    """Return pages as one array, or None if they are all None."""
     present = [page for page in pages if page is not None]
     return np.concatenate(present) if present else None

@@ -1,4 +1,4 @@
-"""Exact questions to a live table: over all classes, in float64, changing nothing. NumPy in and out."""
+"""Exact evaluation of a live table over all classes, in float64, without changing it. NumPy in and out."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from shardloss.wire import Array
 if TYPE_CHECKING:
     from shardloss.client import LossClient
 
-PAGE_NOISE = 1 << 31  # numbers of noise that a page of draws takes: 15 s on one core
+PAGE_NOISE = 1 << 31  # random numbers per page of draws: 15 s on one core
 
 T = TypeVar("T")
 
 
 class Questions:
-    """The exact questions of a `Table`.
+    """The exact evaluation methods of a `Table`.
 
-    Each goes in pages, and each page has the whole of the client's timeout_s. `logits` says how logits are made of
-    hidden and rows, as the model was trained; None is hidden . row + bias. `want_cost` asks what all pages cost.
+    Each call is sent in pages, and each page has the client's full timeout_s. `logits` is the transform that the model
+    was trained with; None is hidden . row + bias. `want_cost` requests the total cost of all pages.
     """
 
     client: LossClient
@@ -46,10 +46,11 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.Evaluation:
-        """Exact negative log likelihood [N] in nats, and rank, over all classes of hidden [N, D] with labels [N].
+        """Return the exact negative log-likelihood [N] in nats and the rank [N] of labels [N] under hidden [N, D].
 
-        want_sigmoid asks for the sigmoid cross-entropy against the one-hot label, summed over all classes, as
-        TensorFlow evaluates what it trained by nce_loss. Rows with ignore_index do not count: loss 0, rank 0.
+        Both are over all classes. want_sigmoid requests the sigmoid cross-entropy against the one-hot label, summed
+        over all classes, as TensorFlow evaluates models trained with nce_loss. Rows with ignore_index do not count;
+        their loss and rank are 0.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`; index counts over all pages.
@@ -93,9 +94,10 @@ class Questions:
         ignore_index: int | None = -100,
         logits: types.LogitTransform | None = None,
     ) -> types.EvaluationSummary:
-        """`evaluate` over a data set: batches of hidden [N, D] and labels [N], each taken when the last is answered.
+        """Evaluate a data set in batches of hidden [N, D] and labels [N], as `evaluate`, and return its summary.
 
-        Keeps sums and how often each rank came, no batch and no row. progress(rows so far) is called after each batch.
+        Each batch is read after the previous one is answered. Only sums and the number of rows per rank are kept, no
+        batch or row. progress(rows so far) is called after each batch.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts over all batches.
@@ -129,7 +131,7 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.TopK:
-        """The k best classes of hidden [N, D]: logit descending, ties by lower id; in pages.
+        """Return the k best classes of each row of hidden [N, D], by descending logit and then by lower id; in pages.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
@@ -167,7 +169,7 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.Scores:
-        """Logits of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
+        """Return the logits [N, S] of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
@@ -197,14 +199,16 @@ class Questions:
         return types.Scores(all_logits, log_probs, found[0].version, found[-1].last_version, costs)
 
     def probabilities(self, hidden: Array, class_ids: Array, *, logits: types.LogitTransform | None = None) -> Array:
-        """Probabilities [N, S] among all classes of class_ids [S] (shared) or [N, S]: exp of `score`'s log_probs.
+        """Return the probabilities [N, S], over all classes, of class_ids [S] (shared) or [N, S].
+
+        They are the exp of the log_probs of `score`.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
         """
         log_probs = self.score(hidden, class_ids, want_log_probs=True, logits=logits).log_probs
         if log_probs is None:
-            raise BadReply("the reply holds no log_probs")
+            raise BadReply("the reply contains no log_probs")
         return np.asarray(np.exp(log_probs))
 
     def sample_classes(
@@ -219,12 +223,12 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.ClassSamples:
-        """num_samples S independent classes of each row of hidden [N, D], by its exact softmax; in pages.
+        """Draw num_samples S independent classes for each row of hidden [N, D] from its exact softmax; in pages.
 
-        A draw is a function of the table, the row, and (seed, number of the row, number of the draw): rows count from
-        first_row, so that a data set cut in batches draws the same. top_k draws among the k best classes alone, and
-        log_probs are then of the softmax over these. The temperature is 1 / logits.scale. N S V numbers of noise are
-        made, N S k among the best, about 10^8 a second and core.
+        A draw is a function of the table, the row, and (seed, number of the row, number of the draw). Rows are numbered
+        from first_row, so that a data set split into batches gives the same draws. top_k draws only from the k best
+        classes, and log_probs are then those of the softmax over these. The temperature is 1 / logits.scale. A call
+        generates N S V random numbers, or N S k with top_k, at about 10^8 per second per core.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
@@ -262,5 +266,5 @@ class Questions:
         return self.client.channel.unary(method, request, None, whole=True)
 
     def _pages(self, num_rows: int, width: int = 0) -> Iterator[slice]:
-        """Pages of rows of hidden with width numbers of the reply beside each."""
+        """Yield pages of rows of hidden, allowing for width numbers per row in the reply."""
         return pages(num_rows, self.spec.dim + 1 + width)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """The steps of one trainer on one table. Steps begin at 1 and only grow; not thread-safe."""
+    """The steps of one trainer on one table. Step numbers start at 1 and only increase. Not thread-safe."""
 
     def __init__(self, table: Table, name: str, opened_at_version: int) -> None:
         self.table, self.name, self.opened_at_version = table, name, opened_at_version
         self.step = 1
         self.num_parts = 0
-        self.follows: int | None = None  # a step whose commit may be under way
+        self.follows: int | None = None  # a step whose commit may be in progress
 
     def compute_loss(
         self,
@@ -39,11 +39,11 @@ class Session:
         grad_dtype: str | None = None,
         want_cost: bool = False,
     ) -> types.LossResult:
-        """Score the next part of the present step, as `Table.compute_loss`, and leave its ticket open for `commit`.
+        """Score the next part of the current step, as `Table.compute_loss`, and leave its ticket open for `commit`.
 
         Raises:
-            StepTooOld: the server has done this step already; the next call is a new step.
-            RequestError, TransientError: as `Table.compute_loss`; the part is lost, the step goes on.
+            StepTooOld: the server has already finished this step; the next call starts a new step.
+            RequestError, TransientError: as `Table.compute_loss`; the part is lost but the step continues.
         """
         request = messages.loss_request(
             self.table.name,
@@ -72,14 +72,14 @@ class Session:
         max_staleness: int | None = None,
         want_cost: bool = False,
     ) -> types.CommitResult:
-        """One optimizer step over (result or ticket, g [N] or None for ones) of the present step, exactly once.
+        """Commit parts of the current step, each (result or ticket, g [N] or None for ones), as one optimizer step.
 
-        All parts together fit one message (about a million rows of float32 in 4 MiB). learning_rate >= 0; grad_scale
-        multiplies every g; want_cost asks what the call cost the server.
+        The step is applied exactly once. All parts together must fit in one message (about a million rows of float32 in
+        4 MiB). learning_rate is >= 0; grad_scale multiplies every g; want_cost requests the cost of the call.
 
         Raises:
             TransientError: the same commit may be repeated; it is applied once.
-            StepTooOld, StepReused: the server has done this step already; the next call is a new step.
+            StepTooOld, StepReused: the server has already finished this step; the next call starts a new step.
             TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
         request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
@@ -92,10 +92,10 @@ class Session:
     def begin_commit(
         self, parts: Sequence[tuple[str, Array]], *, learning_rate: float, grad_scale: float
     ) -> Callable[[], types.CommitResult]:
-        """What sends the commit of the present step, once or again after a TransientError, from any thread.
+        """Return a function that sends the commit of the current step, from any thread.
 
-        The session is at its next step from now on. Its losses follow this one while `follows` says so: the server
-        scores them behind it, though its reply has not come.
+        The function can be called again after a TransientError. The session moves on to its next step immediately.
+        While `follows` is set, the server scores the session's losses after this commit, even before its reply arrives.
         """
         request = self._commit_request(parts, learning_rate, grad_scale, None)
         self._next_step()
@@ -105,7 +105,7 @@ class Session:
             try:
                 return self._send_commit(request)
             except RequestError:
-                with suppress(ShardlossError):  # so that a loss which waits for the step is told
+                with suppress(ShardlossError):  # so that a loss that waits for the step is refused
                     self._send_abort(request.step)
                 raise
 
@@ -154,11 +154,10 @@ class Session:
         grad_dtype: str | None = None,
         want_cost: bool = False,
     ) -> types.LossResult:
-        """Score hidden [N, D] and commit in one call: the table's objective is grad_scale * sum(upstream [N] * loss),
-        None is ones.
+        """Score hidden [N, D] and commit in one call; the objective is grad_scale * sum(upstream [N] * loss).
 
-        label_distribution as in `Table.compute_loss`. The reply's tensors are None where an earlier try had committed
-        and the server keeps its reply no more.
+        upstream None is ones; label_distribution is as in `Table.compute_loss`. The tensors of the result are None if
+        an earlier try has committed and the server no longer keeps its reply.
 
         Raises:
             TransientError: the same call may be repeated; it is applied once.
@@ -188,18 +187,18 @@ class Session:
         return result
 
     def skip(self) -> None:
-        """Leave the present step to the next commit, which gives up what is below its own."""
+        """Leave the current step, if it has parts, without an abort; the next commit gives up all earlier steps."""
         if self.num_parts:
             self._next_step()
 
     def abort(self) -> int:
-        """Give up the present step's tickets, as if its losses had never been computed; the number given up."""
+        """Give up the tickets of the current step, as if its losses had never been computed; return their number."""
         if self.num_parts == 0:
             return 0
         try:
             return self._send_abort(self.step)
         finally:
-            self._next_step()  # whatever became of it: the next commit gives up what is below its step
+            self._next_step()  # even if the abort failed: the next commit gives up all earlier steps
 
     def _send_abort(self, step: int) -> int:
         client = self.table.client
@@ -209,9 +208,9 @@ class Session:
 
     @contextmanager
     def _passing(self, *errors: type[ShardlossError]) -> Iterator[None]:
-        """The errors say that the server has done this step: they are raised, and the next call is a new step.
+        """Move on to the next step and re-raise if one of errors is raised: the server has already finished this step.
 
-        So it is after a commit whose replies were all lost, if the caller goes on instead of repeating it.
+        This happens after a commit whose replies were all lost, if the caller continues instead of repeating it.
         """
         try:
             yield

@@ -1,7 +1,8 @@
-"""One large tensor beside its message: put into the message's bytes, and taken out of them, past protobuf.
+"""One large tensor kept apart from its message, and inserted into or extracted from the message's bytes directly.
 
-On the wire stands the plain message, for any reader of the contract. Protobuf alone would copy the content of a tensor
-four times on its way into a call and three times on its way out; here it is copied once on either way.
+The bytes on the wire are those of a plain message, which any implementation of the contract can read. Protobuf alone
+would copy the content of a tensor four times when sending and three times when receiving; this module copies it once in
+each direction.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ M = TypeVar("M", bound=Message)
 Buffer = bytes | memoryview
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; source: protobuf.dev, "Encoding"
-MOST_FIELDS = 64  # that are looked through: a message of more is left to protobuf
+MOST_FIELDS = 64  # a message with more fields is left to protobuf
 MOST_VARINT_BYTES, MOST_KEY_BYTES = 10, 5
-LARGE_BYTES = 1 << 16  # what protobuf holds in less time than it takes to look for it
-KEY_BYTES = 24  # keys and lengths around a content, at most
+LARGE_BYTES = 1 << 16  # below this size protobuf is faster than a search for the content
+KEY_BYTES = 24  # upper bound on the keys and lengths around a content
 
 
 class Unreadable(Exception):
@@ -30,19 +31,19 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Spliced(Generic[M]):
-    """A message, and the content that belongs into it; None where the message is whole."""
+    """A message and the content that belongs in it, or None if the message is complete."""
 
     message: M
     content: Buffer | None = None
 
-    def ByteSize(self) -> int:  # noqa: N802  (as a message's)
-        """Bytes on the wire, or up to KEY_BYTES more."""
+    def ByteSize(self) -> int:  # noqa: N802  (named as in protobuf)
+        """Return the number of bytes on the wire, or up to KEY_BYTES more."""
         return self.message.ByteSize() + (0 if self.content is None else len(self.content) + KEY_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One field inside bytes: its key begins at start, its value at value, and both end at end."""
+    """The position of one field in bytes: its key begins at start, its value at value, and the field ends at end."""
 
     number: int
     kind: int
@@ -52,9 +53,9 @@ class Span:
 
 
 class Splice(Generic[M]):
-    """Where a message type holds its large content: the bytes field `content` of its message field `owner`.
+    """The location of a message type's large content: the bytes field `content` of its message field `owner`.
 
-    Less than least_bytes is left to protobuf.
+    Content of less than least_bytes is left to protobuf.
     """
 
     def __init__(self, kind: type[M], owner: str, content: str, least_bytes: int = LARGE_BYTES) -> None:
@@ -67,7 +68,7 @@ class Splice(Generic[M]):
         self._outer_key, self._inner_key = varint(outer.number << 3 | BYTES), varint(inner.number << 3 | BYTES)
 
     def join(self, spliced: Spliced[M]) -> bytes:
-        """The bytes of the message with its content in place: what protobuf would write of it, in another order."""
+        """Return the bytes of the message with its content, equal to protobuf's except for the order of the fields."""
         if spliced.content is None:
             return spliced.message.SerializeToString()
         rest = self._kind()
@@ -79,10 +80,10 @@ class Splice(Generic[M]):
         return b"".join((rest.SerializeToString(), self._outer_key, length, owner, key, spliced.content))
 
     def split(self, content: bytes) -> Spliced[M]:
-        """The message, and its content where it is large, as a view of the bytes. Equal to what protobuf reads.
+        """Return the message and, if it is large, its content as a view of the bytes; equal to what protobuf reads.
 
         Raises:
-            google.protobuf.message.DecodeError: protobuf cannot read it.
+            google.protobuf.message.DecodeError: protobuf cannot read the bytes.
         """
         outer = inner = None
         try:
@@ -90,7 +91,7 @@ class Splice(Generic[M]):
                 outer = self._only(content, 0, len(content), self._outer_rivals, self._outer)
                 inner = outer and self._only(content, outer.value, outer.end, self._inner_rivals, self._inner)
         except Unreadable:
-            pass  # protobuf says what is wrong, if anything is
+            pass  # protobuf reports what is wrong, if anything is
         if not outer or not inner or inner.end - inner.value < self._least_bytes:
             return Spliced(self._kind.FromString(content))
         raw = memoryview(content)
@@ -100,22 +101,22 @@ class Splice(Generic[M]):
 
     @staticmethod
     def _only(content: bytes, start: int, end: int, numbers: set[int], number: int) -> Span | None:
-        """The one field of a number, if it is there once and none other of the numbers is."""
+        """Return the bytes field `number` if it occurs once and no other field of `numbers` occurs, otherwise None."""
         found = [span for span in fields(content, start, end) if span.number in numbers]
         return found[0] if len(found) == 1 and (found[0].number, found[0].kind) == (number, BYTES) else None
 
 
 def rivals(field: Any) -> set[int]:
-    """The numbers of which only one can hold: those of the field's oneof, or its own."""
+    """Return the field numbers that exclude each other: those of the field's oneof, or only its own."""
     oneof = field.containing_oneof
     return {one.number for one in oneof.fields} if oneof else {field.number}
 
 
 def fields(content: bytes, start: int, end: int) -> Iterator[Span]:
-    """The fields between start and end, in order.
+    """Yield the fields between start and end, in order.
 
     Raises:
-        Unreadable: they are no plain sequence of fields, or too many.
+        Unreadable: the bytes are not a plain sequence of fields, or there are more than MOST_FIELDS.
     """
     at = start
     for _ in range(MOST_FIELDS):
@@ -141,10 +142,10 @@ def fields(content: bytes, start: int, end: int) -> Iterator[Span]:
 
 
 def read_varint(content: bytes, start: int, end: int) -> tuple[int, int]:
-    """A number and where it ends.
+    """Return a varint and the position after it.
 
     Raises:
-        Unreadable: it does not end in time.
+        Unreadable: the varint does not end before `end`, or has more than MOST_VARINT_BYTES bytes.
     """
     number = 0
     for place in range(min(MOST_VARINT_BYTES, end - start)):
@@ -156,7 +157,7 @@ def read_varint(content: bytes, start: int, end: int) -> tuple[int, int]:
 
 
 def varint(number: int) -> bytes:
-    """A number in as many bytes as it takes."""
+    """Return a number encoded as a varint."""
     pieces = bytearray()
     while number >= 0x80:
         pieces.append(number & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""What a running server says of itself on its admin port (proto/shardloss/v1/admin.proto has units and meanings)."""
+"""Status that a running server reports on its admin port; proto/shardloss/v1/admin.proto has units and meanings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker; where it is not up, all but index, device and num_restarts is 0."""
+    """One worker; if it is not up, all fields except index, device and num_restarts are 0 or empty."""
 
     index: int
     up: bool
@@ -33,7 +33,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class TableStatus:
-    """One table; num_bytes of its rows, biases, state and label counts together."""
+    """One table; num_bytes is the size of its rows, biases, state and label counts together."""
 
     name: str
     num_classes: int
@@ -50,7 +50,7 @@ class TableStatus:
 
 @dataclass(frozen=True, slots=True)
 class PlacesStatus:
-    """What calls of one kind hold, and may hold."""
+    """The calls of one kind that hold a place, their bytes, and the limits of both."""
 
     name: str
     num_calls: int
@@ -61,7 +61,7 @@ class PlacesStatus:
 
 @dataclass(frozen=True, slots=True)
 class MethodStatus:
-    """One method: calls and errors by reason since the start; rate (a second) and seconds of the last minute."""
+    """One method: calls, and errors by reason, since the start; calls per second and durations of the last minute."""
 
     name: str
     num_calls: int
@@ -74,7 +74,7 @@ class MethodStatus:
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """One look at a server; time_s is its clock in seconds since 1970, /dev/shm's sizes are 0 where it has none."""
+    """Status of a server at one moment; time_s is its clock in seconds since 1970; without /dev/shm its sizes are 0."""
 
     versions: Mapping[str, str]
     uptime_s: float
@@ -93,14 +93,14 @@ PARTS = {"workers": WorkerStatus, "tables": TableStatus, "places": PlacesStatus,
 
 
 def server_status(message: admin_pb2.Status) -> ServerStatus:
-    """The status of a message."""
+    """Return the status in a message."""
     return of(
         ServerStatus, message, **{name: [of(kind, m) for m in getattr(message, name)] for name, kind in PARTS.items()}
     )
 
 
 def of(kind: type[T], message: Message, **known: Any) -> T:
-    """A message's fields in a dataclass of the same names; maps become dicts."""
+    """Return a dataclass filled from a message's fields of the same names; maps become dicts."""
     names = [field.name for field in fields(kind) if field.name not in known]  # type: ignore[arg-type]
     values = {name: getattr(message, name) for name in names}
     plain = {name: dict(value) if hasattr(value, "items") else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""One table of a server: heads that train it, exact questions, rows. NumPy in and out; torch only in heads."""
+"""One table of a server: its heads, exact evaluation and rows. NumPy in and out; only heads use torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardloss.wire import Array
 if TYPE_CHECKING:
     from shardloss.client import LossClient
 
-LARGEST = {  # finite numbers of the storage dtypes
+LARGEST = {  # largest finite number of each storage dtype
     "float32": float(np.finfo(np.float32).max),
     "float64": float(np.finfo(np.float64).max),
     "bfloat16": 255 * 2.0**120,
@@ -28,18 +28,18 @@ LARGEST = {  # finite numbers of the storage dtypes
 
 
 class Table(Trainable, Losses):
-    """One table of a server: heads that train it, exact questions, rows."""
+    """One table of a server: heads that train it, exact evaluation, and its rows."""
 
     def __init__(self, client: LossClient, info: types.TableInfo) -> None:
         self.client, self.spec = client, info
         self.name = info.name
 
     def info(self) -> types.TableInfo:
-        """The table as it stands now."""
+        """Return the spec and current state of the table."""
         return self.client.table(self.name).spec
 
     def session(self) -> Session:
-        """A new session: the steps of one trainer.
+        """Return a new session for the steps of one trainer.
 
         Raises:
             TableNotFound: the table was deleted.
@@ -47,7 +47,7 @@ class Table(Trainable, Losses):
         return Session(self, secrets.token_hex(16), self.info().version)
 
     def read_rows(self, class_ids: Array) -> types.Rows:
-        """Rows [M, D] and biases [M] of class_ids [M], in pages; `version` is the last page's.
+        """Return the rows [M, D] and biases [M] of class_ids [M], read in pages; `version` is that of the last page.
 
         Raises:
             InvalidArgument, TransientError, RowsLost: as `evaluate`.
@@ -63,12 +63,13 @@ class Table(Trainable, Losses):
         return types.Rows(np.concatenate([page.rows for page in found]), biases, found[-1].version)
 
     def write_rows(self, class_ids: Array, rows: Array, biases: Array | None = None) -> int:
-        """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M]; one version a page; returns the last.
+        """Overwrite rows [M, D] (and biases [M]) of distinct class_ids [M] in pages and return the last version.
 
-        A page whose reply is lost is written again: what another trainer committed to these rows between is lost.
+        Each page is one version. If its reply is lost, a page is written again, which overwrites whatever another
+        trainer has committed to these rows in between.
 
         Raises:
-            InvalidArgument: before anything is written.
+            InvalidArgument: an argument is invalid; nothing was written.
         """
         class_ids, rows = np.asarray(class_ids), np.asarray(rows)
         biases = None if biases is None else np.asarray(biases)
@@ -87,11 +88,11 @@ class Table(Trainable, Losses):
 
     @property
     def page_rows(self) -> int:
-        """Rows that go in one message with all their state."""
+        """The number of rows that fit in one message with all their state."""
         return pages_of(self.spec)
 
     def read_state(self, first_class: int, num_classes: int) -> types.TableRows:
-        """The rows of a range of at most `page_rows` classes with all their state, at one version, bit for bit.
+        """Return the rows and all state of a range of at most `page_rows` classes, at one version and bit for bit.
 
         Raises:
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
@@ -101,13 +102,13 @@ class Table(Trainable, Losses):
         return messages.table_rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
 
     def write_state(self, first_class: int, page: types.TableRows, num_commits: int | None = None) -> int:
-        """Overwrite at most `page_rows` rows from first_class on with what is given of their state; one version.
+        """Overwrite at most `page_rows` rows from first_class on, with the state given in page, as one version.
 
-        State that page does not name stays, and so do biases that are None. num_commits makes the optimizer's step go
-        on from there; page's own, and its version, are not looked at.
+        State that page does not name stays unchanged, as do biases if they are None. num_commits sets the optimizer's
+        step; the num_commits and version of page are ignored.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts in the page.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts within the page.
         """
         class_ids = np.arange(first_class, first_class + len(page.rows))
         bfloat16 = self.spec.dtype == "bfloat16"
@@ -116,15 +117,15 @@ class Table(Trainable, Losses):
         return reply.version
 
     def read_class_counts(self, first_class: int, num_classes: int) -> types.ClassCounts:
-        """Written and learned class counts of a range of at most `paging.PAGE_BYTES` / 16 classes."""
+        """Return the written and learned class counts of a range of at most `paging.PAGE_BYTES` / 16 classes."""
         request = table_pb2.ReadClassCountsRequest(table=self.name, first_class=first_class, num_classes=num_classes)
         return messages.class_counts(self.client.channel.unary(self.client.tables.ReadClassCounts, request, None))
 
     def write_counts_page(self, first_class: int, written: Array | None, learned: Array | None) -> None:
-        """Overwrite the class counts of a range of classes: written [M], learned [M] int64, or both; None stays.
+        """Overwrite the written [M] or learned [M] int64 class counts of a range, or both; None leaves them unchanged.
 
         Raises:
-            InvalidArgument, LimitExceeded: as `write_class_counts`; index counts in the range.
+            InvalidArgument, LimitExceeded: as `write_class_counts`; index counts within the range.
         """
         request = table_pb2.WriteClassCountsRequest(table=self.name, first_class=first_class)
         if written is not None:
@@ -134,14 +135,14 @@ class Table(Trainable, Losses):
         self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
 
     def write_class_counts(self, counts: Array) -> None:
-        """Give the class counts [V] that `FixedUnigram` samplers draw by, >= 0; in pages.
+        """Write the class counts [V], each >= 0, that `FixedUnigram` samplers use; in pages.
 
         Raises:
-            InvalidArgument, LimitExceeded: before anything is written.
+            InvalidArgument, LimitExceeded: the counts are invalid or too many; nothing was written.
         """
         counts = of_rank(counts, 1, "counts").astype(np.float64)
         if len(counts) != self.spec.num_classes:
-            raise InvalidArgument(f"counts has {len(counts)} of {self.spec.num_classes} classes", field="counts")
+            raise InvalidArgument(f"counts has {len(counts)} values for {self.spec.num_classes} rows", field="counts")
         refuse_where(~(np.isfinite(counts) & (counts >= 0)), "counts", "is not a finite number >= 0")
         for page in pages(len(counts), 1):
             request = table_pb2.WriteClassCountsRequest(
@@ -151,24 +152,27 @@ class Table(Trainable, Losses):
 
 
 def pages_of(spec: types.TableInfo) -> int:
-    """Rows of a table that go in one message with all their state."""
+    """Return the number of rows of a table that fit in one message with all their state."""
     num_tensors = 1 + len(types.state_widths(spec.optimizer, spec.dim))
     return max(1, PAGE_BYTES // (8 * num_tensors * (spec.dim + 1)))
 
 
 def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.TableInfo) -> None:
-    """Refuse rows that do not fit their ids, or ids that are not distinct classes: pages alone would not show it."""
+    """Raise `InvalidArgument` if rows do not match their ids, or ids are not distinct classes.
+
+    Single pages would not reveal it.
+    """
     if class_ids.ndim != 1 or rows.shape != (len(class_ids), spec.dim):
         raise InvalidArgument(
-            f"rows {rows.shape} do not fit class_ids {class_ids.shape}; [M, {spec.dim}]", field="rows"
+            f"rows {rows.shape} do not match class_ids {class_ids.shape}; [M, {spec.dim}] is needed", field="rows"
         )
     if biases is not None and biases.shape != class_ids.shape:
-        raise InvalidArgument(f"biases {biases.shape} do not fit class_ids {class_ids.shape}", field="biases")
+        raise InvalidArgument(f"biases {biases.shape} do not match class_ids {class_ids.shape}", field="biases")
     refuse_where((class_ids < 0) | (class_ids >= spec.num_classes), "class_ids", f"is outside [0, {spec.num_classes})")
     order = np.argsort(class_ids, kind="stable")
     repeated = np.zeros(len(class_ids), dtype=bool)
     repeated[order[1:]] = class_ids[order][1:] == class_ids[order][:-1]
-    refuse_where(repeated, "class_ids", "is there twice")
+    refuse_where(repeated, "class_ids", "occurs twice")
     refuse_where(np.asarray(~is_storable(rows, spec.dtype).all(axis=1)), "rows", f"is not finite in {spec.dtype}")
     if biases is not None:
         wide = "float64" if spec.dtype == "float64" else "float32"
@@ -176,13 +180,13 @@ def check_rows(class_ids: Array, rows: Array, biases: Array | None, spec: types.
 
 
 def is_storable(values: Array, dtype: str) -> Array:
-    """Whether values are finite in a table's dtype."""
+    """Return a mask of the values that are finite in a table's dtype."""
     most = LARGEST[dtype]
     return np.asarray(np.isfinite(values) & (np.abs(values) <= most))
 
 
 def refuse_where(wrong: Array, field: str, complaint: str) -> None:
-    """Refuse where any entry [M] is wrong, naming the first."""
+    """Raise `InvalidArgument` if any entry of wrong [M] is True; the error names the first."""
     if wrong.any():
         index = int(np.argmax(wrong))
         raise InvalidArgument(f"{field}[{index}] {complaint}", field=field, index=index)

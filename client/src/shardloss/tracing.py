@@ -1,4 +1,4 @@
-"""A span a call, where the application has set up OpenTelemetry before it connects; nothing else, and at no cost."""
+"""One span per call if the application sets up OpenTelemetry before it connects; otherwise nothing, at no cost."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ KEY = "traceparent"  # a tracestate is not sent: the server does not read it
 
 
 class Untraced:
-    """A call of which nobody asks; also what every call offers."""
+    """An untraced call; also the interface of a traced one."""
 
-    headers: tuple[tuple[str, str], ...] = ()  # metadata by which the server's span continues this one
+    headers: tuple[tuple[str, str], ...] = ()  # metadata that makes the server's span a child of this one
 
     def counting(self, attempt: Callable[..., R]) -> Callable[..., R]:
-        """The attempt, whose tries are counted."""
+        """Return attempt, wrapped to count its tries if the call is traced."""
         return attempt
 
     def __enter__(self) -> None:
-        """All tries are inside."""
+        """Enter the call, which includes all tries."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """It ends as its last try."""
+        """End the call with the outcome of its last try."""
 
 
 UNTRACED = Untraced()
 
 
 class Traced(Untraced):
-    """A call with a span: its tries are counted, and the reason why it failed is kept."""
+    """A call with a span, which records the number of tries and the reason of a failure."""
 
     def __init__(self, span: Span, headers: tuple[tuple[str, str], ...]) -> None:
         self._span, self.headers = span, headers
@@ -63,18 +63,18 @@ class Traced(Untraced):
 
 
 class Tracing:
-    """Makes the spans of one channel's calls."""
+    """The source of the spans of one channel's calls."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._tracer = provider.get_tracer("shardloss")
-        self._propagator = TraceContextTextMapPropagator()  # what the server reads, whatever others are told
+        self._propagator = TraceContextTextMapPropagator()  # the server's format, whatever the global one is
 
     @staticmethod
     def found() -> Tracing | None:
-        """That of the application's tracer provider; None where it has set none up."""
-        if "opentelemetry.trace" not in sys.modules:  # whoever has set it up has imported it, which takes its time
+        """Return a `Tracing` of the application's tracer provider, or None if the application has set none up."""
+        if "opentelemetry.trace" not in sys.modules:  # not set up; importing it here would cost time
             return None
         from opentelemetry import trace
 
@@ -83,7 +83,7 @@ class Tracing:
         return Tracing(provider) if is_set else None
 
     def call(self, path: str, request_id: str) -> Traced:
-        """The span of a call to "/package.Service/Method", under the present one."""
+        """Start the span of a call to "/package.Service/Method" as a child of the current span."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
         service, _, method = path.lstrip("/").partition("/")
@@ -95,7 +95,7 @@ class Tracing:
 
 
 class Naming:
-    """What stubs need of a channel; its methods know their paths."""
+    """The part of a gRPC channel that stubs use; its methods have their path as an attribute."""
 
     def __init__(self, channel: Any) -> None:
         self.unary_unary = naming(channel.unary_unary)
@@ -105,16 +105,16 @@ class Naming:
 
 
 class Method:
-    """A method of a stub, and its path, "/package.Service/Method"."""
+    """A stub method with its path, "/package.Service/Method"."""
 
     def __init__(self, path: str, method: Callable[..., Any]) -> None:
         self.path, self._method = path, method
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """As gRPC's own."""
+        """Call the method as in gRPC."""
         return self._method(*arguments, **options)
 
 
 def naming(kind: Callable[..., Any]) -> Callable[..., Method]:
-    """Makes the methods of a kind."""
+    """Return a function that creates methods of a kind, such as unary_unary, with their paths."""
     return lambda path, *arguments, **options: Method(path, kind(path, *arguments, **options))

@@ -1,4 +1,4 @@
-"""The heads of a table, and its rows and logits as lazy values: the way in for torch, which is imported when used."""
+"""The torch interface of a table: its heads, and its rows and logits as lazy values. torch is imported on first use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Trainable:
-    """What torch trains of a `Table`: each loss is a head, a module called like a local loss."""
+    """The torch interface of a `Table`: each loss is a head, a module called like a local loss."""
 
     def _self(self) -> Table:
         return cast("Table", self)
@@ -33,12 +33,12 @@ class Trainable:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SoftmaxHead:
-        """A torch.nn.Module of the exact softmax loss over all classes; see `shardloss.heads.Head`.
+        """Return a torch.nn.Module of the exact softmax loss over all classes; see `shardloss.heads.Head`.
 
-        label_smoothing and class_weights [V] as in torch.nn.functional.cross_entropy; z_loss adds z_loss * lse ** 2 a
-        row; logits says how logits are made (temperature, soft cap, cosines). reduction is "mean", "sum" or "none";
-        rows whose labels are all ignore_index do not count, None counts all. With a learning_rate the head commits in
-        backward; without one, by `head.optimizer(lr)`.
+        label_smoothing and class_weights [V] are as in torch.nn.functional.cross_entropy. z_loss adds z_loss * lse ** 2
+        per row. logits is the transform of logits (temperature, soft cap, cosines). reduction is "mean", "sum" or
+        "none". Rows whose labels are all ignore_index do not count; with None all rows count. With a learning_rate the
+        head commits in backward; without one, `head.optimizer(lr)` commits.
 
         Raises:
             InvalidArgument: an unknown reduction, or class_weights that are not V finite floats >= 0.
@@ -66,13 +66,14 @@ class Trainable:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SampledSoftmaxHead:
-        """A torch.nn.Module of the sampled softmax loss; see `shardloss.heads.Head`.
+        """Return a torch.nn.Module of the sampled softmax loss; see `shardloss.heads.Head`.
 
-        Each step draws num_sampled candidates by sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
-        sorted by falling frequency), distinct where unique, from (seed, step); seed None comes from torch's generator.
-        remove_accidental_hits takes candidates that are labels of a row out of it: "every" copy, or "last" alone as
-        TensorFlow. num_hard_negatives > 0 keeps so many of the best candidates of each row alone. num_sampled 0 is for
-        a head that is always given sampled_values, and for samplers that need none. The rest is as in `softmax`.
+        Each step draws num_sampled candidates from sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
+        sorted by falling frequency), without repeats if unique, keyed by (seed, step). With seed None, torch's
+        generator draws the seed. remove_accidental_hits removes from a row the candidates that are its labels:
+        hit_removal "every" removes each copy, "last" only the last as TensorFlow does. num_hard_negatives > 0 keeps
+        only that many of the best candidates of each row. num_sampled 0 is for a head that is always given
+        sampled_values, and for samplers that need no number. Other arguments are as in `softmax`.
 
         Raises:
             InvalidArgument: an unknown sampler, hit_removal or reduction.
@@ -111,10 +112,10 @@ class Trainable:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SampledLogisticHead:
-        """A torch.nn.Module of noise-contrastive estimation, TensorFlow's nce_loss; see `shardloss.heads.Head`.
+        """Return a torch.nn.Module of noise-contrastive estimation, TensorFlow's nce_loss; see `shardloss.heads.Head`.
 
-        With remove_accidental_hits it is the sampled logistic loss; subtract_log_q False is negative sampling. The rest
-        is as in `sampled_softmax`.
+        With remove_accidental_hits=True it is the sampled logistic loss; with subtract_log_q=False it is negative
+        sampling. Other arguments are as in `sampled_softmax`.
 
         Raises:
             InvalidArgument: an unknown sampler, hit_removal or reduction.
@@ -145,10 +146,10 @@ class Trainable:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> SigmoidHead:
-        """A torch.nn.Module of the logistic loss over all classes, summed a row; see `shardloss.heads.Head`.
+        """Return a torch.nn.Module of the logistic loss over all classes, summed per row; see `shardloss.heads.Head`.
 
-        As torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1). The rest
-        is as in `softmax`.
+        It equals torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1).
+        Arguments are as in `softmax`.
 
         Raises:
             InvalidArgument: an unknown reduction.
@@ -174,11 +175,11 @@ class Trainable:
         ignore_index: int | None = -100,
         learning_rate: float | None = None,
     ) -> MarginSoftmaxHead:
-        """A torch.nn.Module of the combined margin softmax: ArcFace (m2), CosFace (m3), SphereFace (m1).
+        """Return a torch.nn.Module of the combined margin softmax: ArcFace (m2), CosFace (m3), SphereFace (m1).
 
-        Hidden and rows are divided by their norms unless normalize is False, where hidden . row is taken for a cosine.
-        num_sampled > 0 trains as PartialFC: on the batch's classes and uniform negatives, num_sampled in all, by
-        (seed, step). The table has no biases. The rest is as in `softmax`.
+        Hidden and rows are divided by their norms; with normalize=False, hidden . row itself is used as the cosine.
+        num_sampled > 0 trains as PartialFC does, on the batch's classes and uniform negatives, num_sampled in total,
+        keyed by (seed, step). The table must have no biases. Other arguments are as in `softmax`.
 
         Raises:
             InvalidArgument: an unknown reduction.
@@ -198,9 +199,9 @@ class Trainable:
         )
 
     def logits(self, hidden: Tensor, transform: types.LogitTransform | None = None) -> LazyLogits:
-        """The logits [..., V] of hidden [..., D], of which nothing is held: what `shardloss.compat.paddle` takes.
+        """Return the lazy logits [..., V] of hidden [..., D] for the losses of `shardloss.compat.paddle`.
 
-        transform says how they are made (scale, soft cap, cosines).
+        The logits are never materialised. transform is applied to them (scale, soft cap, cosines).
 
         Raises:
             InvalidArgument: hidden is not a float tensor [..., D].
@@ -210,9 +211,9 @@ class Trainable:
         return LazyLogits(self._self(), hidden, transform)
 
     def embeddings(self, class_ids: Array | Tensor) -> LazyRows:
-        """The rows of class_ids [C] as a lookup that is never fetched, for `shardloss.compat.tfrs.Retrieval`.
+        """Return the rows of class_ids [C] as a lookup that is never fetched, for `shardloss.compat.tfrs.Retrieval`.
 
         Raises:
-            InvalidArgument: they are not a list of class ids of the table.
+            InvalidArgument: class_ids is not a one-dimensional array of class ids of the table.
         """
         return lazy_rows(self._self(), class_ids)

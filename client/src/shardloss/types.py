@@ -1,4 +1,4 @@
-"""Public values: what a table is made of, what a loss is, what comes back."""
+"""Public values: the options of a table, the losses, and the results of calls."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardloss.evaluation import EvaluationSummary as EvaluationSummary  # noqa:
 from shardloss.evaluation import SamplingGap as SamplingGap  # noqa: PLC0414
 from shardloss.wire import Array
 
-# Optimizers of a table. The learning rate comes with each step. Formulas and lazy semantics: docs/optimizers.md.
+# Optimizers of a table. Each step has its learning rate. Formulas and lazy semantics: docs/optimizers.md.
 
 
 @dataclass(frozen=True, slots=True)
 class Sgd:
-    """torch.optim.SGD on touched rows; a momentum buffer is held only where momentum > 0."""
+    """torch.optim.SGD on touched rows; a momentum buffer is kept only if momentum > 0."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -26,7 +26,7 @@ class Sgd:
 
 @dataclass(frozen=True, slots=True)
 class Adagrad:
-    """torch.optim.Adagrad on touched rows, one accumulator an element."""
+    """torch.optim.Adagrad on touched rows, with one accumulator per element."""
 
     initial_accumulator_value: float = 0.0
     eps: float = 1e-10
@@ -34,7 +34,7 @@ class Adagrad:
 
 @dataclass(frozen=True, slots=True)
 class RowAdagrad:
-    """Adagrad with one accumulator a row, fed with the row's mean squared gradient."""
+    """Adagrad with one accumulator per row, which sums the row's mean squared gradients."""
 
     initial_accumulator_value: float = 0.0
     eps: float = 1e-10
@@ -73,7 +73,7 @@ Optimizer: TypeAlias = Sgd | Adagrad | RowAdagrad | Adam | AdamW | SparseAdam
 
 
 def state_widths(optimizer: Optimizer, dim: int) -> dict[str, int]:
-    """Numbers that an optimizer's state holds a row of dim D, by name, ascending; of a bias, with dim 1."""
+    """Return the width of each state of an optimizer for a row of dim D (a bias: dim 1), by name in ascending order."""
     if isinstance(optimizer, Sgd):
         return {"momentum": dim} if optimizer.momentum else {}
     if isinstance(optimizer, (Adagrad, RowAdagrad)):
@@ -81,12 +81,12 @@ def state_widths(optimizer: Optimizer, dim: int) -> dict[str, int]:
     return {"first_moment": dim, "second_moment": dim}
 
 
-# First values of rows: functions of (seed, class id).
+# Initial values of rows, which are functions of (seed, class id).
 
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Normal with mean 0."""
+    """Initial values from a normal distribution with mean 0."""
 
     stddev: float
     seed: int = 0
@@ -94,7 +94,7 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Uniform on [-limit, limit)."""
+    """Initial values from a uniform distribution on [-limit, limit)."""
 
     limit: float
     seed: int = 0
@@ -102,7 +102,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """All zeros."""
+    """Initial values of zero."""
 
     seed: int = 0
 
@@ -114,9 +114,10 @@ Initializer: TypeAlias = Normal | Uniform | Zeros
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """z = cap(scale * (hidden . row + bias)), where cap(x) = soft_cap * tanh(x / soft_cap); soft_cap None is no cap.
+    """The logit z = cap(scale * (hidden . row + bias)), with cap(x) = soft_cap * tanh(x / soft_cap).
 
-    scale is 1 / temperature; normalize divides hidden and rows by their norms first: hidden . row is their cosine.
+    soft_cap None is no cap. scale is 1 / temperature. normalize first divides hidden and rows by their norms, so that
+    hidden . row is their cosine.
     """
 
     scale: float = 1.0
@@ -126,7 +127,10 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """cos(theta) of the true class becomes cos(m1 theta + m2) - m3: m2 is ArcFace's, m3 CosFace's, m1 SphereFace's."""
+    """A margin that turns cos(theta) of the true class into cos(m1 theta + m2) - m3.
+
+    m1 is SphereFace's margin, m2 ArcFace's and m3 CosFace's.
+    """
 
     m1: float = 1.0
     m2: float = 0.0
@@ -138,7 +142,10 @@ class Margin:
 
 @dataclass(frozen=True, slots=True)
 class FixedUnigram:
-    """p(k) ~ count(k) ** distortion, of the counts of `Table.write_class_counts`; 0 for the reserved first ids."""
+    """A sampler with p(k) ~ count(k) ** distortion, and p(k) = 0 for the first num_reserved_ids ids.
+
+    The counts are those of `Table.write_class_counts`.
+    """
 
     distortion: float = 1.0
     num_reserved_ids: int = 0
@@ -146,7 +153,7 @@ class FixedUnigram:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """p(k) = share * first(k) + (1 - share) * second(k)."""
+    """A sampler with p(k) = share * first(k) + (1 - share) * second(k)."""
 
     first: str | FixedUnigram
     second: str | FixedUnigram
@@ -155,10 +162,10 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class InBatch:
-    """The labels of the batch's other rows, T = 1.
+    """Candidates that are the labels of the other rows of the batch; T = 1.
 
-    correct_log_q: by how often commits have seen each class; the table needs count_labels. The row's own label was not
-    drawn and is not corrected (arXiv:2507.09331).
+    correct_log_q corrects logits by how often commits have seen each class, for which the table needs count_labels. The
+    row's own label was not drawn and is not corrected (arXiv:2507.09331).
     """
 
     correct_log_q: bool = False
@@ -166,7 +173,10 @@ class InBatch:
 
 @dataclass(frozen=True, slots=True)
 class PartialFc:
-    """Every label of the batch and uniform distinct negatives, num_sampled in all; logits are not corrected."""
+    """Candidates that are all labels of the batch and distinct uniform negatives, num_sampled in total.
+
+    Logits are not corrected.
+    """
 
 
 Sampler: TypeAlias = str | FixedUnigram | Mixture | InBatch | PartialFc
@@ -174,7 +184,7 @@ Sampler: TypeAlias = str | FixedUnigram | Mixture | InBatch | PartialFc
 
 @dataclass(frozen=True, slots=True)
 class SampledValues:
-    """The caller's draw: sampled [S], or [N, S] each row's own; Q of the true classes [N, T] and of sampled."""
+    """The caller's own draw: sampled [S], or [N, S] per row, and Q of the true classes [N, T] and of sampled."""
 
     sampled: Array
     true_expected_count: Array
@@ -183,9 +193,9 @@ class SampledValues:
 
 @dataclass(frozen=True, slots=True)
 class HitIds:
-    """What is compared to find accidental hits in place of class ids: labels [N, T], sampled as the draw.
+    """The ids that are compared, in place of class ids, to find accidental hits.
 
-    sampled is None with `InBatch`.
+    labels is [N, T]; sampled has the shape of the draw, and is None with `InBatch`.
     """
 
     labels: Array
@@ -200,8 +210,9 @@ class FullSoftmax:
     """Softmax over all classes.
 
     label_smoothing and class_weights [V] are those of torch.nn.functional.cross_entropy. z_loss adds
-    z_loss * lse ** 2. A margin is for a table without biases and one label a row. With unit_mass_gradient gradients
-    take label weights for a distribution whatever their sum, as TensorFlow's and Paddle's losses of soft labels do.
+    z_loss * lse ** 2. A margin requires a table without biases and one label per row. With unit_mass_gradient,
+    gradients treat label weights as a distribution whatever their sum, as TensorFlow's and Paddle's losses of soft
+    labels do.
     """
 
     label_smoothing: float = 0.0
@@ -216,11 +227,11 @@ class FullSoftmax:
 class SampledSoftmax:
     """Sampled softmax with logits corrected by -log Q.
 
-    num_sampled S candidates a step by `sampler` ("log_uniform", "uniform", "fixed_unigram", "learned_unigram", "all", a
-    FixedUnigram, Mixture, InBatch or PartialFc), distinct where unique, drawn by (seed, step); or the caller's own
-    sampled_values. hit_removal says which copies of an accidental hit go where remove_accidental_hits: "every", or
-    "last" as TensorFlow does; hits are found by class ids or by hit_ids. num_hard_negatives > 0 keeps so many of the
-    best candidates of each row alone.
+    Each step draws num_sampled S candidates from `sampler` ("log_uniform", "uniform", "fixed_unigram",
+    "learned_unigram", "all", a FixedUnigram, Mixture, InBatch or PartialFc), without repeats if unique, keyed by
+    (seed, step); sampled_values replaces the draw by the caller's own. With remove_accidental_hits, hit_removal selects
+    which copies of a hit are removed: "every", or "last" as in TensorFlow. Hits are found by class id or by hit_ids.
+    num_hard_negatives > 0 keeps only that many of the best candidates of each row.
     """
 
     num_sampled: int = 0
@@ -241,7 +252,7 @@ class SampledSoftmax:
 class SampledLogistic:
     """Logistic loss over the true classes (target 1/T each) and the candidates (target 0): TensorFlow's nce_loss.
 
-    Candidates as in `SampledSoftmax`. With remove_accidental_hits it is the sampled logistic loss; without
+    Candidates are as in `SampledSoftmax`. With remove_accidental_hits it is the sampled logistic loss; without
     subtract_log_q it is negative sampling.
     """
 
@@ -267,12 +278,12 @@ class FullSigmoid:
 Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
 
-# Answers. Their cost is None unless the call asks for it by want_cost.
+# Results. cost is None unless the call requests it by want_cost.
 
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """A table as it stands: its spec with every default filled in, its version and its number of commits."""
+    """The spec of a table with every default filled in, and its current version and number of commits and tickets."""
 
     name: str
     num_classes: int
@@ -300,7 +311,7 @@ class TableGradient:
 
 @dataclass(frozen=True, slots=True)
 class CommitResult:
-    """The version that a step made, its largest staleness, and whether it had been applied before."""
+    """The version after a step, the largest staleness of its parts, and whether it had already been applied."""
 
     version: int
     staleness: int
@@ -310,10 +321,10 @@ class CommitResult:
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """One batch's answer; None where not asked for.
+    """The result of one batch; a field is None if it was not requested.
 
-    loss [N] and lse [N]; hidden_grad [N, D] = d loss[n] / d hidden[n], not scaled by an upstream gradient, and
-    scale_grad [N] = d loss[n] / d scale alike. ticket names the part in a commit; "" where none is open.
+    loss and lse are [N]; hidden_grad [N, D] is d loss[n] / d hidden[n] and scale_grad [N] is d loss[n] / d scale, not
+    multiplied by an upstream gradient. ticket identifies the part in a commit, and is "" if none is open.
     """
 
     loss: Array | None
@@ -343,7 +354,7 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """logits [N, S] of asked classes, log_probs [N, S] or None."""
+    """Scores of the requested classes: logits [N, S], log_probs [N, S] or None."""
 
     logits: Array
     log_probs: Array | None
@@ -365,7 +376,7 @@ class ClassSamples:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """rows [M, D] (bfloat16 widened to float32) and biases [M] or None; version is that of the last page read."""
+    """Rows of a table: rows [M, D] (bfloat16 widened to float32) and biases [M] or None; version is the last page's."""
 
     rows: Array
     biases: Array | None
@@ -374,10 +385,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class TableRows:
-    """Rows with all their state, as the table stores them; what is read of many pages is of one version.
+    """Rows with all their state, as the table stores them, at one version.
 
-    rows [M, D] (uint16 holds the bits of bfloat16), biases [M] or None; state [M, W] by name of rows, and of biases
-    (W = 1). num_commits is the optimizer's step.
+    rows is [M, D] (uint16 with the bits of bfloat16) and biases [M] or None. weight_state and bias_state map the name
+    of a state to its values [M, W], with W = 1 for biases. num_commits is the optimizer's step.
     """
 
     rows: Array
@@ -390,7 +401,7 @@ class TableRows:
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """Counts of a range of classes: written [M] or None where none were, learned [M] or None where none are kept."""
+    """Counts of a range of classes: written [M], or None if there are none; learned [M], or None if none are kept."""
 
     written: Array | None
     learned: Array | None
@@ -399,7 +410,7 @@ class ClassCounts:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """sampled [S] in drawing order, expected counts [N, T] and [S], and the draws it took."""
+    """Drawn candidates: sampled [S] in drawing order, expected counts [N, T] and [S], and the number of tries."""
 
     sampled: Array
     true_expected_count: Array
@@ -409,7 +420,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """Version, features and limits of a server; limits by their names in proto/shardloss/v1/server.proto."""
+    """Version, features and limits of a server; proto/shardloss/v1/server.proto has the names of the limits."""
 
     version: str
     features: Sequence[str]

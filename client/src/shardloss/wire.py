@@ -1,4 +1,4 @@
-"""The one codec between NumPy arrays and the contract's Tensor message."""
+"""The codec between NumPy arrays and the contract's Tensor message."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.v1 import tensor_pb2
 
 Array = NDArray[Any]
-Contents = Mapping[Any, bytes | memoryview]  # what is not in a message: by chunk id, or by the field of its tensor
+Contents = Mapping[Any, bytes | memoryview]  # content outside a message, by chunk id or by the tensor's field
 
-# bfloat16 has no NumPy dtype: it travels as uint16 and is told apart by the message's dtype.
+# bfloat16 has no NumPy dtype: arrays hold it as uint16, and the dtype of the message identifies it.
 NUMPY_DTYPES: Mapping[int, np.dtype[Any]] = {
     tensor_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
     tensor_pb2.DTYPE_FLOAT64: np.dtype("<f8"),
@@ -39,34 +39,34 @@ MAX_RANK = 8
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tensor's message without its storage, and its content: the memory of the array it was made of."""
+    """A Tensor message without its storage, and its content: the memory of the array that was encoded."""
 
     header: tensor_pb2.Tensor
     content: memoryview
 
     def whole(self) -> tensor_pb2.Tensor:
-        """The message with its content inline."""
+        """Return the message with its content inline."""
         message = tensor_pb2.Tensor(inline=self.content.tobytes())
         message.MergeFrom(self.header)
         return message
 
 
 def encode(array: Array, field: str | None = None, *, bfloat16: bool = False) -> tensor_pb2.Tensor:
-    """An inline tensor of an array; as `encode_beside`.
+    """Return an array as an inline Tensor message; arguments are as in `encode_beside`.
 
     Raises:
-        InvalidArgument: the contract has no such dtype.
+        InvalidArgument: the contract does not have the array's dtype.
     """
     return encode_beside(array, field, bfloat16=bfloat16).whole()
 
 
 def encode_beside(array: Array, field: str | None = None, *, bfloat16: bool = False) -> Encoded:
-    """An array as the contract has it, not copied; with bfloat16, uint16 holds the upper halves of float32 values.
+    """Encode an array, without a copy if it is contiguous; with bfloat16, uint16 holds upper halves of float32 values.
 
-    field is what an error names.
+    field is the name of the array in an error.
 
     Raises:
-        InvalidArgument: the contract has no such dtype.
+        InvalidArgument: the contract does not have the array's dtype.
     """
     name = "bfloat16" if bfloat16 else array.dtype.name
     if name not in WIRE_DTYPES or (bfloat16 and array.dtype != np.uint16):
@@ -78,13 +78,13 @@ def encode_beside(array: Array, field: str | None = None, *, bfloat16: bool = Fa
 
 
 def num_elements(tensor: tensor_pb2.Tensor, field: str) -> int:
-    """prod(shape).
+    """Return the number of elements prod(shape) of a tensor.
 
     Raises:
-        InvalidArgument: a negative size or more than MAX_RANK sizes.
+        InvalidArgument: a size is negative, or there are more than MAX_RANK sizes.
     """
     if len(tensor.shape) > MAX_RANK:
-        raise InvalidArgument(f"{field} has rank {len(tensor.shape)}; at most {MAX_RANK} is taken", field=field)
+        raise InvalidArgument(f"{field} has rank {len(tensor.shape)}; the limit is {MAX_RANK}", field=field)
     for place, size in enumerate(tensor.shape):
         if size < 0:
             raise InvalidArgument(f"{field}.shape[{place}] = {size} is negative", field=field, index=place)
@@ -92,10 +92,10 @@ def num_elements(tensor: tensor_pb2.Tensor, field: str) -> int:
 
 
 def expected_bytes(tensor: tensor_pb2.Tensor, field: str) -> int:
-    """Bytes that the storage of a tensor must hold.
+    """Return the number of bytes that the storage of a tensor must have.
 
     Raises:
-        InvalidArgument: an unknown dtype or a bad shape.
+        InvalidArgument: the dtype is unknown or the shape is invalid.
     """
     if tensor.dtype not in NUMPY_DTYPES:
         raise InvalidArgument(f"{field}.dtype = {tensor.dtype} is not a dtype of the contract", field=field)
@@ -103,13 +103,13 @@ def expected_bytes(tensor: tensor_pb2.Tensor, field: str) -> int:
 
 
 def decode(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = None) -> Array:
-    """An array over the tensor's bytes (bfloat16 as uint16), copied only where they are not aligned.
+    """Return an array over the tensor's bytes (bfloat16 as uint16), which are copied only if they are not aligned.
 
-    contents holds what is not in the message: by the id of a chunk reference, or of a tensor without storage by field.
+    contents maps the id of a chunk, or the field of a tensor without storage, to content outside the message.
 
     Raises:
-        InvalidArgument: dtype, shape and bytes do not fit each other.
-        NotSupported: shared memory.
+        InvalidArgument: dtype, shape and number of bytes do not match, or the content is missing.
+        NotSupported: the tensor is in shared memory.
     """
     expected = expected_bytes(tensor, field)
     kind = tensor.WhichOneof("storage")
@@ -118,7 +118,7 @@ def decode(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = No
     content: bytes | memoryview
     if kind == "chunk":
         if contents is None or tensor.chunk.id not in contents:
-            raise InvalidArgument(f"{field} refers to chunk {tensor.chunk.id}, which did not come", field=field)
+            raise InvalidArgument(f"{field} refers to chunk {tensor.chunk.id}, which did not arrive", field=field)
         content = contents[tensor.chunk.id]
     elif kind is None and contents is not None and field in contents:
         content = contents[field]
@@ -126,18 +126,18 @@ def decode(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = No
         content = tensor.inline
     if len(content) != expected:
         raise InvalidArgument(
-            f"{field} holds {len(content)} bytes; {NAMES[tensor.dtype]} {list(tensor.shape)} takes {expected}",
+            f"{field} has {len(content)} bytes; {NAMES[tensor.dtype]} {list(tensor.shape)} requires {expected}",
             field=field,
         )
     try:
         array = np.frombuffer(content, NUMPY_DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
         return array if array.flags.aligned else array.copy()
-    except ValueError as error:  # sizes beyond what an array can have, beside a size of 0
+    except ValueError as error:  # sizes that are too large for NumPy, next to a size of 0
         raise InvalidArgument(f"{field} has shape {list(tensor.shape)}: {error}", field=field) from None
 
 
 def decode_numbers(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = None) -> Array:
-    """As `decode`, with bfloat16 widened to float32 exactly."""
+    """Return the array of a tensor as `decode` does, with bfloat16 widened exactly to float32."""
     array = decode(tensor, field, contents)
     if tensor.dtype == tensor_pb2.DTYPE_BFLOAT16:
         return (array.astype(np.uint32) << 16).view(np.float32)

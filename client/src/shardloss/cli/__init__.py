@@ -8,7 +8,7 @@ NEEDED = ("typer", "rich")
 
 
 def main() -> None:
-    """Run the command line and end the process with its exit code: 0 done, 1 refused or failed, 2 misused."""
+    """Run the command line and exit with its code: 0 done, 1 refused or failed, 2 usage error, 130 interrupted."""
     try:
         from shardloss.cli.app import run
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`python -m shardloss.cli`."""
+"""The entry point of `python -m shardloss.cli`."""
 
 from shardloss.cli import main
 

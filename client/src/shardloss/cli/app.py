@@ -1,4 +1,4 @@
-"""The commands together, and how they end."""
+"""The application `shardloss`: all of its commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardloss.cli.output import Output, OutputOption, emit, fail
 
 app = typer.Typer(
     name="shardloss",
-    help="Softmax losses over class tables that live in a service: tables, files, evaluation, status.",
+    help="Client of a shardloss server: class tables and their files, exact evaluation, status and diagnosis.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,7 +26,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 
-# typer has no public name for what a misused command raises, but for this kind of it
+# typer does not export the base class of its usage errors
 MISUSED: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
@@ -37,7 +37,7 @@ def version(output: OutputOption = Output.TEXT) -> None:
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command: 0 done, 1 refused or failed, 2 misused, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 1 refused or failed, 2 usage error, 130 interrupted."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         code = typer.main.get_command(app).main(args, prog_name="shardloss", standalone_mode=False)
@@ -54,7 +54,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def wants_json(args: Sequence[str]) -> bool:
-    """Whether a command line that could not be read asks for JSON."""
+    """Return True if a command line that could not be parsed requests JSON output."""
     given = [after for before, after in pairwise(args) if before == "--output"]
     given += [arg.removeprefix("--output=") for arg in args if arg.startswith("--output=")]
     return (given or [os.environ.get("SHARDLOSS_OUTPUT", "")])[-1] == Output.JSON

@@ -1,4 +1,4 @@
-"""Where a command connects, and as whom: one set of options for all commands."""
+"""The connection options that all commands share: addresses, credentials and timeout."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from shardloss import LossClient
 
 PANEL = "Connection"
 Address = Annotated[
-    str, typer.Option(envvar="SHARDLOSS_ADDRESS", rich_help_panel=PANEL, help="The server: HOST:PORT, or unix:PATH.")
+    str, typer.Option(envvar="SHARDLOSS_ADDRESS", rich_help_panel=PANEL, help="The server: HOST:PORT or unix:PATH.")
 ]
 AdminAddress = Annotated[
-    str, typer.Option(envvar="SHARDLOSS_ADMIN_ADDRESS", rich_help_panel=PANEL, help="Its admin port: HOST:PORT.")
+    str,
+    typer.Option(envvar="SHARDLOSS_ADMIN_ADDRESS", rich_help_panel=PANEL, help="The server's admin port: HOST:PORT."),
 ]
 TokenFile = Annotated[
     Path | None,
-    typer.Option(envvar="SHARDLOSS_TOKEN_FILE", rich_help_panel=PANEL, help="File that holds the token alone."),
+    typer.Option(envvar="SHARDLOSS_TOKEN_FILE", rich_help_panel=PANEL, help="File that contains only the token."),
 ]
 Tls = Annotated[
     bool,
@@ -28,22 +29,30 @@ Tls = Annotated[
         "--tls",
         envvar="SHARDLOSS_TLS",
         rich_help_panel=PANEL,
-        help="TLS with the system's roots; --ca-file says it too.",
+        help="Use TLS with the system's root certificates. --ca-file also turns TLS on.",
     ),
 ]
 CaFile = Annotated[
     Path | None,
-    typer.Option(envvar="SHARDLOSS_CA_FILE", rich_help_panel=PANEL, help="PEM file of who signed the server: TLS."),
+    typer.Option(
+        envvar="SHARDLOSS_CA_FILE",
+        rich_help_panel=PANEL,
+        help="PEM file of the CA that signed the server's certificate. Turns TLS on.",
+    ),
 ]
 ClientCertFile = Annotated[
     Path | None,
     typer.Option(
-        envvar="SHARDLOSS_CLIENT_CERT_FILE", rich_help_panel=PANEL, help="PEM certificate of this client: mutual TLS."
+        envvar="SHARDLOSS_CLIENT_CERT_FILE",
+        rich_help_panel=PANEL,
+        help="PEM file of this client's certificate, for mutual TLS.",
     ),
 ]
 ClientKeyFile = Annotated[
     Path | None,
-    typer.Option(envvar="SHARDLOSS_CLIENT_KEY_FILE", rich_help_panel=PANEL, help="PEM private key of that."),
+    typer.Option(
+        envvar="SHARDLOSS_CLIENT_KEY_FILE", rich_help_panel=PANEL, help="PEM file of the client certificate's key."
+    ),
 ]
 AllowPlaintextToken = Annotated[
     bool,
@@ -51,15 +60,15 @@ AllowPlaintextToken = Annotated[
         "--allow-plaintext-token",
         envvar="SHARDLOSS_ALLOW_PLAINTEXT_TOKEN",
         rich_help_panel=PANEL,
-        help="Send the token without TLS off this machine, where others may read it.",
+        help="Send the token to another machine without TLS. Others on the network may read it.",
     ),
 ]
-TimeoutS = Annotated[float, typer.Option(min=0.1, rich_help_panel=PANEL, help="Seconds for a request.")]
+TimeoutS = Annotated[float, typer.Option(min=0.1, rich_help_panel=PANEL, help="Timeout of a request in seconds.")]
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """The options of one command."""
+    """The connection options of one command."""
 
     address: Address = "127.0.0.1:7070"
     admin_address: AdminAddress = "127.0.0.1:7071"
@@ -72,10 +81,10 @@ class Connection:
     timeout_s: TimeoutS = 60.0
 
     def connect(self, *, admin: bool = False, timeout_s: float | None = None) -> LossClient:
-        """A client of the data port, or of the admin port.
+        """Return a client of the data port, or of the admin port.
 
         Raises:
-            ShardlossError: as `shardloss.connect`.
+            ShardlossError: the same errors as `shardloss.connect`.
         """
         address = self.admin_address if admin else self.address
         return shardloss.connect(

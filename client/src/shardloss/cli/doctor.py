@@ -1,4 +1,4 @@
-"""`shardloss doctor`: names what is wrong with this set-up."""
+"""`shardloss doctor`: a diagnosis of this set-up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shardloss.cli.output import grid
 from shardloss.errors import InvalidArgument, PermissionDenied, ShardlossError, Unauthenticated
 from shardloss.status import ServerStatus
 
-ANSWER_S = 3.0  # for a server to say that it is there
+ANSWER_S = 3.0  # time that a server has to answer
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -33,17 +33,19 @@ def doctor(
     call: Invocation,
     listen: Annotated[
         list[str] | None,
-        typer.Option(help="HOST:PORT that a server is to listen on; repeat it. Default: the addresses connected to."),
+        typer.Option(
+            help="HOST:PORT that a server will listen on; may be repeated. Default: --address and --admin-address."
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A folder whose disk is looked at, too: where tables are exported to, say."),
+        typer.Option(exists=True, help="A folder whose disk is also checked, such as one for exported tables."),
     ] = None,
 ) -> None:
-    """Look for what is wrong with this set-up, and say what to do; ends with 1 where something is."""
+    """Check this set-up and say how to fix what is wrong. The exit code is 1 if something is."""
     for address in listen or []:
         if not address.rpartition(":")[2].isdigit() or not address.rpartition(":")[0]:
-            raise typer.BadParameter(f"{address!r} is no HOST:PORT", param_hint="--listen")
+            raise typer.BadParameter(f"{address!r} is not HOST:PORT", param_hint="--listen")
     facts = gathered(call.connection, listen or [], data_dir)
     findings = [check(facts) for check in CHECKS]
     wrong = [finding for finding in findings if finding.verdict is Verdict.WRONG]
@@ -53,7 +55,7 @@ def doctor(
 
 
 def shown(findings: list[Finding]) -> RenderableType:
-    """Findings as people read them."""
+    """Format findings as text."""
     marks = {Verdict.OK: "ok", Verdict.WRONG: "WRONG", Verdict.SKIPPED: "-"}
     rows = [(each.check, marks[each.verdict], each.found + (f"\n-> {each.do}" if each.do else "")) for each in findings]
     return grid(("check", "", "found"), rows)
@@ -61,7 +63,7 @@ def shown(findings: list[Finding]) -> RenderableType:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A server's status or why there is none, and its clock minus ours, seconds."""
+    """A server's status, or why there is none; its clock minus this machine's and the error of that, in seconds."""
 
     status: ServerStatus | None
     why: str
@@ -70,7 +72,7 @@ class Look:
 
 
 def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -> Facts:
-    """What this machine and the server say."""
+    """Gather the facts about this machine and the server."""
     look = looked_at(connection)
     addresses = {connection.address: False, connection.admin_address: True}
     ports = (
@@ -79,7 +81,7 @@ def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -
         else [port_at(address, is_ours=answers(connection, admin)) for address, admin in addresses.items()]
     )
     ray_dir = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    ray_dir = next(folder for folder in (ray_dir, *ray_dir.parents) if folder.exists())  # Ray makes what is missing
+    ray_dir = next(folder for folder in (ray_dir, *ray_dir.parents) if folder.exists())  # Ray creates missing folders
     folders = [("Ray's folder", str(ray_dir))] + ([("data_dir", str(data_dir))] if data_dir else [])
     return Facts(
         ports=[port for port in ports if port is not None],
@@ -99,7 +101,7 @@ def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -
 
 
 def looked_at(connection: Connection) -> Look:
-    """Ask the admin port; half of the way there and back is how far its clock can be told."""
+    """Query the admin port; the clock difference is known to within half of the round trip."""
     if nobody_listens(connection.admin_address):
         return Look(None, f"no server listens on {connection.admin_address}", 0.0, 0.0)
     try:
@@ -113,7 +115,7 @@ def looked_at(connection: Connection) -> Look:
 
 
 def answers(connection: Connection, admin: bool) -> bool | None:
-    """Whether a server of ours answers at a port, also one that refuses us; None: our own credentials are none."""
+    """Return True if a shardloss server answers, even with a refusal; None if the credentials given are invalid."""
     if nobody_listens(connection.admin_address if admin else connection.address):
         return False
     try:
@@ -124,20 +126,20 @@ def answers(connection: Connection, admin: bool) -> bool | None:
 
 
 def nobody_listens(address: str) -> bool:
-    """Whether it is this machine's address and free."""
+    """Return True if the address is one of this machine's and free."""
     port = port_at(address)
     return port is not None and port.is_free
 
 
 def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
-    """Whether this machine could listen there; None: the address is not this machine's."""
+    """Check if this machine could listen at an address; None if the address is not this machine's."""
     host, _, number = address.rpartition(":")
     if not number.isdigit() or address.startswith("unix:"):
         return None
     if is_ours is not False:
         return Port(address, is_free=False, is_ours=is_ours)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a server that has just ended is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that has just ended is free
         try:
             probe.bind((host.strip("[]"), int(number)))
         except (OSError, OverflowError) as error:
@@ -146,7 +148,7 @@ def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
 
 
 def mode_of(path: Path | None) -> int | None:
-    """Mode of a file; None: no file, -1: it is not there."""
+    """Return the mode of a file; None if no file is given, -1 if it does not exist."""
     if path is None:
         return None
     with suppress(OSError):
@@ -155,7 +157,7 @@ def mode_of(path: Path | None) -> int | None:
 
 
 def disk_at(what: str, path: str) -> Disk | None:
-    """The file system of a folder; None: it is not there."""
+    """Return the file system of a folder; None if the folder does not exist."""
     try:
         room = os.statvfs(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""`shardloss evaluate`: exact figures over a data set in files, read a batch at a time."""
+"""`shardloss evaluate`: exact metrics of a data set in files, which are read one batch at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ INTEGERS = ("int64", "int32")
 
 
 def tensor(path: Path, name: str, what: str, rank: int, dtypes: tuple[str, ...]) -> Stored:
-    """The one array of a .npy file, or a tensor of a safetensors file."""
+    """Return the array of a .npy file, or the named tensor of a safetensors file."""
     opened = open_file(path)
     found = opened.tensor(next(iter(opened.tensors)) if path.suffix == ".npy" else name, what, rank)
     if found.shape.dtype not in dtypes:
-        raise BadFile(f"{path}: {what} are {found.shape}; one of {', '.join(dtypes)} is needed")
+        raise BadFile(f"{path}: {what} is {found.shape}; its dtype must be one of {', '.join(dtypes)}")
     return found
 
 
 def batches(hidden: Stored, labels: Stored, size: int) -> Iterator[tuple[Array, Array]]:
-    """Rows of both, so many at a time."""
+    """Yield rows of hidden and labels, size rows at a time."""
     for start in range(0, hidden.num_rows, size):
         rows = hidden.read(start, start + size)
         yield (widened(rows) if hidden.shape.dtype == "bfloat16" else rows), labels.read(start, start + size)
@@ -39,20 +39,20 @@ def batches(hidden: Stored, labels: Stored, size: int) -> Iterator[tuple[Array, 
 def evaluate(
     call: Invocation,
     table: Annotated[str, typer.Argument(help="Name of the table.")],
-    hidden: Annotated[Path, typer.Option(help="Hidden activations [N, D]: .npy, or safetensors.")],
-    labels: Annotated[Path, typer.Option(help="True classes [N]: .npy, or safetensors.")],
-    hidden_name: Annotated[str, typer.Option(help="Tensor of a safetensors file.")] = "hidden",
-    labels_name: Annotated[str, typer.Option(help="Tensor of a safetensors file.")] = "labels",
+    hidden: Annotated[Path, typer.Option(help="File of the hidden activations [N, D]: .npy or safetensors.")],
+    labels: Annotated[Path, typer.Option(help="File of the true classes [N]: .npy or safetensors.")],
+    hidden_name: Annotated[str, typer.Option(help="Tensor in a safetensors file of --hidden.")] = "hidden",
+    labels_name: Annotated[str, typer.Option(help="Tensor in a safetensors file of --labels.")] = "labels",
     k: Annotated[
-        list[int] | None, typer.Option(min=1, help="Report the hit rate at k; repeat it. Default: 1, 10.")
+        list[int] | None, typer.Option(min=1, help="Report the hit rate at k; may be repeated. Default: 1 and 10.")
     ] = None,
-    ignore_index: Annotated[int, typer.Option(help="Label of rows that do not count.")] = -100,
-    scale: Annotated[float, typer.Option(help="Logits times this: 1 / temperature.")] = 1.0,
-    soft_cap: Annotated[float | None, typer.Option(help="Cap of the logits, as the model was trained.")] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Logits are cosines.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Rows that are read at a time.")] = 1024,
+    ignore_index: Annotated[int, typer.Option(help="Label of rows to leave out.")] = -100,
+    scale: Annotated[float, typer.Option(help="Factor of the logits: 1 / temperature.")] = 1.0,
+    soft_cap: Annotated[float | None, typer.Option(help="Soft cap of the logits, as in training.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Use cosines as logits.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Number of rows to read at a time.")] = 1024,
 ) -> None:
-    """Exact negative log likelihood, hit rates and mean reciprocal rank over all classes of the live table."""
+    """Compute exact negative log likelihood, hit rates and mean reciprocal rank over all classes of the live table."""
     rows = tensor(hidden, hidden_name, "hidden (--hidden-name)", 2, FLOATS)
     truth = tensor(labels, labels_name, "labels (--labels-name)", 1, INTEGERS)
     if truth.num_rows != rows.num_rows:
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def figures(found: types.EvaluationSummary, ks: list[int]) -> dict[str, Any]:
-    """What is reported, by name; nats, shares and counts."""
+    """Return the reported figures by name: in nats, as shares, or as counts."""
     return {
         "rows": found.num_rows,
         "counted": found.num_counted,

@@ -1,4 +1,4 @@
-"""What every command has: the options of the connection and of the output, and one way to fail."""
+"""The options that all commands share (connection and output), and the exit codes of their errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardloss.errors import ShardlossError
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """How a command was called."""
+    """The shared options of one call of a command: its connection and its output format."""
 
     connection: Connection
     output: Output
@@ -29,7 +29,10 @@ class Invocation:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with the shared options beside its own: it gets the invocation first. Errors end it with 1."""
+    """Return a command with the shared options added; the function gets them first, as an `Invocation`.
+
+    A `ShardlossError` ends the command with exit code 1.
+    """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     shared = [field.name for field in fields(Connection)]
 
@@ -46,7 +49,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     parameters += [
         inspect.Parameter(name, keyword, default=getattr(defaults, name), annotation=hints[name]) for name in shared
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
@@ -54,7 +57,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def failing(output: Output) -> Iterator[None]:
-    """Errors of ours end the command with 1, an interrupt with 130 and what it left behind."""
+    """Print a `ShardlossError` and exit with 1; on Ctrl-C print what was left behind and exit with 130."""
     try:
         yield
     except ShardlossError as error:

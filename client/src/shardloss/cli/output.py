@@ -1,4 +1,4 @@
-"""What commands print: text for people, or one JSON document; progress goes to stderr, where that is a terminal."""
+"""The output of commands: text or one JSON document on stdout, and progress on stderr if that is a terminal."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
-PIPED_COLUMNS = 240  # of text that goes into a file or a pipe: nothing is cut to the width of no terminal
+PIPED_COLUMNS = 240  # width of text in a file or a pipe, enough that lines are not wrapped
 
 
 class Output(StrEnum):
-    """For whom."""
+    """The format of a command's output."""
 
     TEXT = "text"
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option(envvar="SHARDLOSS_OUTPUT", help="For people, or one JSON document.")]
+OutputOption = Annotated[Output, typer.Option(envvar="SHARDLOSS_OUTPUT", help="Print text, or one JSON document.")]
 
 
 def screen() -> Console:
-    """Standard output."""
+    """Return a console on standard output."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=PIPED_COLUMNS, highlight=False)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: dataclasses are objects, numbers that JSON lacks are null."""
+    """Convert a value for JSON: dataclasses become objects; nan and infinities become null."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, dict):
@@ -62,7 +62,7 @@ def fail(output: Output, reason: str, message: str, **details: Any) -> None:
 
 
 def grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Grid:
-    """A table of text; numbers stand right."""
+    """Return a table of text; numbers are aligned to the right."""
     made = Grid(box=None, show_header=any(columns), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         is_number = bool(rows) and not isinstance(rows[0][place], str)
@@ -75,10 +75,10 @@ def grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Grid:
 
 
 class Size(float):
-    """A number of bytes, as people read it."""
+    """A number of bytes that is printed in binary units."""
 
     def __str__(self) -> str:
-        """1.5 GiB."""
+        """Return the size in the largest unit that fits, such as 1.5 GiB."""
         value, units = float(self), ["B", "KiB", "MiB", "GiB", "TiB"]
         while value >= 1024 and len(units) > 1:
             value, units = value / 1024, units[1:]
@@ -87,7 +87,7 @@ class Size(float):
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr that is told (done, of how many); nothing where stderr is no terminal."""
+    """Show a progress bar on stderr if that is a terminal; yield its update function (done, total)."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -1,4 +1,4 @@
-"""`shardloss status`: what a server, its workers and its tables do, once or every second."""
+"""`shardloss status`: the state of a server, its workers and its tables, once or at regular intervals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shardloss.status import ServerStatus
 @command
 def status(
     call: Invocation,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again until Ctrl-C.")] = False,
-    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes.")] = 1.0,
 ) -> None:
-    """What the server does: workers, tables, calls, latencies, memory. With --watch and JSON, one object a line."""
+    """Show the server's workers, tables, calls, latencies and memory. With --watch and JSON, one object per line."""
     with call.connection.connect(admin=True) as client:
         if not watch:
             seen = client.status()
@@ -41,7 +41,7 @@ def status(
 
 
 def shown(seen: ServerStatus) -> RenderableType:
-    """A status as people read it."""
+    """Format a status as text."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(seen.versions.items()))
     num_up = sum(worker.up for worker in seen.workers)
     shm = (
@@ -54,7 +54,7 @@ def shown(seen: ServerStatus) -> RenderableType:
 
 
 def workers(seen: ServerStatus) -> RenderableType:
-    """One line a worker."""
+    """Format the workers, one per line."""
     columns = (
         "worker",
         "",
@@ -88,7 +88,7 @@ def workers(seen: ServerStatus) -> RenderableType:
 
 
 def tables(seen: ServerStatus) -> RenderableType:
-    """One line a table."""
+    """Format the tables, one per line."""
     columns = ("table", "", "classes", "dim", "dtype", "shards", "version", "commits", "sessions", "tickets", "size")
     rows = [
         (
@@ -110,13 +110,13 @@ def tables(seen: ServerStatus) -> RenderableType:
 
 
 def places(seen: ServerStatus) -> RenderableType:
-    """One line a kind of places."""
+    """Format the calls in flight and their limits, one kind of places per line."""
     rows = [(one.name, one.num_calls, one.max_calls, Size(one.num_bytes), Size(one.max_bytes)) for one in seen.places]
     return grid(("in flight", "now", "at most", "bytes", "at most"), rows)
 
 
 def methods(seen: ServerStatus) -> RenderableType:
-    """One line a method."""
+    """Format the methods with their calls, errors and latencies, one per line."""
     rows = [
         (
             one.name,
@@ -131,7 +131,7 @@ def methods(seen: ServerStatus) -> RenderableType:
 
 
 def lasting(seconds: float) -> str:
-    """A time in its largest units: 2 d 3 h, 4 min 5 s."""
+    """Format a time in its two largest units: 2 d 3 h, 4 min 5 s."""
     whole = int(seconds)
     for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:

@@ -1,1 +1,1 @@
-"""The frameworks' own signatures, over a remote table."""
+"""Losses and samplers over remote tables, with the signatures of other frameworks."""

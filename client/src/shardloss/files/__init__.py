@@ -1,9 +1,9 @@
-"""Tables to files and back, page by page: rows, biases, optimizer state, step and class counts (docs/files.md).
+"""Export and import of tables, page by page: rows, biases, optimizer state, step and class counts (docs/files.md).
 
     shardloss.files.export_table(client.table("words"), "words.safetensors")
     shardloss.files.import_table(client, "words.safetensors", "words", num_shards=8)
 
-Of a table never more than a page is held. Importing this package needs NumPy alone.
+Never more than one page of a table is in memory. Importing this package needs only NumPy.
 """
 
 from shardloss.files.exporting import Exported, export_table

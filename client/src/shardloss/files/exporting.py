@@ -1,4 +1,4 @@
-"""A table to a file, a page at a time."""
+"""Export of a table to a file, one page at a time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from shardloss.files.stored import Stored, writing
 from shardloss.table import Table
 from shardloss.wire import Array
 
-FEATURE = "table_state"  # of a server that reads and writes optimizer state
-COUNTS_PAGE = 1 << 16  # classes whose counts go in one message
-Progress = Callable[[int, int], None]  # rows done, of how many
+FEATURE = "table_state"  # the feature of a server that reads and writes optimizer state
+COUNTS_PAGE = 1 << 16  # number of classes whose counts are sent in one message
+Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 def unseen(_done: int, _of: int) -> None:
-    """Nobody looks at the progress."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: version and last_version differ where others trained meanwhile."""
+    """The result of an export; version and last_version differ if others trained the table during it."""
 
     path: str
     format: str
@@ -50,17 +50,17 @@ def export_table(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a table with its optimizer state, step and class counts to a file, holding no more than a page of it.
+    """Write a table with its optimizer state, step and class counts to a file, with at most one page in memory.
 
-    format is "safetensors" (one file) or "numpy" (a folder of .npy files); None takes safetensors where path ends so.
-    It is written under path + ".part" and named path once it is whole. All rows are of one version; with allow_moving
-    others may train the table meanwhile, and rows are as each page found them. progress(rows done, rows) is called
-    after each page.
+    format is "safetensors" (one file) or "numpy" (a folder of .npy files); None means safetensors if path ends in
+    .safetensors, else numpy. The file is written as path + ".part" and renamed to path once it is complete. All rows
+    are of one version; with allow_moving others may train the table during the export, and each page has the rows at
+    the time when it was read. progress(rows done, rows) is called after each page.
 
     Raises:
-        TableMoved: others changed the table meanwhile, and allow_moving is not set; no file is left.
+        TableMoved: others changed the table during the export, and allow_moving is not set; no file is left.
         BadFile: the file exists (unless overwrite), or cannot be written.
-        TransientError, RowsLost, TableNotFound: of the server; no file is left.
+        TransientError, RowsLost, TableNotFound: from the server; no file is left.
     """
     path = Path(path)
     kind = format or ("safetensors" if path.suffix == ".safetensors" else "numpy")
@@ -81,26 +81,26 @@ def export_table(
 
 
 def refuse_old(client: LossClient) -> None:
-    """Refuse a server that would leave optimizer state out without a word.
+    """Refuse a server that would silently leave out the optimizer state.
 
     Raises:
-        NotSupported: it is older than files of tables.
+        NotSupported: the server is too old to read and write optimizer state.
     """
     if FEATURE not in client.info.features:
-        raise NotSupported(f"the server ({client.info.version}) has no {FEATURE}: update it")
+        raise NotSupported(f"the server ({client.info.version}) lacks the feature {FEATURE}: update it")
 
 
 def write_pages(
     table: Table, tensors: Mapping[str, Stored], facts: Facts, allow_moving: bool, progress: Progress
 ) -> Facts:
-    """Write every page, and return the facts as the last one had them."""
+    """Write every page, and return the facts with the version and commits of the last one."""
     num_rows = table.spec.num_classes
     for start, stop in spans(num_rows, table.page_rows):
         page = table.read_state(start, stop - start)
         facts = stayed(facts, page.version, page.num_commits, allow_moving)
         parts = named(page)
         if parts.keys() != tensors.keys() - {COUNTS, LEARNED}:
-            raise BadReply(f"the server answered {sorted(parts)} for rows of table {table.name!r}")
+            raise BadReply(f"the server sent {sorted(parts)} for the rows of table {table.name!r}")
         for name, values in parts.items():
             tensors[name].write(start, values)
         progress(stop, num_rows)
@@ -114,13 +114,13 @@ def write_pages(
 
 
 def spans(num_rows: int, size: int) -> Iterator[tuple[int, int]]:
-    """(first, behind the last) of every page of rows."""
+    """Yield the range [start, stop) of every page of size rows."""
     for start in range(0, num_rows, size):
         yield start, min(start + size, num_rows)
 
 
 def named(page: types.TableRows) -> dict[str, Array]:
-    """The tensors of a page by their names in a file."""
+    """Return the tensors of a page by their names in a file."""
     found = {WEIGHTS: page.rows} | {OF_WEIGHTS + name: values for name, values in page.weight_state.items()}
     if page.biases is not None:
         found |= {BIASES: page.biases} | {OF_BIASES + name: values for name, values in page.bias_state.items()}
@@ -128,30 +128,30 @@ def named(page: types.TableRows) -> dict[str, Array]:
 
 
 def stayed(facts: Facts, version: int, num_commits: int, allow_moving: bool) -> Facts:
-    """The facts with the version of a page.
+    """Return the facts with the version and commits of a page.
 
     Raises:
-        TableMoved: it is another one, which was not allowed.
+        TableMoved: the page has another version, and allow_moving is not set.
     """
     if version != facts.version and not allow_moving:
         raise TableMoved(
-            f"table {facts.spec.name!r} went from version {facts.version} to {version} while it was exported, so its "
-            "rows would be of several: stop its trainers, or allow moving (--allow-moving)"
+            f"table {facts.spec.name!r} changed from version {facts.version} to {version} during the export, so its "
+            "rows would be of several versions: stop its trainers, or set allow_moving (--allow-moving)"
         )
     return facts.moved_to(version, num_commits)
 
 
 @contextmanager
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Where to write what will be `path` once it is whole; nothing is left of it where that fails.
+    """Yield a path to write to, and rename it to `path` at the end; on failure, remove it.
 
     Raises:
-        BadFile: there is something already, or the folder is not there.
+        BadFile: `path` exists and is not to be overwritten, or its folder does not exist.
     """
     if path.exists() and not overwrite:
-        raise BadFile(f"{path} exists: choose another name, or overwrite it (--overwrite)")
+        raise BadFile(f"{path} exists: choose another name, or set overwrite (--overwrite)")
     if not path.absolute().parent.is_dir():
-        raise BadFile(f"{path.parent} is no folder: make it first")
+        raise BadFile(f"{path.parent} is not a folder: create it first")
     part = path.with_name(path.name + ".part")
     with writing(part):
         remove(part)
@@ -166,15 +166,15 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder in which nothing is but NumPy files of ours.
+    """Remove a file, or a folder that contains only the NumPy files of an exported table.
 
     Raises:
-        BadFile: there is something else in the folder.
+        BadFile: the folder contains something else.
     """
     if path.is_dir():
         others = [file.name for file in path.iterdir() if file.suffix != ".npy" and file.name != npy.SPEC_FILE]
         if others:
-            raise BadFile(f"{path} holds {others[0]!r}, which is no table's: choose another name")
+            raise BadFile(f"{path} contains {others[0]!r}, which is not part of an exported table: choose another name")
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

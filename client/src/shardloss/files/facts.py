@@ -1,4 +1,4 @@
-"""What a file says of its table beside the tensors, as JSON, and which tensors belong to such a table."""
+"""The description of a table in a file, as JSON, and the tensors that belong to such a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEC = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A table as it was written: version and last_version differ where it was trained meanwhile."""
+    """The description of an exported table; version and last_version differ if it was trained during the export."""
 
     spec: types.TableInfo
     version: int
@@ -42,7 +42,7 @@ class Facts:
     num_commits: int
 
     def to_json(self) -> dict[str, Any]:
-        """A value that JSON can hold."""
+        """Return the facts as a JSON object."""
         spec = {name: getattr(self.spec, name) for name in SPEC}
         spec["optimizer"], spec["initializer"] = of_kind(self.spec.optimizer), of_kind(self.spec.initializer)
         numbers = {"version": self.version, "last_version": self.last_version, "num_commits": self.num_commits}
@@ -50,36 +50,38 @@ class Facts:
 
     @staticmethod
     def from_json(found: Any, path: Path) -> Facts:
-        """The facts in a file.
+        """Read the facts of a file from JSON.
 
         Raises:
-            BadFile: they are not what this version writes.
+            BadFile: the facts are malformed, or of another format version.
         """
         if not isinstance(found, dict):
-            raise BadFile(f"{path}: what it says of its table is no object")
+            raise BadFile(f"{path}: the description of its table is not a JSON object")
         format_version = checked(found, "format_version", int, path)
         if format_version != FORMAT_VERSION:
-            raise BadFile(f"{path} has format version {format_version}; this client reads {FORMAT_VERSION}: update it")
+            raise BadFile(
+                f"{path} has format version {format_version}; this client reads {FORMAT_VERSION}: update the client"
+            )
         version, last, commits = (
             checked(found, name, int, path) for name in ("version", "last_version", "num_commits")
         )
         return Facts(spec_of(checked(found, "spec", dict, path), version, commits, path), version, last, commits)
 
     def moved_to(self, version: int, num_commits: int) -> Facts:
-        """The same, as the last page read had it."""
+        """Return the facts with the version and commits of the last page that was read."""
         return replace(self, last_version=version, num_commits=num_commits)
 
 
 def of_kind(value: types.Optimizer | types.Initializer) -> dict[str, Any]:
-    """An optimizer's or an initializer's name and numbers."""
+    """Return the kind and the numbers of an optimizer or an initializer."""
     return {"kind": KINDS[type(value)], **asdict(value)}
 
 
 def checked(found: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
-    """An entry of the right type; an integer is in [0, 2^63).
+    """Return an entry of the given type; an integer must be in [0, 2^63).
 
     Raises:
-        BadFile: it is not there, or something else.
+        BadFile: the entry is missing, of another type or out of range.
     """
     value = found.get(name)
     if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
@@ -88,36 +90,36 @@ def checked(found: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
 
 
 def made(kinds: Mapping[str, Any], found: Mapping[str, Any], what: str, path: Path) -> Any:
-    """An optimizer or an initializer of its name and numbers.
+    """Create an optimizer or an initializer from its kind and numbers.
 
     Raises:
-        BadFile: there is no such one, or its numbers are none.
+        BadFile: the kind is unknown, or its numbers are not those of the kind or not numbers.
     """
     kind = kinds.get(str(found.get("kind")))
     if kind is None:
         raise BadFile(f"{path}: {what}.kind is {str(found.get('kind'))[:60]!r}; one of {', '.join(kinds)} is needed")
     numbers = {name: value for name, value in found.items() if name != "kind"}
     if set(numbers) != {field.name for field in fields(kind)}:
-        raise BadFile(f"{path}: {what} has {sorted(numbers)}; {kind.__name__} needs others")
+        raise BadFile(f"{path}: {what} has {sorted(numbers)}, which are not the numbers of {kind.__name__}")
     if any(not isinstance(value, (int, float)) for value in numbers.values()):
-        raise BadFile(f"{path}: {what} has an entry that is no number")
+        raise BadFile(f"{path}: {what} has an entry that is not a number")
     return kind(**numbers)
 
 
 def spec_of(found: Mapping[str, Any], version: int, num_commits: int, path: Path) -> types.TableInfo:
-    """The spec in a file; what the server must check, it checks."""
+    """Return the spec in a file; what only the server can check is left to it."""
     values = {name: checked(found, name, kind, path) for name, kind in SPEC.items()}
     values["optimizer"] = made(OPTIMIZERS, values["optimizer"], "optimizer", path)
     values["initializer"] = made(INITIALIZERS, values["initializer"], "initializer", path)
     if values["dtype"] not in ("float32", "float64", "bfloat16"):
-        raise BadFile(f"{path}: dtype {values['dtype'][:40]!r} is none that a table has")
+        raise BadFile(f"{path}: dtype {values['dtype'][:40]!r} is not a dtype of tables")
     if values["num_classes"] < 1 or values["dim"] < 1:
-        raise BadFile(f"{path}: a table has at least one class and one column")
+        raise BadFile(f"{path}: num_classes and dim must be at least 1")
     return types.TableInfo(**values, version=version, num_commits=num_commits, num_open_tickets=0)
 
 
 def shapes(spec: types.TableInfo, with_counts: bool) -> dict[str, Shape]:
-    """Every tensor of such a table, wide dtypes first so that each stands where its dtype is aligned."""
+    """Return the shape of every tensor of such a table, wide dtypes first so that tensors are aligned in the file."""
     num_classes, wide = spec.num_classes, "float64" if spec.dtype == "float64" else "float32"
     found = {WEIGHTS: Shape(spec.dtype, (num_classes, spec.dim))}
     for name, width in types.state_widths(spec.optimizer, spec.dim).items():
@@ -135,10 +137,10 @@ def shapes(spec: types.TableInfo, with_counts: bool) -> dict[str, Shape]:
 
 
 def check_tensors(facts: Facts, tensors: Mapping[str, Stored], path: Path) -> None:
-    """See that a file holds what its table needs, and nothing that it has not.
+    """Check that a file contains exactly the tensors of its table.
 
     Raises:
-        BadFile: naming the first tensor that is missing, of another shape, or too much.
+        BadFile: a tensor is missing, of another shape or unknown; the message names the first.
     """
     needed = shapes(facts.spec, COUNTS in tensors)
     for name, shape in needed.items():

@@ -1,4 +1,4 @@
-"""A file to a table, a page at a time; the table gets its name once it is whole."""
+"""Import of a table from a file, one page at a time; the table gets its name once it is complete."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from shardloss.files.stored import Stored
 from shardloss.table import Table
 from shardloss.wire import Array
 
-PART = ".part"  # a table under this name is not whole yet
+PART = ".part"  # suffix of the name of a table that is not complete yet
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a table is to be made of: its tensors by their names in a file, its spec, its step (None: 0)."""
+    """The content of a new table: its tensors by their names in a file, its spec, and its step (None: 0)."""
 
     tensors: dict[str, Stored]
     spec: types.TableInfo
@@ -56,21 +56,22 @@ def import_table(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Table:
-    """Make a table of a file, holding no more than a page of it.
+    """Create a table from a file, with at most one page in memory.
 
-    What `export_table` wrote goes on training as it would have where it came from, on any num_shards (0: one a worker)
-    and placement (None: the file's). Any other safetensors file gives rows from the tensor weights_name [V, D] (and
-    biases from biases_name [V]), a .npy file rows from its one array; then dtype (None: the file's, or float32 for
-    float16), bias (None: whether biases_name is given), optimizer and count_labels are the new table's.
+    A table that `export_table` wrote continues training as the original would have, with any num_shards (0: one per
+    worker) and placement (None: the file's). From any other safetensors file, the rows are the tensor weights_name
+    [V, D] and the biases are biases_name [V]; from a .npy file, the rows are its one array. In both cases dtype (None:
+    the file's, or float32 for float16), bias (None: True if biases_name is given), optimizer and count_labels describe
+    the new table.
 
-    The table is called name + ".part" until all is written. Where that breaks off, it stays under that name, with
-    resume=True it is filled anew; what the server refuses is deleted again.
+    The table is called name + ".part" until all of it is written. If the import breaks off, that table is left; import
+    again with resume=True to recreate it from scratch. A table that the server refuses is deleted.
 
     Raises:
-        BadFile: the file is cut off, of another shape or dtype, or does not hold what it says; no table is made.
-        TableExists: the name is taken, or an import of it broke off before (give resume, or delete NAME.part).
-        InvalidArgument, LimitExceeded: the server refuses the table or a row; none is left.
-        TransientError, ServiceError: it broke off; the message says what to do.
+        BadFile: the file is truncated, mis-shaped or inconsistent; no table is created.
+        TableExists: the name is in use, or an import to it broke off before (set resume, or delete NAME.part).
+        InvalidArgument, LimitExceeded: the server refuses the table or a row; no table is left.
+        TransientError, ServiceError: the import broke off; the message says what to do.
     """
     refuse_old(client)
     opened = open_file(path)
@@ -78,7 +79,7 @@ def import_table(
     if opened.facts is not None and weights_name is None:
         if any(option is not None for option in asked):
             raise InvalidArgument(
-                f"{path} says what its table is: options of rows alone need weights_name (--weights-name weights)"
+                f"{path} describes its table: to set other options, import its rows alone (--weights-name weights)"
             )
         source = Source(dict(opened.tensors), opened.facts.spec, opened.facts.num_commits)
     else:
@@ -95,17 +96,19 @@ def import_table(
 def rows_alone(
     opened: Opened, weights_name: str | None, biases_name: str | None, dtype: str | None, bias: bool | None
 ) -> Source:
-    """The rows, and biases, of a file that is no table's."""
+    """Return the rows and biases of a file as a source, ignoring any description of its table."""
     weights = opened.tensor(weights_name or WEIGHTS, "rows (--weights-name)", 2)
     tensors = {WEIGHTS: weights}
     num_classes, dim = weights.shape.sizes
     if biases_name is not None:
         tensors[BIASES] = opened.tensor(biases_name, "biases (--biases-name)", 1)
         if tensors[BIASES].num_rows != num_classes:
-            raise BadFile(f"{opened.path}: {biases_name} is {tensors[BIASES].shape} for {num_classes} rows")
+            raise BadFile(f"{opened.path}: {biases_name} is {tensors[BIASES].shape}, but there are {num_classes} rows")
     for stored in tensors.values():
         if stored.shape.dtype not in FLOATS:
-            raise BadFile(f"{opened.path}: {stored.name} is {stored.shape}; one of {', '.join(FLOATS)} is needed")
+            raise BadFile(
+                f"{opened.path}: {stored.name} is {stored.shape}; its dtype must be one of {', '.join(FLOATS)}"
+            )
     own = "float32" if weights.shape.dtype == "float16" else weights.shape.dtype
     spec = types.TableInfo(
         name="",
@@ -126,26 +129,26 @@ def rows_alone(
 
 
 def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
-    """Refuse a name that a whole table has, or half a one that is not to be filled anew; else that half goes.
+    """Refuse a name in use; with resume, delete the incomplete table that an earlier import left.
 
     Raises:
-        TableExists: it is taken.
+        TableExists: a table has the name, or there is an incomplete one and resume is not set.
     """
     if exists(client, name):
-        raise TableExists(f"a table is named {name!r}: delete it, or import under another name", field="name")
+        raise TableExists(f"table {name!r} exists already: delete it, or import under another name", field="name")
     if not exists(client, name + PART):
         return
     if not resume:
         raise TableExists(
-            f"an import of {name!r} is under way or broke off: fill it anew with resume (--resume), or delete table "
+            f"an import of {name!r} is under way or broke off: restart it with resume (--resume), or delete table "
             f"{name + PART!r}",
             field="name",
         )
-    client.delete_table(name + PART)  # what it holds may be of another file, and of another cut
+    client.delete_table(name + PART)  # it may be of another file, or of another number of shards
 
 
 def exists(client: LossClient, name: str) -> bool:
-    """Whether there is such a table."""
+    """Return True if a table of that name exists."""
     try:
         client.table(name)
     except TableNotFound:
@@ -154,7 +157,7 @@ def exists(client: LossClient, name: str) -> bool:
 
 
 def made(client: LossClient, name: str, spec: types.TableInfo) -> Table:
-    """The table to fill."""
+    """Create the table to fill."""
     return client.create_table(
         name,
         num_classes=spec.num_classes,
@@ -170,7 +173,7 @@ def made(client: LossClient, name: str, spec: types.TableInfo) -> Table:
 
 
 def fill(table: Table, source: Source, progress: Progress) -> None:
-    """Write every page; the step goes with the last one."""
+    """Write every page to the table; the last one also sets its step."""
     num_rows = table.spec.num_classes
     for start, stop in spans(num_rows, COUNTS_PAGE) if source.tensors.keys() & {COUNTS, LEARNED} else ():
         written, learned = (
@@ -187,7 +190,7 @@ def fill(table: Table, source: Source, progress: Progress) -> None:
 
 
 def page_of(source: Source, start: int, stop: int, spec: types.TableInfo) -> types.TableRows:
-    """Rows [start, stop) of a file."""
+    """Read rows [start, stop) of a file, with their state."""
     pages = {name: stored.read(start, stop) for name, stored in source.tensors.items() if name not in (COUNTS, LEARNED)}
     rows, weights = pages[WEIGHTS], source.tensors[WEIGHTS].shape.dtype
     if weights == "bfloat16" and spec.dtype != "bfloat16":
@@ -201,13 +204,13 @@ def page_of(source: Source, start: int, stop: int, spec: types.TableInfo) -> typ
 
 
 def widened(values: Array) -> Array:
-    """The bits of bfloat16 as float32."""
+    """Convert the bits of bfloat16 to float32."""
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 @contextmanager
 def explained(client: LossClient, name: str) -> Iterator[None]:
-    """What breaks an import off says what has become of the table; one that was refused is deleted."""
+    """Add to an error what has become of the table; delete a table that was refused."""
     try:
         yield
     except (BadFile, InvalidArgument, LimitExceeded, NotSupported):
@@ -216,7 +219,7 @@ def explained(client: LossClient, name: str) -> Iterator[None]:
         raise
     except BaseException as error:
         left = (
-            f"the import of {name!r} broke off: table {name + PART!r} is not whole. Import again with resume "
+            f"the import of {name!r} broke off: table {name + PART!r} is incomplete. Import again with resume "
             f"(--resume), or delete it (shardloss table delete {name + PART})"
         )
         if isinstance(error, ShardlossError):

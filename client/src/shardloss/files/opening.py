@@ -1,4 +1,4 @@
-"""Opens any file that a table can come from."""
+"""Open any file from which a table can be imported."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ FORMATS: Mapping[str, ModuleType] = {"safetensors": safetensors, "numpy": npy}
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file that was looked at: its tensors by name; facts is None where no table was exported to it."""
+    """An opened file: its tensors by name, and the facts of its table, or None if it is not an exported table."""
 
     path: Path
     facts: Facts | None
     tensors: Mapping[str, Stored]
 
     def tensor(self, name: str, what: str, rank: int) -> Stored:
-        """A tensor of so many sizes.
+        """Return the tensor of that name, which must have that rank.
 
         Raises:
-            BadFile: there is none of that name or rank; says which are there.
+            BadFile: there is no such tensor; the message lists the tensors of the file.
         """
         found = self.tensors.get(name)
         if found is None:
             names = ", ".join(f"{one} {stored.shape}" for one, stored in list(self.tensors.items())[:20])
-            raise BadFile(f"{self.path} has no tensor {name!r} for the {what}; it has {names or 'none'}")
+            raise BadFile(f"{self.path} has no tensor {name!r} for {what}; it has {names or 'none'}")
         if len(found.shape.sizes) != rank:
-            raise BadFile(f"{self.path}: {name} is {found.shape}; the {what} need rank {rank}")
+            raise BadFile(f"{self.path}: {name} is {found.shape}; {what} must have rank {rank}")
         return found
 
 
 def open_file(path: str | Path) -> Opened:
-    """A safetensors file, a .npy file, or a folder that `export_table` wrote; nothing but headers is read.
+    """Open a safetensors file, a .npy file, or a folder that `export_table` wrote; only headers are read.
 
     Raises:
-        BadFile: it is none of these, is cut off, or does not hold what it says.
+        BadFile: the file is none of these, truncated, or inconsistent.
     """
     path = Path(path)
     if not path.exists():

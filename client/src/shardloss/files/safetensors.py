@@ -3,7 +3,7 @@
     file      header length u64 (little-endian), header, tensors
     header    JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {name: string}}
 
-data_offsets count from the end of the header; the tensors cover what follows it without gaps. Source:
+data_offsets are relative to the end of the header; the tensors fill the rest of the file without gaps. Source:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -23,14 +23,14 @@ from shardloss.files.stored import Shape, Stored, reading, reserve
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-SPARE_BYTES = 64  # of blanks behind the header: its numbers may grow when it is sealed
+SPARE_BYTES = 64  # blanks after the header, whose numbers may grow when it is sealed
 METADATA = "__metadata__"
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 CODES = {name: code for code, name in NAMES.items()}
 
 
 def begin(part: Path, shapes: Mapping[str, Shape], facts: Facts) -> dict[str, Stored]:
-    """Make a file of such tensors, whose content is to be written."""
+    """Create a file with room for tensors of these shapes, to be filled later."""
     entries: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
@@ -45,13 +45,13 @@ def begin(part: Path, shapes: Mapping[str, Shape], facts: Facts) -> dict[str, St
 
 
 def written(entries: Mapping[str, Any], facts: Facts) -> bytes:
-    """The header; each fact is a string, for metadata holds no other."""
+    """Return the header; each fact is a string of JSON, because metadata can contain only strings."""
     metadata = {f"shardloss.{name}": json.dumps(value) for name, value in facts.to_json().items()}
     return json.dumps({METADATA: metadata, **entries}, separators=(",", ":")).encode()
 
 
 def seal(part: Path, facts: Facts) -> None:
-    """Write the facts as they are now, and see that all is on the disk."""
+    """Write the final facts into the header, and flush the file to the disk."""
     with part.open("r+b") as file:
         length = LENGTH.unpack(file.read(LENGTH.size))[0]
         entries = json.loads(file.read(length))
@@ -63,16 +63,16 @@ def seal(part: Path, facts: Facts) -> None:
 
 
 def opened(path: Path) -> tuple[Facts | None, dict[str, Stored]]:
-    """What a file says of its table, None where it is not ours, and its tensors.
+    """Return the facts of a file's table, or None if it is not an exported table, and the file's tensors.
 
     Raises:
-        BadFile: it is no safetensors file, or not a whole one.
+        BadFile: the file is not a safetensors file, or is truncated.
     """
     with reading(path):
         header, start, size = header_of(path)
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFile(f"{path}: its metadata are not strings by name")
+        raise BadFile(f"{path}: its metadata is not a map of strings")
     covered, tensors = [], {}
     for name, entry in header.items():
         code, sizes, begin_at, end_at = checked_entry(name, entry, path)
@@ -80,63 +80,63 @@ def opened(path: Path) -> tuple[Facts | None, dict[str, Stored]]:
         if code in NAMES and len(sizes) > 0:
             tensors[name] = Stored(path, name, Shape(NAMES[code], sizes), start + begin_at)
             if tensors[name].shape.num_bytes != end_at - begin_at:
-                raise BadFile(f"{path}: {name} has {end_at - begin_at} bytes; {tensors[name].shape} takes others")
+                raise BadFile(f"{path}: {name} has {end_at - begin_at} bytes, which do not fit {tensors[name].shape}")
     check_cover(sorted(covered), size - start, path)
     return facts_in(metadata, path), tensors
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the tensors begin, and the size of the file."""
+    """Return the header, the offset at which the tensors begin, and the size of the file in bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(LENGTH.size)
         length = LENGTH.unpack(first)[0] if len(first) == LENGTH.size else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH.size):
-            raise BadFile(f"{path} is no safetensors file: its header would take {length} of {size} bytes")
+            raise BadFile(f"{path} is not a safetensors file: its header would take {length} of {size} bytes")
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path} is no safetensors file: its header is no JSON ({str(error)[:80]})") from None
+        raise BadFile(f"{path} is not a safetensors file: its header is not JSON ({str(error)[:80]})") from None
     if not isinstance(header, dict):
-        raise BadFile(f"{path} is no safetensors file: its header is no object")
+        raise BadFile(f"{path} is not a safetensors file: its header is not a JSON object")
     return header, LENGTH.size + length, size
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name is there twice.
+    """Return the object of these pairs, whose names must be distinct.
 
     Raises:
-        ValueError: one is.
+        ValueError: a name occurs twice.
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 def checked_entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, sizes and place of a tensor.
+    """Return dtype, sizes, first byte and end byte of a tensor from its entry in the header.
 
     Raises:
         BadFile: the entry is malformed.
     """
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise BadFile(f"{path}: the header's entry {name[:60]!r} is no tensor")
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} is not a tensor")
     code, sizes, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*sizes, *place] if isinstance(sizes, list) and isinstance(place, list) else [None]
     if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in numbers) or len(place) != 2:
-        raise BadFile(f"{path}: the header's entry {name[:60]!r} has a shape or a place that is none")
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} has a malformed shape or byte range")
     if place[0] > place[1] or math.prod(sizes) >= 1 << 63:
-        raise BadFile(f"{path}: the header's entry {name[:60]!r} has a shape or a place that cannot be")
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} has an impossible shape or byte range")
     return code, tuple(sizes), place[0], place[1]
 
 
 def check_cover(covered: list[tuple[int, int]], num_bytes: int, path: Path) -> None:
-    """See that tensors stand one behind the other, to the file's end.
+    """Check that the tensors follow each other without gaps, up to the end of the file.
 
     Raises:
-        BadFile: a gap, an overlap, or another end.
+        BadFile: there is a gap or an overlap, or the file is longer or shorter.
     """
     end = 0
     for first, last in covered:
@@ -145,16 +145,16 @@ def check_cover(covered: list[tuple[int, int]], num_bytes: int, path: Path) -> N
         end = last
     if end != num_bytes:
         what = "it was cut off" if end > num_bytes else "something follows them"
-        raise BadFile(f"{path}: its tensors take {end} bytes and {num_bytes} are there: {what}")
+        raise BadFile(f"{path}: its tensors take {end} bytes, but the file has {num_bytes}: {what}")
 
 
 def facts_in(metadata: Mapping[str, str], path: Path) -> Facts | None:
-    """The facts in the metadata; None: the file is not one of ours."""
+    """Return the facts in the metadata, or None if the file is not an exported table."""
     ours = {name.removeprefix("shardloss."): value for name, value in metadata.items() if name.startswith("shardloss.")}
     if not ours:
         return None
     try:
         found = {name: json.loads(value) for name, value in ours.items()}
     except (ValueError, RecursionError):
-        raise BadFile(f"{path}: what it says of its table is no JSON") from None
+        raise BadFile(f"{path}: the description of its table is not JSON") from None
     return Facts.from_json(found, path)

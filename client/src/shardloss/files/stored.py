@@ -1,4 +1,4 @@
-"""A tensor inside a file, read and written a few rows at a time where it stands."""
+"""A tensor inside a file, read and written in place a few rows at a time."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STORAGE: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a tensor is, wherever it stands; dtype is a key of STORAGE."""
+    """The dtype and sizes of a tensor; dtype is a key of STORAGE."""
 
     dtype: str
     sizes: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all its elements."""
+        """The size of all elements in bytes."""
         return math.prod(self.sizes) * STORAGE[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A row-major tensor of a file, from the byte `offset` on."""
+    """A row-major tensor in a file, which begins at the byte `offset`."""
 
     path: Path
     name: str
@@ -54,14 +54,14 @@ class Stored:
 
     @property
     def num_rows(self) -> int:
-        """Its first size."""
+        """The number of rows: the first of the tensor's sizes."""
         return self.shape.sizes[0]
 
     def read(self, start: int, stop: int) -> Array:
-        """Rows [start, stop), as many as there are; bfloat16 as uint16.
+        """Return rows [start, stop), as far as they exist; bfloat16 as uint16.
 
         Raises:
-            BadFile: the file cannot be read, or has become shorter.
+            BadFile: the file cannot be read, or was truncated after it was opened.
         """
         storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
         count = width * max(0, min(stop, self.num_rows) - start)
@@ -69,24 +69,28 @@ class Stored:
             file.seek(self.offset + start * width * storage.itemsize)
             found = np.fromfile(file, storage, count)
         if len(found) != count:
-            raise BadFile(f"{self.path}: {self.name} ends before row {stop}: the file has become shorter")
+            raise BadFile(
+                f"{self.path}: {self.name} ends before row {stop}: the file was truncated after it was opened"
+            )
         return found.reshape(-1, *self.shape.sizes[1:])
 
     def write(self, start: int, rows: Array) -> None:
-        """Overwrite the rows from start on."""
+        """Overwrite the rows from `start` on."""
         storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
         if rows.dtype != storage or rows.shape[1:] != self.shape.sizes[1:] or start + len(rows) > self.num_rows:
-            raise BadFile(f"{self.path}: {rows.dtype} {list(rows.shape)} do not fit {self.name}, which is {self.shape}")
+            raise BadFile(
+                f"{self.path}: {rows.dtype} {list(rows.shape)} does not fit {self.name}, which is {self.shape}"
+            )
         with self.path.open("r+b") as file:
             file.seek(self.offset + start * width * storage.itemsize)
             file.write(np.ascontiguousarray(rows).data)
 
 
 def reserve(path: Path, num_bytes: int) -> None:
-    """Give a file its whole size now, so that a full disk shows before hours of work.
+    """Allocate the full size of a file now, so that a full disk is reported before hours of work.
 
     Raises:
-        BadFile: there is no room for it.
+        BadFile: the file system has too little free space.
     """
     try:
         with path.open("r+b") as file:
@@ -96,14 +100,14 @@ def reserve(path: Path, num_bytes: int) -> None:
             raise
         room = os.statvfs(path.parent)
         raise BadFile(
-            f"{path} takes {num_bytes} bytes and its file system has {room.f_bavail * room.f_frsize} free: "
-            "free some, or choose another place"
+            f"{path} takes {num_bytes} bytes, but its file system has {room.f_bavail * room.f_frsize} free: "
+            "free some space, or choose another folder"
         ) from None
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses of a file is a BadFile."""
+    """Turn an `OSError` while a file is read into `BadFile`."""
     try:
         yield
     except OSError as error:
@@ -112,7 +116,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses of a file is a BadFile."""
+    """Turn an `OSError` while a file is written into `BadFile`."""
     try:
         yield
     except OSError as error:

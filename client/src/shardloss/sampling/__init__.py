@@ -1,4 +1,4 @@
-"""Candidate samplers over NumPy alone: the one place of their formulas, for the server and for trainers.
+"""Candidate samplers in NumPy alone: the only implementation of their formulas, shared by server and trainers.
 
     zipf = sampling.mixture(sampling.log_uniform(V), sampling.uniform(V), share=0.9)
     drawn = sampling.draw(zipf, num_sampled, unique=True, seed=7, step=0)

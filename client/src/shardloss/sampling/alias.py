@@ -1,9 +1,10 @@
-"""Fixed weights drawn in O(1) by Walker's alias method, whose table is built in O(V) without a loop over classes.
+"""Draws by fixed weights in O(1) with Walker's alias method, whose table is built in O(V) without a loop over classes.
 
-Each class has one of V slots. A draw takes a slot at random; it is the slot's own class with probability `keep`, else
-the slot's `alias`. A light class (p V < 1) leaves a deficit in its slot, a heavy one (p V >= 1) has an excess. All
-deficits laid end to end are as long as all excesses, so a light is filled by the heavy in whose stretch it begins. Past
-the end of that stretch, the heavy gives the missing length from its own slot, which the next heavy fills.
+Each class has one of V slots. A draw picks a slot at random and returns the slot's own class with probability `keep`,
+else the slot's `alias`. A light class (p V < 1) leaves a deficit in its slot; a heavy class (p V >= 1) has an excess.
+All deficits laid end to end are as long as all excesses, so a light slot is filled by the heavy class in whose stretch
+it begins. Beyond the end of that stretch, the heavy class gives the missing length from its own slot, which the next
+heavy class fills.
 Source: Huebschle-Schneider and Sanders, "Parallel Weighted Random Sampling" (2019).
 """
 
@@ -23,7 +24,7 @@ Ids: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FixedUnigram:
-    """Given probabilities p [V]; two uniform numbers a draw, so that p far below 2^-53 V is exact, too."""
+    """The distribution p [V]; a draw uses two uniform numbers, so that p far below 2^-53 V is exact, too."""
 
     p: Floats
     keep: Floats
@@ -44,10 +45,10 @@ class FixedUnigram:
 
 
 def fixed_unigram(counts: ArrayLike, distortion: float = 1.0, num_reserved_ids: int = 0) -> FixedUnigram:
-    """p ~ counts**distortion [V], and p = 0 for the first num_reserved_ids ids, whatever stands there.
+    """Return p ~ counts**distortion [V], with p = 0 for the first num_reserved_ids ids, whatever their counts.
 
-    A class of count 0 is never drawn, but for distortion = 0, which makes all classes equal (0**0 = 1, as TensorFlow).
-    O(V), without a loop over classes. Source: TensorFlow 2.21, fixed_unigram_candidate_sampler.
+    A class of count 0 is never drawn, unless distortion = 0, which makes all classes equally probable (0**0 = 1, as in
+    TensorFlow). O(V), without a loop over classes. Source: TensorFlow 2.21, fixed_unigram_candidate_sampler.
 
     Raises:
         InvalidArgument: counts are not [V], negative, not finite or all zero; or distortion or num_reserved_ids does
@@ -58,23 +59,24 @@ def fixed_unigram(counts: ArrayLike, distortion: float = 1.0, num_reserved_ids: 
         raise InvalidArgument(f"counts has shape {list(weights.shape)}; [V >= 1] is needed", field="counts")
     if not 0 <= num_reserved_ids < len(weights):
         raise InvalidArgument(
-            f"num_reserved_ids = {num_reserved_ids} leaves none of {len(weights)} classes", field="num_reserved_ids"
+            f"num_reserved_ids = {num_reserved_ids} is outside [0, {len(weights)}): at least one class must remain",
+            field="num_reserved_ids",
         )
     weights[:num_reserved_ids] = 0.0
     check_counts(weights)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        weights = (weights / weights.max()) ** distortion  # no sum overflows
+        weights = (weights / weights.max()) ** distortion  # scaled so that no sum overflows
     weights[:num_reserved_ids] = 0.0
     if not np.isfinite(weights.sum()):
         raise InvalidArgument(
-            f"distortion = {distortion} gives counts**distortion without a finite sum", field="distortion"
+            f"distortion = {distortion}: the sum of counts**distortion is not finite", field="distortion"
         )
     p = weights / weights.sum()
     return FixedUnigram(p, *alias_table(p), num_possible=int(np.count_nonzero(p)))
 
 
 def check_counts(counts: Floats) -> None:
-    """Refuse counts [V] that no distribution is proportional to."""
+    """Refuse counts [V] that are negative, not finite or all 0."""
     for wrong, what in ((~np.isfinite(counts), "is not finite"), (counts < 0, "is negative")):
         if wrong.any():
             at = int(wrong.argmax())
@@ -84,19 +86,19 @@ def check_counts(counts: Floats) -> None:
 
 
 def alias_table(p: Floats) -> tuple[Floats, Ids]:
-    """keep [V] and alias [V] of probabilities p [V].
+    """Return keep [V] and alias [V] of probabilities p [V].
 
     p[k] = (keep[k] + sum of (1 - keep) over the slots whose alias is k) / V, and keep[k] = p[k] V exactly for a light
-    class: where p = 0, no draw gives k. What rounding leaves over falls on the last heavy one.
+    class, so a class with p = 0 is never drawn. The remainder from rounding is added to the last heavy class.
     """
     num_classes = len(p)
     scaled = p * num_classes
     is_light = scaled < 1.0
-    is_light[p.argmax()] = False  # heavy, even where rounding has put it below 1
+    is_light[p.argmax()] = False  # heavy, even if rounding has put it below 1
     light, heavy = np.flatnonzero(is_light), np.flatnonzero(~is_light)
 
-    # Fixed point, because sums of 1e7 equal floats drift by 1e-3 of a slot; the whole, V slots, is below 2^62. The
-    # excesses are scaled to the sum of the rounded deficits, so that what is left over is below 1e-8 of a slot.
+    # Fixed point, because sums of 1e7 equal floats drift by 1e-3 of a slot; the total, V slots, is below 2^62. The
+    # excesses are scaled to the sum of the rounded deficits, so that the remainder is below 1e-8 of a slot.
     unit = 2.0 ** (62 - num_classes.bit_length())
     light_ends = np.cumsum(np.rint((1.0 - scaled[light]) * unit).astype(np.int64))
     light_starts = np.append(0, light_ends)

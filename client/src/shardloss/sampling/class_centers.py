@@ -1,4 +1,4 @@
-"""Candidates that hold all labels of a batch: Paddle's class_center_sample, PartialFC's."""
+"""Candidates that include all labels of a batch, as in Paddle's class_center_sample and PartialFC."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shardloss.sampling.draws import generator
 def partial_fc(
     labels: NDArray[np.int64], num_classes: int, num_sampled: int, seed: int, step: int
 ) -> NDArray[np.int64]:
-    """The distinct labels ascending, then uniform distinct classes that are no label: min(V, max(S, labels)) ids.
+    """Return min(V, max(S, labels)) ids: the distinct labels ascending, then distinct other classes, drawn uniformly.
 
-    labels are of any shape; those below 0 are padding. The place of a label among the ids is
-    `np.searchsorted(np.unique(labels), labels)`. A pure function; costs O(S), or O(V) where S > V / 50. Source: Paddle
+    labels may have any shape; those below 0 are padding. The position of a label among the ids is
+    `np.searchsorted(np.unique(labels), labels)`. A pure function; costs O(S), or O(V) if S > V / 50. Source: Paddle
     3.3, class_center_sample; An et al., "Partial FC" (2021).
 
     Raises:
-        InvalidArgument: a label is not below num_classes, num_sampled is negative, or seed or step is no integer in
+        InvalidArgument: a label is not below num_classes, num_sampled is negative, or seed or step is not an integer in
             [0, 2^64).
     """
     if num_sampled < 0:
@@ -27,7 +27,7 @@ def partial_fc(
     positives = np.unique(labels[labels >= 0])
     if len(positives) and positives[-1] >= num_classes:
         raise InvalidArgument(f"label {positives[-1]} is outside [0, {num_classes})", field="labels")
-    # At most len(positives) of these fall away, so enough remain.
+    # At most len(positives) of these are labels, so enough remain.
     drawn = generator(seed, step).choice(num_classes, size=min(num_classes, num_sampled), replace=False)
     negatives = drawn[~np.isin(drawn, positives)][: max(0, num_sampled - len(positives))]
     return np.concatenate([positives, negatives]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Distributions over the class ids [0, V): what probability each has, and how to draw from them."""
+"""Distributions over the class ids [0, V): the probability of each id, and draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardloss.errors import InvalidArgument
 
-SLICE = 1 << 20  # class ids looked at together where all are
+SLICE = 1 << 20  # number of class ids to look at together in a pass over all of them
 
 
 class Distribution(Protocol):
@@ -20,26 +20,26 @@ class Distribution(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """V."""
+        """The number of classes V."""
         ...
 
     @property
     def num_possible(self) -> int:
-        """How many classes have p > 0: no distinct draw is larger."""
+        """The number of classes with p > 0, and so the largest distinct draw."""
         ...
 
     def probability(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """p of ids in [0, V), of any shape."""
+        """Return p of ids in [0, V), of any shape."""
         ...
 
     def draw(self, bits: np.random.Generator, n: int) -> NDArray[np.int64]:
-        """[n] independent draws; the bits alone decide them."""
+        """Return [n] independent draws, which depend on the bits alone."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """p(k) = 1 / V; one uniform number a draw."""
+    """The distribution p(k) = 1 / V; a draw uses one uniform number."""
 
     num_classes: int
 
@@ -56,7 +56,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class LogUniform:
-    """p(k) = log((k + 2) / (k + 1)) / log(V + 1); one uniform number a draw."""
+    """The distribution p(k) = log((k + 2) / (k + 1)) / log(V + 1); a draw uses one uniform number."""
 
     num_classes: int
 
@@ -74,7 +74,7 @@ class LogUniform:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """p(k) = share * first.p(k) + (1 - share) * second.p(k); each draw chooses its component by a uniform number."""
+    """The mixture share * first.p(k) + (1 - share) * second.p(k); a uniform number chooses each draw's component."""
 
     first: Distribution
     second: Distribution
@@ -98,12 +98,12 @@ class Mixture:
 
 
 def uniform(num_classes: int) -> Uniform:
-    """p(k) = 1 / V."""
+    """Return the distribution p(k) = 1 / V."""
     return Uniform(num_classes)
 
 
 def log_uniform(num_classes: int) -> LogUniform:
-    """p(k) = log((k + 2) / (k + 1)) / log(V + 1): Zipf-like, for ids sorted by falling frequency."""
+    """Return p(k) = log((k + 2) / (k + 1)) / log(V + 1): Zipf-like, for ids sorted by descending frequency."""
     return LogUniform(num_classes)
 
 
@@ -111,25 +111,27 @@ DISTRIBUTIONS: dict[str, Callable[[int], Distribution]] = {"log_uniform": log_un
 
 
 def mixture(first: Distribution, second: Distribution, share: float) -> Mixture:
-    """p = share * p1 + (1 - share) * p2, over the classes of both.
+    """Return p = share * p1 + (1 - share) * p2, for components p1 and p2 over the same classes.
 
-    O(1), or O(V) where both have classes of p = 0.
+    O(1), or O(V) if both have classes with p = 0.
 
     Raises:
         InvalidArgument: share is outside [0, 1], or the components are over different numbers of classes.
     """
     if not 0.0 <= share <= 1.0:
-        raise InvalidArgument(f"share = {share} is outside [0, 1]: it is the first component's", field="share")
+        raise InvalidArgument(
+            f"share = {share} is outside [0, 1]: it is the share of the first component", field="share"
+        )
     if first.num_classes != second.num_classes:
         raise InvalidArgument(
-            f"second is over {second.num_classes} classes and first over {first.num_classes}; one table has one number",
+            f"second has {second.num_classes} classes and first has {first.num_classes}; the numbers must be equal",
             field="second",
         )
     return Mixture(first, second, share, num_possible_of(first, second, share))
 
 
 def num_possible_of(first: Distribution, second: Distribution, share: float) -> int:
-    """How many classes have p > 0 in either component that has a share."""
+    """Return how many classes have p > 0 in at least one component with a share above 0."""
     parts = [part for part, weight in ((first, share), (second, 1.0 - share)) if weight > 0.0]
     num_classes = first.num_classes
     if len(parts) == 1:

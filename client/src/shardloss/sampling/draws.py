@@ -2,7 +2,7 @@
 
 Bits come from NumPy's counter-based Philox with key (seed, step), so a draw is the same on every shard count, rank
 and retry. Expected counts follow TensorFlow's candidate_sampling_ops: Q = p * S with repeats, and
-Q = 1 - (1 - p)^num_tries where draws continue until S distinct ids are found (p * S where that takes S draws).
+Q = 1 - (1 - p)^num_tries if draws continue until S distinct ids are found (p * S if that takes S draws).
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from numpy.typing import NDArray
 from shardloss.errors import InvalidArgument
 from shardloss.sampling.distribution import Distribution
 
-MIN_BLOCK = 1 << 8  # draws made at once, at least
-MAX_TRIES = 1 << 27  # draws before a distinct sample is given up, whatever its size: some seconds of work
+MIN_BLOCK = 1 << 8  # least number of draws made at once
+MAX_TRIES = 1 << 27  # limit of draws for a distinct sample of any size: some seconds of work
 
 
 class TriesExhausted(Exception):
-    """A distinct sample would need more than `max_tries` draws, or more classes than are possible."""
+    """A failed draw: a distinct sample would need more than `max_tries` draws, or more classes than have p > 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
-    """Sampled ids [S] in drawing order and the number of draws made."""
+    """The sampled ids [S] in drawing order, and the number of draws made."""
 
     sampled: NDArray[np.int64]
     num_tries: int
 
 
 def max_tries(num_sampled: int) -> int:
-    """Draws before a distinct sample of S ids is given up; half of all classes log-uniformly take about 6 S."""
+    """Return the limit of draws for a distinct sample of S ids; half of all classes, log-uniformly, take about 6 S."""
     return min(MAX_TRIES, 32 * num_sampled + (1 << 20))
 
 
 def generator(seed: int, step: int) -> np.random.Generator:
-    """The bits of a step: Philox with key (seed, step).
+    """Return the random bits of a step: Philox with key (seed, step).
 
     Raises:
-        InvalidArgument: one of both is no integer in [0, 2^64).
+        InvalidArgument: seed or step is not an integer in [0, 2^64).
     """
     for number, field in ((seed, "seed"), (step, "step")):
         if not (hasattr(number, "__index__") and 0 <= number < 1 << 64):
@@ -49,12 +49,12 @@ def generator(seed: int, step: int) -> np.random.Generator:
 
 
 def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, step: int) -> Draw:
-    """Draw S candidates; cost O(S) with repeats and O(num_tries) where distinct, never O(V).
+    """Draw S candidates; costs O(S) with repeats and O(num_tries) if they are distinct, never O(V).
 
     Raises:
-        InvalidArgument: num_sampled is negative, or seed or step is no integer in [0, 2^64).
-        TriesExhausted: distinct, and num_sampled is above distribution.num_possible (then at once), or so close to it
-            that the rarest ids do not come.
+        InvalidArgument: num_sampled is negative, or seed or step is not an integer in [0, 2^64).
+        TriesExhausted: unique, and num_sampled is above distribution.num_possible (raised at once), or so close to it
+            that the rarest ids are not found.
     """
     bits = generator(seed, step)
     if num_sampled < 0:
@@ -78,7 +78,7 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
 
 
 def first_copies(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct ids, ascending, and the place of each one's first copy: np.unique(class_ids, return_index=True)."""
+    """Return the distinct ids, ascending, and each one's first index: np.unique(class_ids, return_index=True)."""
     ordered, place = in_order(class_ids)
     is_first = np.ones(len(ordered), dtype=bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
@@ -86,17 +86,17 @@ def first_copies(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArr
 
 
 def is_among(class_ids: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which ids are among found, at least one: np.isin(class_ids, found) by one fast sort."""
+    """Return np.isin(class_ids, found), computed with one fast sort; found must not be empty."""
     ordered = np.sort(found)
     place = np.searchsorted(ordered, class_ids)
     return np.asarray(ordered[np.minimum(place, len(ordered) - 1)] == class_ids)
 
 
 def in_order(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids [S] >= 0 ascending and the places they came from, copies in their order.
+    """Return ids [S] >= 0 in ascending order and the indices they had; copies of an id keep their order.
 
-    Id and place are packed into one number where both fit: NumPy sorts 8,192 of these in 0.03 ms, and takes 0.4 ms for
-    a stable argsort.
+    Id and index are packed into one number if both fit: NumPy sorts 8,192 of these in 0.03 ms, but takes 0.4 ms for a
+    stable argsort.
     """
     bits = len(class_ids).bit_length()
     if len(class_ids) == 0 or int(class_ids.max()) >= 1 << (63 - bits):
@@ -110,18 +110,18 @@ def in_order(class_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
 def expected_count(
     distribution: Distribution, class_ids: NDArray[np.int64], num_sampled: int, unique: bool, num_tries: int
 ) -> NDArray[np.float64]:
-    """Q of classes of any shape: how often each is expected in the draw.
+    """Return Q of class ids of any shape: how often each is expected in the draw.
 
-    Q = p * S with repeats, and where the first S draws are distinct already; Q = -expm1(num_tries * log1p(-p)) else.
-    Source: TensorFlow 2.21, candidate_sampling_ops (the second case is its, too: golden cases of tf_candidate_sampler).
+    Q = p * S with repeats, and also if the first S draws are distinct; otherwise Q = -expm1(num_tries * log1p(-p)).
+    Source: TensorFlow 2.21, candidate_sampling_ops (for the second case, too: golden cases of tf_candidate_sampler).
     """
     p = distribution.probability(class_ids)
     if not unique or num_tries == num_sampled:
         return p * num_sampled
-    with np.errstate(divide="ignore"):  # p = 1 where V = 1: log1p(-1) = -inf gives Q = 1
+    with np.errstate(divide="ignore"):  # p = 1 if V = 1: log1p(-1) = -inf gives Q = 1
         return np.asarray(-np.expm1(num_tries * np.log1p(-p)))
 
 
 def all_candidates(num_classes: int) -> Draw:
-    """Every class once, in order, from no bits at all; Q = 1 for each. Source: TensorFlow's all_candidate_sampler."""
+    """Return every class once, in order, without random bits; Q = 1. Source: TensorFlow's all_candidate_sampler."""
     return Draw(np.arange(num_classes, dtype=np.int64), num_classes)

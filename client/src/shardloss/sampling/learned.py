@@ -7,15 +7,16 @@ from numpy.typing import NDArray
 
 from shardloss.errors import InvalidArgument
 
-MAX_TOTAL = 1 << 62  # sums stay in 64 bits, whatever commits add
+MAX_TOTAL = 1 << 62  # keeps sums within 64 bits, whatever commits add
 
 
 class LearnedCounts:
     """A Distribution whose weights start at 1 and grow by 1 with every id added: p = weight / sum of weights.
 
-    The weights are 64-bit integers, so sums are exact and do not depend on the order of adds. Made in O(V); an added id
-    and a draw cost O(log V). Not thread-safe: whoever shares one holds a lock over each call. Source: TensorFlow 2.21,
-    learned_unigram_candidate_sampler; Fenwick, "A New Data Structure for Cumulative Frequency Tables" (1994).
+    The weights are 64-bit integers, so sums are exact and do not depend on the order of adds. Creation costs O(V); an
+    added id and a draw cost O(log V). Not thread-safe: threads that share one need a lock around each call. Source:
+    TensorFlow 2.21, learned_unigram_candidate_sampler; Fenwick, "A New Data Structure for Cumulative Frequency Tables"
+    (1994).
     """
 
     __slots__ = ("_counts", "_total", "_tree")
@@ -23,27 +24,27 @@ class LearnedCounts:
     def __init__(self, num_classes: int) -> None:
         self._counts = np.ones(num_classes, dtype=np.int64)
         self._total = num_classes
-        # Node i > 0 holds the weights of the ids [i - lowbit(i), i); what lies behind V is heavier than any draw, so
-        # that no descent goes there.
+        # Node i > 0 holds the sum of the weights of ids [i - lowbit(i), i). Nodes beyond V are heavier than any draw,
+        # so that no descent reaches them.
         self._tree = np.arange(1 << num_classes.bit_length(), dtype=np.int64)
         self._tree &= -self._tree
         self._tree[num_classes + 1 :] = np.iinfo(np.int64).max
 
     @property
     def num_classes(self) -> int:
-        """V."""
+        """The number of classes V."""
         return len(self._counts)
 
     @property
     def num_possible(self) -> int:
-        """Every class: no weight is 0."""
+        """The number of classes V: no weight is 0."""
         return len(self._counts)
 
     def add(self, ids: NDArray[np.int64]) -> None:
         """Add 1 to the weight of each of ids, of any shape; an id given twice gets 2. O(len(ids) log V).
 
         Raises:
-            InvalidArgument: an id is outside [0, V); nothing was added.
+            InvalidArgument: an id is outside [0, V); nothing is added.
         """
         ids = np.asarray(ids, dtype=np.int64).ravel()
         wrong = (ids < 0) | (ids >= self.num_classes)
@@ -59,10 +60,11 @@ class LearnedCounts:
             nodes = nodes[nodes <= self.num_classes]
 
     def overwrite(self, first: int, weights: NDArray[np.int64]) -> None:
-        """Give the ids from first on these weights [M], each >= 1. O(M log V).
+        """Set the weights [M], each >= 1, of the M ids from `first` on. O(M log V).
 
         Raises:
-            InvalidArgument: an id is outside [0, V), a weight is below 1, or their sum exceeds 2^62; nothing changed.
+            InvalidArgument: an id is outside [0, V), a weight is below 1, or the sum of all weights would exceed 2^62;
+                nothing changes.
         """
         ids = np.arange(first, first + len(weights))
         if first < 0 or first + len(weights) > self.num_classes:
@@ -70,9 +72,9 @@ class LearnedCounts:
         if len(weights) and int(weights.min()) < 1:
             at = int(weights.argmin())
             raise InvalidArgument(f"learned[{at}] = {weights[at]} must be at least 1", field="learned", index=at)
-        added = sum(map(int, weights)) - int(self._counts[ids].sum())  # of any size, unlike numbers of 64 bits
+        added = sum(map(int, weights)) - int(self._counts[ids].sum())  # Python's integers do not overflow
         if self._total + added > MAX_TOTAL:
-            raise InvalidArgument(f"learned: all weights together would exceed 2^62 = {MAX_TOTAL}", field="learned")
+            raise InvalidArgument(f"learned: the sum of all weights would exceed 2^62 = {MAX_TOTAL}", field="learned")
         changes = weights - self._counts[ids]
         self._counts[ids] = weights
         self._total += added
@@ -84,15 +86,15 @@ class LearnedCounts:
             nodes, changes = nodes[stays], changes[stays]
 
     def frequency(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The weights of ids, of any shape: 1 + how often each was added."""
+        """Return the weights of ids, of any shape: 1 + the number of times that each was added."""
         return np.asarray(self._counts[ids])
 
     def probability(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """p of ids, of any shape."""
+        """Return p of ids, of any shape."""
         return np.asarray(self.frequency(ids) / self._total)
 
     def draw(self, bits: np.random.Generator, n: int) -> NDArray[np.int64]:
-        """[n] independent draws: an integer below the total each, and the id whose weights' range it falls in."""
+        """Return [n] independent draws: each is the id into whose range a random integer below the total falls."""
         rest = bits.integers(self._total, size=n)
         ids = np.zeros(n, dtype=np.int64)
         for level in reversed(range(self.num_classes.bit_length())):

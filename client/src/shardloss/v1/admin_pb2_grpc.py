@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """The server as its operator sees it.
+    """Status of the server for its operator.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """The server as its operator sees it.
+    """Status of the server for its operator.
     """
 
     def GetStatus(self, request, context):
-        """Reads what the server, its workers and its tables do at this moment; changes nothing, so it is idempotent; needs no
+        """Reads the current state of the server, its workers and its tables. Changes nothing, so it is idempotent; needs no
         place among max_calls_in_flight. Workers that do not answer within 2 s are reported as down.
         Errors: only those that any call may end with (proto/README.md).
         """
@@ -72,7 +72,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """The server as its operator sees it.
+    """Status of the server for its operator.
     """
 
     @staticmethod

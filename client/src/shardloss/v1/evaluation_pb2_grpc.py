@@ -26,11 +26,11 @@ if _version_not_supported:
 
 
 class EvaluationServiceStub(object):
-    """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
-    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
-    logits which a cap makes equal in floating point do not tie.
+    """Answers exact questions about a table. The shards work in slices of tens of milliseconds, so a training step waits
+    for at most one slice. If a commit is applied between two slices, version and last_version in the reply differ.
+    Logits are computed in float64 and rounded, for comparisons only, to a grid on which equal rows tie (docs/adr/0002).
+    All values in a reply are computed from the logits after LogitTransform. Only their order is that of hidden . row +
+    bias, which scale and soft_cap preserve, so logits that a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """
@@ -64,39 +64,40 @@ class EvaluationServiceStub(object):
 
 
 class EvaluationServiceServicer(object):
-    """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
-    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
-    logits which a cap makes equal in floating point do not tie.
+    """Answers exact questions about a table. The shards work in slices of tens of milliseconds, so a training step waits
+    for at most one slice. If a commit is applied between two slices, version and last_version in the reply differ.
+    Logits are computed in float64 and rounded, for comparisons only, to a grid on which equal rows tie (docs/adr/0002).
+    All values in a reply are computed from the logits after LogitTransform. Only their order is that of hidden . row +
+    bias, which scale and soft_cap preserve, so logits that a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """
 
     def Evaluate(self, request, context):
-        """Exact loss over all classes, and the rank of the true class, of each row; changes nothing.
+        """Computes the exact loss over all classes and the rank of the true class, for each row. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TopK(self, request, context):
-        """The k best classes of each row: logit descending, then id ascending; changes nothing.
+        """Finds the k best classes of each row: logit descending, then id ascending. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """The logits of asked classes; changes nothing.
+        """Computes the logits of the requested classes. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SampleClasses(self, request, context):
-        """Independent draws from the exact softmax of each row, a function of the table, the row and (seed, the row's number,
-        the draw's number) alone: not of the cut of the table, nor of the rows beside it; changes nothing.
+        """Draws classes independently from the exact softmax of each row. A draw is a function of only the table, the row and
+        (seed, number of the row, number of the draw); it does not depend on the sharding of the table or on the other rows
+        of the batch. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,11 +135,11 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EvaluationService(object):
-    """The work goes to the shards in slices of tens of milliseconds, so that a training step waits for one slice at
-    most; a commit may fall between two slices, which the two versions in a reply tell. Logits are formed in float64 and,
-    to be compared, rounded to a grid on which equal rows tie (docs/adr/0002). Whatever a reply holds is of logits as
-    LogitTransform makes them; only their order, which scale and soft_cap keep, is that of hidden . row + bias, so that
-    logits which a cap makes equal in floating point do not tie.
+    """Answers exact questions about a table. The shards work in slices of tens of milliseconds, so a training step waits
+    for at most one slice. If a commit is applied between two slices, version and last_version in the reply differ.
+    Logits are computed in float64 and rounded, for comparisons only, to a grid on which equal rows tie (docs/adr/0002).
+    All values in a reply are computed from the logits after LogitTransform. Only their order is that of hidden . row +
+    bias, which scale and soft_cap preserve, so logits that a cap makes equal in floating point do not tie.
     Errors of all: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST, and those
     that any call may end with (proto/README.md). All are idempotent.
     """

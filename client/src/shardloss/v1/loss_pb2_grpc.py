@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class LossServiceStub(object):
-    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
-    (proto/README.md).
+    """Scores batches and trains on them. In addition to the errors of each RPC, any call may end with those listed in
+    proto/README.md.
     """
 
     def __init__(self, channel):
@@ -64,16 +64,16 @@ class LossServiceStub(object):
 
 
 class LossServiceServicer(object):
-    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
-    (proto/README.md).
+    """Scores batches and trains on them. In addition to the errors of each RPC, any call may end with those listed in
+    proto/README.md.
     """
 
     def ComputeLoss(self, request, context):
-        """Scores one batch. With a session it opens a ticket; without one it changes nothing; with commit_now it commits the
-        part as well. Idempotent by key: a repeat while the ticket is open gets the kept reply, a repeat of an applied
-        commit_now its outcome (replayed = true).
-        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, STEP_REUSED (another request under the
-        key), STEP_TOO_OLD (the step is applied or given up, or after_step is given up), TICKET_ABORTED (given up while it
+        """Scores one batch. With a session it opens a ticket; without one it changes nothing; with commit_now it also commits
+        the part. Idempotent by key: a repeat while the ticket is open gets the kept reply, a repeat of an applied
+        commit_now gets its outcome (replayed = true).
+        Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, STEP_REUSED (another request has this
+        key), STEP_TOO_OLD (the step was applied or aborted, or after_step was aborted), TICKET_ABORTED (aborted while it
         was scored), OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST; with commit_now also SESSION_EXPIRED, TICKET_UNKNOWN and
         TICKET_EXPIRED.
         """
@@ -82,18 +82,18 @@ class LossServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamLoss(self, request_iterator, context):
-        """ComputeLoss for calls or replies above ServerLimits.max_message_bytes: the header first, then the chunks that its
-        tensors refer to; the reply has the same form. Same effect. Idempotent by the same key, for the same header: a
-        repeat goes through the same method, else it may be STEP_REUSED. Errors: as ComputeLoss; a stream that stands still
-        for ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
+        """ComputeLoss for requests or replies above ServerLimits.max_message_bytes: first the header, then the chunks that
+        its tensors refer to; the reply has the same form. Same effect as ComputeLoss. Idempotent by the same key, for the
+        same header: repeat a call through the same method, or it may be refused with STEP_REUSED. Errors: those of
+        ComputeLoss; a stream without progress for ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Applies ONE optimizer step over all parts, and gives up what else the session holds up to this step. Exactly once
-        by (table, session, step): a repeat of one of the session's last 16 steps is answered from the ledger
+        """Applies ONE optimizer step over all parts, and aborts all other open tickets of the session up to this step.
+        Exactly once by (table, session, step): a repeat of one of the session's last 16 steps is answered from the ledger
         (replayed = true). Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, SESSION_EXPIRED,
         STEP_REUSED (another payload), STEP_TOO_OLD, TICKET_UNKNOWN, TICKET_EXPIRED, TICKET_ABORTED, STALE, OVERLOADED,
         TABLE_UNAVAILABLE (repeat with the same key), ROWS_LOST.
@@ -103,7 +103,7 @@ class LossServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Gives up the open tickets of a session up to a step; changes no row. Idempotent: a repeat finds none. Errors:
+        """Aborts the open tickets of a session up to a step. Changes no row. Idempotent: a repeat finds no tickets. Errors:
         INVALID_ARGUMENT, TABLE_NOT_FOUND, SESSION_EXPIRED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -111,8 +111,8 @@ class LossServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SampleCandidates(self, request, context):
-        """Draws the candidates that a ComputeLoss with the same sampler and step would use; changes nothing. Idempotent: the
-        reply depends on the request, V and the table's class counts alone. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
+        """Draws the candidates that a ComputeLoss with the same sampler and step would use. Changes nothing. Idempotent: the
+        reply depends only on the request, V and the table's class counts. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
         LIMIT_EXCEEDED, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -156,8 +156,8 @@ def add_LossServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LossService(object):
-    """Scores batches and trains on them. To the errors of each RPC belong those that any call may end with
-    (proto/README.md).
+    """Scores batches and trains on them. In addition to the errors of each RPC, any call may end with those listed in
+    proto/README.md.
     """
 
     @staticmethod

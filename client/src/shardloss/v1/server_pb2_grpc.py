@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """The server itself, whatever tables it holds.
+    """The server itself, independent of its tables.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """The server itself, whatever tables it holds.
+    """The server itself, independent of its tables.
     """
 
     def GetServerInfo(self, request, context):
-        """Version, limits and features; changes nothing, so it is idempotent; needs no table, and no place among
+        """Reads version, limits and features. Changes nothing, so it is idempotent; needs no table, and no place among
         max_calls_in_flight. Errors: only those that any call may end with (proto/README.md).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -71,7 +71,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """The server itself, whatever tables it holds.
+    """The server itself, independent of its tables.
     """
 
     @staticmethod

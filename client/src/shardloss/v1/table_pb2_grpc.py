@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class TableServiceStub(object):
-    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
-    call may end with (proto/README.md).
+    """Creates, lists and deletes tables, and reads and overwrites their rows. In addition to the errors of each RPC, any
+    call may end with those listed in proto/README.md.
     """
 
     def __init__(self, channel):
@@ -84,21 +84,21 @@ class TableServiceStub(object):
 
 
 class TableServiceServicer(object):
-    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
-    call may end with (proto/README.md).
+    """Creates, lists and deletes tables, and reads and overwrites their rows. In addition to the errors of each RPC, any
+    call may end with those listed in proto/README.md.
     """
 
     def CreateTable(self, request, context):
-        """Makes a table and fills it by its initializer. Idempotent: an existing table with an equal spec is answered
-        with created = false and left as it is. Errors: INVALID_ARGUMENT, TABLE_EXISTS (another spec), LIMIT_EXCEEDED,
-        NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer; no table was made).
+        """Creates a table and fills it with its initializer. Idempotent: an existing table with an equal spec is returned
+        with created = false and left unchanged. Errors: INVALID_ARGUMENT, TABLE_EXISTS (with another spec),
+        LIMIT_EXCEEDED, NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer; no table was created).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTable(self, request, context):
-        """Reads a table's spec and version, also where its rows are lost; changes nothing, so it is idempotent.
+        """Reads a table's spec and version, even if its rows are lost. Changes nothing, so it is idempotent.
         Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -106,31 +106,31 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListTables(self, request, context):
-        """Lists all tables by name, ascending; changes nothing, so it is idempotent. Errors: OVERLOADED.
+        """Lists all tables by name, ascending. Changes nothing, so it is idempotent. Errors: OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTable(self, request, context):
-        """Frees a table with all its tickets and sessions, also where its rows are lost. Idempotent in effect: a repeat is
-        TABLE_NOT_FOUND, which a retry may ignore. Errors: TABLE_NOT_FOUND, OVERLOADED.
+        """Deletes a table with all its tickets and sessions, even if its rows are lost. Idempotent in effect: a repeat fails
+        with TABLE_NOT_FOUND, which a retry may ignore. Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenameTable(self, request, context):
-        """Gives a table another name, whole and at once; rows, version and workers stay, its sessions go on under the new
-        name. Not idempotent: a repeat is TABLE_NOT_FOUND. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, TABLE_EXISTS (the new
-        name is taken, by whatever spec), OVERLOADED.
+        """Renames a table atomically. Rows, version and workers stay the same, and its sessions continue under the new name.
+        Not idempotent: a repeat fails with TABLE_NOT_FOUND. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, TABLE_EXISTS (a
+        table with the new name exists, even if its spec is equal), OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadRows(self, request, context):
-        """Reads rows, with their optimizer state where asked, at one version; changes nothing, so it is idempotent.
+        """Reads rows, and their optimizer state on request, at one version. Changes nothing, so it is idempotent.
         Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -138,18 +138,18 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WriteRows(self, request, context):
-        """Overwrites rows, and of their optimizer state what is given, in one version step, all or none; no rows and no
-        num_commits are no version. The values are absolute, so a repeat leaves the same rows, but counts as one more
-        version. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE (it may yet be
-        applied; repeat it), ROWS_LOST.
+        """Overwrites rows, and any optimizer state that is given, as one new version: all of it or none. A request without
+        rows and without num_commits creates no version. The values are absolute, so a repeat leaves the same rows, but
+        creates one more version. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE
+        (the write may still be applied; repeat it), ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteClassCounts(self, request, context):
-        """Overwrites class counts of one range of classes: those that fixed unigram samplers draw by, of which classes never
-        written count 0, and those learned from commits. No row and no version changes; later draws see the new counts, and
+        """Overwrites the class counts of one range of classes: the counts for fixed unigram samplers (0 for classes that were
+        never written), and the counts learned from commits. No row and no version changes. Later draws use the new counts;
         open tickets keep theirs. The values are absolute, so it is idempotent. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND,
         LIMIT_EXCEEDED, OVERLOADED.
         """
@@ -158,7 +158,7 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadClassCounts(self, request, context):
-        """Reads the class counts of one range of classes, between two commits; changes nothing, so it is idempotent.
+        """Reads the class counts of one range of classes, between two commits. Changes nothing, so it is idempotent.
         Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -222,8 +222,8 @@ def add_TableServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
-    """Makes, shows and frees tables, and reads and overwrites their rows. To the errors of each RPC belong those that any
-    call may end with (proto/README.md).
+    """Creates, lists and deletes tables, and reads and overwrites their rows. In addition to the errors of each RPC, any
+    call may end with those listed in proto/README.md.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
-"""The softmax losses of paddle.nn.functional, by Paddle 3.3's signatures, over torch tensors and remote tables.
+"""The softmax losses of paddle.nn.functional with Paddle 3.3's signatures, over torch tensors and remote tables.
 
     opt = paddle.optimizer(table, lr=0.1)
-    loss = paddle.cross_entropy(table.logits(hidden), label)  # hidden [..., D]: nothing of [..., V] is held
+    loss = paddle.cross_entropy(table.logits(hidden), label)  # hidden [..., D]; [..., V] is never materialised
     loss.backward()
     opt.step()
 
-Where the logits are those of a table (`Table.logits`), the service computes the loss and trains the table; where they
-are a dense torch tensor, torch does. docs/paddle.md lists every argument, and where we differ on purpose.
+If the logits are those of a table (`Table.logits`), the service computes the loss and trains the table; if they are a
+dense torch tensor, torch computes the loss. docs/paddle.md lists every argument and the intended differences.
 """
 
 from shardloss.compat.head import optimizer

@@ -1,4 +1,4 @@
-"""What Paddle's functions do before and after a loss: checks, labels in one form (classes last), reductions."""
+"""The steps before and after a loss of Paddle's functions: checks, labels in one form (classes last), reductions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_logits(logits: Logits, field: str = "logits") -> None:
-    """Dense floats or lazy logits, of rank >= 1.
+    """Check that logits are lazy, or a dense float tensor of rank >= 1.
 
     Raises:
-        InvalidArgument: they are neither.
+        InvalidArgument: logits are neither.
     """
     if isinstance(logits, LazyLogits):
         return
@@ -39,42 +39,42 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_group(group: object) -> None:
-    """Refuse a group of ranks: a table is one for all of them, and a dense tensor is whole.
+    """Refuse a group of ranks: all ranks share one table, and a dense tensor has all classes.
 
     Raises:
         NotSupported: group is neither None nor False.
     """
     if group is not None and group is not False:
-        raise NotSupported("group: classes are not cut over ranks here; pass None, and shard the table on the server")
+        raise NotSupported("group: classes are not split over ranks; pass None, and shard the table on the server")
 
 
 def class_axis(logits: Logits, axis: int) -> int:
-    """axis as a number from 0.
+    """Return axis as a number >= 0.
 
     Raises:
-        InvalidArgument: there is no such axis.
-        NotSupported: the classes of lazy logits are not on it.
+        InvalidArgument: axis is out of range.
+        NotSupported: the logits are lazy, and axis is not the last one.
     """
     rank = logits.dim()
     if not -rank <= axis < rank:
         raise InvalidArgument(f"axis = {axis} is outside [-{rank}, {rank})", field="axis")
     if isinstance(logits, LazyLogits) and axis % rank != rank - 1:
-        raise NotSupported(f"axis = {axis}: the classes of a table's logits are on the last axis, -1")
+        raise NotSupported(f"axis = {axis}: the classes of a table's logits are on the last axis; pass axis=-1")
     return axis % rank
 
 
 def classes_last(logits: Logits, axis: int) -> Logits:
-    """Logits [..., V] of logits whose classes are on an axis from 0."""
+    """Return logits [..., V], with the classes moved from axis >= 0 to the end."""
     return logits if isinstance(logits, LazyLogits) else logits.movedim(axis, -1)
 
 
 def hard_labels(label: Tensor, logits: Logits, axis: int, ignore_index: int | None = None) -> Tensor:
-    """Class ids [...] int64 of integer labels of the logits' shape without axis, or with 1 there.
+    """Return class ids [...] int64 of integer labels, which have the logits' shape without axis or with size 1 there.
 
-    Labels equal to ignore_index become IGNORED; None is for functions that ignore none.
+    Labels equal to ignore_index become IGNORED; with None, no label is ignored.
 
     Raises:
-        InvalidArgument: another shape or dtype, or a label that is no class.
+        InvalidArgument: label has another shape or dtype, or a label is not a class.
     """
     check_tensor(label, "label")
     shape, num_classes = list(logits.shape), logits.shape[axis]
@@ -90,38 +90,39 @@ def hard_labels(label: Tensor, logits: Logits, axis: int, ignore_index: int | No
 
 
 def soft_labels(label: Tensor, logits: Logits, axis: int) -> Tensor:
-    """Probabilities [..., V] of soft labels of the logits' shape; they get no gradient.
+    """Return the probabilities [..., V] of soft labels, which have the logits' shape and get no gradient.
 
     Raises:
-        InvalidArgument: another shape, or no floats.
+        InvalidArgument: label has another shape, or is not a float tensor.
     """
     check_tensor(label, "label")
     if label.shape != logits.shape or not label.is_floating_point():
         raise InvalidArgument(
-            f"label is {label.dtype} {list(label.shape)}; soft labels are floats {list(logits.shape)}", field="label"
+            f"label is {label.dtype} {list(label.shape)}; soft labels must be floats {list(logits.shape)}",
+            field="label",
         )
     return label.detach().movedim(axis, -1).to(device_of(logits))
 
 
 def device_of(logits: Logits) -> torch.device:
-    """Where the loss is."""
+    """Return the device of the loss."""
     return logits.hidden.device if isinstance(logits, LazyLogits) else logits.device
 
 
 def integers(tensor: Tensor, field: str) -> Tensor:
-    """An integer tensor as int64.
+    """Convert an integer tensor to int64.
 
     Raises:
-        InvalidArgument: it has another dtype, or is no tensor.
+        InvalidArgument: tensor has another dtype, or is not a tensor.
     """
     check_tensor(tensor, field)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise InvalidArgument(f"{field} is {tensor.dtype}; class ids are integers", field=field)
+        raise InvalidArgument(f"{field} is {tensor.dtype}; class ids must be integers", field=field)
     return tensor.detach().long()
 
 
 def refuse_ids(wrong: Tensor, ids: Tensor, num_classes: int, field: str) -> None:
-    """Refuse where any id is wrong, naming the first."""
+    """Raise `InvalidArgument` for the first wrong id, if there is one."""
     if wrong.any():
         index = wrong.nonzero()[0].tolist()
         place = ", ".join(map(str, index))
@@ -132,7 +133,7 @@ def refuse_ids(wrong: Tensor, ids: Tensor, num_classes: int, field: str) -> None
 def reduced(
     losses: Tensor, factors: Tensor | None, num_counted: Tensor | None, reduction: str, axis: int | None
 ) -> Tensor:
-    """Losses [...] times factors [...], reduced; with "none" and an axis, 1 stands on it."""
+    """Reduce losses [...] times factors [...]; with "none" and an axis, that axis is inserted with size 1."""
     losses = losses if factors is None else losses * factors
     if reduction == "none":
         return losses if axis is None else losses.unsqueeze(axis)

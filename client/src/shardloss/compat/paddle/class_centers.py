@@ -1,4 +1,4 @@
-"""paddle.nn.functional.class_center_sample: PartialFC's classes of a batch."""
+"""paddle.nn.functional.class_center_sample: the classes that PartialFC samples for a batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from shardloss.sampling import partial_fc
 def class_center_sample(
     label: Tensor, num_classes: int, num_samples: int, group: object = None
 ) -> tuple[Tensor, Tensor]:
-    """(remapped_label [N], sampled_class_center [S]): the places of the labels [N] among the sampled classes.
+    """Return (remapped_label [N], sampled_class_center [S]): label positions in the sampled classes, and those classes.
 
-    The distinct labels ascending, then uniform distinct classes that are no label, num_samples in all, or as many as
-    there are labels. Drawn from torch's generator. group: None or False.
+    The sampled classes are the distinct labels in ascending order, then uniform distinct classes that are not labels:
+    num_samples in all, or more if there are more distinct labels. The seed is from torch's generator. group must be
+    None or False.
 
     Raises:
         InvalidArgument: label is not [N >= 1] of classes, or num_samples is outside [0, num_classes].
-        NotSupported: a group of ranks.
+        NotSupported: group is a group of ranks.
     """
     check_group(group)
     check_tensor(label, "label")

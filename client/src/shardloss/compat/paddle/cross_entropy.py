@@ -30,14 +30,14 @@ def softmax_with_cross_entropy(
     return_softmax: bool = False,
     axis: int = -1,
 ) -> Tensor | tuple[Tensor, Tensor | LazySoftmax]:
-    """Losses of the logits' shape with 1 on axis, and with return_softmax their softmax: (loss, softmax).
+    """Return the losses, in the logits' shape with size 1 on axis, or (losses, softmax) with return_softmax.
 
-    label has the loss's shape (or lacks axis): class ids, whose loss and gradient are 0 where they are ignore_index;
-    with soft_label it has the logits' shape, and ignore_index is without effect.
+    label contains class ids in the losses' shape, with or without axis; a label equal to ignore_index has loss and
+    gradient 0. With soft_label, label has the logits' shape, and ignore_index has no effect.
 
     Raises:
-        InvalidArgument: a tensor does not fit, or a label is no class.
-        NotSupported: lazy logits with another axis than the last.
+        InvalidArgument: a tensor does not fit, or a label is not a class.
+        NotSupported: the logits are lazy, and axis is not the last one.
     """
     check_logits(logits)
     place = class_axis(logits, axis)
@@ -64,16 +64,16 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> Tensor:
-    """The cross entropy of logits, or of probabilities where use_softmax is False.
+    """Return the cross entropy of logits, or of probabilities if use_softmax is False.
 
-    weight [V] multiplies a row's loss by that of its label, or by sum(weight * label) where labels are soft. "mean"
-    divides by the sum of these factors; without weight by the number of rows, or where ignore_index >= 0 of rows that
-    count; 0 / 0 is 0. "none" has the label's shape, or with soft or smoothed labels the input's with 1 on axis.
-    label_smoothing e makes every label (1 - e) * label + e / V. Source: Paddle 3.3, nn/functional/loss.py.
+    weight [V] multiplies a row's loss by weight[label], or by sum(weight * label) for soft labels. "mean" divides by
+    the sum of these factors or, without weight, by the number of rows (if ignore_index >= 0, only of rows that count);
+    0 / 0 is 0. "none" returns the label's shape or, for soft or smoothed labels, the input's shape with size 1 on axis.
+    label_smoothing e replaces every label by (1 - e) * label + e / V. Source: Paddle 3.3, nn/functional/loss.py.
 
     Raises:
-        InvalidArgument: an argument does not fit; soft or smoothed labels with ignore_index >= 0.
-        NotSupported: lazy logits without softmax, or with another axis than the last.
+        InvalidArgument: an argument does not fit, or ignore_index >= 0 with soft or smoothed labels.
+        NotSupported: the logits are lazy, and use_softmax is False or axis is not the last one.
     """
     check_logits(input, "input")
     check_reduction(reduction)
@@ -95,14 +95,14 @@ def cross_entropy(
 
 
 def hard_losses(logits: Logits, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:
-    """Losses [...] of class ids [...]."""
+    """Return the losses [...] of class ids [...]."""
     if isinstance(logits, LazyLogits):
         return remote.hard_losses(logits, ids, label_smoothing)
     return dense.hard_losses(logits, ids, label_smoothing, use_softmax)
 
 
 def soft_losses(logits: Logits, label: Tensor, use_softmax: bool = True) -> Tensor:
-    """Losses [...] of soft labels [..., V]."""
+    """Return the losses [...] of soft labels [..., V]."""
     if isinstance(logits, LazyLogits):
         return remote.soft_losses(logits, label)
     return dense.soft_losses(logits, label, use_softmax)
@@ -116,23 +116,23 @@ def check_options(
         raise InvalidArgument(f"label_smoothing = {label_smoothing} is outside [0, 1]", field="label_smoothing")
     if ignore_index >= 0 and (soft_label or label_smoothing):
         raise InvalidArgument(
-            f"ignore_index = {ignore_index} belongs to hard labels without smoothing; leave it at -100",
+            f"ignore_index = {ignore_index} is only for hard labels without smoothing; leave it at -100",
             field="ignore_index",
         )
     if not use_softmax and isinstance(logits, LazyLogits):
-        raise NotSupported("use_softmax=False: a table's logits are no probabilities")
+        raise NotSupported("use_softmax=False: a table's logits are not probabilities")
 
 
 def smoothed(label: Tensor, label_smoothing: float) -> Tensor:
-    """(1 - e) * label + e / V, of soft labels [..., V]."""
+    """Return (1 - e) * label + e / V for soft labels [..., V], with e = label_smoothing."""
     return (1.0 - label_smoothing) * label + label_smoothing / label.shape[-1] if label_smoothing else label
 
 
 def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
-    """weight [V] beside the loss.
+    """Return weight [V] on the device of the loss.
 
     Raises:
-        InvalidArgument: another shape, or no floats.
+        InvalidArgument: weight has another shape, or is not a float tensor.
     """
     check_tensor(weight, "weight")
     if weight.shape != (logits.shape[axis],) or not weight.is_floating_point():
@@ -143,7 +143,7 @@ def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
 
 
 def label_factors(ids: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
-    """sum(weight * label) [...] of class ids; 0 where they are IGNORED."""
+    """Return sum(weight * label) [...] for class ids [...]; 0 for an IGNORED one."""
     counted = ids != IGNORED
     of_label = weight[ids.where(counted, 0)].where(counted, 0.0)
     return (1.0 - label_smoothing) * of_label + label_smoothing * weight.mean() if label_smoothing else of_label

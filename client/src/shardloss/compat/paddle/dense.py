@@ -1,4 +1,4 @@
-"""Losses of dense logits, by torch: one loss a row, classes on the last axis."""
+"""Losses of dense logits, computed by torch: one loss per row, classes on the last axis."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shardloss.compat.head import IGNORED
 
 
 def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:
-    """-log p[label] [...] of logits [..., V], or of probabilities; 0 with gradient 0 where the label is IGNORED.
+    """Return -log p[label] [...] of logits [..., V], or of probabilities; 0 with gradient 0 for an IGNORED label.
 
-    With label smoothing (1 - e) * -log p[label] + e * mean(-log p).
+    With label smoothing e, return (1 - e) * -log p[label] + e * mean(-log p).
     """
     counted = ids != IGNORED
     values = logits.log_softmax(-1) if use_softmax else logits
@@ -28,9 +28,9 @@ def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_s
 
 
 def soft_losses(logits: Tensor, label: Tensor, use_softmax: bool = True) -> Tensor:
-    """-sum(label * log p) [...] of logits [..., V], or of probabilities; a class whose label is 0 adds nothing.
+    """Return -sum(label * log p) [...] of logits [..., V], or of probabilities; a class with label 0 adds nothing.
 
-    The gradient in logits is that of Paddle, p - label, also where a row's labels do not sum to 1; 0 where all are 0.
+    The gradient in logits is p - label, as in Paddle, even if a row's labels do not sum to 1; it is 0 if all are 0.
     """
     if use_softmax:
         return cast(Tensor, SoftLosses.apply(logits, label))  # type: ignore[no-untyped-call]
@@ -39,11 +39,11 @@ def soft_losses(logits: Tensor, label: Tensor, use_softmax: bool = True) -> Tens
 
 
 class SoftLosses(torch.autograd.Function):
-    """-sum(label * log softmax(logits)) [...], differentiable in logits alone."""
+    """The function -sum(label * log softmax(logits)) [...], differentiable in logits alone."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
-        """The losses."""
+        """Return the losses [...]."""
         label, log_probs = label.detach().to(logits.dtype), logits.detach().log_softmax(-1)
         counts = (label != 0).any(-1, keepdim=True)
         ctx.save_for_backward((log_probs.exp() - label).where(counts, 0.0))
@@ -52,5 +52,5 @@ class SoftLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        """g (p - label)."""
+        """Return the gradient in logits, g (p - label)."""
         return g[..., None] * ctx.saved_tensors[0], None

@@ -24,7 +24,7 @@ from shardloss.compat.paddle.arguments import (
 from shardloss.errors import BadReply, InvalidArgument
 from shardloss.lazy import LazyLogits, LazySoftmax, asked, ids_of, ranges
 
-LEAST_SINE = 1e-6  # the slope stays finite where |cos| = 1, as in the server
+LEAST_SINE = 1e-6  # keeps the slope finite at |cos| = 1, as in the server
 
 
 def margin_cross_entropy(
@@ -38,15 +38,16 @@ def margin_cross_entropy(
     return_softmax: bool = False,
     reduction: str | None = "mean",
 ) -> Tensor | tuple[Tensor, Tensor | LazySoftmax]:
-    """The combined margin loss of cosines [..., V], and with return_softmax that of the margined, scaled logits.
+    """Return the combined margin loss of cosines [..., V]; with return_softmax, (loss, softmax of the margined logits).
 
-    scale * (cos(margin1 * theta + margin2) - margin3) stands for scale * cos(theta) of the label [...] or [..., 1].
-    Lazy logits are taken for cosines as they are, or are cosines where their transform normalizes; their table has no
-    biases. "none" or None gives [..., 1], "mean" divides by all rows. group: None or False.
+    At the label [...] or [..., 1], scale * (cos(margin1 * theta + margin2) - margin3) replaces scale * cos(theta).
+    Lazy logits are used as cosines as they are, or are true cosines if their transform normalizes; their table must
+    have no biases. reduction "none" or None returns [..., 1]; "mean" divides by the number of all rows. group must be
+    None or False.
 
     Raises:
-        InvalidArgument: an argument does not fit; lazy logits with a scale or soft cap of their own, or with biases.
-        NotSupported: a group of ranks.
+        InvalidArgument: an argument does not fit, or lazy logits have a scale or soft cap of their own, or biases.
+        NotSupported: group is a group of ranks.
     """
     check_logits(logits)
     check_group(group)
@@ -66,27 +67,27 @@ def margin_cross_entropy(
 
 
 def remote_loss(logits: LazyLogits, margin: types.Margin, scale: float) -> types.FullSoftmax:
-    """The loss that the service computes.
+    """Return the loss that the service is to compute.
 
     Raises:
-        InvalidArgument: the logits are no cosines.
+        InvalidArgument: the logits are not cosines.
     """
     if replace(logits.transform, normalize=False) != types.LogitTransform():
         raise InvalidArgument(
-            f"logits with {logits.transform} are no cosines; leave scale and soft_cap out, and pass scale here",
+            f"logits with {logits.transform} are not cosines; leave out their scale and soft_cap, and pass scale here",
             field="logits",
         )
     return types.FullSoftmax(margin=margin, logits=replace(logits.transform, scale=scale))
 
 
 def with_margin(cosines: Tensor, ids: Tensor, margin: types.Margin, scale: float) -> Tensor:
-    """scale * cosines [..., V] with the margin on the label's [...]."""
+    """Return scale * cosines [..., V], with the margin applied to the cosine of each label [...]."""
     at_label = ids[..., None]
     return scale * cosines.scatter(-1, at_label, of_label(cosines.gather(-1, at_label), margin))
 
 
 def of_label(cosine: Tensor, margin: types.Margin) -> Tensor:
-    """cos(m1 theta + m2) - m3 of cos(theta)."""
+    """Return cos(m1 theta + m2) - m3 for a cosine cos(theta)."""
     if margin.m1 == 1.0 and margin.m2 == 0.0:
         return cosine - margin.m3
     moved: Tensor = MovedCosine.apply(cosine, margin.m1, margin.m2)  # type: ignore[no-untyped-call]
@@ -94,11 +95,11 @@ def of_label(cosine: Tensor, margin: types.Margin) -> Tensor:
 
 
 class MovedCosine(torch.autograd.Function):
-    """cos(m1 theta + m2) of cos(theta), clamped to [-1, 1]; outside its derivative is that of the clamp, 0."""
+    """The function cos(m1 theta + m2) of cos(theta) clamped to [-1, 1]; outside, its derivative is the clamp's, 0."""
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, m1: float, m2: float) -> Tensor:
-        """The moved cosine."""
+        """Return the moved cosine, cos(m1 theta + m2)."""
         theta = torch.acos(cosine.double().clamp(-1.0, 1.0))
         moved = m1 * theta + m2
         slope = m1 * torch.sin(moved) / torch.sin(theta).clamp(min=LEAST_SINE)
@@ -108,15 +109,15 @@ class MovedCosine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        """m1 sin(m1 theta + m2) / sin(theta), times g."""
+        """Return the gradient in the cosine: m1 sin(m1 theta + m2) / sin(theta), times g."""
         return g * ctx.saved_tensors[0], None, None
 
 
 class MarginSoftmax(LazySoftmax):
-    """The softmax [..., V] of margined, scaled lazy logits, of which nothing is held.
+    """The softmax [..., V] of margined, scaled lazy logits, which is never materialised.
 
-    The denominator is that of the table when first asked: where the table is trained meanwhile, later answers do not
-    fit it.
+    The denominator is computed from the table at the first request. If the table is trained after that, later results
+    do not fit the denominator.
     """
 
     def __init__(self, logits: LazyLogits, ids: Tensor, loss: types.FullSoftmax) -> None:
@@ -125,10 +126,10 @@ class MarginSoftmax(LazySoftmax):
         self._lse: Tensor | None = None
 
     def probabilities(self, class_ids: Sequence[int] | Tensor) -> Tensor:
-        """Of class_ids [S], or of each row's own [..., S]; the row's label has its margin.
+        """Return the probabilities of class_ids [S], or of each row's own [..., S]; a row's label has its margin.
 
         Raises:
-            ShardlossError: as `LazyLogits.probabilities`.
+            ShardlossError: the same errors as `LazyLogits.probabilities`.
         """
         assert self._loss.margin is not None
         cosines, _ = asked(self.logits, class_ids, want_log_probs=False)
@@ -137,17 +138,17 @@ class MarginSoftmax(LazySoftmax):
         return (self._loss.logits.scale * margined - self.lse()[..., None]).exp()
 
     def probability_chunks(self, size: int) -> Iterator[tuple[range, Tensor]]:
-        """(class ids, their probabilities [..., chunk]) of size classes at a time, 0 to V - 1."""
+        """Yield (class ids, their probabilities [..., chunk]) of classes 0 to V - 1, size classes at a time."""
         for class_ids in ranges(self.shape[-1], size):
             yield class_ids, self.probabilities(class_ids)
 
     def lse(self) -> Tensor:
-        """log-sum-exp [...] of the margined, scaled logits, asked for once."""
+        """Return the log-sum-exp [...] of the margined, scaled logits; the service computes it once."""
         if self._lse is None:
             table, hidden = self.logits.table, self.logits.hidden
             flat = to_numpy(hidden).reshape(-1, hidden.shape[-1])
             result = table.compute_loss(flat, to_numpy(self._ids).reshape(-1), self._loss, want_lse=True)
             if result.lse is None:
-                raise BadReply("the reply lacks the log-sum-exp that was asked for")
+                raise BadReply("the reply lacks the log-sum-exp that was requested")
             self._lse = to_torch(result.lse).reshape(self._ids.shape).to(hidden.device)
         return self._lse

@@ -1,4 +1,4 @@
-"""Losses of lazy logits, by the service: one loss a row, differentiable in hidden; the table learns by `optimizer`."""
+"""Losses of lazy logits, computed by the service: one per row, differentiable in hidden, trained by `optimizer`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from shardloss.lazy import LazyLogits
 def losses_of(
     logits: LazyLogits, labels: Tensor, loss: types.FullSoftmax | types.SampledSoftmax, weights: Tensor | None = None
 ) -> Tensor:
-    """Losses [...] of labels [...] or [..., T] with weights [..., T]; an IGNORED label does not count."""
+    """Return the losses [...] of labels [...] or [..., T] with weights [..., T]; an IGNORED label does not count."""
     return head_of(logits.table).apply_loss(logits.hidden, labels, loss, weights)
 
 
 def hard_losses(logits: LazyLogits, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """As `dense.hard_losses` of logits."""
+    """Return the losses [...] of class ids [...], as `dense.hard_losses` does."""
     return losses_of(logits, ids, types.FullSoftmax(label_smoothing=label_smoothing, logits=logits.transform))
 
 
 def soft_losses(logits: LazyLogits, label: Tensor) -> Tensor:
-    """As `dense.soft_losses` of logits: every class is a label with its weight.
+    """Return the losses [...] of soft labels [..., V], as `dense.soft_losses` does.
 
-    Up to the server's max_num_true classes they are labels like others; more stream as a label distribution, whose loss
-    is a step of its own.
+    Every class is a label with its weight. If there are at most max_num_true (of the server) classes, they are sent as
+    ordinary labels; otherwise they are streamed as a label distribution, whose loss is a step of its own.
     """
     loss, num_classes = types.FullSoftmax(logits=logits.transform, unit_mass_gradient=True), logits.shape[-1]
     if num_classes > int(logits.table.client.info.limits["max_num_true"]):

@@ -27,13 +27,14 @@ def sampled_softmax_with_cross_entropy(
     customized_probabilities: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Sampled softmax losses [N, 1] of logits [N, V] and label [N, num_true], each label with target 1 / num_true.
+    """Return sampled softmax losses [N, 1] of logits [N, V] and label [N, num_true], each with target 1 / num_true.
 
-    The columns are the labels and num_samples sampled classes, each logit corrected by -log Q; every copy of a sampled
-    class that is a label of its row is removed, unless remove_accidental_hits is False. use_customized_samples takes
-    customized_samples [N, num_true + num_samples], the row's labels first, and Q of each; else the samples are
-    distinct, log-uniform and shared by the batch. seed 0 is random, from torch's generator. Any other seed gives dense
-    logits the same draw on each call, and lazy ones on each run: there every step of the optimizer has its own draw.
+    The columns are the labels and num_samples sampled classes, each logit corrected by -log Q. Every copy of a sampled
+    class that is a label of its row is removed, unless remove_accidental_hits is False. With use_customized_samples,
+    the columns are customized_samples [N, num_true + num_samples], each row's labels first, and their Q is
+    customized_probabilities; otherwise the samples are distinct, log-uniform and shared by the batch. seed 0 is random,
+    from torch's generator. With any other seed, dense logits get the same draw on each call; lazy logits get a new draw
+    for each step of the optimizer, the same on each run.
 
     Raises:
         InvalidArgument: an argument does not fit.
@@ -53,7 +54,7 @@ def sampled_softmax_with_cross_entropy(
 
 
 def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
-    """label [N, num_true] of logits [N, V], as int64."""
+    """Return label [N, num_true] of logits [N, V] as int64."""
     check_tensor(label, "label")
     if logits.dim() != 2 or list(label.shape) != [logits.shape[0], num_true] or num_true < 1:
         raise InvalidArgument(
@@ -69,11 +70,11 @@ def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
 def customized(
     labels: Tensor, samples: Tensor | None, probabilities: Tensor | None, num_samples: int, num_classes: int
 ) -> Columns:
-    """The caller's columns.
+    """Check the caller's columns and return them.
 
     Raises:
-        InvalidArgument: they are missing, of another shape, do not begin with the labels, are no classes, or Q is not
-            finite and positive.
+        InvalidArgument: a tensor is missing or has another shape, a row of samples does not begin with its labels or
+            has an id that is not a class, or Q is not finite and positive.
     """
     if samples is None or probabilities is None:
         raise InvalidArgument("use_customized_samples needs customized_samples and customized_probabilities")
@@ -85,13 +86,13 @@ def customized(
     ids = integers(samples, "customized_samples").to(labels.device)
     refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "customized_samples")
     if not torch.equal(ids[:, : labels.shape[1]], labels):
-        raise InvalidArgument("customized_samples must begin with the labels of its row", field="customized_samples")
+        raise InvalidArgument("each row of customized_samples must begin with its labels", field="customized_samples")
     check_probabilities(probabilities)
     return ids, probabilities.detach().to(labels.device)
 
 
 def check_probabilities(probabilities: Tensor) -> None:
-    """Refuse expected counts [N, num_true + num_samples] that have no logarithm, naming the first."""
+    """Raise `InvalidArgument` for the first expected count [N, num_true + num_samples] that has no logarithm."""
     field = "customized_probabilities"
     if not probabilities.is_floating_point():
         raise InvalidArgument(f"{field} is {probabilities.dtype}; floats are needed", field=field)
@@ -105,7 +106,7 @@ def check_probabilities(probabilities: Tensor) -> None:
 def remote_losses(
     logits: LazyLogits, labels: Tensor, num_samples: int, remove_hits: bool, columns: Columns | None, seed: int
 ) -> Tensor:
-    """Losses [N] by the service, which draws where there are no columns."""
+    """Return the losses [N] that the service computes; without columns, it draws the samples."""
     values = None
     if columns is not None:
         num_true = labels.shape[1]
@@ -122,10 +123,10 @@ def remote_losses(
 
 
 def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Columns:
-    """Distinct log-uniform samples [S] beside each row's labels, and the expected counts of both.
+    """Draw distinct log-uniform samples [S]; return them after each row's labels, and the expected counts of both.
 
     Raises:
-        InvalidArgument: num_samples is out of range, or so close to V that so many distinct classes do not come.
+        InvalidArgument: num_samples is out of range, or so close to V that not enough distinct classes are found.
     """
     if not 1 <= num_samples <= num_classes:
         raise InvalidArgument(f"num_samples = {num_samples} is outside [1, {num_classes}]", field="num_samples")
@@ -134,7 +135,8 @@ def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Colu
         draw = sampling.draw(distribution, num_samples, True, seed, 0)
     except sampling.TriesExhausted:
         raise InvalidArgument(
-            f"num_samples = {num_samples} distinct classes of {num_classes} do not come", field="num_samples"
+            f"num_samples = {num_samples} distinct classes of {num_classes} are not found; draw fewer",
+            field="num_samples",
         ) from None
     shared = torch.from_numpy(draw.sampled).to(labels.device).expand(len(labels), -1)
     ids = torch.cat([labels, shared], 1)
@@ -143,7 +145,7 @@ def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Colu
 
 
 def dense_losses(logits: Tensor, columns: Columns, num_true: int, remove_hits: bool) -> Tensor:
-    """Losses [N] by torch: -mean(log_softmax(z)[:, :T]), z = logits at the samples, hits -inf, minus log Q."""
+    """Return losses [N] computed by torch: -mean(log_softmax(z)[:, :T]), z = logits at samples - log Q, hits -inf."""
     ids, counts = columns
     corrected = logits.gather(1, ids) - counts.log().to(logits.dtype)
     if remove_hits:

@@ -1,4 +1,4 @@
-"""tf.nn.sampled_softmax_loss and nce_loss with TensorFlow 2's signatures, over a remote table, and the samplers.
+"""tf.nn.sampled_softmax_loss, nce_loss and the samplers with TensorFlow 2's signatures; the losses use a remote table.
 
     opt = tensorflow.optimizer(table, lr=0.1)
     loss = tensorflow.sampled_softmax_loss(table, table, labels, inputs, num_sampled, num_classes)    # [N]
@@ -8,8 +8,8 @@
         exact = tensorflow.full_softmax_loss(table, table, labels, inputs)    # [N], for evaluation
 
 weights and biases are the remote table itself; labels and inputs are torch tensors. All losses of a step are one
-commit. The samplers, in_top_k and compute_accidental_hits need no table. The v1 order is in `v1`. docs/tensorflow.md
-says what each argument does.
+commit. The samplers, in_top_k and compute_accidental_hits need no table. The module `v1` has TensorFlow 1's order of
+arguments. docs/tensorflow.md describes each argument.
 """
 
 from shardloss.compat.head import optimizer

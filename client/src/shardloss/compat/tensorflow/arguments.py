@@ -1,4 +1,4 @@
-"""The arguments of TensorFlow's sampler functions, checked as its kernels check them."""
+"""Checks of the arguments of TensorFlow's sampler functions, the same as in its kernels."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from shardloss.errors import InvalidArgument
 
 
 def plain(attribute: object) -> Hashable:
-    """An attribute by value, so that equal ones are one key: a number of NumPy's, torch's or Python's, a list, or text.
+    """Return an attribute as a hashable value: a number of Python, NumPy or torch, a list (as a tuple), or text.
 
     Raises:
-        InvalidArgument: it is neither a number, text nor a flat list.
+        InvalidArgument: the attribute is not a number, text or a flat list.
     """
     value = attribute.tolist() if isinstance(attribute, (Tensor, np.ndarray, np.generic)) else attribute
     key = tuple(value) if isinstance(value, list) else value
     try:
         hash(key)
     except TypeError:
-        raise InvalidArgument(f"{attribute!r:.80} is neither a number, text nor a flat list of numbers") from None
+        raise InvalidArgument(f"{attribute!r:.80} is not a number, text or a flat list of numbers") from None
     return key
 
 
 def integer(value: int, field: str) -> int:
-    """A number that is an integer, of Python's or NumPy's types or a tensor."""
+    """Convert an integer of Python or NumPy, or an integer tensor, to int."""
     try:
         return operator.index(value)
     except TypeError:
@@ -38,7 +38,7 @@ def integer(value: int, field: str) -> int:
 
 
 def real(value: float, field: str) -> float:
-    """A number, of Python's or NumPy's types or a tensor."""
+    """Convert a number of Python or NumPy, or a tensor, to float."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -46,14 +46,14 @@ def real(value: float, field: str) -> float:
 
 
 def at_least(least: int, value: int, field: str) -> int:
-    """An integer that is not below least."""
+    """Return value as an int; it must be at least `least`."""
     if integer(value, field) < least:
         raise InvalidArgument(f"{field} = {value} must be at least {least}", field=field)
     return integer(value, field)
 
 
 def classes_of(true_classes: Tensor, num_true: int, num_classes: int) -> NDArray[np.int64]:
-    """true_classes [N, num_true] as an array, once all are in [0, num_classes)."""
+    """Return true_classes [N, num_true] as an array; all ids must be in [0, num_classes)."""
     ids = matrix_of(true_classes, num_true)
     wrong = (ids < 0) | (ids >= num_classes)
     if wrong.any():
@@ -67,7 +67,7 @@ def classes_of(true_classes: Tensor, num_true: int, num_classes: int) -> NDArray
 
 
 def matrix_of(true_classes: Tensor, num_true: int) -> NDArray[np.int64]:
-    """true_classes [N, num_true], an integer tensor on any device, as an array."""
+    """Return true_classes [N, num_true], an integer tensor on any device, as an array."""
     check_tensor(true_classes, "true_classes")
     if true_classes.dim() != 2 or true_classes.shape[1] != num_true:
         raise InvalidArgument(
@@ -78,7 +78,7 @@ def matrix_of(true_classes: Tensor, num_true: int) -> NDArray[np.int64]:
 
 
 def ids_of(tensor: Tensor, field: str) -> NDArray[np.int64]:
-    """An integer tensor on any device as an int64 array."""
+    """Convert an integer tensor on any device to an int64 array."""
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise InvalidArgument(f"{field} is {tensor.dtype}; class ids are integers", field=field)
+        raise InvalidArgument(f"{field} is {tensor.dtype}; class ids must be integers", field=field)
     return tensor.detach().to("cpu", torch.int64).numpy()

@@ -1,4 +1,4 @@
-"""TensorFlow's candidate samplers as objects: `shardloss.sampling` with a seed and a count of calls.
+"""TensorFlow's candidate samplers as objects: `shardloss.sampling` with a seed and a counter of calls.
 
 sampler = UniformCandidateSampler(num_true=1, num_sampled=4096, unique=True, range_max=V, seed=7)
 sampled, true_expected_count, sampled_expected_count = sampler(true_classes)    # step 0
@@ -24,7 +24,7 @@ from shardloss.errors import InvalidArgument, LimitExceeded
 
 
 class SampledCandidates(NamedTuple):
-    """sampled_candidates [S] int64, and the expected counts of true_classes [N, T] and of itself [S], float32."""
+    """A draw: sampled_candidates [S] int64, and float32 expected counts of true_classes [N, T] and of the draw [S]."""
 
     sampled_candidates: Tensor
     true_expected_count: Tensor
@@ -34,12 +34,12 @@ class SampledCandidates(NamedTuple):
 class CandidateSampler:
     """A sampler with its attributes and state; call it with true_classes [N, num_true], an integer tensor.
 
-    Its k-th call draws step k of seed, counted from 0; a refused call counts for nothing. seed is taken modulo 2^64;
-    None is drawn once from torch's generator. Calls of several threads come one after the other. What it returns is on
-    the device of true_classes.
+    The k-th call, counted from 0, draws step k of seed; a refused call is not counted. seed is reduced modulo 2^64;
+    with None it is drawn once from torch's generator. Calls from several threads run one after the other. The results
+    are on the device of true_classes.
 
     Raises:
-        InvalidArgument: true_classes is not [N, num_true] of ids in [0, range_max), or distinct ids do not come.
+        InvalidArgument: true_classes is not [N, num_true] of ids in [0, range_max), or too few distinct ids are found.
         LimitExceeded: the draw does not fit in memory.
     """
 
@@ -55,8 +55,8 @@ class CandidateSampler:
         self._lock = threading.Lock()
         if self.unique and num_sampled > distribution.num_possible:
             raise InvalidArgument(
-                f"num_sampled = {num_sampled} distinct ids cannot come from {distribution.num_possible} classes of "
-                f"p > 0; draw fewer, or unique=False",
+                f"num_sampled = {num_sampled} distinct ids cannot be drawn from {distribution.num_possible} classes "
+                f"with p > 0; draw fewer, or pass unique=False",
                 field="num_sampled",
             )
 
@@ -67,7 +67,7 @@ class CandidateSampler:
                 draw = self._draw()
             except MemoryError:
                 raise LimitExceeded(
-                    f"num_sampled = {self.num_sampled} ids do not fit in memory", field="num_sampled"
+                    f"num_sampled = {self.num_sampled} ids do not fit in memory; draw fewer", field="num_sampled"
                 ) from None
             counts = [self._expected_count(class_ids, draw.num_tries) for class_ids in (ids, draw.sampled)]
             self._saw(ids)
@@ -77,26 +77,26 @@ class CandidateSampler:
         return SampledCandidates(*(tensor.to(true_classes.device) for tensor in tensors))
 
     def _draw(self) -> sampling.Draw:
-        """The candidates of the present step."""
+        """Draw the candidates of the current step."""
         try:
             return sampling.draw(self._distribution, self.num_sampled, self.unique, self.seed, self._step)
         except sampling.TriesExhausted:
             raise InvalidArgument(
                 f"num_sampled = {self.num_sampled} distinct ids take more than {sampling.max_tries(self.num_sampled)} "
-                f"draws; draw fewer, or unique=False",
+                f"draws; draw fewer, or pass unique=False",
                 field="num_sampled",
             ) from None
 
     def _expected_count(self, class_ids: NDArray[np.int64], num_tries: int) -> NDArray[np.float64]:
-        """Q of classes of any shape."""
+        """Return Q of class ids of any shape."""
         return sampling.expected_count(self._distribution, class_ids, self.num_sampled, self.unique, num_tries)
 
     def _saw(self, true_classes: NDArray[np.int64]) -> None:
-        """What the sampler learns of a call, after it has sampled: nothing."""
+        """Learn from a call's true classes after sampling; this class learns nothing."""
 
 
 class UniformCandidateSampler(CandidateSampler):
-    """p = 1 / range_max."""
+    """A sampler with p = 1 / range_max."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
         distribution = sampling.uniform(at_least(1, range_max, "range_max"))
@@ -104,7 +104,7 @@ class UniformCandidateSampler(CandidateSampler):
 
 
 class LogUniformCandidateSampler(CandidateSampler):
-    """p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
+    """A sampler with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
         distribution = sampling.log_uniform(at_least(1, range_max, "range_max"))
@@ -112,7 +112,7 @@ class LogUniformCandidateSampler(CandidateSampler):
 
 
 class LearnedUnigramCandidateSampler(CandidateSampler):
-    """p ~ 1 + how often a class stood in the true_classes of the calls before; a call learns after it has sampled."""
+    """A sampler with p ~ 1 + the count of a class in true_classes of earlier calls; a call learns after sampling."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
         at_least(1, range_max, "range_max")
@@ -127,9 +127,9 @@ class LearnedUnigramCandidateSampler(CandidateSampler):
 
 
 class FixedUnigramCandidateSampler(CandidateSampler):
-    """p ~ count**distortion, counts from vocab_file or unigrams; reserved ids come first and have p = 0.
+    """A sampler with p ~ count**distortion, counts from vocab_file or unigrams; reserved ids are first and have p = 0.
 
-    As of `shardloss.compat.tensorflow.fixed_unigram_candidate_sampler`, which describes the arguments.
+    The arguments are those of `shardloss.compat.tensorflow.fixed_unigram_candidate_sampler`.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class FixedUnigramCandidateSampler(CandidateSampler):
         distribution = vocabulary.distribution(real(distortion, "distortion"), num_reserved_ids, num_shards, shard)
         if distribution.num_classes != range_max:
             raise InvalidArgument(
-                f"range_max = {range_max}, but this shard's reserved ids and counts are {distribution.num_classes}",
+                f"range_max = {range_max}, but this shard has {distribution.num_classes} reserved ids and counts",
                 field="range_max",
             )
         super().__init__(distribution, num_true, num_sampled, unique, seed)
 
 
 class AllCandidateSampler(CandidateSampler):
-    """Every class of [0, num_sampled) once, in order, with expected count 1; unique and seed are without effect."""
+    """A sampler of every class of [0, num_sampled), in order, with expected count 1; unique and seed have no effect."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, seed: int | None = None) -> None:
         distribution = sampling.uniform(at_least(1, num_sampled, "num_sampled"))

@@ -1,4 +1,4 @@
-"""tf.nn.sampled_softmax_loss and tf.nn.nce_loss of TensorFlow 2, and the exact losses that evaluate them."""
+"""tf.nn.sampled_softmax_loss and tf.nn.nce_loss of TensorFlow 2, and the exact losses to evaluate them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def sampled_softmax_loss(
     seed: int | None = None,
     name: str = "sampled_softmax_loss",  # noqa: ARG001  (accepted, without effect)
 ) -> Tensor:
-    """Per-example sampled softmax loss [N], differentiable in inputs [N, D], and trained by `optimizer(weights, lr)`.
+    """Return the per-example sampled softmax loss [N], differentiable in inputs [N, D].
 
-    weights is the remote table; biases is the same table, or None where it has none. labels [N, num_true].
-    sampled_values None draws num_sampled distinct candidates log-uniformly, anew for each step of the optimizer; losses
-    of one step share them. Only the last of repeated accidental hits is removed, as TensorFlow does. seed None is
-    drawn once a client and table from torch's generator; others are taken modulo 2^64. name is without effect. Under
-    torch.no_grad the table is left alone.
+    weights is the remote table, which `optimizer(weights, lr)` trains; biases is the same table, or None if it has no
+    biases. labels are [N, num_true]. Without sampled_values, num_sampled distinct candidates are drawn log-uniformly
+    for each step of the optimizer; losses of one step share them. Of repeated accidental hits only the last is removed,
+    as in TensorFlow. With seed None, a seed is drawn from torch's generator once per client and table; other seeds are
+    reduced modulo 2^64. name has no effect. Under torch.no_grad the table is not trained.
 
     Raises:
-        InvalidArgument: weights is no table; biases, num_classes, num_true or num_sampled do not fit it or the tensors.
+        InvalidArgument: weights is not a table, or biases, num_classes, num_true or num_sampled do not fit it or the
+            tensors.
     """
     check_arguments(weights, biases, labels, inputs, num_classes, num_true)
     head = head_of(weights)
@@ -65,13 +66,13 @@ def nce_loss(
     remove_accidental_hits: bool = False,
     name: str = "nce_loss",  # noqa: ARG001  (accepted, without effect)
 ) -> Tensor:
-    """Per-example noise-contrastive estimation loss [N], by the arguments of `sampled_softmax_loss`.
+    """Return the per-example noise-contrastive estimation loss [N]; the arguments are as in `sampled_softmax_loss`.
 
-    Each true class has target 1 / num_true, each candidate 0. With remove_accidental_hits it is the sampled logistic
+    Each true class has target 1 / num_true, each candidate 0. With remove_accidental_hits this is the sampled logistic
     loss.
 
     Raises:
-        InvalidArgument: as `sampled_softmax_loss`.
+        InvalidArgument: as in `sampled_softmax_loss`.
     """
     check_arguments(weights, biases, labels, inputs, num_classes, num_true)
     head = head_of(weights)
@@ -86,34 +87,34 @@ def nce_loss(
 
 
 def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
-    """Exact logistic loss [N] over all classes, by which TensorFlow's documentation evaluates nce_loss.
+    """Return the exact logistic loss [N] over all classes, with which TensorFlow's docs evaluate nce_loss.
 
-    labels [N] or [N, T]. As torch.nn.functional.binary_cross_entropy_with_logits(
-    inputs @ W.T + b, one_hot(labels), reduction="none").sum(1); of T labels each has target 1. It trains the table as
-    `nce_loss` does: evaluate under torch.no_grad, which leaves the table alone.
+    labels are [N] or [N, T]. Equals torch.nn.functional.binary_cross_entropy_with_logits(
+    inputs @ W.T + b, one_hot(labels), reduction="none").sum(1); each of T labels has target 1. The loss trains the
+    table as `nce_loss` does: to evaluate only, call it under torch.no_grad.
 
     Raises:
-        InvalidArgument: biases do not fit the table, or labels the inputs.
+        InvalidArgument: biases do not fit the table, or labels do not fit the inputs.
     """
     check_biases(weights, biases)
     return head_of(weights).apply_loss(inputs, labels, types.FullSigmoid())
 
 
 def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
-    """Exact softmax loss [N] over all classes, by which TensorFlow's documentation evaluates sampled_softmax_loss.
+    """Return the exact softmax loss [N] over all classes, with which TensorFlow's docs evaluate sampled_softmax_loss.
 
-    labels [N] or [N, T]. As torch.nn.functional.cross_entropy(inputs @ W.T + b, labels, reduction="none"); of T labels
-    each has target 1 / T. The rest is as in `full_sigmoid_loss`.
+    labels are [N] or [N, T]. Equals torch.nn.functional.cross_entropy(inputs @ W.T + b, labels, reduction="none"); each
+    of T labels has target 1 / T. The rest is as in `full_sigmoid_loss`.
 
     Raises:
-        InvalidArgument: as `full_sigmoid_loss`.
+        InvalidArgument: as in `full_sigmoid_loss`.
     """
     check_biases(weights, biases)
     return head_of(weights).apply_loss(inputs, labels, types.FullSoftmax())
 
 
 def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.SampledValues | None:
-    """The caller's draw, once it is three tensors, the first of them [num_sampled]."""
+    """Check that the caller's draw is three tensors, the first of them [num_sampled], and return it."""
     if sampled_values is None:
         return None
     check_values(sampled_values)
@@ -126,7 +127,7 @@ def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.S
 
 
 def seed_of(seed: int | None, head: SharedHead) -> int:
-    """A seed in [0, 2^64), as `CandidateSampler` takes it; None is the head's own."""
+    """Return seed modulo 2^64, as `CandidateSampler` does, or the head's own seed for None."""
     return head.seed if seed is None else integer(seed, "seed") % 2**64
 
 
@@ -143,7 +144,7 @@ def check_arguments(
         )
     if num_classes != weights.spec.num_classes:
         raise InvalidArgument(
-            f"num_classes = {num_classes}, but the table has {weights.spec.num_classes}", field="num_classes"
+            f"num_classes = {num_classes}, but the table has {weights.spec.num_classes} classes", field="num_classes"
         )
     if labels.dim() != 2 or labels.shape[1] != num_true:
         raise InvalidArgument(
@@ -152,20 +153,18 @@ def check_arguments(
 
 
 def check_table(weights: Table) -> None:
-    """Refuse weights that are no table."""
+    """Refuse weights that are not a table."""
     if not isinstance(weights, Table):
         raise InvalidArgument(
-            f"weights is a {type(weights).__name__}; a remote table, client.table(name), is needed", field="weights"
+            f"weights is a {type(weights).__name__}; pass a remote table, client.table(name)", field="weights"
         )
 
 
 def check_biases(weights: Table, biases: Table | None) -> None:
-    """Refuse weights that are no table, and biases that are not those of the table."""
+    """Refuse weights that are not a table, and biases that are not those of the table."""
     check_table(weights)
     spec = weights.spec
     if (biases is not None and getattr(biases, "name", None) != weights.name) or (biases is None and spec.bias):
-        raise InvalidArgument(
-            "biases must be the table that weights is, or None where it has no biases", field="biases"
-        )
+        raise InvalidArgument("biases must be the same table as weights, or None if it has no biases", field="biases")
     if biases is not None and not spec.bias:
         raise InvalidArgument(f"table {spec.name!r} has no biases: pass biases=None", field="biases")

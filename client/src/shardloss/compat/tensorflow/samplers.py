@@ -1,11 +1,12 @@
-"""TensorFlow 2.21's candidate sampler functions, by its parameter names, order and defaults, on torch tensors.
+"""TensorFlow 2.21's candidate sampler functions on torch tensors, with its parameter names, order and defaults.
 
     sampled_values = log_uniform_candidate_sampler(labels, 1, num_sampled, True, range_max=V, seed=7)
     loss = sampled_softmax_loss(table, table, labels, inputs, num_sampled, V, sampled_values=sampled_values)
 
-As TensorFlow keeps one kernel for each set of attributes, the process has one `CandidateSampler` for each: calls with
-equal attributes go on in one stream of draws, and learn into the same counts. It is kept until the process ends; who
-makes many, or wants a stream of his own, makes a `CandidateSampler`. name is without effect everywhere.
+TensorFlow keeps one kernel for each set of attributes; likewise the process keeps one `CandidateSampler` for each.
+Calls with equal attributes continue one stream of draws, and update the same learned counts. A sampler is kept until
+the process ends: for many samplers, or separate streams, create `CandidateSampler` objects instead. name has no effect
+in any of the functions.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _samplers_lock = threading.Lock()
 
 
 def sampler_of(kind: Callable[..., CandidateSampler], *attributes: object) -> CandidateSampler:
-    """The process's one sampler of a kind with these attributes."""
+    """Return the process's one sampler of a kind with these attributes."""
     values = [plain(attribute) for attribute in attributes]
-    key = (kind, *values, *map(type, values))  # 2.0 is not the 2 that was found good
+    key = (kind, *values, *map(type, values))  # 2.0 has to be checked even if 2 was accepted
     with _samplers_lock:
         if key not in _samplers:
             _samplers[key] = kind(*values)
@@ -54,13 +55,13 @@ def uniform_candidate_sampler(
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
-    """num_sampled ids of [0, range_max), equally probable; distinct if unique.
+    """Draw num_sampled ids of [0, range_max) with equal probability; they are distinct if unique.
 
-    true_classes [N, num_true] only says whose expected counts are wanted. seed None is drawn from torch's generator by
-    the first of equal calls.
+    true_classes [N, num_true] are only the classes whose expected counts are returned. With seed None, the first of
+    equal calls draws a seed from torch's generator.
 
     Raises:
-        InvalidArgument: an argument is out of range, or num_sampled distinct ids do not come.
+        InvalidArgument: an argument is out of range, or too few distinct ids are found.
     """
     return sampler_of(UniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
 
@@ -74,7 +75,7 @@ def log_uniform_candidate_sampler(
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
-    """As `uniform_candidate_sampler`, with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
+    """Draw as `uniform_candidate_sampler` does, but with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
     return sampler_of(LogUniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
 
 
@@ -87,9 +88,9 @@ def learned_unigram_candidate_sampler(
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
-    """As `uniform_candidate_sampler`, with p ~ 1 + how often a class stood in the true_classes of earlier calls.
+    """Draw as `uniform_candidate_sampler` does, but with p ~ 1 + a class's count in earlier true_classes.
 
-    Calls of equal attributes learn into one set of counts, 16 to 24 bytes a class.
+    Calls with equal attributes update one set of counts, 16 to 24 bytes per class.
     """
     return sampler_of(LearnedUnigramCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(
         true_classes
@@ -111,16 +112,16 @@ def fixed_unigram_candidate_sampler(
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
-    """As `uniform_candidate_sampler`, with p ~ count**distortion.
+    """Draw as `uniform_candidate_sampler` does, but with p ~ count**distortion.
 
-    The counts are unigrams, or the last comma-separated field of each line of vocab_file, which is read once; exactly
-    one of both is given. The ids below num_reserved_ids have no count and p = 0. With num_shards > 1 the ids are local
-    to the shard (`Vocabulary.distribution` says which), and range_max is the number of the shard's ids. unigrams are
-    compared on every call: with millions of them, keep a `FixedUnigramCandidateSampler`.
+    The counts are unigrams, or the last comma-separated field of each line of vocab_file, which is read once; pass
+    exactly one of the two. The ids below num_reserved_ids have no count and p = 0. With num_shards > 1 the ids are
+    local to the shard (see `Vocabulary.distribution`), and range_max is the number of the shard's ids. Every call
+    compares unigrams with those of earlier calls: with millions of them, keep a `FixedUnigramCandidateSampler`.
 
     Raises:
-        InvalidArgument: as `uniform_candidate_sampler`; or the counts are missing, given twice, negative, not finite,
-            all zero or not as many as range_max says.
+        InvalidArgument: as in `uniform_candidate_sampler`; or the counts are missing, given twice, negative, not
+            finite, all zero, or their number does not fit range_max.
     """
     sampler = sampler_of(
         FixedUnigramCandidateSampler,
@@ -147,12 +148,16 @@ def all_candidate_sampler(
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
-    """Every class of [0, num_sampled) once, in order, with expected count 1; unique and seed are without effect."""
+    """Return every class of [0, num_sampled) in order, with expected count 1; unique and seed have no effect."""
     return sampler_of(AllCandidateSampler, num_true, num_sampled, bool(unique), seed)(true_classes)
 
 
 class AccidentalHits(NamedTuple):
-    """indices [H] int32, rows of true_classes; ids [H] int64, places in sampled_candidates; weights [H], -FLT_MAX."""
+    """The H true classes that were also sampled.
+
+    indices [H] int32 are their rows in true_classes, ids [H] int64 are their places in sampled_candidates, and
+    weights [H] are -FLT_MAX.
+    """
 
     indices: Tensor
     ids: Tensor
@@ -166,10 +171,10 @@ def compute_accidental_hits(
     seed: int | None = None,  # noqa: ARG001  (accepted, without effect)
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> AccidentalHits:
-    """Where a true class [N, num_true] was sampled [S]; of an id sampled more than once, the last place.
+    """Find the true classes [N, num_true] among the sampled ids [S]; of an id sampled more than once, the last copy.
 
-    In the order of rows and their columns: a class given twice in a row hits twice. seed and name are without effect.
-    Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
+    Hits are in the order of rows and their columns; a class that is twice in a row has two hits. seed and name have no
+    effect. Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
 
     Raises:
         InvalidArgument: true_classes is not [N, num_true] of integers, or sampled_candidates not [S] of integers.

@@ -16,13 +16,13 @@ def in_top_k(
     k: int,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> Tensor:
-    """Whether fewer than k classes are above the target's prediction: bool [N] of targets [N], predictions [N, C].
+    """Return bool [N]: True if fewer than k of a row's predictions [N, C] are above that of its target [N].
 
-    Classes tied at the border are all in. A target outside [0, C) is not in, nor is any of a row with a prediction that
-    is not finite. name is without effect. Source: TensorFlow 2.21, in_topk_op.h.
+    Classes tied at rank k are all in the top k. The result is False for a target outside [0, C), and for a row with a
+    prediction that is not finite. name has no effect. Source: TensorFlow 2.21, in_topk_op.h.
 
     Raises:
-        InvalidArgument: predictions are not floats [N, C], targets not integers [N], or k not an integer.
+        InvalidArgument: predictions are not floats [N, C], targets are not integers [N], or k is not an integer.
     """
     check_tensor(predictions, "predictions")
     check_tensor(targets, "targets")

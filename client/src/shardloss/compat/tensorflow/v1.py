@@ -1,4 +1,4 @@
-"""tf.compat.v1.nn: the same functions in TensorFlow 1's argument order; the samplers' is the same in both."""
+"""tf.compat.v1.nn: the same functions in TensorFlow 1's argument order; that of the samplers is the same in both."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def sampled_softmax_loss(
     name: str = "sampled_softmax_loss",
     seed: int | None = None,
 ) -> Tensor:
-    """As `shardloss.compat.tensorflow.sampled_softmax_loss`.
+    """Return the loss of `shardloss.compat.tensorflow.sampled_softmax_loss`.
 
     partition_strategy must be the table's placement, unless the table has one shard.
 
     Raises:
-        InvalidArgument: partition_strategy is unknown or not the table's, or as in the v2 form.
+        InvalidArgument: partition_strategy is unknown or not the table's, or another argument does not fit.
     """
     check_strategy(weights, partition_strategy)
     return sampled.sampled_softmax_loss(
@@ -79,7 +79,7 @@ def nce_loss(
     partition_strategy: str = "mod",
     name: str = "nce_loss",
 ) -> Tensor:
-    """As `shardloss.compat.tensorflow.nce_loss`, with the partition_strategy of `sampled_softmax_loss`."""
+    """Return the loss of `shardloss.compat.tensorflow.nce_loss`; partition_strategy is as in `sampled_softmax_loss`."""
     check_strategy(weights, partition_strategy)
     return sampled.nce_loss(
         weights,
@@ -96,15 +96,17 @@ def nce_loss(
 
 
 def check_strategy(weights: Table, partition_strategy: str) -> None:
-    """Refuse weights that are no table, and a strategy that is not how it is cut; one shard is cut either way."""
+    """Refuse weights that are not a table, and a strategy other than its placement, unless it has a single shard."""
     sampled.check_table(weights)
     spec = weights.spec
     if partition_strategy not in ("div", "mod"):
         raise InvalidArgument(f"partition_strategy = {partition_strategy!r} must be 'div' or 'mod'")
     if spec.num_shards > 1 and partition_strategy != spec.placement:
-        raise InvalidArgument(f"partition_strategy = {partition_strategy!r}, but the table is cut {spec.placement!r}")
+        raise InvalidArgument(
+            f"partition_strategy = {partition_strategy!r}, but the table's placement is {spec.placement!r}"
+        )
 
 
 def in_top_k(predictions: Tensor, targets: Tensor, k: int, name: str | None = None) -> Tensor:
-    """As `shardloss.compat.tensorflow.in_top_k`, with predictions first."""
+    """Return the result of `shardloss.compat.tensorflow.in_top_k`; here predictions are the first argument."""
     return top_k.in_top_k(targets, predictions, k, name)

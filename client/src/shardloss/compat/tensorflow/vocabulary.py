@@ -1,4 +1,4 @@
-"""Counts of words as TensorFlow's fixed unigram sampler takes them: a file or a list, cut into shards."""
+"""Word counts for TensorFlow's fixed unigram sampler: from a file or a list, split into shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardloss.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """The counts of the words in order, reserved ids left out: in vocab_file, or in unigrams where that is ""."""
+    """The counts of words in order, without reserved ids: from vocab_file, or from unigrams if vocab_file is ""."""
 
     vocab_file: str
     unigrams: Sequence[float]
@@ -24,24 +24,24 @@ class Vocabulary:
     def distribution(
         self, distortion: float, num_reserved_ids: int, num_shards: int, shard: int
     ) -> sampling.FixedUnigram:
-        """p ~ count**distortion over the ids of a shard: its reserved ids first, of p = 0, then its words.
+        """Return p ~ count**distortion over the ids of a shard: first its reserved ids with p = 0, then its words.
 
         A shard has the reserved ids k with k mod num_shards = shard, say R of them, and the words j with
-        (R + j) mod num_shards = shard. That is TensorFlow's rule (its kernel counts words from the shard's own R):
-        without reserved ids, or with as many for each shard, local id i is the global i * num_shards + shard.
+        (R + j) mod num_shards = shard. This is TensorFlow's rule (its kernel counts words from the shard's own R).
+        Without reserved ids, or with equally many on each shard, local id i is the global i * num_shards + shard.
 
         Raises:
             InvalidArgument: not exactly one of vocab_file and unigrams is given, the file cannot be read, or no
                 distribution is proportional to the counts.
         """
         if bool(self.vocab_file) == (len(self.unigrams) > 0):
-            raise InvalidArgument("give exactly one of vocab_file and unigrams", field=self.field)
+            raise InvalidArgument("pass exactly one of vocab_file and unigrams", field=self.field)
         if not 0 <= shard < at_least(1, num_shards, "num_shards"):
             raise InvalidArgument(f"shard = {shard} is outside [0, num_shards = {num_shards})", field="shard")
         num_reserved = len(range(shard, at_least(0, num_reserved_ids, "num_reserved_ids"), num_shards))
         counts = self.counts((shard - num_reserved) % num_shards, num_shards)
         if not len(counts):
-            raise InvalidArgument("no count is this shard's: there is nothing to draw", field=self.field)
+            raise InvalidArgument("this shard has no counts: there is nothing to draw", field=self.field)
         try:
             return sampling.fixed_unigram(np.concatenate([np.zeros(num_reserved), counts]), distortion, num_reserved)
         except InvalidArgument as error:
@@ -50,11 +50,11 @@ class Vocabulary:
 
     @property
     def field(self) -> str:
-        """The argument that brought the counts."""
+        """The name of the argument that has the counts."""
         return "vocab_file" if self.vocab_file else "unigrams"
 
     def counts(self, first: int, stride: int) -> NDArray[np.float64]:
-        """The counts of the words first, first + stride, ..."""
+        """Return the counts of the words first, first + stride, ..."""
         if self.vocab_file:
             return np.fromiter(read_counts(self.vocab_file, first, stride), dtype=np.float64)
         try:
@@ -64,10 +64,10 @@ class Vocabulary:
 
 
 def read_counts(vocab_file: str, first: int, stride: int) -> Iterator[float]:
-    """The last of each line's comma-separated fields, of the lines first, first + stride, ...; empty lines are none.
+    """Yield the last comma-separated field of the lines first, first + stride, ...; empty lines are not counted.
 
     Raises:
-        InvalidArgument: the file cannot be read, or that field is not a number.
+        InvalidArgument: the file cannot be read, or such a field is not a number.
     """
     try:
         with open(vocab_file, encoding="utf-8", errors="replace") as file:
@@ -81,7 +81,7 @@ def read_counts(vocab_file: str, first: int, stride: int) -> Iterator[float]:
 
 
 def count_of(line: str) -> float:
-    """The last field of a line."""
+    """Return the last comma-separated field of a line as a number."""
     try:
         return float(line.rpartition(",")[2])
     except ValueError:

@@ -1,4 +1,4 @@
-"""tfrs.tasks.Retrieval of TensorFlow Recommenders, whose candidates are rows of a remote table.
+"""tfrs.tasks.Retrieval of TensorFlow Recommenders, with rows of a remote table as candidates.
 
     task = tfrs.Retrieval(temperature=0.1)
     opt = tfrs.optimizer(table, lr=0.1)

@@ -22,16 +22,16 @@ Ids = NDArray[np.int64]
 
 
 class Retrieval:
-    """The two-tower retrieval loss, by tensorflow_recommenders' arguments; call it like a Keras layer.
+    """The two-tower retrieval loss with tensorflow_recommenders' arguments; call it like a Keras layer.
 
     scores = queries @ candidates.T / temperature - log(candidate_sampling_probability) [Q, C], the positive of row i in
-    column i; loss = sum_i sample_weight[i] * (logsumexp(scores[i]) - scores[i, i]). remove_accidental_hits takes out of
-    row i every other candidate whose id is that of candidate i; num_hard_negatives k keeps the k best negatives of each
-    row, all of them for None, k <= 0 or k >= C - 1. loss, metrics, batch_metrics and loss_metrics must be None; name is
-    without effect. For metrics over all classes ask `Table.evaluate` and `Table.top_k`.
+    column i; loss = sum_i sample_weight[i] * (logsumexp(scores[i]) - scores[i, i]). remove_accidental_hits removes from
+    row i every other candidate that has the id of candidate i. num_hard_negatives k keeps the k best negatives of each
+    row; None, k <= 0 or k >= C - 1 keeps all of them. loss, metrics, batch_metrics and loss_metrics must be None; name
+    has no effect. For metrics over all classes, call `Table.evaluate` and `Table.top_k`.
 
     Raises:
-        NotSupported: a loss or metrics of one's own.
+        NotSupported: a loss or metrics are given.
         InvalidArgument: temperature is not a finite number above 0.
     """
 
@@ -62,7 +62,7 @@ class Retrieval:
         self.remove_accidental_hits = bool(remove_accidental_hits)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """As `call`."""
+        """Return the loss, as `call` does."""
         return self.call(*args, **options)
 
     def call(
@@ -76,20 +76,21 @@ class Retrieval:
         compute_batch_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
         score_mask: None = None,
     ) -> Tensor:
-        """The loss [], differentiable in query_embeddings [Q, D] and sample_weight, and trained by `optimizer`.
+        """Return the loss [], differentiable in query_embeddings [Q, D] and sample_weight, and trained by `optimizer`.
 
-        candidate_embeddings = `table.embeddings(class_ids [C])`, C >= Q, of a table without biases: row i is the
-        positive of query i, the rows from Q on are more negatives. sample_weight is [Q], [Q, 1] or a scalar,
-        candidate_sampling_probability [C] is clipped to [1e-6, 1], as tfrs does; candidate_ids [C] may be of any dtype
-        that NumPy can sort, texts too. compute_metrics and compute_batch_metrics are without effect. Under
-        torch.no_grad the table is left alone.
+        candidate_embeddings is `table.embeddings(class_ids [C])`, C >= Q, of a table without biases: row i is the
+        positive of query i, and the rows from Q on are additional negatives. sample_weight is [Q], [Q, 1] or a scalar.
+        candidate_sampling_probability [C] is clipped to [1e-6, 1], as in tfrs. candidate_ids [C] may have any dtype
+        that NumPy can sort, including text. compute_metrics and compute_batch_metrics have no effect. Under
+        torch.no_grad the table is not trained.
 
         Raises:
-            NotSupported: a score_mask, or queries of several heads [Q, H, D].
-            InvalidArgument: the tensors do not fit each other or the table; hits are to be removed without ids.
+            NotSupported: score_mask is given, or the queries have several heads [Q, H, D].
+            InvalidArgument: the tensors do not fit each other or the table, or remove_accidental_hits is set without
+                candidate_ids.
         """
         if score_mask is not None:
-            raise NotSupported("score_mask must be None: a batch shares its candidates", field="score_mask")
+            raise NotSupported("score_mask must be None: all queries share the candidates", field="score_mask")
         check_candidates(query_embeddings, candidate_embeddings)
         num_queries, class_ids = len(query_embeddings), candidate_embeddings.class_ids
         keeps_all = self.num_hard_negatives >= len(class_ids) - 1
@@ -106,7 +107,7 @@ class Retrieval:
         return (losses if weights is None else losses * weights.to(losses)).sum()
 
     def _hit_ids(self, candidate_ids: Tensor | Array | None, num_queries: int, num_candidates: int) -> types.HitIds:
-        """What says which candidates leave a row: the positive's own column, by its place or by its id."""
+        """Return the ids by which hits are found: column numbers, which match the positive alone, or candidate_ids."""
         places = np.arange(num_candidates)
         if self.remove_accidental_hits:
             places = numbered(candidate_ids, num_candidates)
@@ -115,27 +116,27 @@ class Retrieval:
 
 INSTEAD = {
     "loss": "the loss is the sum of the categorical cross-entropies",
-    "metrics": "Table.evaluate and Table.top_k answer exactly over all classes",
-    "batch_metrics": "the scores stay with the table",
-    "loss_metrics": "the loss is returned",
+    "metrics": "call Table.evaluate and Table.top_k for exact metrics over all classes",
+    "batch_metrics": "the scores stay on the server",
+    "loss_metrics": "use the loss that the call returns",
 }
 
 
 def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
-    """Refuse what is no batch of queries with a candidate each."""
+    """Refuse arguments that are not a batch of queries [Q, D] with at least one candidate each."""
     if not isinstance(candidates, LazyRows):
         raise InvalidArgument(
-            f"candidate_embeddings is a {type(candidates).__name__}; give table.embeddings(class_ids)",
+            f"candidate_embeddings is a {type(candidates).__name__}; pass table.embeddings(class_ids)",
             field="candidate_embeddings",
         )
     if candidates.table.spec.bias:
         raise InvalidArgument(
-            f"table {candidates.table.name!r} has biases, which a score has not: create it with bias=False",
+            f"table {candidates.table.name!r} has biases, but two-tower scores have none: create it with bias=False",
             field="candidate_embeddings",
         )
     check_tensor(query_embeddings, "query_embeddings")
     if query_embeddings.dim() == 3:
-        raise NotSupported("query_embeddings has several heads a query; [Q, D] is taken", field="query_embeddings")
+        raise NotSupported("query_embeddings has several heads per query; [Q, D] is needed", field="query_embeddings")
     if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:
         raise InvalidArgument(
             f"query_embeddings has shape {list(query_embeddings.shape)}; [Q, {candidates.shape[1]}] is needed",
@@ -143,13 +144,13 @@ def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
         )
     if len(candidates) < len(query_embeddings):
         raise InvalidArgument(
-            f"{len(candidates)} candidates for {len(query_embeddings)} queries; row i is the positive of query i",
+            f"{len(candidates)} candidates for {len(query_embeddings)} queries: candidate i is the positive of query i",
             field="candidate_embeddings",
         )
 
 
 def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArray[np.float64]:
-    """candidate_sampling_probability [C], or ones, whose logarithm corrects nothing."""
+    """Return candidate_sampling_probability [C], or ones (no correction) if it is None."""
     field = "candidate_sampling_probability"
     if given is None:
         return np.ones(num_candidates)
@@ -164,7 +165,7 @@ def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArr
 
 
 def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
-    """candidate_ids [C] as numbers from 0: equal ids have equal numbers."""
+    """Number candidate_ids [C] from 0 on; equal ids get equal numbers."""
     if candidate_ids is None:
         raise InvalidArgument("remove_accidental_hits needs candidate_ids", field="candidate_ids")
     ids = to_numpy(candidate_ids) if isinstance(candidate_ids, Tensor) else np.asarray(candidate_ids)
@@ -180,7 +181,7 @@ def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
 
 
 def weights_of(sample_weight: Tensor | Array | float, num_queries: int) -> Tensor:
-    """sample_weight [Q], [Q, 1] or a scalar as Keras takes it, as [Q] or []."""
+    """Return sample_weight in the shape [Q] or []; as in Keras, it is [Q], [Q, 1] or a scalar."""
     weights = torch.as_tensor(sample_weight)
     if weights.shape not in ((num_queries,), (num_queries, 1), ()):
         raise InvalidArgument(
