@@ -1,5 +1,5 @@
 #!/bin/sh
-# init: write the tokens of clients (/tokens) and of the Ray cluster (/ray-token) where they are absent.
+# init: write the tokens of clients (/tokens) and of the Ray cluster (/ray-token) if they do not exist.
 set -eu
 umask 077
 shardloss-server tokens init --dir /tokens

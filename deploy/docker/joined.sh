@@ -1,7 +1,7 @@
 #!/bin/sh
-# joined HEAD COMMAND...: be a node of HEAD's Ray cluster, one that takes no worker, and run COMMAND on it.
-# A driver must stand on a node of its cluster; `ray start` leaves that node running beside the command, and both end
-# with the container.
+# joined HEAD COMMAND...: join HEAD's Ray cluster as a node that runs no worker, and run COMMAND on it.
+# A driver must run on a node of its cluster. `ray start` leaves the node running next to the command, and both end with
+# the container.
 set -eu
 head=$1
 shift

@@ -1,4 +1,4 @@
-"""Delete from a venv what the server never runs, and say how much each part weighed: python slim.py VENV."""
+"""Delete files that the server never uses from a venv, and print the size of each part: python slim.py VENV."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ PARTS = {
 
 
 def found(site: Path, patterns: list[str]) -> Iterator[Path]:
-    """What the patterns name, whole folders before what lies in them."""
+    """Yield the paths that match the patterns, folders before their contents."""
     for pattern in patterns:
         yield from sorted(site.glob(pattern))
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 def delete(path: Path) -> int:
-    """Bytes that were freed; 0 where it went with a folder before."""
+    """Delete a file or folder and return the bytes freed; 0 if it was deleted with its parent folder."""
     if not path.exists():
         return 0
     freed = size(path)
@@ -46,17 +46,17 @@ def delete(path: Path) -> int:
 
 
 def main(venv: Path) -> None:
-    """Delete every part.
+    """Delete every part, and print what was freed.
 
     Raises:
-        SystemExit: a part was not found, so that this list is out of date.
+        SystemExit: a part was not found, so the list of parts is out of date.
     """
     (site,) = venv.glob("lib/python3*/site-packages")
     before = size(venv)
     for name, patterns in PARTS.items():
         freed = sum(delete(path) for path in found(site, patterns))
         if not freed:
-            sys.exit(f"{name}: nothing was found below {site}; is the list of parts out of date?")
+            sys.exit(f"{name}: nothing was found below {site}: is the list of parts out of date?")
         print(f"{freed / MIB:7.1f} MiB  {name}")
     print(f"{before / MIB:.1f} MiB before, {size(venv) / MIB:.1f} MiB after")
 
