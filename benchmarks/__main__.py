@@ -1,6 +1,7 @@
-"""`python -m benchmarks run` measures the scenarios, `soak` memory over many steps.
+"""Benchmarks of the service: `python -m benchmarks run` measures the scenarios.
 
-`profile` tells where a step's time goes, and `gpu` compares the shard kernels on a GPU.
+`soak` measures memory over many steps, `profile` reports where a step's time goes, and `gpu` compares the shard
+kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from benchmarks.side import ROOT
 NUM_CORES = 2
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 FULL_OUT, QUICK_OUT = ROOT / "benchmarks", ROOT / "build" / "bench-quick"
-Only = Annotated[list[str] | None, typer.Option(help="This scenario alone, into the results there are; repeatable.")]
+Only = Annotated[list[str] | None, typer.Option(help="Measure only this scenario and keep other rows; repeatable.")]
 
 
 @app.callback()
 def main() -> None:
-    """SIGTERM ends a run as Ctrl-C does: with the service and every side."""
+    """Handle SIGTERM like Ctrl-C: end the run with the service and every side."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @app.command()
 def run(
-    quick: Annotated[bool, typer.Option(help="Smaller shapes and few steps: does it all work?")] = False,
+    quick: Annotated[bool, typer.Option(help="Use smaller shapes and few steps to check that it all works.")] = False,
     only: Only = None,
-    out: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the results.")] = None,
 ) -> None:
-    """Measure, and write results.json, RESULTS.md and ratios.png after each scenario."""
+    """Measure the scenarios, and write results.json, RESULTS.md and ratios.png after each one."""
     unknown = set(only or ()) - set(SCENARIOS)
     if unknown:
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(SCENARIOS)}")
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; the scenarios are {', '.join(SCENARIOS)}")
     keep_to_cores()
     directory = out or (QUICK_OUT if quick else FULL_OUT)
     names = only or [name for name in SCENARIOS if not (quick and name in NOT_IN_QUICK)]
@@ -55,12 +56,12 @@ def run(
 
 
 def keep_to_cores() -> None:
-    """This process, and all that it starts, keep to so many cores."""
+    """Restrict this process, and all processes that it starts, to NUM_CORES cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
 
 
 def rows_of(name: str, context: Context) -> list[Row]:
-    """The rows of a scenario, told as they come; where it raises, one row with the reason, and the run goes on."""
+    """Run a scenario, print its rows and return them; if it raises, return a row with the reason and go on."""
     began = time.monotonic()
     try:
         rows = SCENARIOS[name](context)
@@ -77,10 +78,10 @@ def rows_of(name: str, context: Context) -> list[Row]:
 
 @app.command(name="report")
 def report_command(
-    quick: Annotated[bool, typer.Option(help="Of the quick run.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the results are.")] = None,
+    quick: Annotated[bool, typer.Option(help="Use the results of the quick run.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory of the results.")] = None,
 ) -> None:
-    """Write RESULTS.md and ratios.png anew from results.json, measuring nothing."""
+    """Write RESULTS.md and ratios.png again from results.json, without measuring."""
     directory = out or (QUICK_OUT if quick else FULL_OUT)
     report.write(report.read(directory), directory, list(SCENARIOS), quick)
 
@@ -88,11 +89,11 @@ def report_command(
 @app.command(name="profile")
 def profile_command(
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each shape.")] = 40,
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "docs" / "performance.png",
-    out: Annotated[Path, typer.Option(help="Where profile.json goes.")] = ROOT / "build",
+    picture: Annotated[Path, typer.Option(help="Path of the picture.")] = ROOT / "docs" / "performance.png",
+    out: Annotated[Path, typer.Option(help="Directory for profile.json.")] = ROOT / "build",
 ) -> None:
-    """Tell where the time of one training step goes, as figures and a picture."""
-    from benchmarks import profile  # starts Ray's import, which other commands leave to the service
+    """Report where the time of one training step goes, as figures and a picture."""
+    from benchmarks import profile  # imports Ray, which other commands leave to the service
 
     keep_to_cores()
     profile.run(picture, out, steps)
@@ -100,8 +101,8 @@ def profile_command(
 
 
 @app.command(name="gpu")
-def gpu_command(out: Annotated[Path, typer.Option(help="Where results-gpu.json goes.")] = FULL_OUT) -> None:
-    """Compare the shard kernels with local losses on a CUDA GPU; without one, say so and write nothing."""
+def gpu_command(out: Annotated[Path, typer.Option(help="Directory for results-gpu.json.")] = FULL_OUT) -> None:
+    """Compare the shard kernels with local losses on a CUDA GPU; without one, report that and write nothing."""
     from benchmarks import gpu  # imports torch, which other commands leave to their sides
 
     typer.echo(gpu.run(out))
@@ -109,10 +110,10 @@ def gpu_command(out: Annotated[Path, typer.Option(help="Where results-gpu.json g
 
 @app.command(name="soak")
 def soak_command(
-    steps: Annotated[int, typer.Option(min=200, help="Steps of the trainer.")] = 10_000,
-    out: Annotated[Path, typer.Option(help="Where soak.json goes.")] = FULL_OUT,
+    steps: Annotated[int, typer.Option(min=200, help="Number of training steps.")] = 10_000,
+    out: Annotated[Path, typer.Option(help="Directory for soak.json.")] = FULL_OUT,
 ) -> None:
-    """Train a small table for many steps; status 1 where the memory of any process, or /dev/shm, keeps growing."""
+    """Train a small table for many steps; exit with 1 if the memory of any process, or /dev/shm, keeps growing."""
     found = soak.run(steps, out)
     typer.echo(report.one_line(str(found)))
     if not found["met"]:

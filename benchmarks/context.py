@@ -1,4 +1,4 @@
-"""What a scenario gets: the service, sides, and the comparison of two of them."""
+"""The context of a scenario: the service, sides, and the comparison of two sides."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from benchmarks.side import Side, SideFailed
 
 @dataclass
 class Context:
-    """One run. Quick mode has fewer steps, and its scenarios take smaller shapes.
+    """One run of the benchmarks. Quick mode has fewer steps, and its scenarios use smaller shapes.
 
-    Leaving the run's `with` block ends the service that scenarios share.
+    When its `with` block ends, the service that scenarios share is stopped.
     """
 
     quick: bool = False
@@ -32,15 +32,15 @@ class Context:
 
     @property
     def plan(self) -> Plan:
-        """How long to measure."""
+        """Length of a measurement, full or quick."""
         return QUICK if self.quick else FULL
 
     @contextmanager
     def service(self, *, workers: int = 2, worker_threads: int = 1, keep_mib: int | None = None) -> Iterator[Service]:
-        """The service with so many workers.
+        """Yield a service with this many workers.
 
-        The plain one is shared by all scenarios; one with other options ends it first and lives for the block, so that
-        no two are there at once.
+        A service with default options is shared by all scenarios. A service with other options runs for the block only,
+        and the shared one is stopped first, so that two never run at once.
         """
         if (workers, worker_threads, keep_mib) != (2, 1, None):
             self._stop_shared()
@@ -62,9 +62,9 @@ class Context:
         environment: str | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> Iterator[Side]:
-        """Start `benchmarks.rivals.NAME` with a shape, in `.venv-ENVIRONMENT` if one is named; it ends with the block.
+        """Start `benchmarks.rivals.NAME` with a shape, in `.venv-ENVIRONMENT` if given; it ends with the block.
 
-        Two sides may start at once: neither is waited for before the first comparison.
+        Two sides may start in parallel: nothing waits for them before their first comparison.
 
         Raises:
             SideFailed: its environment is missing.
@@ -73,14 +73,14 @@ class Context:
             yield side
 
     def ours(self, service: Service, shape: Mapping[str, Any]) -> AbstractContextManager[Side]:
-        """Our trainer of a shape against a service: one thread of its own."""
+        """Start our trainer of a shape against a service; the trainer has one thread."""
         return self.side("ours", {**shape, "address": service.address}, threads=1)
 
     def compare(self, ours: Stepper, rival: Stepper, plan: Plan | None = None) -> Comparison:
         """Alternate two sides, once both are ready.
 
         Raises:
-            SideFailed: one of them broke off.
+            SideFailed: one of them failed.
         """
         for side in (ours, rival):
             if isinstance(side, Side):
@@ -96,7 +96,7 @@ class Context:
         theirs: AbstractContextManager[Side],
         **more: Any,
     ) -> Row:
-        """Compare and end the rival; a row with its reason where it fails."""
+        """Compare ours with the rival, end the rival and return the row; if the rival fails, the row has the reason."""
         try:
             with theirs as side:
                 found = self.compare(ours, side)

@@ -1,4 +1,4 @@
-"""What each row has to reach: the one table of goals, as ratios of ours to the rival's."""
+"""The table of goals: what each row must reach, as ratios of ours to the rival's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Largest ratios of times, of visible latency and of bytes on the wire; most extra bytes of a shard."""
+    """Upper limits: ratios of times, of visible latency and of bytes on the wire; extra bytes of a shard."""
 
     ratio: float | None = None
     visible: float | None = None
@@ -51,34 +51,39 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("overlap", "blocking commit"): Goal(0.85),
 }
 
-CALLS = "two gRPC calls 3.5 ms, two fan-outs 2.5, the front end 3, the trainer 1.3 (`make bench-profile`)"
-PRODUCTS = "the three products of matrices alone take {} ms on each of the two cores; the goal leaves {} for all; {}"
+CALLS = (
+    "two gRPC calls take 3.5 ms, two fan-outs 2.5 ms, the front end 3 ms and the trainer 1.3 ms (`make bench-profile`)."
+)
+PRODUCTS = (
+    "The three matrix products alone take {} ms on each of the two cores, and the goal allows {} ms for everything; {}"
+)
 WHOLE_CALL = (
-    "ours is a whole loss: gRPC of the bytes alone takes 3 ms at 2.1 MB and 26 at 16.8, a worker's socket and back "
-    "half of that, and validation, score, merge and reply pass over hidden a dozen times"
+    "Ours is a whole loss call: gRPC alone takes 3 ms for 2.1 MB and 26 ms for 16.8 MB, the round trip over a worker's "
+    "socket takes half of that, and validation, score, merge and reply pass over hidden a dozen times."
 )
 STALE = (
-    "commits of others move the version between a trainer's score and its step, which then needs its log-sum-exp anew: "
-    "a fourth product beside three; scoring concurrent calls as one would save 7% (docs/performance.md)"
+    "Other trainers' commits change the version between a trainer's score and its step. The step then computes its "
+    "log-sum-exp again, a fourth product in addition to three. Scoring concurrent calls together would save 7% "
+    "(docs/performance.md)."
 )
 NARROW = (
-    "of some 48 ms where the rival's products take 26: ours take 30, as exponentials pass through memory between them, "
-    "the exponentials 5, stochastic rounding 4.6, the update 2"
+    "Of about 48 ms, the products take 30 ms (the rival's take 26 ms), because exponentials pass through memory "
+    "between them; the exponentials take 5 ms, stochastic rounding 4.6 ms and the update 2 ms."
 )
 
 FLOOR = (
-    "the ratio of N = 256, V = 50,000 moves between 1.17 and 1.29 from one run to the next, that of the fastest steps "
-    "stays at 1.17: maxima, exponentials and sums pass over each block five times"
+    "The ratio at N = 256, V = 50,000 varies between 1.17 and 1.29 from run to run, while the ratio of the fastest "
+    "steps stays at 1.17: maxima, exponentials and sums pass over each block five times."
 )
 
-# Why a goal is missed, as far as it is known; RESULTS.md says it beside by how much.
+# Why a goal is missed, as far as it is known; RESULTS.md adds it to the line that says by how much.
 WHY_MISSED: dict[tuple[str, str], str] = {
-    ("sampled-1k", "torch sparse Adagrad"): f"before anything is computed there are {CALLS}",
+    ("sampled-1k", "torch sparse Adagrad"): f"Before anything is computed, {CALLS}",
     ("sampled-4k", "torch sparse Adagrad"): PRODUCTS.format(4.5, 9, CALLS),
-    ("sampled-16k", "torch sparse Adagrad"): PRODUCTS.format(18.5, 30, f"the rest of the kernels 7, {CALLS}"),
+    ("sampled-16k", "torch sparse Adagrad"): PRODUCTS.format(18.5, 30, f"the rest of the kernels takes 7 ms, {CALLS}"),
     ("sampled-tf", "tensorflow N=256 D=128 S=4096"): PRODUCTS.format(4.5, 8, CALLS),
-    ("sampled-tf", "tensorflow N=1024 D=128 S=4096"): PRODUCTS.format(18, 14, "it cannot be met here"),
-    ("sampled-tf", "tensorflow N=512 D=256 S=8192"): PRODUCTS.format(35, 33, "it cannot be met here"),
+    ("sampled-tf", "tensorflow N=1024 D=128 S=4096"): PRODUCTS.format(18, 14, "it cannot be met on this machine."),
+    ("sampled-tf", "tensorflow N=512 D=256 S=8192"): PRODUCTS.format(35, 33, "it cannot be met on this machine."),
     ("parameter-server", "torch.distributed.rpc"): PRODUCTS.format(4.5, 18, CALLS),
     **{key: WHOLE_CALL for key in GOALS if key[0] == "transport"},
     ("many-trainers", "one after another, full-100k"): STALE,
@@ -88,5 +93,5 @@ WHY_MISSED: dict[tuple[str, str], str] = {
 
 
 def goal_of(scenario: str, rival: str) -> Goal:
-    """The goal of a row, by the names it carries."""
+    """Return the goal of a row, found by its scenario and rival."""
     return GOALS.get((scenario, rival), NO_GOAL)

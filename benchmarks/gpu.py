@@ -1,7 +1,7 @@
-"""The shard kernels on a GPU against local losses there, and the share of the three bare GEMMs that each reaches.
+"""The shard kernels against local losses on a GPU, and the share of the three bare GEMMs' speed that each reaches.
 
-One contender at a time is built, measured and freed: several do not fit together. The GEMMs are measured right before
-each, so that both see the same clock of the GPU.
+Contenders are built, measured and freed one at a time, as several do not fit together. The GEMMs are measured right
+before each contender, so that both see the same GPU clock.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from benchmarks import report
 from benchmarks.gpu_contenders import CONTENDERS, OURS, Problem, Step, problem
 
 N, V, DTYPE = 4096, 1_000_000, "bfloat16"
-GOALS = {1024: 0.80, 512: 0.70}  # least share of the floor that ours reaches, by D
+GOALS = {1024: 0.80, 512: 0.70}  # by D: the share of the floor that ours must reach
 WARM, COUNTED = 5, 20
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
-NO_GPU = "no CUDA GPU is here: the speed of the shard kernels on one was not measured, and nothing was written"
-SIZES = ("peak MiB", "of it built")
+NO_GPU = "there is no CUDA GPU: the speed of the shard kernels was not measured, and nothing was written"
+SIZES = ("peak MiB", "built MiB")
 FIGURES = ("ms (min)", "3 GEMMs ms", "share of the floor", "goal", "met", *SIZES, "loss", "reason")
 HEADER = ("N", "D", "V", "dtype", "contender", *FIGURES)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """One contender at one shape: medians in ms, bytes on the GPU, its first loss; reason says why figures lack."""
+    """One contender at one shape: medians in ms, bytes on the GPU, its first loss; reason says why there are none."""
 
     contender: str
     shape: dict[str, Any]
@@ -49,21 +49,21 @@ class GpuRow:
 
     @property
     def share(self) -> float | None:
-        """Of the floor: 1 is as fast as the GEMMs alone."""
+        """Share of the floor: 1 is as fast as the GEMMs alone."""
         return None if self.ms is None or self.floor_ms is None else self.floor_ms / self.ms
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached, where there is one."""
+        """True if the goal is reached; None without a goal or figures."""
         return None if self.goal is None or self.share is None else self.share >= self.goal
 
     def as_json(self) -> dict[str, Any]:
-        """With what follows from it."""
+        """Return the fields with the derived share and met."""
         return {**asdict(self), "share": self.share, "met": self.met}
 
 
 def run(directory: Path) -> str:
-    """Compare on the GPU and write the results; what to say of it. Without a GPU nothing is measured or written."""
+    """Compare on the GPU, write the results and return a message; without a GPU, measure and write nothing."""
     if not torch.cuda.is_available():
         return NO_GPU
     rows: list[GpuRow] = []
@@ -85,7 +85,7 @@ def compare(
     warm: int = WARM,
     counted: int = COUNTED,
 ) -> list[GpuRow]:
-    """A row for each contender; one that is missing or fails is a row with its reason."""
+    """Return a row for each contender; the row of one that is missing or fails has the reason."""
     given = problem(n, d, v, dtype, device)
     shape = {"N": n, "D": d, "V": v, "dtype": dtype}
     rows = []
@@ -93,14 +93,14 @@ def compare(
         row = GpuRow(name, shape, goal=goal if name == OURS else None)
         try:
             rows.append(measured(row, given, CONTENDERS[name], warm, counted))
-        except Exception as error:  # whatever a contender raises is its row's reason
+        except Exception as error:  # any error of a contender becomes its row's reason
             rows.append(replace(row, reason=f"{type(error).__name__}: {report.one_line(str(error))[:300]}"))
         free(device)
     return rows
 
 
 def measured(row: GpuRow, given: Problem, build: Callable[[Problem], Step], warm: int, counted: int) -> GpuRow:
-    """The floor, then one contender."""
+    """Measure the floor, then one contender."""
     device = given.hidden.device
     floor_ms = median(times_ms(gemms(given), device, warm, counted))
     free(device.type)
@@ -120,7 +120,7 @@ def measured(row: GpuRow, given: Problem, build: Callable[[Problem], Step], warm
 
 
 def gemms(given: Problem) -> Callable[[], object]:
-    """The three products that no step can do without, into outputs made before."""
+    """Return a step of the three products that every contender needs, into preallocated outputs."""
     hidden, rows = given.hidden, given.rows
     logits = torch.empty(len(hidden), len(rows), dtype=rows.dtype, device=rows.device)
     hidden_grad, row_grad = torch.empty_like(hidden), torch.empty_like(rows)
@@ -134,14 +134,14 @@ def gemms(given: Problem) -> Callable[[], object]:
 
 
 def times_ms(step: Callable[[], object], device: torch.device, warm: int, counted: int) -> list[float]:
-    """Time of each counted step, by the GPU's own events where there is one."""
+    """Return the time of each counted step in ms, measured by CUDA events on a GPU."""
     for _ in range(warm):
         step()
     return [time_ms(step, device) for _ in range(counted)]
 
 
 def time_ms(step: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one step."""
+    """Return the milliseconds of one step."""
     if device.type != "cuda":
         began = time.perf_counter()
         step()
@@ -156,19 +156,19 @@ def time_ms(step: Callable[[], object], device: torch.device) -> float:
 
 
 def allocated(device: torch.device) -> int | None:
-    """Bytes of tensors on a GPU; None elsewhere."""
+    """Return the bytes of tensors on a GPU, or None for another device."""
     return int(torch.cuda.memory_allocated()) if device.type == "cuda" else None
 
 
 def free(device: str) -> None:
-    """Let go of what the last contender held."""
+    """Free the memory of the last contender."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def write(rows: Sequence[GpuRow], directory: Path, gpu: str) -> None:
-    """results-gpu.json and RESULTS-gpu.md."""
+    """Write results-gpu.json and RESULTS-gpu.md."""
     directory.mkdir(parents=True, exist_ok=True)
     found = {"date": date.today().isoformat(), "gpu": gpu, "versions": versions(), "rows": [r.as_json() for r in rows]}
     report.finished(directory / "results-gpu.json", json.dumps(found, indent=1) + "\n")
@@ -176,14 +176,14 @@ def write(rows: Sequence[GpuRow], directory: Path, gpu: str) -> None:
 
 
 def markdown(rows: Sequence[GpuRow], gpu: str) -> str:
-    """The page."""
+    """Return the text of RESULTS-gpu.md."""
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# Results on a GPU",
         "",
         f"{date.today().isoformat()}. {gpu}. {known}.",
-        f"Each step is forward + backward + SGD, timed by CUDA events: medians of {COUNTED} after {WARM} warm ones.",
-        "The floor is three bare `torch.mm` of the same shapes, measured right before each contender.",
+        f"Each step is forward + backward + SGD, timed by CUDA events: median of {COUNTED} after {WARM} warm-up steps.",
+        "The floor is three bare `torch.mm` calls of the same shapes, measured right before each contender.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
@@ -194,7 +194,7 @@ def markdown(rows: Sequence[GpuRow], gpu: str) -> str:
 
 
 def cells(row: GpuRow) -> list[str]:
-    """One line of the table."""
+    """Return the cells of one line of the table."""
     return [
         *(str(row.shape[key]) for key in ("N", "D", "V", "dtype")),
         row.contender,
@@ -210,7 +210,7 @@ def cells(row: GpuRow) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are there."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""Who is compared on a GPU: one whole softmax step of each, forward + backward + SGD, over the same rows and batch.
+"""The contenders on a GPU: each has one whole softmax step, forward + backward + SGD, over the same rows and batch.
 
-A step returns the mean loss of its batch, as it was before the step.
+A step returns the mean loss of its batch before the update.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], rows [V, D
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """hidden [N, D], rows [V, D] and labels [N] on one device; nobody changes these."""
+    """Inputs of every contender: hidden [N, D], rows [V, D] and labels [N] on one device; never modified."""
 
     hidden: Tensor
     rows: Tensor
@@ -35,7 +35,7 @@ class Problem:
 
 
 def problem(n: int, d: int, v: int, dtype: str, device: str) -> Problem:
-    """A random batch, and rows as a table's: uniform on +-1/sqrt(D)."""
+    """Return a random batch, and rows initialised like a table's: uniform on +-1/sqrt(D)."""
     kind: torch.dtype = getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(n, d, generator=generator, device=device).to(kind)
@@ -44,7 +44,7 @@ def problem(n: int, d: int, v: int, dtype: str, device: str) -> Problem:
 
 
 def ours(given: Problem) -> Step:
-    """One shard of all classes, scored and stepped as a worker does."""
+    """Return a step of one shard that owns all classes, scored and updated as in a worker."""
     device, (num_classes, dim) = given.hidden.device, given.rows.shape
     initializer, optimizer = Initializer("zeros", 0.0, 0), OptimizerSpec("sgd")
     dtype = str(given.rows.dtype).removeprefix("torch.")
@@ -52,14 +52,14 @@ def ours(given: Problem) -> Step:
     with torch.inference_mode(), on(device):
         table = ShardTable(spec, 0, 1)
         table.weights.copy_(given.rows)
-        # Labels and hidden as the front end hands them on; hidden is in the table's compute dtype.
+        # Labels and hidden are as the front end sends them; hidden is in the table's compute dtype.
         hidden, n = given.hidden.to(table.compute_dtype), len(given.labels)
         ones = torch.ones(n)
         g = ones / n
 
     def step() -> Tensor:
         with torch.inference_mode(), on(device):
-            # A part of its own in each step, as batches come.
+            # Each step has a new part, as it would with a new batch.
             part = Part(Batch(hidden, given.labels[:, None], ones[:, None], ones), None)
             score = table.score(part, True, keep=True)
             lse, version = score.statistics.lse, table.version + 1
@@ -71,12 +71,12 @@ def ours(given: Problem) -> Step:
 
 
 def on(device: torch.device) -> Any:
-    """New tensors are made there, as a worker has it."""
+    """Return a context in which new tensors are created on the device, as in a worker."""
     return nullcontext() if device.type == "cpu" else device
 
 
 def local(loss_of: Callable[[], LossOf]) -> Callable[[Problem], Step]:
-    """A contender whose rows are a torch parameter; its loss is imported, or compiled, only when it is built."""
+    """Return a contender whose rows are a torch parameter; its loss is imported or compiled only when it is built."""
 
     def build(given: Problem) -> Step:
         loss = loss_of()
@@ -98,28 +98,28 @@ def local(loss_of: Callable[[], LossOf]) -> Callable[[Problem], Step]:
 
 
 def cross_entropy(hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """As a trainer writes it."""
+    """Return the mean loss, written as in a trainer."""
     return F.cross_entropy(hidden @ rows.T, labels)
 
 
 def compiled() -> LossOf:
-    """torch.compile of the same."""
+    """Return `cross_entropy` compiled by torch.compile."""
     return torch.compile(cross_entropy, dynamic=False)
 
 
 def reference_path() -> LossOf:
-    """torch's own function as it is called without options."""
+    """Return torch's own function, to be called without options."""
     return F.linear_cross_entropy
 
 
 def chunked() -> LossOf:
-    """torch's own function by its chunked path, which holds no [N, V]."""
+    """Return torch's own function with its chunked path, which never materialises [N, V]."""
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, rows, labels: F.linear_cross_entropy(hidden, rows, labels, options=options)
 
 
 def liger() -> LossOf:
-    """Liger's fused loss."""
+    """Return Liger's fused loss."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss()
@@ -127,7 +127,7 @@ def liger() -> LossOf:
 
 
 def cut(impl: str) -> Callable[[], LossOf]:
-    """Cut Cross-Entropy; "cce", its default, leaves small gradients out, "cce_exact" does not."""
+    """Return the loss of Cut Cross-Entropy; "cce", its default, drops small gradients, "cce_exact" does not."""
 
     def loss_of() -> LossOf:
         from cut_cross_entropy import linear_cross_entropy
@@ -137,7 +137,7 @@ def cut(impl: str) -> Callable[[], LossOf]:
     return loss_of
 
 
-COMPILED = "torch.compile of it"
+COMPILED = "torch.compile of the eager loss"
 CONTENDERS: dict[str, Callable[[Problem], Step]] = {
     OURS: ours,
     "eager F.cross_entropy(h @ W.T)": local(lambda: cross_entropy),

@@ -1,4 +1,4 @@
-"""Two sides measured in turns, ABAB..., never both at once: what the machine does to one it does to the other."""
+"""Two sides measured in turns, ABAB..., never both at once, so that the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.side import Answer
 
 
 class Stepper(Protocol):
-    """What runs steps: a `Side`, or a loop in this process."""
+    """A runner of steps: a `Side`, or a loop in this process."""
 
     def step(self, count: int) -> Answer: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to measure: warm steps, then at least `counted` of each side, and more until `counted_s` a side.
+    """The length of a measurement: warm steps, then at least `counted` per side, and more until `counted_s` per side.
 
-    A comparison that has taken `cap_s` ends early, with what it has.
+    A comparison that has taken `cap_s` ends early, with the steps counted so far.
     """
 
     warm: int = 3
@@ -38,26 +38,26 @@ QUICK = Plan(warm=1, counted=4, counted_s=0.3, turn_ms=50.0, max_counted=20, cap
 
 @dataclass
 class Steps:
-    """What was counted of one side: times in ms, and extra numbers by name."""
+    """The counted steps of one side: times in ms, and extra numbers by name."""
 
     ms: list[float] = field(default_factory=list)
     extra: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, answer: Answer) -> None:
-        """Join one turn."""
+        """Add the steps of one turn."""
         self.ms.extend(answer.ms)
         for name, values in answer.extra.items():
             self.extra.setdefault(name, []).extend(values)
 
     def median_of(self, name: str) -> float | None:
-        """Median of an extra number; None where the side tells none."""
+        """Return the median of an extra number, or None if the side does not report it."""
         values = self.extra.get(name)
         return median(values) if values else None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both sides' counted steps; note says where a cap cut them."""
+    """The counted steps of both sides; note says if a cap ended the comparison early."""
 
     ours: Steps
     rival: Steps
@@ -65,14 +65,14 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Median of ours by the rival's."""
+        """Median of ours divided by the median of the rival's."""
         return median(self.ours.ms) / median(self.rival.ms)
 
 
 def interleave(
     ours: Stepper, rival: Stepper, plan: Plan = FULL, clock: Callable[[], float] = time.monotonic
 ) -> Comparison:
-    """Warm both, then alternate turns of about plan.turn_ms until both have enough steps."""
+    """Warm up both sides, then alternate turns of about plan.turn_ms until both have enough steps."""
     began = clock()
     sides = (ours, rival)
     counts = [turn_count(median(side.step(plan.warm).ms), plan.turn_ms) for side in sides]
@@ -80,18 +80,18 @@ def interleave(
     while not all(has_enough(steps, plan) for steps in found):
         if clock() - began > plan.cap_s and all(steps.ms for steps in found):
             least = min(len(steps.ms) for steps in found)
-            return Comparison(*found, note=f"cut after {plan.cap_s:.0f} s at {least} steps")
+            return Comparison(*found, note=f"stopped after {plan.cap_s:.0f} s at {least} steps")
         for side, steps, count in zip(sides, found, counts, strict=True):
             steps.add(side.step(count))
     return Comparison(*found)
 
 
 def turn_count(step_ms: float, turn_ms: float) -> int:
-    """Steps of one turn: about turn_ms of them, at least one."""
+    """Return how many steps take about turn_ms; at least one."""
     return max(1, int(turn_ms / max(step_ms, 1e-3)))
 
 
 def has_enough(steps: Steps, plan: Plan) -> bool:
-    """At least plan.counted steps; short ones go on until plan.counted_s is full or plan.max_counted is reached."""
+    """Return True after plan.counted steps that took plan.counted_s together, or after plan.max_counted steps."""
     count = len(steps.ms)
     return count >= plan.counted and (sum(steps.ms) >= 1e3 * plan.counted_s or count >= plan.max_counted)

@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on one machine, without containers, for as long as a `with` block lasts.
 
-Each node has network, mount, process and host name spaces of its own; they are joined by a bridge in a namespace that
-holds nothing else, so nothing of it reaches the machine's network. Needs root, iproute2 and util-linux.
+Each node has its own network, mount, process and host name namespaces. The nodes are joined by a bridge in a namespace
+that contains nothing else, so no traffic reaches the machine's network. Needs root, iproute2 and util-linux.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.procfs import descendants_of
 from benchmarks.side import SideFailed
 
-NETWORK = "198.51.100"  # TEST-NET-2: documentation only, nobody's address
+NETWORK = "198.51.100"  # TEST-NET-2: reserved for documentation, so no real host has it
 FIRST_HOST, PORT = 10, 6379
 TOOLS = ("ip", "unshare", "nsenter", "bash")
 STORE_BYTES = 100_000_000
@@ -36,40 +36,40 @@ OWN_DIRECTORIES = (
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node that is up."""
+    """A running node of the cluster."""
 
     namespace: str
     address: str
     init_pid: int
 
     def inside(self) -> list[str]:
-        """What to put before a command so that it runs on this node."""
+        """Return the prefix with which a command runs on this node."""
         return ["nsenter", "-t", str(self.init_pid), "-m", "-p", "-n", "-u", "--"]
 
     def carried_bytes(self) -> tuple[int, int]:
-        """Bytes that have come in and gone out over its cable."""
+        """Return the bytes received and sent over the node's cable."""
         (link,) = json.loads(ip("-n", self.namespace, "-s", "-j", "link", "show", "eth0"))
         return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The nodes, the head first, and the variables of everything that joins them."""
+    """The nodes, the head first, and the environment variables of every process that joins them."""
 
     nodes: Sequence[Node]
     variables: dict[str, str]
 
     @property
     def ray_address(self) -> str:
-        """Where to join it."""
+        """Address at which Ray processes join the cluster."""
         return f"{self.nodes[0].address}:{PORT}"
 
 
 def ip(*arguments: str) -> str:
-    """Run ip.
+    """Run ip and return its output.
 
     Raises:
-        SideFailed: it failed, as without the right to make namespaces.
+        SideFailed: it failed, for example without permission to create namespaces.
     """
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=COMMAND_S, check=False)
     if done.returncode:
@@ -78,10 +78,10 @@ def ip(*arguments: str) -> str:
 
 
 def check_available() -> None:
-    """Refuse where such a cluster cannot be made.
+    """Check that such a cluster can be created here.
 
     Raises:
-        SideFailed: saying what is missing.
+        SideFailed: a tool or root permission is missing; the message names it.
     """
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
@@ -92,10 +92,10 @@ def check_available() -> None:
 
 @contextmanager
 def cluster(cpus_of_nodes: Sequence[int]) -> Iterator[Cluster]:
-    """Start a node for each entry, with so many CPUs for Ray; node 0 is the head. All is gone when the block is left.
+    """Start a node for each entry, with that many CPUs for Ray; node 0 is the head. All is removed when the block ends.
 
     Raises:
-        SideFailed: it cannot be made here.
+        SideFailed: the cluster cannot be created here.
     """
     check_available()
     tag = f"sl{os.getpid()}"
@@ -103,7 +103,7 @@ def cluster(cpus_of_nodes: Sequence[int]) -> Iterator[Cluster]:
         token = Path(directory) / "token"
         token.write_text(secrets.token_hex(32))
         variables = {
-            "RAY_AUTH_MODE": "token",  # said everywhere: the head would turn it on by itself, the others would not
+            "RAY_AUTH_MODE": "token",  # set on every node: by default only the head would use it
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
@@ -117,14 +117,14 @@ def cluster(cpus_of_nodes: Sequence[int]) -> Iterator[Cluster]:
 
 
 def make_namespace(stack: ExitStack, name: str) -> None:
-    """A network namespace that goes with the stack."""
+    """Create a network namespace that is deleted with the stack."""
     ip("netns", "add", name)
     stack.callback(ip, "netns", "del", name)
     ip("-n", name, "link", "set", "lo", "up")
 
 
 def make_switch(stack: ExitStack, tag: str) -> str:
-    """The bridge, in a namespace of its own."""
+    """Create the bridge in a namespace of its own, and return the namespace's name."""
     name = f"{tag}sw"
     make_namespace(stack, name)
     ip("-n", name, "link", "add", "br0", "type", "bridge")
@@ -135,7 +135,7 @@ def make_switch(stack: ExitStack, tag: str) -> str:
 def start_node(
     stack: ExitStack, tag: str, switch: str, index: int, num_cpus: int, log: Path, variables: dict[str, str]
 ) -> Node:
-    """Cable one node to the switch and start Ray on it."""
+    """Connect one node to the switch by a cable and start Ray on it."""
     name, address = f"{tag}n{index}", f"{NETWORK}.{FIRST_HOST + index}"
     make_namespace(stack, name)
     cable = f"c{index}"
@@ -168,7 +168,7 @@ def start_node(
 
 
 def ray_start(index: int, address: str, num_cpus: int) -> list[str]:
-    """The command of the head, or of a node that joins it."""
+    """Return the command that starts Ray on the head, or on a node that joins it."""
     ray = Path(sys.executable).with_name("ray")
     common = [f"--node-ip-address={address}", f"--num-cpus={num_cpus}", f"--object-store-memory={STORE_BYTES}"]
     role = ["--head", f"--port={PORT}", "--include-dashboard=false", "--disable-usage-stats"]
@@ -178,7 +178,11 @@ def ray_start(index: int, address: str, num_cpus: int) -> list[str]:
 
 
 def wait_up(process: subprocess.Popen[bytes], log: Path, index: int) -> None:
-    """Until Ray says that it runs."""
+    """Wait until Ray reports that it is running.
+
+    Raises:
+        SideFailed: Ray exited, or did not start within START_S.
+    """
     deadline = time.monotonic() + START_S
     while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -187,6 +191,6 @@ def wait_up(process: subprocess.Popen[bytes], log: Path, index: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a node: its first process dies with the one that unshared it, and all of its process namespace with that."""
+    """End a node by killing unshare: the node's first process dies with it, and with that its process namespace."""
     process.kill()
     process.wait(COMMAND_S)

@@ -1,4 +1,4 @@
-"""What /proc says of processes on this machine."""
+"""Facts about processes on this machine, read from /proc."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def memory_of(pid: int, field: str = "VmRSS") -> int:
-    """VmRSS or VmHWM of a process, in bytes.
+    """Return VmRSS or VmHWM of a process, in bytes.
 
     Raises:
-        ProcessLookupError: there is no such process any more.
+        ProcessLookupError: the process no longer exists.
     """
     with suppress(FileNotFoundError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -21,21 +21,21 @@ def memory_of(pid: int, field: str = "VmRSS") -> int:
 
 
 def command_of(pid: int) -> bytes:
-    """The command line of a process, with the title it gave itself; empty where it is gone."""
+    """Return the command line of a process, including a title that it set itself; empty if the process is gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
 
 def parent_of(pid: int) -> int:
-    """The parent's id; 0 where the process is gone."""
+    """Return the id of a process's parent; 0 if the process is gone."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
 
 
 def descendants_of(root: int) -> list[int]:
-    """Every process below one, as /proc shows them now."""
+    """Return the ids of all current descendants of a process."""
     parents = {int(entry.name): parent_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     found: list[int] = []
     frontier = {root}
@@ -46,6 +46,6 @@ def descendants_of(root: int) -> list[int]:
 
 
 def shared_memory_bytes() -> int:
-    """What all files in /dev/shm hold, those too that have no name any more, as Ray's."""
+    """Return the size of all files in /dev/shm, including unlinked ones such as Ray's."""
     found = os.statvfs("/dev/shm")
     return (found.f_blocks - found.f_bfree) * found.f_frsize

@@ -1,8 +1,8 @@
-"""Where the time of one training step goes: trainer, wire, front end, fan-out, kernel, merge, and two floors beside it.
+"""A profile of one training step: trainer, wire, front end, fan-out, kernel and merge, with two floors to compare.
 
-The service runs in this process, with `profile_timers` around the functions of its front end; the trainer is a process
-of its own. A step is one loss and one commit, none overlapping. Every part is a median over the steps; what they lack
-of the median step is told as unaccounted.
+The service runs in this process, with `profile_timers` around the functions of its front end; the trainer is a separate
+process. A step is one loss and one commit that do not overlap. Every part is a median over the steps; the difference
+between their sum and the median step is reported as unaccounted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.rivals.shard_floor import Gemms, timed
 from benchmarks.side import Answer, Side
 
 NUM_WORKERS = 2
-NUM_STEPS, TURN = 40, 5  # the floors are measured between turns: what the machine does to one it does to the other
+NUM_STEPS, TURN = 40, 5  # floors are measured between turns, so that the machine affects both alike
 BYTES_PER_ELEMENT = 4
 SHAPES: dict[str, dict[str, Any]] = {
     "full-100k": {"kind": "full", "N": 256, "D": 128, "V": 100_000, "K": 2, "optimizer": "sgd"},
@@ -38,10 +38,10 @@ FRONT_END = ("decode", "validate", "plan", "finish", "encode", "rest")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Medians of one shape's steps in ms. parts: "call: part", those of the trainer "client: part".
+    """Medians of one shape's steps in ms. Parts are named "call: part", those of the trainer "client: part".
 
-    flops_floor_ms: the three products of matrices of one shard, one thread, nothing else running; both workers take as
-    long, at once. bytes_floor_ms: hidden there and as many bytes back over a bare Unix socket.
+    flops_floor_ms: the three matrix products of one shard on one thread with nothing else running; both workers need
+    this long, in parallel. bytes_floor_ms: hidden sent and as many bytes returned over a bare Unix socket.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Profile:
 
     @property
     def unaccounted_ms(self) -> float:
-        """What the parts lack of the step; below 0 where they are too much."""
+        """Time of the step that the parts do not account for; negative if they exceed the step."""
         return self.step_ms - sum(self.parts.values())
 
 
 def run(picture: Path, out: Path, num_steps: int = NUM_STEPS, shapes: Mapping[str, dict[str, Any]] = SHAPES) -> None:
-    """Profile every shape, and write the figures and their picture."""
+    """Profile every shape, and write the figures and the picture."""
     from benchmarks import profile_picture
 
     profiles = []
@@ -74,7 +74,7 @@ def run(picture: Path, out: Path, num_steps: int = NUM_STEPS, shapes: Mapping[st
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """The service in this process; its address."""
+    """Run the service in this process and yield its address."""
     keep_freed_memory()
     torch.set_num_threads(1)
     group = RayGroup(NUM_WORKERS)
@@ -88,7 +88,7 @@ def serving() -> Iterator[str]:
 
 
 def profile(name: str, shape: dict[str, Any], timers: Timers, num_steps: int) -> Profile:
-    """Steps of one shape in turns, with its floors between them."""
+    """Measure the steps of one shape in turns, and its floors between the turns."""
     n, d = int(shape["N"]), int(shape["D"])
     gemms = Gemms(torch.randn(num_columns(shape) // NUM_WORKERS, d), n)
     hidden = torch.randn(n, d)
@@ -114,19 +114,22 @@ def profile(name: str, shape: dict[str, Any], timers: Timers, num_steps: int) ->
 
 
 def num_columns(shape: Mapping[str, Any]) -> int:
-    """Classes that a step multiplies: all, or the candidates."""
+    """Return the number of classes in a step's matrix products: all, or the candidates."""
     return int(shape["V"] if shape["kind"] == "full" else shape["S"])
 
 
 def steps_of(told: Answer, calls: Mapping[str, Sequence[Parts]]) -> list[Parts]:
-    """One dict a step, from what the trainer and the front end each say of it.
+    """Return one dict per step, from the times that the trainer and the front end each report.
 
     Raises:
-        ValueError: they do not speak of the same steps.
+        ValueError: they report different numbers of steps.
     """
     extra, count = told.extra, len(told.ms)
     if any(len(parts) != count for parts in calls.values()):
-        raise ValueError(f"{count} steps, and calls { ({call: len(parts) for call, parts in calls.items()}) }")
+        raise ValueError(
+            f"the trainer reports {count} steps, but the front end counted "
+            f"{ ({call: len(parts) for call, parts in calls.items()}) }"
+        )
     return [
         {
             "step": told.ms[i],
@@ -141,7 +144,7 @@ def steps_of(told: Answer, calls: Mapping[str, Sequence[Parts]]) -> list[Parts]:
 
 
 def call_parts(call: str, rpc_ms: float, parts: Parts) -> Parts:
-    """Parts of one call; the wire is what the trainer waits beyond the time in the handler."""
+    """Return the parts of one call; the wire is the time that the trainer waits minus the time in the handler."""
     named = {f"{call}: {part}": parts.get(part, 0.0) for part in (*FRONT_END, FAN_OUT, KERNEL)}
     if call == "loss":
         named["loss: merge"] = parts.get("merge", 0.0)

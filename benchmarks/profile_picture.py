@@ -1,4 +1,4 @@
-"""The picture of a profile: a stacked bar a shape, its two floors under it, and a table of the figures beside it."""
+"""The picture of a profile: a stacked bar per shape, its two floors below it, and a table of the figures next to it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ COLOURS = {
 }
 FLOORS = {"floor, flops": "#333333", "floor, bytes": "#c2185b"}
 NOTE = (
-    "Medians; what the medians of the parts lack of the median step is unaccounted. Kernel: the slowest worker.\n"
-    "Floor, flops: the three bare GEMMs of one shard on one thread, alone (both workers do as much, at once).\n"
-    "Floor, bytes: hidden there and as many bytes back over a bare Unix socket."
+    "Medians; unaccounted is the median step minus the medians of the parts. Kernel: the slowest worker.\n"
+    "Floor, flops: the three bare GEMMs of one shard on one thread, alone (both workers do as much, in parallel).\n"
+    "Floor, bytes: hidden sent and as many bytes returned over a bare Unix socket."
 )
 LEAST_LABELLED = 0.045  # share of a bar that has room for its figure
 
 
 def layers_of(profile: Profile) -> dict[str, float]:
-    """The parts by layer, in the order of COLOURS."""
+    """Sum the parts by layer, in the order of COLOURS."""
     layers = dict.fromkeys(COLOURS, 0.0)
     for name, value in profile.parts.items():
         layers[layer_of(name)] += value
@@ -37,7 +37,7 @@ def layers_of(profile: Profile) -> dict[str, float]:
 
 
 def layer_of(name: str) -> str:
-    """The layer of a part."""
+    """Return the layer of a part."""
     call, _, part = name.partition(": ")
     if call == "client":
         return call
@@ -47,7 +47,7 @@ def layer_of(name: str) -> str:
 
 
 def draw(profiles: Sequence[Profile], path: Path) -> None:
-    """One panel a shape, each with its own scale."""
+    """Draw one panel per shape, each with its own scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def draw(profiles: Sequence[Profile], path: Path) -> None:
 
 
 def draw_one(axes: Any, profile: Profile) -> None:
-    """A step, and what it could not be without."""
+    """Draw a step and its two floors."""
     layers, left = layers_of(profile), 0.0
     for name, value in layers.items():
         shown, share = max(value, 0.0), value / profile.step_ms
@@ -87,12 +87,12 @@ def draw_one(axes: Any, profile: Profile) -> None:
 
 
 def title_of(profile: Profile) -> str:
-    """The shape, and the whole step."""
+    """Return the title of a panel: the shape and the time of the whole step."""
     shape = ", ".join(f"{key}={profile.shape[key]:,}" for key in ("N", "D", "V", "S", "K") if key in profile.shape)
-    return f"{profile.name}: {profile.step_ms:.1f} ms a step (median of {profile.num_steps}). {shape}"
+    return f"{profile.name}: {profile.step_ms:.1f} ms per step (median of {profile.num_steps}). {shape}"
 
 
 def front_end_of(profile: Profile) -> str:
-    """The parts of the front end, loss and commit together."""
+    """Return the parts of the front end as text, loss and commit together."""
     sums = {part: sum(profile.parts[f"{call}: {part}"] for call in ("loss", "commit")) for part in FRONT_END}
     return "front end: " + ", ".join(f"{part} {value:.2f}" for part, value in sums.items())

@@ -1,4 +1,4 @@
-"""Timers around the front end's own functions, put there at run time: the server itself holds none.
+"""Timers around the front end's own functions, installed at run time: the server itself has none.
 
 A timer counts the time of its function without that of timed functions inside it, so the parts of a call add up to the
 call.
@@ -42,20 +42,20 @@ Parts = dict[str, float]  # ms by part
 
 
 class Timers:
-    """Parts of every finished call, by call. A call is of one thread; what runs in others is not counted."""
+    """Parts of every finished call, by call. Only the call's own thread is timed; work in others is not counted."""
 
     def __init__(self) -> None:
         self._open = threading.local()
         self.calls: dict[str, list[Parts]] = {call: [] for call in CALLS.values()}
 
     def take(self) -> dict[str, list[Parts]]:
-        """What was counted since the last time."""
+        """Return what was counted since the last call of this method."""
         found, self.calls = self.calls, {call: [] for call in CALLS.values()}
         return found
 
     @contextmanager
     def installed(self) -> Iterator[Timers]:
-        """With the timers in place, for servers that are made within."""
+        """Install the timers for servers that are created in this block."""
         with ExitStack() as stack:
             for owner, name, part in TIMED:
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), part)))
@@ -66,7 +66,7 @@ class Timers:
             yield self
 
     def _counted(self, handler: Callable[..., Any], call: str) -> Callable[..., Any]:
-        """A call's own function: what no timer inside it counts is its rest."""
+        """Wrap the handler of a call: time that no timer inside it counts is its rest."""
 
         @functools.wraps(handler)
         def counted(*args: Any) -> Any:
@@ -100,7 +100,7 @@ class Timers:
             inside[-1] += took
 
     def _gathered(self, result: Callable[..., Any]) -> Callable[..., Any]:
-        """The wait for all workers; what the slowest of them computed is the kernel's, not the fan-out's."""
+        """Wrap the wait for all workers: the slowest worker's compute time counts as kernel, not as fan-out."""
 
         def gathered(pending: Any, timeout_s: float) -> Any:
             found = result(pending, timeout_s)

@@ -1,4 +1,4 @@
-"""The results as results.json, RESULTS.md and ratios.png; all three are written anew after each scenario."""
+"""The results as results.json, RESULTS.md and ratios.png; all three are rewritten after each scenario."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CARRIED = ("N", "D", "V", "S", "K", "dtype")
 
 
 def write(rows: Sequence[Row], directory: Path, order: Sequence[str], is_quick: bool) -> None:
-    """All three files; rows in the order of their scenarios."""
+    """Write all three files, with rows in the order of their scenarios."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = in_order(rows, order)
     finished(directory / "results.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
@@ -42,31 +42,31 @@ def write(rows: Sequence[Row], directory: Path, order: Sequence[str], is_quick: 
 
 
 def finished(path: Path, text: str) -> None:
-    """Replace a file at once: an interrupted run leaves the one before."""
+    """Replace a file atomically, so that an interrupted run leaves the previous one."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text)
     part.replace(path)
 
 
 def read(directory: Path) -> list[Row]:
-    """The rows of an earlier run; none where there was no run."""
+    """Return the rows of an earlier run; none if there was no run."""
     path = directory / "results.json"
     return [row_of_json(found) for found in json.loads(path.read_text())] if path.exists() else []
 
 
 def merged(earlier: Iterable[Row], scenario: str, rows: Iterable[Row]) -> list[Row]:
-    """Earlier rows with those of one scenario replaced."""
+    """Return the earlier rows with those of one scenario replaced."""
     return [*(row for row in earlier if row.scenario != scenario), *rows]
 
 
 def in_order(rows: Iterable[Row], order: Sequence[str]) -> list[Row]:
-    """Rows by the place of their scenario; unknown ones last."""
+    """Sort rows by the position of their scenario in order; unknown scenarios are last."""
     places = {name: place for place, name in enumerate(order)}
     return sorted(rows, key=lambda row: places.get(row.scenario, len(places)))
 
 
 def machine() -> str:
-    """Processor, cores and memory of this machine."""
+    """Return the processor, cores, memory and system of this machine as text."""
     processor = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -77,13 +77,13 @@ def machine() -> str:
 
 
 def markdown(rows: Sequence[Row], of_machine: str, is_quick: bool) -> str:
-    """The whole page."""
-    kind = "quick run: smaller shapes and few steps, figures only show that it works" if is_quick else "full run"
+    """Return the text of RESULTS.md."""
+    kind = "quick run: smaller shapes and few steps, the figures only show that it works" if is_quick else "full run"
     lines = [
         "# Results",
         "",
         f"{days(rows)}, {kind}. {of_machine}. Python {platform.python_version()}, {versions(rows)}.",
-        "How to read it: [README.md](README.md). Ratios are medians of ours by medians of the rival's.",
+        "How to read it: [README.md](README.md). Ratios are medians of ours divided by medians of the rival's.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
@@ -98,7 +98,7 @@ def markdown(rows: Sequence[Row], of_machine: str, is_quick: bool) -> str:
 
 
 def versions(rows: Iterable[Row]) -> str:
-    """Every version that a side named, each name once."""
+    """Return every version that a side reported, each package once."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for name, version in row.versions.items():
@@ -107,13 +107,13 @@ def versions(rows: Iterable[Row]) -> str:
 
 
 def days(rows: Iterable[Row]) -> str:
-    """The first day and the last."""
+    """Return the first and the last day of measurement as text."""
     found = sorted({row.day for row in rows if row.day})
     return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
 
 def cells(row: Row) -> list[str]:
-    """One line of the table."""
+    """Return the cells of one line of the table."""
     goal = row.goal
     stretch = " (stretch)" if goal.is_stretch and goal.ratio is not None else ""
     goal_text = number(goal.ratio) + stretch
@@ -140,19 +140,19 @@ def cells(row: Row) -> list[str]:
 
 
 def missed(rows: Sequence[Row], is_quick: bool) -> list[str]:
-    """The section on what is missed; a quick run has not all rows."""
+    """Return the section on missed goals; a quick run, which does not have all rows, leaves out goals without a row."""
     lines = misses(rows) if is_quick else [*misses(rows), *absent(rows)]
     return ["## Missed", "", *lines] if lines else ["Every goal is met."]
 
 
 def absent(rows: Iterable[Row]) -> list[str]:
-    """A line for each goal that has no row."""
+    """Return a line for each goal that has no row."""
     there = {(row.scenario, row.rival) for row in rows}
     return [f"- {scenario}, {rival}: no row." for scenario, rival in GOALS if (scenario, rival) not in there]
 
 
 def misses(rows: Sequence[Row]) -> list[str]:
-    """A line for each goal that is missed, by how much; and for each row without a figure."""
+    """Return a line for each missed goal, with the excess, and for each row that has a goal but no figure."""
     found = []
     for row in rows:
         for name, reached, most in row.measured():
@@ -173,32 +173,32 @@ def misses(rows: Sequence[Row]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Three digits; empty for None."""
+    """Format a number with three significant digits, or without decimals from 1000; empty for None."""
     return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def with_least(value: float | None, least: float | None) -> str:
-    """Median with the minimum in brackets."""
+    """Format a median with the minimum in brackets; empty for None."""
     return "" if value is None else f"{number(value)} ({number(least)})"
 
 
 def megabytes(value: float | None) -> str:
-    """Bytes as MB."""
+    """Format bytes as MB; empty for None."""
     return "" if value is None else number(value / 1e6)
 
 
 def pair(ours: float | None, rival: float | None) -> str:
-    """Both in MB; a dash for one that is not known."""
+    """Format two sizes in MB, with a dash for an unknown one; empty if both are unknown."""
     return "" if ours is None and rival is None else f"{megabytes(ours) or '-'} / {megabytes(rival) or '-'}"
 
 
 def one_line(text: str) -> str:
-    """Fit for a cell: no line ends, no bars, no frames drawn around an error."""
+    """Make text fit for a table cell: no line breaks, no bars, and no frame drawn around an error."""
     return " ".join(re.sub(r"[\u2500-\u257f]", " ", text).split()).replace("|", "/")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A bar a ratio, with its goal as a mark; rows without a ratio are left out."""
+    """Draw one bar per ratio, with its goal as a mark; rows without a ratio are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +209,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     ratios = [row.ratio or 0.0 for row in shown]
     colours = [{True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met] for row in shown]
     axes.barh(range(len(shown)), ratios, color=colours, height=0.65)
-    axes.set_xlim(0, WIDEST)  # a longer bar is cut: its number stands in it
+    axes.set_xlim(0, WIDEST)  # a longer bar is clipped, and its number is inside it
     axes.margins(y=0.01)
     for place, row in enumerate(shown):
         beside = min(max(ratios[place], row.goal.ratio or 0.0) + 0.03, WIDEST - 0.2)
@@ -223,12 +223,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.legend(loc="upper right")
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=8)
-    axes.set_xlabel("time of ours / time of the rival: shorter is better, 1 is the rival")
+    axes.set_xlabel("our time / the rival's time: shorter is better, 1 is the rival")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def label(row: Row) -> str:
-    """What stands beside a bar."""
+    """Return the label of a bar."""
     wide = f" N={row.shape['N']} V={row.shape['V']}" if row.scenario == "shard-floor" else ""
     return f"{row.scenario}{wide}: {row.rival}"

@@ -13,10 +13,10 @@ from benchmarks.interleave import Comparison
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Ours against one rival at one shape {N, D, V, S, K, dtype}; None where it does not apply.
+    """Ours against one rival at one shape {N, D, V, S, K, dtype}; fields that do not apply are None.
 
-    Times are of one step: ms is the median, min_ms the least. visible_ms is what the trainer waits for where the commit
-    runs beside it. wire_bytes are of one step, both ways; peak bytes are what steps need beyond what was built. reason
+    Times are per step: ms is the median, min_ms the minimum. visible_ms is how long the trainer waits if the commit
+    runs in parallel. wire_bytes are per step, both ways; peak bytes are what steps need beyond what was built. reason
     says why there is no figure.
     """
 
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a later run of the same row replaces."""
+        """Identity of the row, which is the same in every run."""
         return self.scenario, self.rival, str(sorted(self.shape.items()))
 
     @property
@@ -51,13 +51,13 @@ class Row:
 
     @property
     def wire_ratio(self) -> float | None:
-        """Bytes of ours by the rival's."""
+        """Bytes of ours divided by the rival's; None if unknown."""
         if self.wire_bytes is None or not self.wire_bytes_rival:
             return None
         return self.wire_bytes / self.wire_bytes_rival
 
     def measured(self) -> list[tuple[str, float | None, float]]:
-        """What there is a goal for: (name, what was reached, at most)."""
+        """Return (name, measured value, upper limit) of everything that the row has a goal for."""
         goal = self.goal
         pairs = (
             ("time", self.ratio, goal.ratio),
@@ -69,14 +69,14 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether every goal of the row is reached; None without goals or figures."""
+        """True if every goal of the row is reached; None without goals or figures."""
         pairs = self.measured()
         if self.reason is not None or not pairs:
             return None
         return all(reached is not None and reached <= most for _, reached, most in pairs)
 
     def as_json(self) -> dict[str, Any]:
-        """The row as results.json holds it."""
+        """Return the row as stored in results.json."""
         goal = self.goal
         return {
             **asdict(self),
@@ -90,18 +90,18 @@ class Row:
         }
 
     def but(self, **changes: Any) -> Row:
-        """The row with some fields changed."""
+        """Return the row with some fields changed."""
         return replace(self, **changes)
 
 
 def row_of_json(found: Mapping[str, Any]) -> Row:
-    """The row that `Row.as_json` wrote."""
+    """Return the row that `Row.as_json` wrote."""
     names = Row.__dataclass_fields__
     return Row(**{name: value for name, value in found.items() if name in names})
 
 
 def compared(scenario: str, rival: str, shape: Mapping[str, Any], found: Comparison, **more: Any) -> Row:
-    """The row of a comparison; the sides' extra visible_ms and wire_bytes go where they belong."""
+    """Return the row of a comparison, with visible_ms and wire_bytes from the sides' extra numbers."""
     visible, rival_ms = found.ours.median_of("visible_ms"), median(found.rival.ms)
     row = Row(
         scenario,
@@ -123,5 +123,5 @@ def compared(scenario: str, rival: str, shape: Mapping[str, Any], found: Compari
 
 
 def missing(scenario: str, rival: str, shape: Mapping[str, Any], reason: str) -> Row:
-    """The row of a rival that could not be had."""
+    """Return the row of a rival that could not be measured, with the reason."""
     return Row(scenario, rival, dict(shape), reason=reason)

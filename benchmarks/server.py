@@ -1,4 +1,4 @@
-"""The service as a process of its own: started, waited for, and always ended."""
+"""The service as a separate process: started, waited for, and always stopped."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class Service:
     process: subprocess.Popen[bytes]
 
     def is_alive(self) -> bool:
-        """Whether its front end still runs."""
+        """Return True if the front end is still running."""
         return self.process.poll() is None
 
     @property
     def front_pid(self) -> int:
-        """The front end."""
+        """Process id of the front end."""
         return self.process.pid
 
     def worker_pids(self) -> list[int]:
-        """The processes that hold shards, ascending."""
+        """Return the ids of the processes that hold shards, ascending."""
         return sorted(pid for pid in descendants_of(self.process.pid) if WORKER in command_of(pid))
 
 
 @contextmanager
 def running(workers: int = 2, *, worker_threads: int = 1, keep_mib: int | None = None) -> Iterator[Service]:
-    """Start the service on a free port; it has ended, with its workers, when the block is left.
+    """Start the service on a free port; stop it and its workers when the block ends.
 
     Raises:
-        SideFailed: it ended or was silent instead of serving.
+        SideFailed: the service exited, or was not ready in time.
     """
     with TemporaryDirectory(prefix="bench-") as directory:
         ready, log = Path(directory) / "ready", Path(directory) / "log"
@@ -66,7 +66,7 @@ def running(workers: int = 2, *, worker_threads: int = 1, keep_mib: int | None =
 
 
 def command(workers: int, worker_threads: int, keep_mib: int | None, ready: Path) -> list[str]:
-    """How to start the service; keep_mib None is its default."""
+    """Return the command that starts the service; keep_mib None leaves the service's default."""
     options = ["--workers", str(workers), "--worker-threads", str(worker_threads)]
     options += ["--port", "0", "--admin-port", "0", "--ready-file", str(ready)]
     if keep_mib is not None:

@@ -1,4 +1,4 @@
-"""The parent's end of the protocol: a measured side is a process; every wait for it has a deadline."""
+"""The parent's end of the protocol: a measured side is a process, and every wait for it has a deadline."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 300.0  # torch.compile compiles meanwhile
+START_S = 300.0  # includes the compile time of torch.compile
 STEPS_S = 600.0
 ANSWER_S = 15.0
-END_S = 60.0  # ours frees its table first
+END_S = 60.0  # ours deletes its table first
 TAIL_CHARS = 600
 
 
 class SideFailed(Exception):
-    """A side that could not be had or broke off; the message becomes its row's reason."""
+    """Failure to start or to run a side; the message becomes its row's reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Times of some steps in ms, and what else each told."""
+    """Times of some steps in ms, and the other numbers that each step reported."""
 
     ms: list[float]
     extra: dict[str, list[float]]
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes: the highest ever, now, and after building before the first step."""
+    """Resident bytes: the peak so far, now, and after building but before the first step."""
 
     peak_bytes: int
     rss_bytes: int
@@ -46,26 +46,26 @@ class Memory:
 
     @property
     def extra_bytes(self) -> int:
-        """What steps needed beyond what was built."""
+        """Bytes that steps needed beyond what was built."""
         return self.peak_bytes - self.built_bytes
 
 
 def python_of(environment: str | None) -> str:
-    """The interpreter of `.venv-ENVIRONMENT`, or this one.
+    """Return the interpreter of `.venv-ENVIRONMENT`, or this one if environment is None.
 
     Raises:
-        SideFailed: the environment was not made.
+        SideFailed: the environment was not created.
     """
     if environment is None:
         return sys.executable
     python = ROOT / f".venv-{environment}" / "bin" / "python"
     if not python.exists():
-        raise SideFailed(f"{python.parent.parent.name} is not there: run `make bench-setup`")
+        raise SideFailed(f"{python.parent.parent.name} does not exist: run `make bench-setup`")
     return str(python)
 
 
 class Side:
-    """A rival process. It starts at once; `ready` waits until it is built and warm, and so does every request."""
+    """A process with a trainer. It starts immediately; `ready` and every request wait until it is built and warm."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class Side:
         self.close()
 
     def ready(self, timeout_s: float = START_S) -> Side:
-        """Wait until it is built and warm.
+        """Wait until the process is built and warm.
 
         Raises:
-            SideFailed: it is not, within the time.
+            SideFailed: it failed, or was not ready within timeout_s.
         """
         if not self._is_ready:
             self.versions = {str(k): str(v) for k, v in self._read(timeout_s)["versions"].items()}
@@ -109,20 +109,20 @@ class Side:
         return self
 
     def step(self, count: int, timeout_s: float = STEPS_S) -> Answer:
-        """Run steps.
+        """Run count steps.
 
         Raises:
-            SideFailed: one failed, or they took longer than the time.
+            SideFailed: a step failed, or the steps took longer than timeout_s.
         """
         found = self._ask({"do": "step", "count": count}, timeout_s)
         return Answer(found["ms"], found.get("extra", {}))
 
     def memory(self) -> Memory:
-        """Its resident memory."""
+        """Return the resident memory of the process."""
         return Memory(**self._ask({"do": "memory"}, ANSWER_S))
 
     def close(self) -> None:
-        """End the process: by the end of its stdin, by force if it does not go. Idempotent."""
+        """End the process by closing its stdin; kill it if it does not exit. Idempotent."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -138,7 +138,7 @@ class Side:
     def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         self.ready()
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # the missing answer will say so
+        with suppress(BrokenPipeError):  # reading the answer will report it
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         return self._read(timeout_s)
@@ -158,13 +158,13 @@ class Side:
                 raise SideFailed(f"{self.name} did not answer in time: {self._tail()}")
             read = os.read(pipe, 1 << 20)
             if not read:
-                raise SideFailed(f"{self.name} ended: {self._tail()}")
+                raise SideFailed(f"{self.name} exited: {self._tail()}")
             self._unread += read
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
     def _tail(self) -> str:
-        """The end of what it wrote to stderr: of a traceback its last line."""
+        """Return the end of the process's stderr; of a traceback, only the last line."""
         self._errors.seek(0)
         text = self._errors.read().decode(errors="replace").strip()
         return text.splitlines()[-1] if "Traceback" in text[-4 * TAIL_CHARS :] else text[-TAIL_CHARS:]

@@ -1,4 +1,4 @@
-"""Resident memory over many sampled steps: its slope in client, front end and each worker, and what /dev/shm holds."""
+"""Resident memory over many sampled steps: its slope in client, front end and workers, and the size of /dev/shm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED = "/dev/shm"
 
 
 def run(num_steps: int, directory: Path) -> dict[str, Any]:
-    """Train, sample every SAMPLE_EVERY steps, and write soak.json."""
+    """Train, sample memory every SAMPLE_EVERY steps, and write soak.json."""
     with Context() as context, context.service() as service, context.ours(service, SHAPE) as trainer:
         trainer.ready()
         pids = {"client": trainer.process.pid, "front end": service.front_pid}
@@ -33,7 +33,7 @@ def run(num_steps: int, directory: Path) -> dict[str, Any]:
 
 
 def sampled(steps: Callable[[], object], pids: Mapping[str, int], num_steps: int) -> dict[str, list[int]]:
-    """Resident bytes of each process, and what /dev/shm holds, after every turn of steps."""
+    """Return the resident bytes of each process, and the size of /dev/shm, after every turn of steps."""
     samples: dict[str, list[int]] = {name: [] for name in ("steps", SHARED, *pids)}
     for done in range(SAMPLE_EVERY, num_steps + 1, SAMPLE_EVERY):
         steps()
@@ -45,7 +45,7 @@ def sampled(steps: Callable[[], object], pids: Mapping[str, int], num_steps: int
 
 
 def judged(samples: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Slopes in bytes a step, and whether all are below the bound and /dev/shm has not grown meanwhile."""
+    """Return slopes in bytes per step; met is True if all are below the limit and /dev/shm has not grown."""
     slopes = {
         name: slope(samples["steps"], values) for name, values in samples.items() if name not in ("steps", SHARED)
     }
@@ -61,10 +61,10 @@ def judged(samples: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def slope(steps: Sequence[int], values: Sequence[int]) -> float:
-    """Least-squares slope over the counted samples."""
+    """Return the least-squares slope over the counted samples."""
     return linear_regression(counted(steps), counted(values)).slope
 
 
 def counted(samples: Sequence[int]) -> Sequence[int]:
-    """The last COUNTED_SHARE of them, two at least."""
+    """Return the last COUNTED_SHARE of the samples, but at least two."""
     return samples[len(samples) - max(2, round(COUNTED_SHARE * len(samples))) :]

@@ -1,7 +1,7 @@
 """Audit every pinned dependency against an advisory service (OSV): `make audit`.
 
-Exit status 0: nothing is known against them, or no service can be reached, which is said aloud. 1: advisories are
-listed, or a dependency could not be audited.
+The exit status is 0 if no advisory is known, or if the service cannot be reached, which is reported. It is 1 if
+advisories are listed, or if a dependency could not be audited.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ QUESTION = b'{"package": {"name": "pip", "ecosystem": "PyPI"}, "version": "1.0"}
 
 
 def unreachable(service: str) -> str | None:
-    """Why a service cannot be asked; None where it answers."""
+    """Return why a service cannot be queried, or None if it answers."""
     request = urllib.request.Request(service, QUESTION, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=REACH_S) as reply:
             reply.read()
     except urllib.error.HTTPError as error:
-        return f"it answers {error.code}"
+        return f"it returned status {error.code}"
     except OSError as error:
         return str(getattr(error, "reason", error))
     return None
 
 
 def main() -> int:
-    """The exit status."""
+    """Run the audit and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--service", default=SERVICE, help="where to ask; a mirror of OSV where there is one")
+    parser.add_argument("--service", default=SERVICE, help="URL of the advisory service: OSV or a mirror of it")
     service = parser.parse_args().service
     why = unreachable(service)
     if why is not None:
-        print(f"AUDIT SKIPPED: no advisory service answers at {service} ({why}); nothing was audited")
+        print(f"AUDIT SKIPPED: no advisory service answered at {service} ({why}); nothing was audited")
         return 0
     command = [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--progress-spinner=off"]
     command += ["--vulnerability-service=osv", f"--osv-url={service}", "--strict"]

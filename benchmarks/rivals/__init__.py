@@ -1,1 +1,1 @@
-"""One module a rival, each run as a process of its own that speaks `benchmarks.rivals.protocol`."""
+"""One module per rival, each run as a separate process that speaks `benchmarks.rivals.protocol`."""

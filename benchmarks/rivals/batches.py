@@ -1,4 +1,4 @@
-"""Random batches of one shape, made before anything is timed. Needs NumPy alone, so every environment can draw them."""
+"""Random batches of one shape, created before anything is timed. Needs only NumPy, so that it runs everywhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-NUM_BATCHES = 8  # enough that nothing of one batch is warm for the next
+NUM_BATCHES = 8  # so many that a batch is out of the caches when it is used again
 SEED = 20_240_607
 
 
 def batches(shape: dict[str, Any], seed: int = SEED) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
-    """Hidden [N, D] and labels [N] without end: a pool that goes round.
+    """Yield hidden [N, D] and labels [N] endlessly, cycling through a pool of batches.
 
-    Labels are log-uniform over the classes, as ids sorted by falling frequency are.
+    Labels are log-uniform over the classes, like ids sorted by falling frequency.
     """
     rng = np.random.default_rng(seed)
     n, d, v = int(shape["N"]), int(shape["D"]), int(shape["V"])

@@ -1,6 +1,6 @@
-"""A second process of a rival, such as its server: it says one JSON line when ready, and ends when its stdin does.
+"""A second process of a rival, such as its server: it writes one JSON line when ready, and ends when its stdin closes.
 
-Only the standard library, as `benchmarks.rivals.protocol`.
+It uses only the standard library, like `benchmarks.rivals.protocol`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STOP_S = 10.0
 
 
 class Child:
-    """`python -m MODULE SHAPE server`, started; ready is what it said."""
+    """A started `python -m MODULE SHAPE server`; ready is the JSON object that it wrote."""
 
     def __init__(self, module: str, shape: Mapping[str, Any]) -> None:
         command = [sys.executable, "-m", module, json.dumps(dict(shape)), "server"]
@@ -29,16 +29,16 @@ class Child:
         line = self.process.stdout.readline() if readable else b""
         if not line:
             self.stop()
-            raise RuntimeError(f"the server of {module} did not say that it is ready")
+            raise RuntimeError(f"the server of {module} did not report that it is ready")
         self.ready: dict[str, Any] = json.loads(line)
 
     def peak_bytes(self) -> int:
-        """The most that was resident in it so far."""
+        """Return the peak resident memory of the process so far, in bytes."""
         with open(f"/proc/{self.process.pid}/status") as status:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
     def stop(self) -> None:
-        """End it: its stdin ends, and it is killed where that is not enough. Idempotent."""
+        """End the process by closing its stdin; kill it if that is not enough. Idempotent."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -49,14 +49,14 @@ class Child:
 
 
 def serve_child(ready: Mapping[str, Any], join: Callable[[], object] = lambda: None) -> None:
-    """Say that the server is ready, do what waits for the parent in turn, and return when the parent is done."""
+    """Report that the server is ready, call join, which may wait for the parent, and return when the parent is done."""
     answer(take_stdout(), ready)
     join()
     sys.stdin.read()
 
 
 def main(make: Callable[[dict[str, Any]], Rival], run_server: Callable[[dict[str, Any]], None]) -> None:
-    """Be the server where argv says so; else the rival, whose `close` ends what it has started."""
+    """Run the server if argv says so, else the rival, whose `close` ends what it has started."""
     if sys.argv[2:] == ["server"]:
         run_server(json.loads(sys.argv[1]))
         return

@@ -1,4 +1,4 @@
-"""A front end of our own over a shard group, in a rival's child process."""
+"""The service's front end over a shard group, in a rival's child process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.rivals.child import serve_child
 
 
 def serve_front_end(group: ShardGroup) -> None:
-    """Serve until stdin ends; then the group is closed."""
+    """Serve until stdin closes, then close the group."""
     server = Server(group, ServerConfig())
     server.start()
     serve_child({"address": server.address})

@@ -1,4 +1,4 @@
-"""The same bytes there and back in one plain unary gRPC call of a protobuf message; only its size limit is raised.
+"""The same bytes sent and returned in one plain unary gRPC call of a protobuf message; only its size limit is raised.
 
 The shape: bytes, each way.
 """
@@ -22,7 +22,7 @@ THREADS = 4
 
 
 class Echo:
-    """The caller, with the server in a child."""
+    """The caller, with the server in a child process."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         self.server = Child(MODULE, shape)
@@ -48,12 +48,12 @@ class Echo:
 
 
 def echo(request: BytesValue, _context: grpc.ServicerContext) -> BytesValue:
-    """What came, read as numbers and written anew."""
+    """Return the received bytes, parsed as numbers and serialised again."""
     return BytesValue(value=np.frombuffer(request.value, np.float32).tobytes())
 
 
 def run_server(_shape: Mapping[str, Any]) -> None:
-    """Answer until stdin ends."""
+    """Answer calls until stdin closes."""
     server = grpc.server(ThreadPoolExecutor(THREADS), options=LIMITS)
     handler = grpc.unary_unary_rpc_method_handler(
         echo, request_deserializer=BytesValue.FromString, response_serializer=BytesValue.SerializeToString

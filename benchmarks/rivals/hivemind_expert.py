@@ -1,7 +1,7 @@
-"""Hivemind: cross entropy over a weight of its own as a remote expert. Runs in .venv-hivemind.
+"""Hivemind: cross entropy over its own weight as a remote expert. Runs in .venv-hivemind.
 
 One step is the trainer's forward and backward; in backward the expert runs its forward again, as hivemind does, and
-then SGD. An expert takes one float tensor, so labels are a column of it: exact up to 2^24 classes.
+then SGD. An expert accepts one float tensor, so labels are a column of it, which is exact up to 2^24 classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ THREADS = 2
 
 
 class Peer(DHT):  # type: ignore[misc]  # hivemind has no types
-    """A peer whose process, a fork of this one, ends with it: hivemind's own would stay where this one is killed."""
+    """A peer whose process, a fork of this one, ends with this one; hivemind's own would outlive it if it is killed."""
 
     def run(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -54,11 +54,11 @@ class Loss(torch.nn.Module):
 
 
 class RemoteLoss:
-    """The trainer: a DHT peer of its own, and the server in a child."""
+    """The trainer: a DHT peer, with the server in a child process."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         torch.set_num_threads(1)
-        # Before the child: the processes that a DHT forks would keep the child's stdin open.
+        # Started before the child, as the processes that a DHT forks would otherwise keep the child's stdin open.
         self.dht = Peer(start=True, host_maddrs=LOOPBACK)
         peers = [str(address) for address in self.dht.get_visible_maddrs()]
         self.server = Child(MODULE, {**shape, "peers": peers})
@@ -81,7 +81,7 @@ class RemoteLoss:
 
 
 def run_server(shape: Mapping[str, Any]) -> None:
-    """Serve the expert until stdin ends."""
+    """Serve the expert until stdin closes."""
     torch.set_num_threads(THREADS)
     dht = Peer(initial_peers=shape["peers"], start=True, host_maddrs=LOOPBACK)
     loss = Loss(shape["V"], shape["D"])

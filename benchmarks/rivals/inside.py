@@ -1,4 +1,4 @@
-"""Another rival, run on a node of `benchmarks.netns`: the shape holds "module", and "inside", what goes before it."""
+"""Another rival, run on a node of `benchmarks.netns`: the shape has its "module", and "inside", the command prefix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def main() -> None:
-    """Become it."""
+    """Replace this process with the rival, run on its node."""
     shape = json.loads(sys.argv[1])
     inside, module = shape.pop("inside"), shape.pop("module")
-    here = ["env", f"--chdir={os.getcwd()}"]  # another mount namespace begins at its root
+    here = ["env", f"--chdir={os.getcwd()}"]  # in another mount namespace the directory would be its root
     command = [*inside, *here, sys.executable, "-m", f"benchmarks.rivals.{module}", json.dumps(shape)]
     os.execvp(command[0], command)
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-FACTOR = 2  # draws at once by candidates wanted; more are drawn where that was too few
+FACTOR = 2  # draws at once per wanted candidate; more are drawn if these are too few
 
 
 def draw(num_sampled: int, num_classes: int) -> tuple[Tensor, int]:
-    """The first num_sampled distinct ids of a log-uniform sequence, ascending, and how many draws they took."""
+    """Return the first num_sampled distinct ids of a log-uniform sequence, ascending, and the number of draws."""
     wide = math.log(num_classes + 1)
     draws = torch.empty(0, dtype=torch.int64)
     while True:
@@ -26,7 +26,7 @@ def draw(num_sampled: int, num_classes: int) -> tuple[Tensor, int]:
 
 
 def log_expected_count(ids: Tensor, num_tries: int, num_classes: int) -> Tensor:
-    """log(1 - (1 - p) ** num_tries) of each id, in float32."""
+    """Return log(1 - (1 - p) ** num_tries) of each id, in float32."""
     ids = ids.double()
     p = ((ids + 2) / (ids + 1)).log_().div_(math.log(num_classes + 1))
     return torch.log(-torch.expm1(num_tries * torch.log1p(-p))).float()

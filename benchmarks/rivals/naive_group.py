@@ -1,6 +1,6 @@
-"""The workers' own code behind plain Ray: `actor.call.remote(...)` and `ray.get`, a part through `ray.put`.
+"""The workers' own code behind plain Ray: `actor.call.remote(...)` and `ray.get`, with parts sent by `ray.put`.
 
-What the service does more on its way to the workers is what ray-naive measures.
+The scenario ray-naive measures how much the service's own path to the workers differs from this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # as ours: what is compared is the way of the calls
+os.environ.setdefault("RAY_worker_niceness", "0")  # as in ours: only the path of the calls is compared
 
 import ray  # reads the variables above
 
@@ -29,14 +29,14 @@ TIMEOUT_S = 120.0
 
 
 def register_tensors() -> None:
-    """Have Ray carry tensors as NumPy buffers, outside the pickle: slower without."""
+    """Have Ray transfer tensors as NumPy buffers outside the pickle, which is faster."""
     ray.util.register_serializer(
         Tensor, serializer=lambda tensor: tensor.numpy(), deserializer=lambda array: torch.from_numpy(array.copy())
     )
 
 
 class Actor:
-    """`Worker` with one thread."""
+    """A `Worker` with one thread."""
 
     def __init__(self, index: int, num_workers: int) -> None:
         register_tensors()
@@ -44,7 +44,7 @@ class Actor:
         self._worker = Worker(index, num_workers)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Answer one verb of `Worker`."""
+        """Call one verb of `Worker` and return its answer."""
         return getattr(self._worker, method)(*args)
 
 
@@ -59,11 +59,11 @@ class Answer:
         return ray.get(self.ref, timeout=timeout_s)
 
     def abandon(self) -> None:
-        """Ray does not take it back."""
+        """Do nothing, as Ray cannot withdraw a call."""
 
 
 class NaiveGroup(FanoutGroup):
-    """W actors on an embedded Ray."""
+    """A group of W actors on an embedded Ray."""
 
     def __init__(self, num_workers: int) -> None:
         super().__init__(num_workers)
@@ -92,15 +92,15 @@ class NaiveGroup(FanoutGroup):
         return Answer(self._actors[worker].call.remote(method, *args))
 
     def backlog(self) -> int:
-        return 0  # nothing is abandoned while nothing fails
+        return 0  # calls are abandoned only if something fails
 
     def stage(self, part: Part) -> Staged:
         staged: Staged = ray.put(part)
         return staged
 
     def echo(self, tensor: Tensor) -> Gathered[Tensor]:
-        """A tensor to every worker, and every worker's copy back."""
-        placed = ray.put(tensor)  # once for all: as fast as an argument of each call, or faster
+        """Send a tensor to every worker and gather every worker's copy."""
+        placed = ray.put(tensor)  # once for all workers: at least as fast as an argument of each call
         return Gathered([Answer(self._actors[w].call.remote("echo", placed)) for w in range(self._num_workers)])
 
     def close(self) -> None:

@@ -1,17 +1,17 @@
-"""Our trainer, written as the README tells a user to: head(hidden, labels), backward, optimizer.step(), zero_grad().
+"""Our trainer, written as in the README: head(hidden, labels), backward, optimizer.step(), zero_grad().
 
-The shape: address; kind "full", "sampled" or "own" (S uniform candidates a row, drawn by the trainer); N, D, V, S, K
-(shards, 0: one a worker), dtype; optimizer "sgd", "adagrad" or "row_adagrad". Optional:
+The shape: address; kind "full", "sampled" or "own" (S uniform candidates per row, drawn by the trainer); N, D, V, S, K
+(shards, 0: one per worker), dtype; optimizer "sgd", "adagrad" or "row_adagrad". Optional:
 
-- trainers: so many, each with a connection and a head of its own, all of one table; a step is one step of each, in
-  threads at once where concurrent is true, else one after another.
+- trainers: number of trainers of the one table, each with its own connection and head. A step is one step of each, in
+  parallel threads if concurrent is true, else one after another.
 - overlap: `optimizer(overlap=True)`, the default here: step() returns before the commit is applied, and the next loss
-  follows it. A step's time is then that of one turn of the loop; the last commit ends within the last step's.
+  follows it. A step's time is then one turn of the loop; the last commit ends within the time of the last step.
 - bias: the table has biases.
-- settle: after such a step wait, by optimizer.synchronize(), until the commit is applied. So the next loss never queues
-  behind the last commit, and visible_ms, the time of head, backward and step(), is what a trainer waits for whose
-  backbone takes at least as long as a commit. ms is the whole step, with the commit.
-- sleep_ms: sleep so long at the end of a step, as a trainer does whose backbone is on a GPU.
+- settle: after such a step, wait with optimizer.synchronize() until the commit is applied. The next loss then never
+  queues behind the last commit, and visible_ms, the time of head, backward and step(), is the waiting time of a trainer
+  whose backbone takes at least as long as a commit. ms is the whole step, including the commit.
+- sleep_ms: sleep this long at the end of a step, like a trainer whose backbone is on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TIMEOUT_S = 300.0
 
 
 class Loss(Protocol):
-    """A head with its candidates, if it draws its own."""
+    """A head, called with candidates if the trainer draws them."""
 
     def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = head.optimizer(lr=LEARNING_RATE, overlap=shape.get("overlap", True))
 
     def step(self) -> dict[str, float]:
-        """One step, and how long each of its three calls took."""
+        """Run one step and return how long each of its three calls took, and their total, in ms."""
         hidden, labels = next(self.batches)
         hidden.grad = None
         start = time.perf_counter()
@@ -78,7 +78,7 @@ class Trainer:
 
 
 def make_loss(shape: dict[str, Any], table: shardloss.Table) -> tuple[Any, Loss]:
-    """The head of a kind, and how it is called."""
+    """Return the head of a kind, and the function that calls it."""
     if shape["kind"] == "full":
         head: Any = table.softmax()
         return head, head
@@ -90,7 +90,7 @@ def make_loss(shape: dict[str, Any], table: shardloss.Table) -> tuple[Any, Loss]
 
 
 def own_candidates(head: Any, n: int, s: int, v: int) -> Loss:
-    """Each row with S uniform candidates of its own, drawn anew for each step."""
+    """Return a loss with S uniform candidates for each row, drawn again for each step."""
     expected = torch.full((n, s), s / v), torch.full((n,), s / v)
 
     def loss(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def own_candidates(head: Any, n: int, s: int, v: int) -> Loss:
 
 
 class Ours:
-    """Trainers of one table that this process makes and deletes."""
+    """Trainers of one table, which this process creates and deletes."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.set_num_threads(1)
@@ -112,7 +112,7 @@ class Ours:
             dim=int(shape["D"]),
             dtype=shape.get("dtype", "float32"),
             bias=bool(shape.get("bias")),
-            placement="mod",  # drawn ids are small ones mostly: so each shard owns as many of them
+            placement="mod",  # most drawn ids are small; this spreads them evenly over the shards
             num_shards=int(shape.get("K", 0)),
             optimizer=OPTIMIZERS[shape.get("optimizer", "sgd")],
         )
@@ -125,7 +125,7 @@ class Ours:
         return {"shardloss": shardloss.__version__, "torch": torch.__version__, "grpcio": grpc.__version__}
 
     def step(self) -> Mapping[str, float]:
-        """One step of each trainer; visible_ms only where the commit may run beside the trainer."""
+        """Run one step of each trainer and return its times; visible_ms only if settle is set."""
         carried = bytes_to(self.port)
         start = time.perf_counter()
         if self.threads is None:
@@ -145,18 +145,18 @@ class Ours:
         return found
 
     def finish(self) -> None:
-        """End the commits that are under way."""
+        """Wait until all pending commits are applied."""
         for trainer in self.trainers:
             trainer.optimizer.synchronize()
 
     def close(self) -> None:
-        """Free the table: the next side may need its memory."""
+        """Delete the table, as the next side may need its memory."""
         with suppress(shardloss.ShardlossError):
             self.client.delete_table(self.name)
 
 
 def main() -> None:
-    """Serve, then free the table."""
+    """Serve requests, then delete the table."""
     made: list[Ours] = []
 
     def make(shape: dict[str, Any]) -> Rival:

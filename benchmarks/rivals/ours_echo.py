@@ -1,7 +1,7 @@
-"""Hidden there and its gradient back: ComputeLoss of a table of 2 rows, so that all but nothing is computed.
+"""Hidden sent and its gradient returned: ComputeLoss of a table of 2 rows, so that almost nothing is computed.
 
-The shape: N and D; and address, or local for a front end of its own whose one shard is a thread: then no worker
-process stands behind the socket.
+The shape: N and D; and address, or local for a front end of its own whose only shard is a thread, so that there is no
+worker process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODULE = "benchmarks.rivals.ours_echo"
 
 
 class Echo:
-    """Hidden [N, D]."""
+    """The caller of ComputeLoss with hidden [N, D]."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         self.server = Child(MODULE, shape) if shape.get("local") else None
@@ -39,7 +39,7 @@ class Echo:
         assert result.hidden_grad.shape == self.hidden.shape
 
     def close(self) -> None:
-        """Free the table, and end a server of its own."""
+        """Delete the table, and end the server if this process started it."""
         self.client.delete_table(self.name)
         self.client.close()
         if self.server is not None:
@@ -47,7 +47,7 @@ class Echo:
 
 
 def run_server(_shape: Mapping[str, Any]) -> None:
-    """A front end whose one shard is a thread, until stdin ends."""
+    """Run a front end whose only shard is a thread, until stdin closes."""
     from shardloss_server.cluster.local import LocalGroup
 
     from benchmarks.rivals.front_end import serve_front_end

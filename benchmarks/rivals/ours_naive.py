@@ -1,6 +1,6 @@
-"""Our trainer against our front end, whose workers stand behind plain Ray (`benchmarks.rivals.naive_group`).
+"""Our trainer against our front end, with the workers behind plain Ray (`benchmarks.rivals.naive_group`).
 
-The shape is that of `benchmarks.rivals.ours`, without an address.
+The shape is that of `benchmarks.rivals.ours` without an address.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUM_WORKERS = 2
 
 
 class OursNaive(Ours):
-    """The trainer, with the front end in a child."""
+    """The trainer, with the front end in a child process."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         self.server = Child(MODULE, shape)
@@ -28,7 +28,7 @@ class OursNaive(Ours):
 
 
 def run_server(_shape: Mapping[str, Any]) -> None:
-    """A front end over plain Ray, until stdin ends."""
+    """Run a front end over plain Ray until stdin closes."""
     from benchmarks.rivals.front_end import serve_front_end
     from benchmarks.rivals.naive_group import NaiveGroup
 

@@ -1,6 +1,6 @@
-"""`ours`, which also tells how long each RPC of a step took, as the trainer sees it: loss_rpc_ms and commit_rpc_ms.
+"""The rival `ours`, which also reports the time of each RPC as the trainer sees it: loss_rpc_ms and commit_rpc_ms.
 
-The shape is that of `ours`, with overlap false: a step then is one loss and one commit, in that order.
+The shape is that of `ours` with overlap false, so that a step is one loss and one commit, in that order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.rivals.protocol import serve
 
 
 class TimedOurs:
-    """A trainer whose channel keeps the times of its calls."""
+    """A trainer whose channel records the times of its calls."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         self.calls_ms: list[float] = []
@@ -39,19 +39,19 @@ class TimedOurs:
         return self.ours.versions()
 
     def step(self) -> Mapping[str, float]:
-        """One step, of one loss and one commit."""
+        """Run one step, which is one loss and one commit, and return its times."""
         self.calls_ms.clear()
         found = self.ours.step()
         loss, commit = self.calls_ms
         return {**found, "loss_rpc_ms": loss, "commit_rpc_ms": commit}
 
     def close(self) -> None:
-        """Free the table."""
+        """Delete the table."""
         self.ours.close()
 
 
 def main() -> None:
-    """Serve, then free the table."""
+    """Serve requests, then delete the table."""
     made: list[TimedOurs] = []
 
     def make(shape: dict[str, Any]) -> TimedOurs:

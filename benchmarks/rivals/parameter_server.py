@@ -1,6 +1,6 @@
-"""A parameter server over torch.distributed.rpc: pull the candidates' rows, compute at the trainer, push gradients.
+"""A parameter server over torch.distributed.rpc: pull the candidates' rows, compute in the trainer, push gradients.
 
-Both processes have two threads, since they never compute at once. Candidates are distinct, as ours are.
+Both processes have two threads, since they never compute at the same time. Candidates are distinct, like ours.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LEARNING_RATE = 0.1
 EPSILON = 1e-10
 THREADS = 2
 TIMEOUT_S = 120
-TABLES: list[Table] = []  # of the server process; remote calls find it here
+TABLES: list[Table] = []  # in the server process; remote calls find the table here
 
 
 class Table:
-    """The rows [V, D] and biases [V] with an accumulator an element."""
+    """The rows [V, D] and biases [V] with one accumulator per element."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         self.rows = torch.empty(num_classes, dim).uniform_(-(dim**-0.5), dim**-0.5)
@@ -38,7 +38,7 @@ class Table:
         self.of_rows, self.of_biases = torch.zeros(num_classes, dim), torch.zeros(num_classes)
 
     def step_(self, ids: Tensor, rows: Tensor, biases: Tensor) -> None:
-        """Adagrad on the rows of ids [M], where a repeated id's gradients are summed first."""
+        """Apply Adagrad to the rows of ids [M]; the gradients of a repeated id are summed first."""
         distinct, place = torch.unique(ids, return_inverse=True)
         for values, accumulator, gradient in ((self.rows, self.of_rows, rows), (self.biases, self.of_biases, biases)):
             summed = torch.zeros(len(distinct), *gradient.shape[1:]).index_add_(0, place, gradient)
@@ -48,18 +48,18 @@ class Table:
 
 
 def pull(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [M, D] and biases [M]; runs at the server."""
+    """Return rows [M, D] and biases [M]; runs on the server."""
     table = TABLES[0]
     return table.rows.index_select(0, ids), table.biases.index_select(0, ids)
 
 
 def push(ids: Tensor, rows: Tensor, biases: Tensor) -> None:
-    """Apply the gradients of rows; runs at the server."""
+    """Apply the gradients of rows; runs on the server."""
     TABLES[0].step_(ids, rows, biases)
 
 
 def distinct_log_uniform(rng: np.random.Generator, num_sampled: int, num_classes: int) -> tuple[Tensor, int]:
-    """The first num_sampled distinct ids of a row of log-uniform draws, and how many draws that took."""
+    """Return the first num_sampled distinct ids of a sequence of log-uniform draws, and the number of draws."""
     count = 3 * num_sampled
     while True:
         drawn = np.exp(rng.random(count) * math.log(num_classes + 1.0)).astype(np.int64) - 1
@@ -71,13 +71,13 @@ def distinct_log_uniform(rng: np.random.Generator, num_sampled: int, num_classes
 
 
 def log_expected(ids: Tensor, num_tries: int, num_classes: int) -> Tensor:
-    """log Q of distinct log-uniform draws."""
+    """Return log Q of distinct log-uniform draws."""
     p = torch.log((ids + 2.0) / (ids + 1.0)) / math.log(num_classes + 1.0)
     return torch.log(-torch.expm1(num_tries * torch.log1p(-p)))
 
 
 class Trainer:
-    """The trainer's side, with the server in a child."""
+    """The trainer's side, with the server in a child process."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         torch.set_num_threads(THREADS)
@@ -107,7 +107,7 @@ class Trainer:
         return {"wire_bytes": 2 * (ids.nbytes + rows.nbytes + biases.nbytes)}
 
     def finish(self) -> None:
-        """Wait for the push under way: the next pull must see it."""
+        """Wait for the pending push, as the next pull must see it."""
         if self.pushed is not None:
             self.pushed.wait()
             self.pushed = None
@@ -129,9 +129,10 @@ class Trainer:
 
 
 def start_rpc(name: str, rank: int, meeting: str) -> None:
-    """Join the two processes over TCP: torch's first choice, shared memory, keeps a core busy in each while it waits.
+    """Join the two processes over TCP.
 
-    It was slower for it, and would have slowed whoever is measured in between.
+    Torch's first choice, shared memory, keeps a core busy in each process while it waits. That made it slower, and
+    would also slow down the side that is measured in between.
     """
     options = rpc.TensorPipeRpcBackendOptions(
         init_method=f"file://{meeting}", rpc_timeout=TIMEOUT_S, _transports=["uv"], _channels=["basic"]
@@ -140,10 +141,10 @@ def start_rpc(name: str, rank: int, meeting: str) -> None:
 
 
 def run_server(shape: Mapping[str, Any]) -> None:
-    """Hold the table until stdin ends."""
+    """Serve the table until stdin closes."""
     torch.set_num_threads(THREADS)
     TABLES.append(Table(shape["V"], shape["D"]))
-    # Said before it joins: joining waits for the trainer, which waits for this.
+    # Reported before joining: joining waits for the trainer, which waits for this report.
     serve_child({"ready": True}, lambda: start_rpc(SERVER, 0, shape["meeting"]))
     rpc.shutdown(graceful=False)
 

@@ -1,4 +1,4 @@
-"""A tensor to both workers and every worker's copy back: group "service" is the service's own, "naive" plain Ray.
+"""A tensor sent to both workers and returned by each: group "service" is the service's own, "naive" is plain Ray.
 
 The shape: group; bytes of the tensor.
 """
@@ -20,7 +20,7 @@ TIMEOUT_S = 60.0
 
 
 class Group(Protocol):
-    """What both groups can do."""
+    """The interface that both groups have."""
 
     def echo(self, tensor: Tensor) -> Gathered[Tensor]: ...
 
@@ -28,7 +28,7 @@ class Group(Protocol):
 
 
 class Fanout:
-    """One round of the fan-out is one step."""
+    """A rival whose step is one round of the fan-out."""
 
     def __init__(self, group: Group, num_bytes: int) -> None:
         self.group, self.tensor = group, torch.randn(num_bytes // 4)
@@ -42,7 +42,7 @@ class Fanout:
 
 
 def make_group(name: str) -> Group:
-    """Each starts a Ray of its own."""
+    """Return the named group, which starts its own Ray."""
     if name == "naive":
         from benchmarks.rivals.naive_group import NaiveGroup
 
@@ -53,7 +53,7 @@ def make_group(name: str) -> Group:
 
 
 def main() -> None:
-    """Serve, then end the workers."""
+    """Serve requests, then end the workers."""
     groups: list[Group] = []
 
     def make(shape: dict[str, Any]) -> Rival:

@@ -1,12 +1,12 @@
-"""One shard's full-softmax step against the three bare GEMMs it cannot do without, alternating, one thread, no service.
+"""One shard's full-softmax step against the three bare GEMMs that it needs, alternating, on one thread, no service.
 
-The shape: N, D, V (of the shard: half of the table's), dtype. A step, its "ms", is `ShardTable.score` and `apply_` of
-SGD. gemm_ms is the same products by torch.mm into preallocated outputs, in chunks of the vocabulary of whatever size is
-fastest here:
+The shape: N, D, V (of the shard: half of the table's), dtype. A step's "ms" is the time of `ShardTable.score` and of
+`apply_` with SGD. gemm_ms is the time of the same products by torch.mm into preallocated outputs, in chunks of the
+vocabulary of the size that is fastest here:
 
     logits [N, C] = h @ W_c.T;  hidden gradient [N, D] += E @ W_c;  row gradient [C, D] = E.T @ h
 
-Extra numbers rather than a second process: the two share the machine's state of the very moment.
+The GEMM times are extra numbers rather than those of a second process, so that both see the same state of the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRIES = 2
 
 
 class Gemms:
-    """The three products over rows [V, D], with every output made before."""
+    """The three products over rows [V, D], with every output preallocated."""
 
     def __init__(self, rows: Tensor, n: int) -> None:
         self.rows, self.row_grad = rows, torch.empty_like(rows)
@@ -43,7 +43,7 @@ class Gemms:
         self.logits = rows.new_empty(0)
 
     def take_fastest(self, hidden: Tensor) -> None:
-        """Choose the chunk by trial."""
+        """Time every chunk size and choose the fastest."""
         times = {}
         for chunk in CHUNKS:
             self.set_chunk(chunk)
@@ -51,12 +51,12 @@ class Gemms:
         self.set_chunk(min(times, key=lambda chunk: times[chunk]))
 
     def set_chunk(self, chunk: int) -> None:
-        """Make the logits [N, C] of a chunk's size; what stands there is multiplied, so it is finite."""
+        """Allocate the logits [N, C] of a chunk as zeros: they are multiplied, so they must be finite."""
         self.chunk = min(chunk, len(self.rows))
         self.logits = self.rows.new_zeros(self.n * self.chunk)
 
     def step(self, hidden: Tensor) -> None:
-        """Three GEMMs a chunk."""
+        """Run three GEMMs per chunk."""
         for rows, row_grad in zip(
             torch.split(self.rows, self.chunk), torch.split(self.row_grad, self.chunk), strict=True
         ):
@@ -67,7 +67,7 @@ class Gemms:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Milliseconds of one call."""
+    """Return the milliseconds of one call."""
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)
@@ -86,7 +86,7 @@ class ShardFloor:
         spec = TableSpec("floor", num_classes, dim, dtype, False, placement, initializer, OptimizerSpec("sgd"))
         with torch.inference_mode():
             self.table = ShardTable(spec, 0, 1)
-            # Hidden as the front end hands it on: in the table's compute dtype. Labels of the whole table.
+            # Hidden is in the table's compute dtype, as the front end sends it; labels are of the whole table.
             self.batches = tensors({**shape, "V": num_classes, "dtype": "float32"})
             self.gemms = Gemms(self.table.weights.to(LOSS_DTYPES[dtype], copy=True), int(shape["N"]))
             self.gemms.take_fastest(self._next()[0].to(self.gemms.rows.dtype))
@@ -95,7 +95,7 @@ class ShardFloor:
         return {"torch": torch.__version__}
 
     def step(self) -> Mapping[str, float]:
-        """One of each."""
+        """Run one step of the shard and one of the GEMMs, and return both times in ms."""
         with torch.inference_mode():
             hidden, labels = self._next()
             ours = timed(lambda: self._shard_step(hidden, labels))

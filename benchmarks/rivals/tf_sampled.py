@@ -1,7 +1,8 @@
 """TensorFlow's sampled softmax with sparse Adagrad, all in one tf.function. Runs in .venv-tensorflow.
 
-The update is TensorFlow's own sparse kernel after summing repeated rows, as its AdagradOptimizer of version 1 does.
-Keras 3's Adagrad takes the root of the whole accumulator each step: 3.5 times as slow at V = 300k, and more with V.
+The update sums repeated rows and then uses TensorFlow's own sparse kernel, like its AdagradOptimizer of version 1.
+Keras 3's Adagrad takes the root of the whole accumulator in each step, which is 3.5 times as slow at V = 300k and gets
+slower with V.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import tensorflow as tf  # reads the variables above
 LEARNING_RATE = 0.1
 FIRST_ACCUMULATOR = 0.1
 EPSILON = 1e-10
-THREADS = 2  # inside an op; ops one after another: two at once were no faster
+THREADS = 2  # inside an op; ops run one after another, as two at once were no faster
 
 
 class SampledSoftmax:
-    """[V, D] and [V] with their accumulators."""
+    """The weights [V, D] and biases [V] with their accumulators."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
@@ -47,7 +48,7 @@ class SampledSoftmax:
 
     def step(self) -> None:
         _, hidden_grad = self.graph(*next(self.batches))
-        hidden_grad.numpy()  # waits for it
+        hidden_grad.numpy()  # waits for the result
 
     def _step(self, hidden: Any, labels: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
@@ -65,7 +66,7 @@ class SampledSoftmax:
 
 
 def adagrad(variable: Any, accumulator: Any, gradient: Any) -> None:
-    """Step the rows of an IndexedSlices gradient, repeated rows summed first."""
+    """Update the rows of an IndexedSlices gradient; repeated rows are summed first."""
     ids, place = tf.unique(gradient.indices)
     summed = tf.math.unsorted_segment_sum(gradient.values, place, tf.shape(ids)[0])
     tf.raw_ops.ResourceSparseApplyAdagradV2(

@@ -15,7 +15,7 @@ LOSS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def tensors(shape: dict[str, Any], seed: int = SEED) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden [N, D], a leaf that wants its gradient, and labels [N], without end."""
+    """Yield hidden [N, D], a leaf that requires its gradient, and labels [N], endlessly."""
     dtype = LOSS_DTYPES[str(shape.get("dtype", "float32"))]
     pool = [
         (torch.from_numpy(hidden).to(dtype).requires_grad_(), torch.from_numpy(labels))
@@ -25,7 +25,7 @@ def tensors(shape: dict[str, Any], seed: int = SEED) -> Iterator[tuple[Tensor, T
 
 
 def fresh_rows(shape: dict[str, Any]) -> Tensor:
-    """First rows [V, D], uniform on +-1/sqrt(D) as a table's."""
+    """Return initial rows [V, D], uniform on +-1/sqrt(D) like a table's."""
     generator = torch.Generator().manual_seed(SEED)
     rows = torch.empty(int(shape["V"]), int(shape["D"])).uniform_(-1, 1, generator=generator)
     return rows.mul_(shape["D"] ** -0.5).to(LOSS_DTYPES[str(shape.get("dtype", "float32"))])

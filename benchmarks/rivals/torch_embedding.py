@@ -1,4 +1,4 @@
-"""What the local sampled losses in torch share: a sparse embedding, torch.optim.Adagrad and a step over a batch."""
+"""The base of the local sampled losses in torch: a sparse embedding, torch.optim.Adagrad and a step over a batch."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ class TorchEmbedding(ABC):
 
     @abstractmethod
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
+        """Return the mean loss of a batch."""

@@ -1,11 +1,11 @@
-"""The local exact softmax in torch with SGD, as a trainer writes it.
+"""The local exact softmax in torch with SGD, written as in a trainer.
 
 The shape: N, D, V, dtype, and form:
 
 - "eager": F.cross_entropy(h @ W.T, y);
 - "compile": torch.compile of the same function, forward and backward;
-- "lce": F.linear_cross_entropy as it is called without options, which is torch's reference path;
-- "lce_chunked": F.linear_cross_entropy with LinearCrossEntropyOptions() at its defaults, the path that holds no [N, V].
+- "lce": F.linear_cross_entropy called without options, which is torch's reference path;
+- "lce_chunked": F.linear_cross_entropy with default LinearCrossEntropyOptions(), which never materialises [N, V].
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """The loss of the table in the issue."""
+    """Return the mean loss, from materialised logits [N, V]."""
     return F.cross_entropy(hidden @ rows.T, labels)
 
 
 def chunked(hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """torch's own chunked loss."""
+    """Return the mean loss by torch's own chunked function."""
     return F.linear_cross_entropy(hidden, rows, labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -44,7 +44,7 @@ FORMS: dict[str, Callable[[], LossOf]] = {
 
 
 class TorchFull:
-    """W [V, D] as a parameter, and one optimizer."""
+    """The parameter W [V, D] and its optimizer."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.set_num_threads(int(shape.get("threads", THREADS)))

@@ -1,7 +1,7 @@
-"""The local sampled softmax in torch, each row with its own candidates: sparse embedding, bmm, torch.optim.Adagrad.
+"""The local sampled softmax in torch with candidates for each row: sparse embedding, bmm and torch.optim.Adagrad.
 
-The shape: N, D, V, S. Each row has S uniform candidates, drawn anew for each step. log Q is the same for every class
-and so cancels; a candidate that is its row's label is masked. There are no biases.
+The shape: N, D, V, S. Each row has S uniform candidates, drawn again for each step. log Q is the same for every class
+and cancels; a candidate that is its row's label is masked. There are no biases.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
 class TorchOwn(TorchEmbedding):
-    """Its loss; the rest is shared."""
+    """The sampled softmax with candidates for each row; the base class has the rest."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean sampled softmax loss of a batch: one gather [N, 1 + S, D], one bmm."""
+        """Return the mean sampled softmax loss of a batch: one gather [N, 1 + S, D], one bmm."""
         sampled = torch.randint(self.v, (self.n, self.s))
         ids = torch.cat([labels[:, None], sampled], 1)
         logits = torch.bmm(self.embedding(ids), hidden[:, :, None])[:, :, 0]

@@ -1,6 +1,6 @@
-"""The local sampled softmax in torch: a sparse embedding and torch.optim.Adagrad, one gather and one GEMM a step.
+"""The local sampled softmax in torch: a sparse embedding and torch.optim.Adagrad, one gather and one GEMM per step.
 
-The shape: N, D, V, S. Candidates are distinct and log-uniform, drawn anew for each step; logits are corrected by
+The shape: N, D, V, S. Candidates are distinct and log-uniform, drawn again for each step; logits are corrected by
 -log Q, and a candidate that is a row's label is masked in that row. There are no biases.
 """
 
@@ -16,10 +16,10 @@ from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
 class TorchSampled(TorchEmbedding):
-    """Its loss; the rest is shared."""
+    """The sampled softmax with candidates shared by the batch; the base class has the rest."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean sampled softmax loss of a batch."""
+        """Return the mean sampled softmax loss of a batch."""
         sampled, num_tries = draw(self.s, self.v)
         ids = torch.cat([labels, sampled])
         log_q = log_expected_count(ids, num_tries, self.v)
@@ -30,7 +30,10 @@ class TorchSampled(TorchEmbedding):
 
 
 def mask_hits(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tensor:
-    """logits [N, S] with -inf where a candidate is the row's label; sampled ascend and are distinct: one hit a row."""
+    """Mask logits [N, S] with -inf where a candidate is the row's label.
+
+    The sampled ids ascend and are distinct, so a row has at most one hit.
+    """
     places = torch.searchsorted(sampled, labels).clamp_(max=len(sampled) - 1)
     hit_rows = (sampled[places] == labels).nonzero()[:, 0]
     return logits.index_put_((hit_rows, places[hit_rows]), logits.new_tensor(float("-inf")))

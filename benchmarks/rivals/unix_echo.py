@@ -1,4 +1,4 @@
-"""The same bytes there and back over a bare Unix socket, into buffers made once: what the kernel's copies cost alone.
+"""The same bytes sent and returned over a bare Unix socket, with reused buffers: the cost of the kernel's copies alone.
 
 The shape: bytes, each way.
 """
@@ -17,7 +17,7 @@ MODULE = "benchmarks.rivals.unix_echo"
 
 
 class Echo:
-    """The caller, with the server in a child."""
+    """The caller, with the server in a child process."""
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         self.directory = tempfile.TemporaryDirectory()
@@ -42,7 +42,7 @@ class Echo:
 
 
 def receive(source: socket.socket, buffer: bytearray) -> bool:
-    """Fill a buffer; False where the other end has closed."""
+    """Fill a buffer; return False if the other end has closed."""
     left = memoryview(buffer)
     while left:
         count = source.recv_into(left)
@@ -53,7 +53,7 @@ def receive(source: socket.socket, buffer: bytearray) -> bool:
 
 
 def run_server(shape: Mapping[str, Any]) -> None:
-    """Send back what comes until the caller closes."""
+    """Echo the received bytes until the caller closes the connection."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(shape["path"])
     listener.listen(1)

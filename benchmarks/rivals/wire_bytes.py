@@ -1,4 +1,4 @@
-"""Bytes that this process's TCP connections carried, as the kernel counts them."""
+"""Bytes that this process's TCP connections carried, as counted by the kernel."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ COUNTERS = struct.Struct("=QQ")
 
 
 def bytes_to(port: int) -> int | None:
-    """Bytes sent to and received from a port over the TCP connections open now; None where there is none."""
+    """Return the bytes sent to and received from a port over open TCP connections; None if there are none."""
     found = [count for fd in open_fds() if (count := connection_bytes(fd, port)) is not None]
     return sum(found) if found else None
 
 
 def open_fds() -> list[int]:
-    """File descriptors of this process."""
+    """Return the file descriptors of this process."""
     return [int(name) for name in os.listdir("/proc/self/fd")]
 
 
 def connection_bytes(fd: int, port: int) -> int | None:
-    """Both directions of one TCP connection to a port; None for anything else."""
+    """Return the bytes of one TCP connection to a port, both ways; None for any other descriptor."""
     try:
         connection = socket.socket(fileno=fd)
     except OSError:
-        return None  # no socket
+        return None  # not a socket
     try:
         if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.getpeername()[1] != port:
             return None
@@ -34,6 +34,6 @@ def connection_bytes(fd: int, port: int) -> int | None:
         sent, received = COUNTERS.unpack_from(counted, BYTES_ACKED)
         return int(sent + received)
     except OSError:
-        return None  # it listens, or has just gone
+        return None  # a listening socket, or one that was just closed
     finally:
-        connection.detach()  # it belongs to whoever opened it
+        connection.detach()  # the descriptor belongs to the code that opened it

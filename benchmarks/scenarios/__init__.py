@@ -32,7 +32,7 @@ SCENARIOS: dict[str, Scenario] = {
     "scale-K": scale.scale_k,
     "shard-floor": floor.shard_floor,
 }
-NOT_IN_QUICK = {  # the code of others at other sizes, and two that start Ray several times; tests run what those do
+NOT_IN_QUICK = {  # other scenarios' code at other sizes, and two that start Ray several times, which tests cover
     "full-100k-wide",
     "sampled-1k",
     "sampled-16k",

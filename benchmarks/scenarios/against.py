@@ -1,4 +1,4 @@
-"""The service against one rival that has to be started for it, and may not be there."""
+"""A comparison of the service with one rival that has to be started for it and may be unavailable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.context import Context
 from benchmarks.row import Row, missing
 from benchmarks.side import Side, SideFailed
 
-# What the service sets at its start, for processes that hold its parts in another house, and for all that they start.
+# The service's own allocator settings, for processes that run parts of it without its start-up, and for their children.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
@@ -23,7 +23,7 @@ def against(
     start: Callable[[], AbstractContextManager[Side]],
     **more: Any,
 ) -> Row:
-    """The row of our trainer of a shape against what start() starts; a row with its reason where it cannot be had."""
+    """Compare our trainer of a shape with the side of start(); if that is unavailable, the row has the reason."""
     try:
         with start() as theirs, context.service() as service, context.ours(service, {**shape, **ours}) as trainer:
             return context.row(scenario, rival, shape, trainer, nullcontext(theirs), **more)

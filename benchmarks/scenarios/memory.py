@@ -1,4 +1,4 @@
-"""Memory of a wide exact softmax over a million classes: what a shard needs beyond its rows."""
+"""Memory of a wide exact softmax over a million classes: the bytes that a shard needs beyond its rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SCENARIO, RIVAL = "full-1M-memory", "eager torch"
 
 
 def full_1m_memory(context: Context) -> list[Row]:
-    """Highest resident memory of a worker in a step less its memory with the table made, against eager torch's alike.
+    """Compare a worker's extra memory in a step, its peak minus its memory with the table, with that of eager torch.
 
-    The service is one that keeps nothing between a loss and its step, but computes anew. A step of a tiny table comes
-    first, which loads what any step loads.
+    The service keeps nothing between a loss and its step, but computes it again. A step of a tiny table runs first, to
+    load what every step loads.
     """
     shape = shape_of(context, 1024, 1_000_000)
     try:
@@ -36,12 +36,12 @@ def full_1m_memory(context: Context) -> list[Row]:
 
 
 def extra_of_worker(context: Context, service: Service, shape: dict[str, Any]) -> tuple[int, str]:
-    """Largest extra bytes of any worker, and a note of what they are above the rows alone."""
+    """Return the largest extra bytes of any worker, and a note on its peak above the table's rows."""
     with context.ours(service, {**ours_of(shape), "N": 4, "V": 1000}) as tiny:
         tiny.ready()
     workers = service.worker_pids()
     if not workers:
-        raise SideFailed("no worker process was found below the service")
+        raise SideFailed("no worker process was found among the service's descendants")
     empty = {pid: memory_of(pid, "VmRSS") for pid in workers}
     with context.ours(service, {**ours_of(shape), "warm_steps": 0}) as ours:
         ours.ready()
@@ -52,11 +52,11 @@ def extra_of_worker(context: Context, service: Service, shape: dict[str, Any]) -
         peaks = {pid: memory_of(pid, "VmHWM") for pid in workers}
     shard_bytes = 4 * shape["D"] * shape["V"] // len(workers)
     above_rows = max(peaks[pid] - empty[pid] - shard_bytes for pid in workers)
-    note = f"a worker's peak is {above_rows / 1e6:.0f} MB above what it had without the table and the table's rows"
+    note = f"a worker's peak is {above_rows / 1e6:.0f} MB above its memory without the table plus the table's rows"
     return max(peaks[pid] - made[pid] for pid in workers), note
 
 
 def forget_peak(pid: int) -> None:
-    """Let VmHWM start from the present memory: the filling of the table is no step. Kept where the kernel refuses."""
+    """Reset VmHWM to the current memory, as filling the table is not part of a step. The kernel may refuse this."""
     with suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Four workers on two nodes, the front end on a third, against all on one node: time, and bytes on their cables."""
+"""Four workers on two nodes with the front end on a third, against all on one node: time, and bytes on the cables."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from benchmarks.side import ROOT, Side, SideFailed
 from examples.cities.service import STOP_S, ServiceFailed, stop, wait_ready
 
 N, D, K = 1024, 256, 4
-CPUS_OF_NODES = (0, 2, 2)  # the head, where front end and trainer run, holds no shard
+CPUS_OF_NODES = (0, 2, 2)  # the head runs the front end and the trainer, and holds no shard
 NUM_NODES = 2
 COUNTED_STEPS = 10
 RIVAL = "all on one node"
 
 
 def nodes(context: Context) -> list[Row]:
-    """Full softmax with SGD."""
+    """Compare three nodes with one for a full softmax with SGD."""
     shape = {"N": N, "D": D, "V": 20_000 if context.quick else 100_000, "S": None, "K": K, "dtype": "float32"}
     trained = {**shape, "kind": "full", "optimizer": "sgd"}
     try:
@@ -45,13 +45,13 @@ def nodes(context: Context) -> list[Row]:
 
 
 def inside(made: Cluster, service: Service) -> dict[str, Any]:
-    """What has our trainer run beside the front end."""
+    """Return the options with which our trainer runs on the front end's node."""
     return {"module": "ours", "inside": made.nodes[0].inside(), "address": service.address}
 
 
 @contextmanager
 def serving_on(made: Cluster, *options: str) -> Iterator[Service]:
-    """The service, its front end on the head."""
+    """Start the service, with its front end on the head, and yield it."""
     with TemporaryDirectory(prefix="bench-") as directory:
         ready, log = Path(directory) / "ready", Path(directory) / "log"
         with log.open("wb") as out:
@@ -73,7 +73,7 @@ def serving_on(made: Cluster, *options: str) -> Iterator[Service]:
 
 
 def end_inside(process: subprocess.Popen[bytes]) -> None:
-    """End in order what nsenter runs: it passes no signal on."""
+    """Send SIGTERM to the process that nsenter runs and wait for it, as nsenter forwards no signals."""
     for child in descendants_of(process.pid)[:1]:
         os.kill(child, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -81,7 +81,7 @@ def end_inside(process: subprocess.Popen[bytes]) -> None:
 
 
 def carried(made: Cluster, side: Side) -> dict[str, Any]:
-    """Bytes of a step on the cables of the nodes that hold shards, and a note that says what they compare with."""
+    """Measure the bytes per step on the cables of the nodes with shards, and note what to compare them with."""
     before = [node.carried_bytes() for node in made.nodes[1:]]
     side.step(COUNTED_STEPS)
     after = [node.carried_bytes() for node in made.nodes[1:]]
@@ -90,7 +90,7 @@ def carried(made: Cluster, side: Side) -> dict[str, Any]:
     )
     hidden_mb = 4e-6 * N * D
     note = (
-        f"a step carries {1e-6 * to_nodes:.2f} MB to the nodes and {1e-6 * from_nodes:.2f} MB back; "
+        f"a step sends {1e-6 * to_nodes:.2f} MB to the nodes and {1e-6 * from_nodes:.2f} MB back; "
         f"nodes * N * D is {NUM_NODES * hidden_mb:.2f} MB, K * N * D {K * hidden_mb:.2f} MB"
     )
     return {"wire_bytes": to_nodes + from_nodes, "note": note}

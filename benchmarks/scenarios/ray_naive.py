@@ -1,4 +1,4 @@
-"""The same shards behind plain Ray: the bare fan-out, and a whole step below the same front end."""
+"""The same shards behind plain Ray: the bare fan-out, and a whole step behind the same front end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.scenarios.foreign import ADAGRAD, shape_of
 from benchmarks.side import SideFailed
 
 FANOUT_BYTES = {"0.13 MB": 1 << 17, "1 MB": 1 << 20}
-ECHO = "to both workers and the same size back from each"
+ECHO = "sent to both workers, and the same size returned by each"
 
 
 def ray_naive(context: Context) -> list[Row]:
-    """Two fan-outs, one step."""
+    """Compare fan-outs of two sizes, and one step."""
     sizes = list(FANOUT_BYTES.items())[1 if context.quick else 0 :]
     rows = [fanout(context, size, num_bytes) for size, num_bytes in sizes]
     shape = shape_of(256, 128, 100_000 if context.quick else 1_000_000, 1024)
@@ -25,7 +25,7 @@ def ray_naive(context: Context) -> list[Row]:
 
 
 def fanout(context: Context, size: str, num_bytes: int) -> Row:
-    """One echo: of the service's group and of a plain one, each over a Ray of its own."""
+    """Compare an echo of the service's group with one of a plain group, each with its own Ray."""
     shape: dict[str, Any] = {"bytes": num_bytes, "K": 2, "dtype": "float32"}
     rival = f"fan-out of {size}"
     sides = [

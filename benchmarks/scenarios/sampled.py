@@ -14,12 +14,12 @@ QUICK_V = 100_000
 
 
 def shape_of(context: Context, s: int) -> dict[str, Any]:
-    """N, D, V, S, K, dtype of a row."""
+    """Return N, D, V, S, K and dtype of a row."""
     return {"N": N, "D": D, "V": QUICK_V if context.quick else V, "S": s, "K": K, "dtype": "float32"}
 
 
 def sampled(context: Context, scenario: str, s: int) -> list[Row]:
-    """Element-wise Adagrad, then our row-wise Adagrad against the same rival."""
+    """Compare element-wise Adagrad, then our row-wise Adagrad, with the same rival."""
     shape = shape_of(context, s)
     forms = {"torch sparse Adagrad": "adagrad", "torch sparse Adagrad, ours row-wise": "row_adagrad"}
     rows: list[Row] = []
@@ -34,22 +34,22 @@ def sampled(context: Context, scenario: str, s: int) -> list[Row]:
 
 
 def sampled_1k(context: Context) -> list[Row]:
-    """1,024 candidates."""
+    """Compare at 1,024 candidates."""
     return sampled(context, "sampled-1k", 1024)
 
 
 def sampled_4k(context: Context) -> list[Row]:
-    """4,096 candidates."""
+    """Compare at 4,096 candidates."""
     return sampled(context, "sampled-4k", 4096)
 
 
 def sampled_16k(context: Context) -> list[Row]:
-    """16,384 candidates."""
+    """Compare at 16,384 candidates."""
     return sampled(context, "sampled-16k", 16384)
 
 
 def sampled_own(context: Context) -> list[Row]:
-    """256 uniform candidates of each row's own, drawn by the trainer."""
+    """Compare at 256 uniform candidates per row, drawn by the trainer."""
     shape = shape_of(context, 256)
     with (
         context.service() as service,

@@ -1,4 +1,4 @@
-"""What more classes cost a sampled step, and what more shards cost an exact one."""
+"""The cost of more classes in a sampled step, and of more shards in an exact step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.side import SideFailed
 
 
 def scale_v(context: Context) -> list[Row]:
-    """sampled-4k over ever more classes against itself over 100k."""
+    """Compare sampled-4k over more and more classes with itself over 100k classes."""
     base, *larger = (20_000, 200_000) if context.quick else (100_000, 1_000_000, 10_000_000)
     rows = []
     for v in larger:
@@ -26,9 +26,9 @@ def scale_v(context: Context) -> list[Row]:
 
 
 def scale_k(context: Context) -> list[Row]:
-    """full-1M over K workers of one thread against one worker of two, all of them on the two cores of the run.
+    """Compare full-1M on K workers of one thread with one worker of two threads, all on the two cores of the run.
 
-    Both services are there at once and measured in turns. The overhead of a shard is the extra time by K.
+    Both services run at the same time and are measured in turns. The overhead per shard is the extra time divided by K.
     """
     rows = []
     for k in (4,) if context.quick else (2, 4, 8):
@@ -42,7 +42,7 @@ def scale_k(context: Context) -> list[Row]:
 
 
 def against_one_worker(context: Context, name: str, shape: dict[str, Any]) -> Row:
-    """One row, with the overhead of a shard in its note."""
+    """Return one row, with the overhead per shard in its note."""
     k, ours = shape["K"], full.ours_of(shape)
     with (
         context.service(workers=1, worker_threads=2) as one,
@@ -53,9 +53,9 @@ def against_one_worker(context: Context, name: str, shape: dict[str, Any]) -> Ro
     if row.ours_ms is None or row.rival_ms is None:
         return row
     overhead = (row.ours_ms - row.rival_ms) / k
-    return row.but(note=f"{row.note} {overhead:+.2f} ms a shard".strip())
+    return row.but(note=f"{row.note} {overhead:+.2f} ms per shard".strip())
 
 
 def short(count: int) -> str:
-    """100k, 1M, 10M."""
+    """Format a count as 100k, 1M or 10M."""
     return f"{count // 1_000_000}M" if count >= 1_000_000 else f"{count // 1000}k"

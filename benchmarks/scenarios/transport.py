@@ -1,4 +1,4 @@
-"""Hidden there and its gradient back, through the service, against one plain gRPC call and a bare Unix socket."""
+"""Hidden sent and its gradient returned through the service, against one plain gRPC call and a bare Unix socket."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIZES = {
 DIM = 1024
 QUICK_SIZES = WITHOUT_WORKERS = ("2.1 MB",)
 RIVALS = {"unary call": "grpc_echo", "bare Unix socket": "unix_echo"}
-WHOLE = "ours is a ComputeLoss over 2 classes: validation and a fan-out to one worker are in it, little is computed"
-SOCKET = "ours without Ray: its one shard is a thread of the front end"
-LEG = "not the service: the rival's own call, with the allocator settings that client and server set at their start"
+WHOLE = "ours is a ComputeLoss over 2 classes: it includes validation and a fan-out to one worker, and computes little"
+SOCKET = "ours without Ray: its only shard is a thread of the front end"
+LEG = "not the service: the rival's own call, with the allocator settings of our client and server"
 
 
 def transport(context: Context) -> list[Row]:
-    """Each size against each rival; what the wire alone takes; one size without a worker process."""
+    """Compare each size with each rival and with the wire alone, and one size without a worker process."""
     rows: list[Row] = []
     for size in QUICK_SIZES if context.quick else SIZES:
         with context.service() as service:
@@ -38,7 +38,7 @@ def transport(context: Context) -> list[Row]:
 
 
 def settings_alone(context: Context, size: str) -> Row:
-    """The plain call with our allocator settings against itself without them."""
+    """Compare the plain call with our allocator settings to itself without them."""
     shape = {"bytes": SIZES[size]}
     name = f"unary call, {size}, settings alone"
     try:
@@ -49,10 +49,10 @@ def settings_alone(context: Context, size: str) -> Row:
 
 
 def echoes(context: Context, size: str, where: dict[str, Any], suffix: str, note: str) -> list[Row]:
-    """One size against both rivals."""
+    """Compare one size with both rivals."""
     shape = {"bytes": SIZES[size], "N": SIZES[size] // (4 * DIM), "D": DIM, "V": 2, "K": 1, "dtype": "float32"}
     names = {f"{rival}, {size}{suffix}": module for rival, module in RIVALS.items()}
-    variables = KEEP_FREED_MEMORY if "local" in where else None  # there, the front end is a child of the trainer
+    variables = KEEP_FREED_MEMORY if "local" in where else None  # if local, the front end is a child of the trainer
     try:
         with context.side("ours_echo", {**shape, **where}, threads=1, variables=variables) as ours:
             ours.ready()

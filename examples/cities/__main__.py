@@ -22,30 +22,30 @@ OUT = Path("build/demo")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Return the parser of the commands and their options."""
     top = argparse.ArgumentParser(prog="examples.cities", description="Find a city by any spelling of its name.")
     commands = top.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train through a service, evaluate, answer misspelt names")
+    train = commands.add_parser("train", help="train through a service, evaluate, and answer misspelt names")
     train.add_argument(
         "--address",
         default=os.environ.get("SHARDLOSS_ADDRESS"),
-        help="train through the service that is there; default: SHARDLOSS_ADDRESS, or else a service of its own",
+        help="address of a running service; default: SHARDLOSS_ADDRESS, or else the demo starts its own service",
     )
     train.add_argument("--full", action="store_true", help="evaluate on every held-out name")
     train.add_argument("--small", action="store_true", help="2,000 cities, few steps: a smoke test")
     train.add_argument("--seed", type=at_least(0), default=0)
     train.add_argument("--steps", type=at_least(1), help="steps to train")
-    train.add_argument("--train-seconds", type=float, help="train for at most so long")
+    train.add_argument("--train-seconds", type=float, help="train for at most this many seconds")
     train.add_argument("--eval-names", type=at_least(1), help="held-out names to evaluate")
-    ask = commands.add_parser("ask", help="the best places of a name, from the model that train left")
+    ask = commands.add_parser("ask", help="show the best places for a name, using the model that train saved")
     ask.add_argument("name")
     for command in (train, ask):
-        command.add_argument("--out", type=Path, default=OUT, help="where files go and come from")
+        command.add_argument("--out", type=Path, default=OUT, help="directory to write files to and read them from")
     return top
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """A type of option: whole numbers from minimum on."""
+    """Return an option type that accepts whole numbers of at least minimum."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -57,7 +57,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings of the train command."""
+    """Return the settings of the train command."""
     settings = replace(Settings(), seed=options.seed)
     if options.small:
         settings = small(settings)
@@ -67,24 +67,24 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def terminate(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends the program as an exception does, so that the service is stopped."""
+    """Handle SIGTERM by raising SystemExit, so that the service is stopped."""
     sys.exit(128 + signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 130 after Ctrl-C, with everything it started ended."""
+    """Run a command and return its exit status: 130 after Ctrl-C, when all processes that it started have ended."""
     options = parser().parse_args(arguments)
-    console = Console(markup=False, emoji=False)  # names stand as they are written, brackets and colons too
+    console = Console(markup=False, emoji=False)  # names are printed verbatim, with brackets and colons
     signal.signal(signal.SIGTERM, terminate)
     try:
         return train(options, console) if options.command == "train" else ask(options, console)
     except KeyboardInterrupt:
-        console.print("interrupted; everything that was started has ended")
+        console.print("interrupted; all processes that were started have ended")
         return INTERRUPTED
 
 
 def train(options: argparse.Namespace, console: Console) -> int:
-    """The train command."""
+    """Run the train command and return its exit status."""
     from examples.cities import demo, service
 
     try:
@@ -96,14 +96,14 @@ def train(options: argparse.Namespace, console: Console) -> int:
 
 
 def ask(options: argparse.Namespace, console: Console) -> int:
-    """The ask command."""
+    """Run the ask command and return its exit status."""
     from examples.cities import demo
 
     if not normalised(options.name):
-        console.print('no name was given: make demo-ask NAME="Koeln"')
+        console.print('no name was given: run make demo-ask NAME="Koeln"')
         return 2
     if not (options.out / demo.MODEL).exists():
-        console.print(f"{options.out / demo.MODEL} is not there: run `make demo` first")
+        console.print(f"{options.out / demo.MODEL} does not exist: run `make demo` first")
         return 1
     demo.answer(options.name, options.out, console)
     return 0

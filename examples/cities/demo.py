@@ -25,9 +25,9 @@ MODEL = "model.npz"
 
 
 def run(settings: Settings, out: Path, console: Console, address: str | None = None) -> None:
-    """Train, evaluate before and after, answer misspelt names, leave files in out.
+    """Train, evaluate before and after training, answer misspelt names, and write files to out.
 
-    Goes through the service at address, where the table stays afterwards, or else through one of its own.
+    If address is given, use the service there and leave the table on it; otherwise start a service for this run.
     """
     out.mkdir(parents=True, exist_ok=True)
     console.print(ATTRIBUTION)
@@ -45,14 +45,14 @@ def run(settings: Settings, out: Path, console: Console, address: str | None = N
         console.print(f"starting the service with {settings.num_workers} workers")
         with service.running(settings.num_workers, out / "server.log") as own, shardloss.connect(own) as client:
             through_service(settings, cities, client, out, console)
-        console.print("the service has ended")
-    console.print(f"picture, figures and model are in {out}")
+        console.print("the service has stopped")
+    console.print(f"the picture, the figures and the model are in {out}")
 
 
 def through_service(
     settings: Settings, cities: Dataset, client: shardloss.LossClient, out: Path, console: Console
 ) -> None:
-    """The part of a run that needs the service."""
+    """Run the part of the demo that needs the service."""
     encoder = make_encoder(settings)
     table = make_table(client, cities.num_classes, settings)
     names = evaluate.sample(cities, settings)
@@ -73,7 +73,7 @@ def through_service(
 
 @torch.no_grad()
 def ask(encoder: Encoder, table: shardloss.Table, places: list[str], names: Sequence[str]) -> dict[str, list[Answer]]:
-    """The best places of each name, asked of the live table."""
+    """Return the best places for each name, ranked by the live table."""
     hidden = encoder(bags([normalised(name) for name in names], len(encoder.weight)))
     best = table.top_k(hidden.numpy(), NUM_ANSWERS)
     assert best.log_probs is not None
@@ -84,6 +84,6 @@ def ask(encoder: Encoder, table: shardloss.Table, places: list[str], names: Sequ
 
 
 def answer(name: str, out: Path, console: Console) -> None:
-    """The best places of one name, ranked here over the rows that a run left in out: no service is started."""
+    """Print the best places for one name, ranked locally over the rows that a run saved in out, without a service."""
     console.print(ATTRIBUTION)
     report.print_answers(console, {name: model.ask(model.load(out / MODEL), name, NUM_ANSWERS)})

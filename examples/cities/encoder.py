@@ -1,4 +1,4 @@
-"""The part of the model that lives in the trainer: a bag of n-gram rows, and its optimizer."""
+"""The part of the model that runs in the trainer: a bag of n-gram rows, and its optimizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from examples.cities.ngrams import Bags
 
 
 class Encoder(torch.nn.Module):
-    """hidden [N, D] = sum of a bag's rows / sqrt(its number of grams); an empty bag gives 0.
+    """An encoder of bags: hidden [N, D] = sum of a bag's rows / sqrt(its number of grams); an empty bag gives 0.
 
-    The distinct grams of a batch are gathered first, so that the gradient of weight [B, D] is sparse and names each of
-    its rows once: about 15,000 rows for a batch of 1,024 names.
+    The distinct grams of a batch are gathered first, so that the gradient of weight [B, D] is sparse and lists each row
+    once: about 15,000 rows for a batch of 1,024 names.
     """
 
     def __init__(self, num_buckets: int, dim: int, stddev: float) -> None:
@@ -25,7 +25,7 @@ class Encoder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(num_buckets, dim) * stddev)
 
     def forward(self, bags: Bags) -> Tensor:
-        """hidden [N, D] of N bags."""
+        """Return hidden [N, D] of N bags."""
         distinct, place = np.unique(bags.gram_ids, return_inverse=True)
         rows = functional.embedding(torch.from_numpy(distinct).long(), self.weight, sparse=True)
         counts = torch.from_numpy(np.diff(bags.offsets)).clamp(min=1)
@@ -36,9 +36,9 @@ class Encoder(torch.nn.Module):
 
 
 class RowAdagrad(torch.optim.Optimizer):
-    """Adagrad with one accumulator a row, on sparse gradients that name each row once.
+    """Adagrad with one accumulator per row, for sparse gradients that list each row once.
 
-    sum [B, 1] += mean over D of grad^2; p -= lr * grad / (sqrt(sum) + eps), as the table's optimizer of that name.
+    sum [B, 1] += mean over D of grad^2; p -= lr * grad / (sqrt(sum) + eps), like the table's optimizer of that name.
     """
 
     def __init__(self, weight: torch.nn.Parameter, lr: float, initial_accumulator: float, eps: float = 1e-10) -> None:
@@ -47,7 +47,7 @@ class RowAdagrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update the rows of the present gradient."""
+        """Update the rows that the current gradient lists."""
         assert closure is None
         group = self.param_groups[0]
         weight = group["params"][0]

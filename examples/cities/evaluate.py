@@ -1,4 +1,4 @@
-"""Exact figures over all classes, and the baselines that they stand beside."""
+"""Exact figures over all classes, and the baseline to compare them with."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from examples.cities.encoder import Encoder
 from examples.cities.settings import Settings
 from examples.cities.train import encoded
 
-BLOCK = 1024  # names that are encoded and asked at once
+BLOCK = 1024  # names that are encoded and evaluated at once
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How well a ranking of cities finds the right one.
+    """The quality of a ranking of cities.
 
-    nll: mean negative log likelihood, nats; the shares of names whose city ranks first, or among the first ten; mrr:
-    mean reciprocal rank; gap: mean sampled minus exact loss of a batch, nats, None where nothing is sampled.
+    nll: mean negative log likelihood, nats; hit_at_1 and hit_at_10: share of names whose city ranks first, or among the
+    first ten; mrr: mean reciprocal rank; gap: mean sampled minus exact loss of a batch, nats, or None without sampling.
     """
 
     nll: float
@@ -33,12 +33,12 @@ class Figures:
 
 
 def figures(summary: shardloss.EvaluationSummary, gap: float | None = None) -> Figures:
-    """Means over the evaluated names."""
+    """Return the means over the evaluated names."""
     return Figures(summary.mean_loss, summary.hit_rate(1), summary.hit_rate(10), summary.mrr(), gap)
 
 
 def sample(dataset: Dataset, settings: Settings) -> NDArray[np.int64]:
-    """The held-out names to evaluate: num_eval of them, drawn by the seed, or all."""
+    """Return the held-out names to evaluate: num_eval of them, drawn with the seed, or all."""
     if settings.num_eval is None or settings.num_eval >= len(dataset.held_out):
         return dataset.held_out
     rng = np.random.default_rng(settings.seed + 1)
@@ -53,7 +53,7 @@ def evaluate(
     settings: Settings,
     progress: Callable[[int], None],
 ) -> Figures:
-    """Exact loss and rank over all classes of the names of index, asked of the live table block by block."""
+    """Return exact figures over all classes for the names of index, evaluated block by block on the live table."""
     blocks = np.array_split(index, max(1, -(-len(index) // BLOCK)))
     asked = ((encoded(dataset, encoder, block), dataset.class_ids[block]) for block in blocks)
     summary = table.evaluate_batches(asked, ignore_index=None, progress=progress)
@@ -63,7 +63,7 @@ def evaluate(
 def sampling_gap(
     dataset: Dataset, encoder: Encoder, table: shardloss.Table, index: NDArray[np.int64], settings: Settings
 ) -> float:
-    """How far training's loss is from the exact one: mean difference in nats over one batch out of index."""
+    """Return the mean of training's sampled loss minus the exact loss, in nats, over one batch of index."""
     batch = index[:: max(1, len(index) // settings.batch)][: settings.batch]
     loss = shardloss.SampledSoftmax(settings.num_sampled, sampler=settings.sampler, seed=settings.seed)
     hidden = encoded(dataset, encoder, batch)
@@ -71,9 +71,9 @@ def sampling_gap(
 
 
 def baseline(dataset: Dataset, index: NDArray[np.int64]) -> Figures:
-    """Without looking at the name: always answer the most populous cities, which have the lowest class ids.
+    """Return the figures of always answering the most populous cities, which have the lowest class ids.
 
-    nll is that of guessing each city as often as training names it; a held-out city has two training names at least.
+    nll is that of guessing each city as often as training names it; a held-out city has at least two training names.
     """
     count = np.bincount(dataset.class_ids[dataset.training], minlength=dataset.num_classes)
     class_ids = dataset.class_ids[index]

@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """encoder [B, D], rows [V, D], biases [V] and the V places."""
+    """A trained model: encoder [B, D], rows [V, D], biases [V] and the V places."""
 
     encoder: NDArray[np.float32]
     rows: NDArray[np.float32]
@@ -34,7 +34,7 @@ class Model:
 
 
 def save(path: Path, encoder: Encoder, table: shardloss.Table, places: list[str]) -> None:
-    """Read the table's rows, page by page, and put them beside the encoder's in one file."""
+    """Read the table's rows page by page, and write them to one file together with the encoder's."""
     read = table.read_rows(np.arange(len(places)))
     assert read.biases is not None
     unfinished = path.with_suffix(".part.npz")
@@ -49,20 +49,20 @@ def save(path: Path, encoder: Encoder, table: shardloss.Table, places: list[str]
 
 
 def load(path: Path) -> Model:
-    """The model that `save` wrote."""
+    """Return the model that `save` wrote."""
     with np.load(path) as arrays:
         return Model(arrays["encoder"], arrays["rows"], arrays["biases"], unpacked(arrays["places"]))
 
 
 def encode(model: Model, name: str) -> NDArray[np.float32]:
-    """hidden [D] of one name, as `Encoder` gives it."""
+    """Return hidden [D] of one name, equal to that of `Encoder`."""
     gram_ids = ngrams.bags([normalised(name)], len(model.encoder)).gram_ids
     hidden: NDArray[np.float32] = model.encoder[gram_ids].sum(0) / np.float32(np.sqrt(max(1, len(gram_ids))))
     return hidden
 
 
 def ask(model: Model, name: str, k: int = 5) -> list[Answer]:
-    """The k most probable places of a name: a softmax over all V rows, computed here."""
+    """Return the k most probable places for a name by a softmax over all V rows, computed locally."""
     logits = (model.rows @ encode(model, name) + model.biases).astype(np.float64)
     log_probs = logits - np.logaddexp.reduce(logits)
     best = np.argsort(-log_probs, kind="stable")[:k]

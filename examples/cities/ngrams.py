@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_N = 4
-MARK = " "  # stands at both ends of every word, so that n-grams know where a word begins and ends
+MARK = " "  # at both ends of every word, so that n-grams show where a word begins and ends
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring code points
-FOLD, DROP = np.uint64(29), np.uint64(17)  # bits: high ones are mixed into low ones, and the lowest are not used
+FOLD, DROP = np.uint64(29), np.uint64(17)  # shifts: high bits are mixed into low ones, and the lowest bits are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Bags:
         return len(self.offsets) - 1
 
     def take(self, index: NDArray[np.int64]) -> Bags:
-        """The bags of index [B], in that order."""
+        """Return the bags of index [B], in that order."""
         starts = self.offsets[index]
         counts = self.offsets[index + 1] - starts
         offsets = offsets_of(counts)
@@ -34,14 +34,15 @@ class Bags:
 
 
 def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each bag begins, and the end of the last: [N + 1]."""
+    """Return the offset at which each bag begins, and the end of the last: [N + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
 def bags(names: Sequence[str], num_buckets: int) -> Bags:
-    """Every 1- to 4-gram of each normalised name with a mark around each word; a mark alone is no gram.
+    """Hash every 1- to 4-gram of each normalised name with a mark around each word; a mark alone is not a gram.
 
-    Equals hashing " köln " to { k, ö, l, n, " k", kö, öl, ln, "n ", " kö", ... }. An empty name is an empty bag.
+    For example, " köln " has the grams { k, ö, l, n, " k", kö, öl, ln, "n ", " kö", ... }. An empty name gives an empty
+    bag.
     """
     marked = [f"{MARK}{name}{MARK}" if name else "" for name in names]
     lengths = np.fromiter(map(len, marked), np.int64, len(marked))
@@ -54,7 +55,10 @@ def bags(names: Sequence[str], num_buckets: int) -> Bags:
 
 
 def hashed(code_points: NDArray[np.uint32], ends: NDArray[np.int64], num_buckets: int) -> NDArray[np.int32]:
-    """Bucket of the n-gram that begins at each code point, [P, MAX_N]; -1 where it would cross its name's end [P]."""
+    """Return the buckets of the n-grams that begin at each code point, [P, MAX_N].
+
+    The bucket is -1 if the n-gram would cross the end of its name; ends [P] has that end for each code point.
+    """
     num_points = len(code_points)
     position = np.arange(num_points)
     wide = code_points.astype(np.uint64)

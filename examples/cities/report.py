@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, tables, a picture, the figures."""
+"""The output of a run: progress, tables, a picture and the figures."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from examples.cities.model import Answer
 from examples.cities.settings import Settings
 from examples.cities.train import Curve
 
-RECENT = 20  # steps that the shown loss and speed are taken over
+RECENT = 20  # steps over which the shown loss and speed are averaged
 LINE_S = 10.0
-SMOOTH = 50  # steps that the picture's line is the mean of
+SMOOTH = 50  # steps in the running mean of the picture
 
 
 @contextmanager
 def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], None]]:
-    """A bar with the loss and the rows a second of the last steps; yields what to call after each step.
+    """Show a bar with the loss and the rows per second of the last steps; yield a function to call after each step.
 
-    Where no terminal shows a bar, as in a container's log: a line every LINE_S.
+    Without a terminal, as in a container's log, print a line every LINE_S seconds instead.
     """
     columns = (
         TextColumn("training"),
@@ -55,7 +55,7 @@ def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], Non
 
 @contextmanager
 def evaluating(console: Console, num_names: int, when: str) -> Iterator[Callable[[int], None]]:
-    """A line with the names evaluated so far, before or after training; yields what to call with their number."""
+    """Show the number of names evaluated so far; yield a function to call with it; when: before or after training."""
 
     def text(done: int) -> str:
         return f"evaluating {when} training: {done:,} of {num_names:,} names"
@@ -65,14 +65,14 @@ def evaluating(console: Console, num_names: int, when: str) -> Iterator[Callable
 
 
 def recent_speed(curve: Curve) -> float:
-    """Rows a second over the last steps."""
+    """Return rows per second over the last steps."""
     seconds = [0.0, *curve.seconds][-RECENT - 1 :]
     return curve.batch * (len(seconds) - 1) / max(1e-9, seconds[-1] - seconds[0])
 
 
 def print_figures(console: Console, figures: Mapping[str, Figures], num_names: int, num_classes: int) -> None:
-    """Before, after and the baseline side by side."""
-    table = Table(title=f"{num_names:,} held-out names, exactly, over all {num_classes:,} cities")
+    """Print the figures before training, after training and of the baseline, one row each."""
+    table = Table(title=f"exact figures of {num_names:,} held-out names over all {num_classes:,} cities")
     for heading in ("", "nats", "hit@1", "hit@10", "MRR", "sampled - exact"):
         table.add_column(heading, justify="right" if heading else "left")
     for title, row in figures.items():
@@ -82,8 +82,8 @@ def print_figures(console: Console, figures: Mapping[str, Figures], num_names: i
 
 
 def print_answers(console: Console, answers: Mapping[str, Sequence[Answer]]) -> None:
-    """The best places of each asked name with their probabilities."""
-    table = Table(title="asked", show_lines=True)
+    """Print the best places for each name with their probabilities."""
+    table = Table(title="answers", show_lines=True)
     table.add_column("name")
     table.add_column("places")
     for name, best in answers.items():
@@ -92,7 +92,7 @@ def print_answers(console: Console, answers: Mapping[str, Sequence[Answer]]) -> 
 
 
 def draw_curve(curve: Curve, path: Path) -> None:
-    """The loss of every step over the seconds of training, and its running mean."""
+    """Draw the loss of every step over the seconds of training, and its running mean."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -108,7 +108,7 @@ def draw_curve(curve: Curve, path: Path) -> None:
 
 
 def write_result(path: Path, figures: Mapping[str, Figures], curve: Curve, settings: Settings, num_names: int) -> None:
-    """Figures as JSON: before, after, baseline, rows_per_s, train_s, seed, eval_names."""
+    """Write the figures as JSON: before, after, baseline, rows_per_s, train_s, seed, eval_names."""
     result = {
         **{title: asdict(row) for title, row in figures.items()},
         "rows_per_s": round(curve.rows_per_s, 1),

@@ -1,4 +1,4 @@
-"""The service: as this demo's own process, started, waited for and always stopped; or one that is there already."""
+"""The service that the demo uses: a process of its own, which is always stopped, or one that is already running."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ TAIL_LINES = 15
 
 
 class ServiceFailed(Exception):
-    """The service did not come up; the message holds the end of its log."""
+    """Failure of the service to start; the message includes the end of its log."""
 
 
 @contextmanager
 def running(num_workers: int, log: Path) -> Iterator[str]:
-    """Start the service and yield its address; it has ended, with its workers, when the block is left.
+    """Start the service and yield its address; stop it and its workers when the block ends.
 
     Raises:
-        ServiceFailed: it ended or was silent instead of serving.
+        ServiceFailed: the service exited, or was not ready in time.
     """
     with TemporaryDirectory(prefix="cities-") as directory, log.open("wb") as out:
         ready = Path(directory) / "ready"
-        # A session of its own: Ctrl-C reaches the demo alone, which then stops the service in order.
+        # In a session of its own, so that Ctrl-C reaches only the demo, which then shuts the service down.
         process = subprocess.Popen(
             command(num_workers, ready), stdout=out, stderr=out, start_new_session=True, env=environment()
         )
@@ -43,10 +43,10 @@ def running(num_workers: int, log: Path) -> Iterator[str]:
 
 
 def connected(address: str) -> shardloss.LossClient:
-    """A client of the service at address, with the token that SHARDLOSS_TOKEN_FILE names, as the command line takes it.
+    """Connect to the service at address with the token in SHARDLOSS_TOKEN_FILE, as the command line does.
 
     Raises:
-        shardloss.ShardlossError: no service answers there, or it does not take the token.
+        shardloss.ShardlossError: no service answers at the address, or it rejects the token.
     """
     return shardloss.connect(
         address,
@@ -57,13 +57,13 @@ def connected(address: str) -> shardloss.LossClient:
 
 
 def forget(client: shardloss.LossClient, table: str) -> None:
-    """Delete what an earlier run has left: this one begins anew."""
+    """Delete the table of an earlier run, if there is one, so that this run starts from scratch."""
     with suppress(shardloss.errors.TableNotFound):
         client.delete_table(table)
 
 
 def command(num_workers: int, ready: Path) -> list[str]:
-    """How to start the service on a free port."""
+    """Return the command that starts the service on a free port."""
     options = [
         "--port",
         "0",
@@ -80,24 +80,28 @@ def command(num_workers: int, ready: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a worker: more of them than cores only wait for each other."""
+    """Return the service's environment: one thread per worker, as more threads than cores only wait for each other."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    """The address that the service writes once it serves."""
+    """Wait until the service is ready and return the address that it writes.
+
+    Raises:
+        ServiceFailed: the service exited, or was not ready within START_S.
+    """
     deadline = time.monotonic() + START_S
     while not ready.exists():
         if process.poll() is not None:
-            raise ServiceFailed(f"the service ended with status {process.returncode}:\n{tail(log)}")
+            raise ServiceFailed(f"the service exited with status {process.returncode}:\n{tail(log)}")
         if time.monotonic() > deadline:
-            raise ServiceFailed(f"the service did not serve within {START_S:.0f} s:\n{tail(log)}")
+            raise ServiceFailed(f"the service was not ready within {START_S:.0f} s:\n{tail(log)}")
         time.sleep(0.05)
     return ready.read_text()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the service in order, then all that is left in its process group. A second Ctrl-C does not cut this short."""
+    """Shut the service down, then kill what is left of its process group. A second Ctrl-C does not interrupt this."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.terminate()
@@ -111,5 +115,5 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def tail(log: Path) -> str:
-    """The last lines of the service's log."""
+    """Return the last lines of the service's log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

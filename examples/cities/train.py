@@ -21,7 +21,7 @@ TABLE = "cities"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Mean loss of each step and the seconds from the first step to its end, [steps] each; rows a step."""
+    """The course of a training: mean loss and end of each step, in seconds from the start, [steps]; rows per step."""
 
     losses: list[float]
     seconds: list[float]
@@ -34,18 +34,18 @@ class Curve:
 
     @property
     def rows_per_s(self) -> float:
-        """Training examples a second, over the whole run."""
+        """Training examples per second, over the whole run."""
         return self.batch * len(self.losses) / self.train_s
 
 
 def make_encoder(settings: Settings) -> Encoder:
-    """The encoder at its first, random weights."""
+    """Return the encoder with its initial random weights."""
     torch.manual_seed(settings.seed)
     return Encoder(settings.num_buckets, settings.dim, settings.encoder_stddev)
 
 
 def make_table(client: shardloss.LossClient, num_classes: int, settings: Settings) -> shardloss.Table:
-    """The class table, all zeros: what a city's row becomes is the sum of what its names were encoded to."""
+    """Create the class table, all zeros: a city's row becomes a sum of the encodings of its names."""
     return client.create_table(
         TABLE,
         num_classes=num_classes,
@@ -53,12 +53,12 @@ def make_table(client: shardloss.LossClient, num_classes: int, settings: Setting
         num_shards=settings.num_workers,
         optimizer=shardloss.RowAdagrad(initial_accumulator_value=settings.initial_accumulator),
         initializer=shardloss.Zeros(),
-        placement="mod",  # both workers get as much of the populous cities
+        placement="mod",  # spreads the populous cities evenly over the workers
     )
 
 
 def batches(training: NDArray[np.int64], settings: Settings) -> Iterator[NDArray[np.int64]]:
-    """num_steps batches, uniform over the training names: each once before any comes again."""
+    """Yield num_steps batches, uniform over the training names: every name occurs once before any is repeated."""
     rng = np.random.default_rng(settings.seed)
     waiting = training[:0]
     for _ in range(settings.num_steps):
@@ -71,9 +71,9 @@ def batches(training: NDArray[np.int64], settings: Settings) -> Iterator[NDArray
 def train(
     dataset: Dataset, encoder: Encoder, table: shardloss.Table, settings: Settings, on_step: Callable[[Curve], None]
 ) -> Curve:
-    """Run the steps of settings, or as many as max_train_s allows; on_step sees the curve after each.
+    """Run the steps of settings, or as many as max_train_s allows; call on_step with the curve after each.
 
-    The table's step runs beside the encoder's: neither needs the other's result.
+    The table's step runs in parallel with the encoder's, since neither needs the other's result.
     """
     head = table.sampled_softmax(
         settings.num_sampled, sampler=settings.sampler, seed=settings.seed, reduction="sum", ignore_index=None
@@ -103,7 +103,7 @@ def train(
 
 @torch.no_grad()
 def encoded(dataset: Dataset, encoder: Encoder, index: NDArray[np.int64], block: int = 4096) -> NDArray[np.float32]:
-    """hidden [N, D] of the names of index [N]."""
+    """Return hidden [N, D] of the names of index [N]."""
     pieces = [encoder(dataset.bags.take(index[start : start + block])) for start in range(0, len(index), block)]
     hidden: NDArray[np.float32] = torch.cat(pieces).numpy()
     return hidden
