@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,9 +17,15 @@ from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Limits, ServerConfig
 from shardloss_server.rpc.serve import Server
 
-# The same 50 examples each time keep the suite within its minutes; `make fuzz` is what goes on looking.
-settings.register_profile("fixed", max_examples=50, derandomize=True, deadline=None, print_blob=True)
-settings.load_profile("fixed")
+from .extent import EVERYTHING
+
+# A test process, like a worker, computes with one thread: two cores serve several of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+# The same 20 examples each time keep the suite within its minutes; a full run draws new ones.
+settings.register_profile("fixed", max_examples=20, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("everything", max_examples=200, deadline=None, print_blob=True)
+settings.load_profile("everything" if EVERYTHING else "fixed")
 SEED = 20_240_607
 MANY_TABLES = Limits(max_tables=4096)  # a fresh one a test
 _names = itertools.count()

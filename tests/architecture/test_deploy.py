@@ -17,7 +17,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 GPU: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = sorted(name for name, service in SERVICES.items() if service["image"].startswith("${SHARDLOSS"))
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = str(1 << 30), str(2**31 - 1), "1"  # docs/design.md
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = str(1 << 30), str(2**31 - 1), "1"  # docs/performance.md
 
 
 def stages() -> dict[str, list[str]]:
@@ -143,7 +143,7 @@ def test_ray_asks_for_its_token_on_every_node(name: str) -> None:
 
 
 def test_a_node_that_is_silent_is_dead_in_seconds() -> None:
-    """Ray's own periods took 65 s (docs/design.md, "What was measured")."""
+    """Ray's own periods took 65 s (docs/deploy.md)."""
     head = environment_of(SERVICES["head"])
     found = [int(head[f"RAY_health_check_{each}"]) for each in ("period_ms", "timeout_ms", "failure_threshold")]
     assert found == [1000, 2000, 3]

@@ -44,46 +44,46 @@ SERVER_FILES = sorted(SERVER.rglob("*.py"))
 CLIENT_FILES = sorted(path for path in CLIENT.rglob("*.py") if "v1/" not in str(path.relative_to(CLIENT)) + "/")
 
 
-@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
-def test_a_server_room_imports_only_rooms_to_its_right(path: Path) -> None:
+def test_a_server_room_imports_only_rooms_to_its_right() -> None:
     """__main__ -> cli -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
-    room = room_of(path)
-    for module in imports_of(path):
-        target = module.split(".")[1] if module.startswith("shardloss_server.") else None
-        if target in ORDER and room in ORDER:
-            assert ORDER.index(target) >= ORDER.index(room), f"{path} imports {module}"
+    for path in SERVER_FILES:
+        room = room_of(path)
+        for module in imports_of(path):
+            target = module.split(".")[1] if module.startswith("shardloss_server.") else None
+            if target in ORDER and room in ORDER:
+                assert ORDER.index(target) >= ORDER.index(room), f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
-def test_ray_grpc_and_protobuf_stay_in_their_files(path: Path) -> None:
+def test_ray_grpc_and_protobuf_stay_in_their_files() -> None:
     """ray is known to one file, grpc to the rpc room, protobuf to the codec and the status."""
-    name = str(path.relative_to(SERVER))
-    for module in imports_of(path):
-        for library, files in ONLY_IN.items():
-            if module == library or module.startswith(library + "."):
-                assert name.startswith(files), f"{name} imports {module}"
+    for path in SERVER_FILES:
+        name = str(path.relative_to(SERVER))
+        for module in imports_of(path):
+            for library, files in ONLY_IN.items():
+                if module == library or module.startswith(library + "."):
+                    assert name.startswith(files), f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: str(path.relative_to(SERVER)))
-def test_pure_rooms_know_no_files_clock_or_processes(path: Path) -> None:
+def test_pure_rooms_know_no_files_clock_or_processes() -> None:
     """numerics, shard and placement take values and return values."""
-    if room_of(path) in ("numerics", "shard", "placement"):
-        found = {module.split(".")[0] for module in imports_of(path)}
-        assert not found & {"os", "time", "pathlib", "random", "threading", "subprocess", "socket"}
+    for path in SERVER_FILES:
+        if room_of(path) in ("numerics", "shard", "placement"):
+            found = {module.split(".")[0] for module in imports_of(path)}
+            assert not found & {"os", "time", "pathlib", "random", "threading", "subprocess", "socket"}, path
 
 
-@pytest.mark.parametrize("path", CLIENT_FILES, ids=lambda path: str(path.relative_to(CLIENT)))
-def test_the_client_never_imports_the_server_or_ray(path: Path) -> None:
+def test_the_client_never_imports_the_server_or_ray() -> None:
     """A trainer's machine needs neither."""
-    for module in imports_of(path):
-        assert module.split(".")[0] not in ("ray", "shardloss_server"), f"{path} imports {module}"
+    for path in CLIENT_FILES:
+        for module in imports_of(path):
+            assert module.split(".")[0] not in ("ray", "shardloss_server"), f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted((CLIENT / "sampling").glob("*.py")), ids=lambda path: path.name)
-def test_sampling_knows_numpy_and_the_errors_alone(path: Path) -> None:
+def test_sampling_knows_numpy_and_the_errors_alone() -> None:
     """The samplers run in any process, without a connection, torch or the rest of the client."""
-    own = tuple(module for module in imports_of(path) if module.split(".")[0] not in sys.stdlib_module_names)
-    assert all(module.startswith(("numpy", "shardloss.errors", "shardloss.sampling")) for module in own)
+    for path in sorted((CLIENT / "sampling").glob("*.py")):
+        own = tuple(module for module in imports_of(path) if module.split(".")[0] not in sys.stdlib_module_names)
+        assert all(module.startswith(("numpy", "shardloss.errors", "shardloss.sampling")) for module in own), path
 
 
 def test_every_room_is_in_the_order() -> None:
@@ -107,22 +107,23 @@ print(len(shardloss.__all__))
 
 def test_the_client_imports_without_torch_and_ray() -> None:
     """The NumPy path needs grpc, protobuf and numpy alone."""
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_client_installs_in_an_environment_of_its_own(tmp_path: Path) -> None:
     """A fresh environment with the client alone imports it; neither ray nor torch came along."""
     python = tmp_path / "venv/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=500)
     source = tmp_path / "client"
-    subprocess.run(["cp", "-r", str(ROOT / "client"), str(source)], check=True, timeout=30)
+    subprocess.run(["cp", "-r", str(ROOT / "client"), str(source)], check=True, timeout=300)
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     done = subprocess.run(
         [*install, "-c", str(ROOT / "constraints.txt"), str(source)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
         env={**os.environ, "PIP_RETRIES": "1"},
     )
@@ -130,4 +131,4 @@ def test_the_client_installs_in_an_environment_of_its_own(tmp_path: Path) -> Non
         pytest.skip("no package registry can be reached")
     assert done.returncode == 0, done.stderr
     code = "import shardloss, importlib.util as u; assert not u.find_spec('ray') and not u.find_spec('torch')"
-    subprocess.run([str(python), "-c", code], check=True, timeout=60, cwd=tmp_path)
+    subprocess.run([str(python), "-c", code], check=True, timeout=300, cwd=tmp_path)

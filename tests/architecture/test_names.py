@@ -6,13 +6,13 @@ there is.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 import typer
 import yaml
 from google.protobuf import descriptor_pool
@@ -64,6 +64,7 @@ FLAGS = {
 }
 
 
+@functools.cache
 def variables() -> set[str]:
     """Variables that something reads: settings, options of commands, compose files, tests and tools."""
     of_options = {name for each in COMMANDS.values() for param in each.params for name in names_of(param)}
@@ -93,64 +94,64 @@ def code_of(path: Path) -> Iterator[str]:
             yield from re.findall(r"`([^`]+)`", line)
 
 
-@pytest.mark.parametrize("path", EVERY, ids=relative)
-def test_every_variable_is_read_by_something(path: Path) -> None:
-    found = set(re.findall(r"\bSHARDLOSS_[A-Z0-9_]*[A-Z0-9](?![A-Z0-9_*])", path.read_text()))
-    assert found <= variables()
+def test_every_variable_is_read_by_something() -> None:
+    for path in EVERY:
+        found = set(re.findall(r"\bSHARDLOSS_[A-Z0-9_]*[A-Z0-9](?![A-Z0-9_*])", path.read_text()))
+        assert found <= variables(), path
 
 
-@pytest.mark.parametrize("path", [path for path in DEPLOYED if path.suffix in (".yml", ".yaml")], ids=relative)
-def test_every_setting_of_a_deployment_is_one(path: Path) -> None:
+def test_every_setting_of_a_deployment_is_one() -> None:
     """As the server itself would refuse it."""
-    found = set(re.findall(r"\bSHARDLOSS_SERVER_\w+", path.read_text()))
-    assert found <= {setting.variable for setting in ALL.values()}
+    for path in [path for path in DEPLOYED if path.suffix in (".yml", ".yaml")]:
+        found = set(re.findall(r"\bSHARDLOSS_SERVER_\w+", path.read_text()))
+        assert found <= {setting.variable for setting in ALL.values()}, path
 
 
-@pytest.mark.parametrize("path", EVERY, ids=relative)
-def test_every_command_and_its_flags_exist(path: Path) -> None:
-    for code in code_of(path) if path in PAGES else path.read_text().splitlines():
-        for program, rest in re.findall(
-            r"(?:^|(?<!-n)(?<!from)(?<!import)[\s/])(shardloss-server|shardloss)((?: +[^\s|;&`]+)+)", code
-        ):
-            words = rest.split()
-            command: tuple[str, ...] = (program,)
-            while words and (*command, words[0]) in COMMANDS:
-                command = (*command, words.pop(0))
-            if (
-                path in PAGES
-                and getattr(COMMANDS[command], "commands", {})
-                and words
-                and re.fullmatch("[a-z]+", words[0])
+def test_every_command_and_its_flags_exist() -> None:
+    for path in EVERY:
+        for code in code_of(path) if path in PAGES else path.read_text().splitlines():
+            for program, rest in re.findall(
+                r"(?:^|(?<!-n)(?<!from)(?<!import)[\s/])(shardloss-server|shardloss)((?: +[^\s|;&`]+)+)", code
             ):
-                raise AssertionError(f"{' '.join(command)} has no {words[0]}: {code}")
-            flags = {word.split("=")[0] for word in words if word.startswith("--")}
-            known = set().union(*(FLAGS[command[:end]] for end in range(1, len(command) + 1)))
-            assert flags <= known, code
+                words = rest.split()
+                command: tuple[str, ...] = (program,)
+                while words and (*command, words[0]) in COMMANDS:
+                    command = (*command, words.pop(0))
+                if (
+                    path in PAGES
+                    and getattr(COMMANDS[command], "commands", {})
+                    and words
+                    and re.fullmatch("[a-z]+", words[0])
+                ):
+                    raise AssertionError(f"{' '.join(command)} has no {words[0]}: {code}")
+                flags = {word.split("=")[0] for word in words if word.startswith("--")}
+                known = set().union(*(FLAGS[command[:end]] for end in range(1, len(command) + 1)))
+                assert flags <= known, code
 
 
-@pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_every_flag_named_alone_exists(path: Path) -> None:
-    spans = [span for span in code_of(path) if span.startswith("--")]
-    found = {re.split(r"[ =/]", span)[0] for span in spans}
-    assert found <= set().union(*FLAGS.values()) | OTHERS_FLAGS
+def test_every_flag_named_alone_exists() -> None:
+    for path in PAGES:
+        spans = [span for span in code_of(path) if span.startswith("--")]
+        found = {re.split(r"[ =/]", span)[0] for span in spans}
+        assert found <= set().union(*FLAGS.values()) | OTHERS_FLAGS, path
 
 
-@pytest.mark.parametrize("path", EVERY, ids=relative)
-def test_every_metric_is_exported(path: Path) -> None:
-    found = set(re.findall(r"\bshardloss_(?!server\b)[a-z0-9_]*[a-z0-9](?![a-z0-9_.*])", path.read_text()))
-    assert found <= EXPORTED
+def test_every_metric_is_exported() -> None:
+    for path in EVERY:
+        found = set(re.findall(r"\bshardloss_(?!server\b)[a-z0-9_]*[a-z0-9](?![a-z0-9_.*])", path.read_text()))
+        assert found <= EXPORTED, path
 
 
-@pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_every_reason_is_one(path: Path) -> None:
+def test_every_reason_is_one() -> None:
     """Words in capitals are reasons, statuses, values of the contract or variables."""
     pool = descriptor_pool.Default()
     files = [pool.FindFileByName(f"shardloss/v1/{each.name}") for each in (ROOT / "proto/shardloss/v1").glob("*.proto")]
     values = {value for file in files for value in enum_values(file)}
     known = BY_REASON.keys() | {code.name for code in grpc.StatusCode} | values | {"NOT_SERVING"} | arguments()
-    words = {span for span in code_of(path) if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", span)}
-    outside = {word for word in words if not word.startswith(("SHARDLOSS_", "OMP_", "RAY_", "MALLOC_", "OTEL_"))}
-    assert outside <= known
+    for path in PAGES:
+        words = {span for span in code_of(path) if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", span)}
+        outside = {word for word in words if not word.startswith(("SHARDLOSS_", "OMP_", "RAY_", "MALLOC_", "OTEL_"))}
+        assert outside <= known, path
 
 
 def arguments() -> set[str]:
@@ -167,10 +168,10 @@ def enum_values(scope: object) -> Iterator[str]:
         yield from enum_values(message)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_every_target_of_make_exists(path: Path) -> None:
+def test_every_target_of_make_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert {name for code in code_of(path) for name in re.findall(r"\bmake ([a-z-]+)", code)} <= targets
+    for path in PAGES:
+        assert {name for code in code_of(path) for name in re.findall(r"\bmake ([a-z-]+)", code)} <= targets, path
 
 
 def metrics_port() -> int:
@@ -179,9 +180,9 @@ def metrics_port() -> int:
     return int(environment["SHARDLOSS_SERVER_METRICS_PORT"])
 
 
-@pytest.mark.parametrize("path", EVERY, ids=relative)
-def test_every_port_is_one_that_somebody_listens_on(path: Path) -> None:
-    known = {Listening().port, Listening().admin_port, metrics_port(), *OTHERS_PORTS.values()}
-    patterns = r"(?:(?:[.][01]|(?<!arXi)[a-z]):|[Pp]ort:? |[Pp]ort=|EXPOSE |port\": )(\d{4,5})\b"
-    found = {int(port) for port in re.findall(patterns, path.read_text())}
-    assert found <= known
+def test_every_port_is_one_that_somebody_listens_on() -> None:
+    for path in EVERY:
+        known = {Listening().port, Listening().admin_port, metrics_port(), *OTHERS_PORTS.values()}
+        patterns = r"(?:(?:[.][01]|(?<!arXi)[a-z]):|[Pp]ort:? |[Pp]ort=|EXPOSE |port\": )(\d{4,5})\b"
+        found = {int(port) for port in re.findall(patterns, path.read_text())}
+        assert found <= known, path

@@ -15,7 +15,7 @@ from shardloss.v1 import loss_pb2
 
 from .oracle import Batch
 
-TRY_S = 30.0
+TRY_S = 120.0
 
 Q = TypeVar("Q")
 R = TypeVar("R")

@@ -18,7 +18,7 @@ from shardloss_server.cluster.listener import Invitation, shut
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import Part
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 Call = Callable[..., Any]
 
 

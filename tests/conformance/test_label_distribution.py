@@ -468,5 +468,5 @@ def test_a_refused_call_lets_the_next_distribution_in(
 def test_a_head_refuses_hidden_without_a_dimension(make_table: Callable[..., shardloss.Table]) -> None:
     """By name, beside a distribution as beside labels."""
     head = make_table().softmax()
-    with pytest.raises(InvalidArgument, match="beside hidden"):
+    with pytest.raises(InvalidArgument, match="needed for hidden"):
         head(torch.tensor(1.0), torch.rand(V))

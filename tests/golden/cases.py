@@ -94,8 +94,9 @@ def load(*families: str) -> list[Case]:
 
 
 def cuts_of(case: Case, shard_counts: tuple[int, ...]) -> list[Cut]:
-    """Every count of shards by either placement, and the framework's own cut."""
+    """Every count of shards by either placement, and the framework's own cut; one shard is the same by both."""
     cuts = [Cut(num_shards, placement) for num_shards in shard_counts for placement in STRATEGIES]
+    cuts = [cut for cut in cuts if str(cut) != "1mod"]
     own = case.cut
     return cuts if own is None or own in cuts else [*cuts, own]
 

@@ -20,7 +20,7 @@ from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import ANY_PORT, Security, ServerConfig
 from shardloss_server.rpc.serve import Server
 
-TRY_S = 10.0
+TRY_S = 120.0
 DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 

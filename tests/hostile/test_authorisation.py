@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import grpc
 import numpy as np
@@ -208,7 +207,7 @@ def test_tokens_change_without_a_restart(
         assert eventually(lambda: status(old) == "UNAUTHENTICATED")
         good = own.tokens_file.read_text()
         own.tokens_file.write_text("[[token]]\nname = 3")
-        assert eventually(lambda: status(late.read_text().strip()) != "OK" or "still holds" in caplog.text)
+        assert eventually(lambda: status(late.read_text().strip()) != "OK" or "stays in use" in caplog.text)
         assert status(late.read_text().strip()) == "OK"
         assert str(own.tokens_file) in caplog.text
         own.tokens_file.write_text(good.replace('"admin"\nsha', '"reader"\nsha'))
@@ -273,7 +272,7 @@ def test_a_client_sees_named_errors(
     began = time.monotonic()
     with pytest.raises(error), shardloss.connect(server.address, token=secrets.token(word)) as client:
         call(client)
-    assert time.monotonic() - began < timedelta(seconds=5).total_seconds()
+    assert time.monotonic() - began < 30  # a client repeats what is not refused for 60 s
 
 
 def test_a_socket_asks_for_tokens_too(secrets: Secrets, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,4 +1,4 @@
-"""Wire fuzz: requests gone wrong in fields and bytes, for as long as one likes (`make fuzz`); a short while here.
+"""Wire fuzz: requests gone wrong in fields and bytes, a fixed number here; `make fuzz` goes on for SHARDLOSS_FUZZ_S.
 
 A request is answered, or refused by a reason of the contract that is no bug of ours; the server lives on, and a table
 that no request names is what it was, to the bit. A failure prints the bytes that it takes.
@@ -23,10 +23,10 @@ from .mutants import mutant, mutated
 from .test_raw_bytes import METHODS, RAW_LIMITS, assert_in_contract, call_raw, valid_messages
 from .world import D, V, World, serving
 
-FUZZ_S = float(os.environ.get("SHARDLOSS_FUZZ_S", "30"))
+FUZZ_S = float(os.environ.get("SHARDLOSS_FUZZ_S", "0"))
 SEED = int(os.environ.get("SHARDLOSS_FUZZ_SEED", "1"))
 SOCKET_SHARE = 0.2
-LEAST_CALLS = 20  # a second; on a machine where fewer are sent nothing is tried
+LEAST_CALLS, LEAST_CONNECTIONS = 4000, 600
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 KEEP = 200  # calls between two looks at the world; the prey is made anew then
 
@@ -94,7 +94,7 @@ def test_spoilt_requests_are_answered_or_refused_by_name(world: World, server: S
     rng, prey = np.random.default_rng(SEED), Prey(world)
     began, num_calls, num_refused = time.monotonic(), 0, 0
     with grpc.insecure_channel(server.address) as raw:
-        while time.monotonic() < began + FUZZ_S * (1 - SOCKET_SHARE):
+        while num_calls < LEAST_CALLS or time.monotonic() < began + FUZZ_S * (1 - SOCKET_SHARE):
             if num_calls % KEEP == 0:
                 prey.forget()
                 world.assert_untouched()
@@ -106,7 +106,6 @@ def test_spoilt_requests_are_answered_or_refused_by_name(world: World, server: S
     prey.forget()
     world.assert_untouched()
     assert server.handlers.admission.num_calls == 0
-    assert num_calls > LEAST_CALLS * FUZZ_S
     assert 0.2 < num_refused / num_calls < 0.95, "requests are all spoilt, or none is: nothing deep is tried"
     print(f"{num_calls} calls in {time.monotonic() - began:.0f} s, {num_refused} refused, seed {SEED}")
 
@@ -129,7 +128,7 @@ def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> No
     """Random bytes, alone, after HTTP/2's preface, and as frames with a header of sense and a content of none."""
     rng, host_port = np.random.default_rng(SEED), server.address.rsplit(":", 1)
     began, num_connections = time.monotonic(), 0
-    while time.monotonic() < began + FUZZ_S * SOCKET_SHARE:
+    while num_connections < LEAST_CONNECTIONS or time.monotonic() < began + FUZZ_S * SOCKET_SHARE:
         noise = rng.bytes(int(rng.integers(1, 2000)))
         for content in (noise, PREFACE + noise, PREFACE + frames(noise, rng)):
             try:
@@ -141,7 +140,6 @@ def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> No
         if num_connections % (3 * KEEP) == 0:
             world.assert_untouched()
     world.assert_untouched()
-    assert num_connections > FUZZ_S
 
 
 def frames(noise: bytes, rng: np.random.Generator) -> bytes:

@@ -136,7 +136,7 @@ def test_a_bug_is_internal_with_a_request_id_and_nothing_else(
                 assert_no_leak(*all_of(end))
                 assert DETAILS_KEY in dict(end.trailing_metadata() or ())
                 if end.code() is grpc.StatusCode.INTERNAL:
-                    request_id = re.findall(r"has request (\S+)$", end.details() or "")
+                    request_id = re.findall(r"details of request (\S+)$", end.details() or "")
                     assert request_id
                     assert request_id[-1] in logged
         monkeypatch.undo()

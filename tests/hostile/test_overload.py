@@ -30,7 +30,7 @@ from tests.conformance.faulty import FaultyGroup
 from .http2 import Connection
 from .world import LIMITS, World, once
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 COMPUTE_LOSS, INFO = "/shardloss.v1.LossService/ComputeLoss", "/shardloss.v1.ServerService/GetServerInfo"
 DETAILS_KEY = "grpc-status-details-bin"
 

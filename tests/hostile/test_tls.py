@@ -209,7 +209,7 @@ def test_certificates_change_without_a_restart(
             security.tls_key_file.write_text("no key")
             for address in addresses:
                 assert certificate_of(address, shown) == second
-            assert "still holds" in caplog.text
+            assert "stays in use" in caplog.text
             authority.server()
             assert eventually(lambda: certificate_of(server.address, shown) != second)
             assert client.list_tables() == []
@@ -240,14 +240,14 @@ def test_what_does_not_fit_is_refused_at_the_start(authority: Authority, tmp_pat
     junk.write_text("no PEM")
     bad = [
         (replace(good, tls_key_file=tmp_path / "absent"), "cannot read .*absent"),
-        (replace(good, tls_key_file=other), "do not fit"),
+        (replace(good, tls_key_file=other), "do not match"),
         (replace(good, tls_cert_file=junk), "junk.pem"),
         (replace(good, tls_client_ca_file=junk), "tls_client_ca_file .*junk.pem"),
         (replace(good, tls_key_file=None), "tls_key_file"),
         (Security(tls_key_file=good.tls_key_file), "tls_cert_file"),
         (Security(tls_client_ca_file=authority.ca_file), "tls_cert_file"),
         (Security(tokens_file=tmp_path / "absent.toml"), "cannot read .*absent.toml"),
-        (Security(tokens_file=junk), "junk.pem is wrong: it is no TOML"),
+        (Security(tokens_file=junk), "junk.pem is invalid: it is not TOML"),
     ]
     for security, words in bad:
         with pytest.raises(CannotServe, match=words), serving(security):

@@ -35,7 +35,7 @@ LIMITS = dataclasses.replace(
     max_reply_bytes=MAX_REPLY_BYTES,
     max_deadline_s=20.0,
 )
-TRY_S = 10.0
+TRY_S = 120.0
 
 R = TypeVar("R")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from scipy import special, stats
 from shardloss import LogitTransform
 
-V, D, S = 19, 4, 20_000
-P_VALUE = 1e-4  # fixed seeds: a failure is a change of the bits, not bad luck
+from ..extent import SEED, sample, scaled
+from .frequencies import P_VALUE
+
+V, D, S = 19, 4, scaled(5_000, 20_000)
+CALLS = scaled(60, 300)
 COLD, WARM = LogitTransform(scale=1.7), LogitTransform(scale=0.2)
 
 
@@ -46,14 +50,16 @@ def assert_fits(class_ids: NDArray[np.int64], probability: NDArray[np.float64]) 
     assert stats.chisquare(pooled[0][seen], pooled[1][seen]).pvalue > P_VALUE
 
 
-@pytest.mark.parametrize("transform", [None, COLD, WARM], ids=["plain", "cold", "warm"])
-@pytest.mark.parametrize("top_k", [None, 2, 7, V])
+@pytest.mark.parametrize(
+    "transform, top_k",
+    sample([(COLD, None), (None, 7), (WARM, 2), (None, V), *product((None, COLD, WARM), (None, 2, 7, V))], 4),
+)
 def test_draws_fit_the_exact_softmax(
     table: shardloss.Table, rng: np.random.Generator, transform: LogitTransform | None, top_k: int | None
 ) -> None:
-    """Chi-square of 20,000 draws of each of three rows, over all classes and over the best alone."""
+    """Chi-square of the draws of each of three rows, over all classes and over the best alone."""
     hidden = rng.standard_normal((3, D)).astype(np.float32).astype(np.float64)
-    drawn = table.sample_classes(hidden, S, seed=21, top_k=top_k, logits=transform).class_ids
+    drawn = table.sample_classes(hidden, S, seed=21 + SEED, top_k=top_k, logits=transform).class_ids
     for row, probability in zip(drawn, softmax_of(table, hidden, transform, top_k), strict=True):
         assert_fits(row, probability)
 
@@ -62,13 +68,13 @@ def test_draws_fit_the_exact_softmax(
 def test_one_draw_of_each_of_many_keys_fits_as_well(
     table: shardloss.Table, rng: np.random.Generator, keyed_by: str
 ) -> None:
-    """The first draw of 3,000 rows, of 300 calls of 10 rows, of 300 seeds: neighbouring keys are independent."""
-    hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 3000, axis=0)
+    """The first draw of many rows, of many calls of 10 rows, of many seeds: neighbouring keys are independent."""
+    hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 10 * CALLS, axis=0)
     if keyed_by == "row":
-        drawn = table.sample_classes(hidden, 1, seed=2).class_ids
+        drawn = table.sample_classes(hidden, 1, seed=2 + SEED).class_ids
     else:
         step = {"seed": 1, "first_row": 10}[keyed_by]
-        calls = [table.sample_classes(hidden[:10], 1, **{keyed_by: step * n}) for n in range(300)]  # type: ignore[arg-type]
+        calls = [table.sample_classes(hidden[:10], 1, **{keyed_by: step * n}) for n in range(CALLS)]  # type: ignore[arg-type]
         drawn = np.concatenate([call.class_ids for call in calls])
     assert_fits(drawn[:, 0], softmax_of(table, hidden[:1], None, None)[0])
 
@@ -76,7 +82,7 @@ def test_one_draw_of_each_of_many_keys_fits_as_well(
 def test_draws_of_a_row_are_independent_of_each_other(table: shardloss.Table, rng: np.random.Generator) -> None:
     """Pairs of neighbouring draws, and of neighbouring rows, repeat a class as often as the softmax says."""
     hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 2, axis=0)
-    drawn = table.sample_classes(hidden, S, seed=5).class_ids
+    drawn = table.sample_classes(hidden, S, seed=5 + SEED).class_ids
     repeats = float((softmax_of(table, hidden, None, None)[0] ** 2).sum())
     for pairs in (drawn[0].reshape(-1, 2), drawn.T):
         found = int((pairs[:, 0] == pairs[:, 1]).sum())

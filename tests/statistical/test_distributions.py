@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from scipy import stats
 from shardloss import sampling
 
+from ..extent import SEED, sample, scaled
 from .frequencies import P_VALUE, assert_same_frequencies, one_sample_z
 
 V = 211  # prime, so that no block or level is whole
+DRAWS = scaled(5_000, 10_000)  # a step
+PAIRS = scaled(50_000, 200_000)
 Counts = NDArray[np.float64]
 COUNTS = np.where(np.arange(V) % 5 == 3, 0.0, 3.0 + (np.arange(V) * 37 % 101)) ** 2  # a fifth is 0; 9 to 1e4
 
@@ -77,15 +80,15 @@ every_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
 
 
 @every_distribution
-@pytest.mark.parametrize("seed", [0, 2**63 + 1])
+@pytest.mark.parametrize("seed", sample([2**63 + 1 - SEED, SEED], 1))
 def test_draws_fit_their_distribution(name: str, seed: int) -> None:
-    """Chi-square over 1,000,000 draws of 100 steps; what has p = 0 is never drawn; p is what the formula says."""
+    """Chi-square over the draws of 100 steps; what has p = 0 is never drawn; p is what the formula says."""
     make, formula = DISTRIBUTIONS[name]
     distribution, p = make(), formula()
     np.testing.assert_allclose(distribution.probability(np.arange(V)), p, rtol=1e-12, atol=0)
     assert distribution.num_possible == np.count_nonzero(p)
-    draws = np.concatenate([sampling.draw(distribution, 10_000, False, seed, step).sampled for step in range(100)])
-    observed, expected = np.bincount(draws, minlength=V), p * 1_000_000
+    draws = np.concatenate([sampling.draw(distribution, DRAWS, False, seed, step).sampled for step in range(100)])
+    observed, expected = np.bincount(draws, minlength=V), p * 100 * DRAWS
     possible = p > 0
     assert not observed[~possible].any()
     assert expected[possible].min() > 5  # the chi-square approximation holds
@@ -96,10 +99,10 @@ def test_draws_fit_their_distribution(name: str, seed: int) -> None:
 def test_neighbouring_draws_are_independent(name: str) -> None:
     """Chi-square of the pairs (draw 2k, draw 2k + 1), each in 6 classes of classes, against the product."""
     make, formula = DISTRIBUTIONS[name]
-    draws = sampling.draw(make(), 400_000, False, 11, 3).sampled % 6
+    draws = sampling.draw(make(), 2 * PAIRS, False, 11 + SEED, 3).sampled % 6
     pairs = np.bincount(draws[::2] * 6 + draws[1::2], minlength=36)
     p = np.bincount(np.arange(V) % 6, formula())
-    assert stats.chisquare(pairs, np.outer(p, p).ravel() * 200_000).pvalue > P_VALUE
+    assert stats.chisquare(pairs, np.outer(p, p).ravel() * PAIRS).pvalue > P_VALUE
 
 
 # Distinct draws, against enumeration
@@ -119,7 +122,7 @@ SMALL: dict[str, Callable[[], sampling.Distribution]] = {
     "fixed": lambda: sampling.fixed_unigram([3, 0, 1, 9, 4], 0.75),
     "learned": small_learned,
 }
-S, BATCHES = 3, 20_000
+S, BATCHES = 3, scaled(4_000, 20_000)
 
 
 def inclusion_by_orders(p: Counts) -> Counts:
@@ -150,11 +153,11 @@ def tries_by_subsets(p: Counts, longest: int) -> Counts:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_distinct_draws_are_those_of_enumeration(name: str) -> None:
-    """Inclusions, numbers of tries and mean Q of 20,000 batches of 3 of 5 classes, against exact sums."""
+    """Inclusions, numbers of tries and mean Q of many batches of 3 of 5 classes, against exact sums."""
     distribution = SMALL[name]()
     ids = np.arange(5)
     p = distribution.probability(ids)
-    draws = [sampling.draw(distribution, S, True, 19, step) for step in range(BATCHES)]
+    draws = [sampling.draw(distribution, S, True, 19 + SEED, step) for step in range(BATCHES)]
 
     inclusion = inclusion_by_orders(p)
     found = np.bincount(np.concatenate([draw.sampled for draw in draws]), minlength=5) / BATCHES
@@ -182,10 +185,10 @@ def test_distinct_draws_are_those_of_enumeration(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_with_repeats_q_is_the_mean_count(name: str) -> None:
-    """Q of a class is how often it comes in a batch of 3, over 20,000 batches."""
+    """Q of a class is how often it comes in a batch of 3."""
     distribution = SMALL[name]()
     q = sampling.expected_count(distribution, np.arange(5), S, False, S)
-    draws = [sampling.draw(distribution, S, False, 23, step).sampled for step in range(BATCHES)]
+    draws = [sampling.draw(distribution, S, False, 23 + SEED, step).sampled for step in range(BATCHES)]
     counts = np.bincount(np.concatenate(draws), minlength=5)
     assert q.sum() == pytest.approx(S, rel=1e-12)
     assert not counts[q == 0].any()
@@ -198,14 +201,16 @@ def test_with_repeats_q_is_the_mean_count(name: str) -> None:
 @pytest.mark.parametrize(
     "num_classes, num_sampled, num_steps",
     [
-        (37, 12, 5000),
-        (20_011, 107, 3000),  # NumPy chooses few of many by another algorithm
+        (37, 12, scaled(1000, 5000)),
+        (20_011, 107, scaled(600, 3000)),  # NumPy chooses few of many by another algorithm
     ],
 )
 def test_negatives_of_class_centers_are_uniform(num_classes: int, num_sampled: int, num_steps: int) -> None:
     """Each class that is no label comes as often as another, and the place among the negatives says nothing."""
     labels = np.array([35, 2, 2, 30, -1, 7])
-    drawn = np.array([sampling.partial_fc(labels, num_classes, num_sampled, 13, k)[4:] for k in range(num_steps)])
+    drawn = np.array(
+        [sampling.partial_fc(labels, num_classes, num_sampled, 13 + SEED, k)[4:] for k in range(num_steps)]
+    )
     for negatives in (drawn, drawn[:, :1], drawn[:, -1:]):
         observed = np.bincount(negatives.ravel() % 37, minlength=37)
         assert num_classes > 37 or not observed[labels[labels >= 0]].any()

@@ -27,10 +27,14 @@ from shardloss_server.shard.record import Part, RowWrite, Score, TableSpec
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
+from ..extent import SEED, sample, scaled
 from .frequencies import P_VALUE, assert_same_frequencies, two_sample_z
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 KINDS = ("log_uniform", "uniform")
+DRAWS = scaled(1_000, 10_000)  # a step
+STEPS = scaled(5_000, 20_000)
+BATCHES = scaled(1_500, 5_000)
 
 
 def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
@@ -44,12 +48,12 @@ def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_classes", [2, 37, 1009])
-@pytest.mark.parametrize("seed", [0, 2**63 + 1])
+@pytest.mark.parametrize("num_classes", [2, 1009])  # test_distributions.py has 211
+@pytest.mark.parametrize("seed", sample([2**63 + 1 - SEED, SEED], 1))
 def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, seed: int) -> None:
-    """Chi-square over 1,000,000 draws of 100 steps."""
+    """Chi-square over the draws of 100 steps."""
     distribution = sampling.DISTRIBUTIONS[kind](num_classes)
-    draws = np.concatenate([sampling.draw(distribution, 10_000, False, seed, step).sampled for step in range(100)])
+    draws = np.concatenate([sampling.draw(distribution, DRAWS, False, seed, step).sampled for step in range(100)])
     observed = np.bincount(draws, minlength=num_classes)
     expected = probability(kind, num_classes) * len(draws)
     assert expected.min() > 5  # the chi-square approximation holds
@@ -58,28 +62,28 @@ def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_one_draw_each_fit_as_well(kind: str) -> None:
-    """The first candidate over 20,000 steps and over 20,000 seeds: neighbouring keys are independent draws."""
-    distribution, expected = sampling.DISTRIBUTIONS[kind](37), probability(kind, 37) * 20_000
-    over_steps = [int(sampling.draw(distribution, 1, False, 3, step).sampled[0]) for step in range(20_000)]
-    over_seeds = [int(sampling.draw(distribution, 1, False, seed, 3).sampled[0]) for seed in range(20_000)]
+    """The first candidate over many steps and over many seeds: neighbouring keys are independent draws."""
+    distribution, expected = sampling.DISTRIBUTIONS[kind](37), probability(kind, 37) * STEPS
+    over_steps = [int(sampling.draw(distribution, 1, False, 3 + SEED, step).sampled[0]) for step in range(STEPS)]
+    over_seeds = [int(sampling.draw(distribution, 1, False, SEED + seed, 3).sampled[0]) for seed in range(STEPS)]
     for draws in (over_steps, over_seeds):
         assert stats.chisquare(np.bincount(draws, minlength=37), expected).pvalue > P_VALUE
         pairs = np.array(draws[:-1]) * 37 + np.array(draws[1:])  # neighbours: independent, so pairs are products
         coarse = np.bincount(pairs, minlength=37 * 37).reshape(37, 37)[:6, :6]
-        product = np.outer(expected[:6], expected[:6]) / 20_000
+        product = np.outer(expected[:6], expected[:6]) / STEPS
         assert (((coarse - product) ** 2) / product).sum() < stats.chi2(36).isf(P_VALUE)
 
 
 def inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
     """How many of our distinct batches hold each class."""
     distribution = sampling.DISTRIBUTIONS[kind](num_classes)
-    draws = [sampling.draw(distribution, num_sampled, True, 17, step).sampled for step in range(num_batches)]
+    draws = [sampling.draw(distribution, num_sampled, True, 17 + SEED, step).sampled for step in range(num_batches)]
     return np.bincount(np.concatenate(draws), minlength=num_classes)
 
 
 def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
     """The same by the definition: draw one class at a time until there are S different ones."""
-    dice, weights = random.Random(23), probability(kind, num_classes).tolist()
+    dice, weights = random.Random(23 + SEED), probability(kind, num_classes).tolist()
     found = np.zeros(num_classes, dtype=np.int64)
     for _ in range(num_batches):
         batch: set[int] = set()
@@ -94,11 +98,11 @@ def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batc
 def test_distinct_draws_hold_each_class_as_often_as_the_definition(
     kind: str, num_classes: int, num_sampled: int
 ) -> None:
-    """Inclusion frequencies over 5,000 batches agree with drawing until S different ids have come."""
-    ours = inclusions(kind, num_classes, num_sampled, 5000) / 5000
-    simulated = simulated_inclusions(kind, num_classes, num_sampled, 5000) / 5000
+    """Inclusion frequencies over many batches agree with drawing until S different ids have come."""
+    ours = inclusions(kind, num_classes, num_sampled, BATCHES) / BATCHES
+    simulated = simulated_inclusions(kind, num_classes, num_sampled, BATCHES) / BATCHES
     assert ours.sum() == pytest.approx(num_sampled)
-    assert_same_frequencies(two_sample_z(ours, 5000, simulated, 5000))
+    assert_same_frequencies(two_sample_z(ours, BATCHES, simulated, BATCHES))
 
 
 def golden_frequencies(unique: bool) -> Iterator[tuple[str, NDArray[np.float64], int, int]]:
@@ -120,7 +124,7 @@ def test_frequencies_are_tensorflows() -> None:
         assert_same_frequencies(two_sample_z(ours, num_batches, frequency, num_batches))
         compared.append((kind, True))
     for kind, frequency, num_draws, _ in golden_frequencies(unique=False):
-        draws = sampling.draw(sampling.DISTRIBUTIONS[kind](len(frequency)), num_draws, False, 29, 0).sampled
+        draws = sampling.draw(sampling.DISTRIBUTIONS[kind](len(frequency)), num_draws, False, 29 + SEED, 0).sampled
         ours = np.bincount(draws, minlength=len(frequency)) / num_draws
         assert_same_frequencies(two_sample_z(ours, num_draws, frequency, num_draws))
         compared.append((kind, False))
@@ -147,7 +151,7 @@ class Model:
 
     def part(self, kind: str, num_sampled: int, step: int, labels: Tensor) -> Part:
         """With repeats and hits kept."""
-        candidates = SamplerSpec(kind, num_sampled, False, 41)
+        candidates = SamplerSpec(kind, num_sampled, False, 41 + SEED)
         request = LossRequest(
             table="table",
             session="",
@@ -178,17 +182,20 @@ def model(seed: int) -> Model:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_corrected_candidates_estimate_the_partition_function(model: Model, kind: str) -> None:
-    """E[sum over draws of exp(z - log(S p))] = sum over classes of exp(z), over 2,000 steps of 19 draws.
+    """E[sum over draws of exp(z - log(S p))] = sum over classes of exp(z), over many steps of 19 draws.
 
     The sum over draws is exp(lse) less the true column, whose logit and -log(S p) are known.
     """
-    lse = [merge(model.scores(model.part(kind, 19, step, model.labels), False)).statistics.lse for step in range(2000)]
+    lse = [
+        merge(model.scores(model.part(kind, 19, step, model.labels), False)).statistics.lse
+        for step in range(scaled(300, 2000))
+    ]
     logits = model.hidden @ model.weights.T + model.biases
     true_count = 19 * torch.from_numpy(probability(kind, V))[model.labels]
     estimates = torch.stack(lse).exp() - (logits.gather(1, model.labels).exp() / true_count)[:, 0]
     exact = logits.exp().sum(1)
     standard_error = estimates.std(0) / math.sqrt(len(estimates))
-    assert (standard_error / exact < 0.05).all()  # the bound below means something
+    assert (standard_error / exact < 0.1).all()  # the bound below means something
     assert ((estimates.mean(0) - exact).abs() < 4 * standard_error).all()
 
 
@@ -203,15 +210,17 @@ def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> 
     return stacked.mean(0), stacked.std(0) / math.sqrt(num_steps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sample(KINDS, 1))
 def test_the_bias_of_the_gradient_falls_like_one_over_s(model: Model, kind: str) -> None:
     """Four times the candidates leave a quarter of the difference between the mean gradient and the exact one."""
     hidden = model.hidden.clone().requires_grad_()
     ones = torch.ones(N, 1, dtype=torch.float64)
     reference.full_softmax(model.weights, model.biases, hidden, model.labels, ones).sum().backward()
     assert hidden.grad is not None
-    few, _ = mean_gradient(model, kind, 12, 1000)  # whose bias is four times as large, and its noise twice
-    many, many_error = mean_gradient(model, kind, 48, 2000)
+    few, _ = mean_gradient(
+        model, kind, scaled(6, 12), scaled(600, 2000)
+    )  # whose bias is four times as large, and its noise twice
+    many, many_error = mean_gradient(model, kind, scaled(24, 48), scaled(1200, 4000))
     bias_of_few, bias_of_many = few - hidden.grad, many - hidden.grad
-    assert many_error.norm() < 0.2 * bias_of_many.norm()  # what is compared is bias, not noise
+    assert many_error.norm() < 0.25 * bias_of_many.norm()  # what is compared is bias, not noise
     assert 3 < float(bias_of_few.norm() / bias_of_many.norm()) < 5

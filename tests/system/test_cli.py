@@ -162,7 +162,7 @@ def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data:
         (("table", "create", "x", "--classes", "0", "--dim", "2"), "--classes"),
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "os"), "one of|none of sgd"),
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:beta=1"), "it has beta1"),
-        (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:eps=small"), "is no float"),
+        (("table", "create", "x", "--classes", "2", "--dim", "2", "--optimizer", "adam:eps=small"), "of type float"),
         (("table", "create", "x", "--classes", "2", "--dim", "2", "--initializer", "normal"), "needs stddev"),
         (("tabel", "list"), "tabel"),
         (("table", "show"), "name"),
@@ -218,7 +218,7 @@ def test_deleting_asks_first(
     assert run("table", "delete", name) == (130, "", "INTERRUPTED: interrupted\n")
     monkeypatch.setattr("typer.confirm", lambda text, err: not err)
     error = run_json("table", "delete", name, code=1)["error"]
-    assert error == {"reason": "INTERRUPTED", "message": f"{name} is not deleted: the answer was no"}
+    assert error == {"reason": "INTERRUPTED", "message": f"{name} was not deleted: the answer was no"}
     assert client.table(name).name == name
     monkeypatch.setattr("typer.confirm", lambda text, err: err)
     assert run("table", "delete", name)[0] == 0
@@ -399,7 +399,7 @@ def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: Non
     assert wrong(run_json(*args, code=1)) == ["token"]
     document = run_json("doctor", "--token-file", str(token), code=1)  # where a server is there, it cannot be asked
     assert wrong(document) == ["token"]
-    assert "cannot be told" in findings(document)["port"]["found"]
+    assert "cannot be checked" in findings(document)["port"]["found"]
 
 
 def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(
@@ -452,7 +452,7 @@ def test_the_doctor_names_too_many_threads(run_json: Any, sound: None, monkeypat
     ("reported", "do"),
     [
         ({"shardloss-server": "0.2.0", "protobuf": "6.33.6"}, "install the same release"),
-        ({"shardloss-server": shardloss.__version__, "protobuf": "5.29.1"}, "update protobuf there"),
+        ({"shardloss-server": shardloss.__version__, "protobuf": "5.29.1"}, "update protobuf (server)"),
     ],
 )
 def test_the_doctor_names_other_versions(run_json: Any, sound: None, monkeypatch, reported: Any, do: str) -> None:
@@ -471,7 +471,7 @@ def test_the_doctor_names_workers_that_are_missing(
     monkeypatch.setattr(group, "stats", lambda timeout_s: [first, replace(second, stats=None)])
     document = run_json("doctor", code=1)
     assert wrong(document) == ["workers"]
-    assert findings(document)["workers"]["found"] == "1 of 2 workers are up; 1 did not answer"
+    assert findings(document)["workers"]["found"] == "1 of 2 workers are up; no answer from worker 1"
     assert "DOWN" in run("status")[1]
 
 
@@ -484,7 +484,7 @@ def test_the_doctor_names_tables_whose_rows_are_lost(
     monkeypatch.setattr(owner, "_lost", "a worker died")
     document = run_json("doctor", code=1)
     assert wrong(document) == ["workers"]
-    assert findings(document)["workers"]["found"] == f"2 of 2 workers are up, but rows of {name} died with one"
+    assert findings(document)["workers"]["found"] == f"2 of 2 workers are up, but a worker died with rows of {name}"
 
 
 @pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])

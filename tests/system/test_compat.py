@@ -13,7 +13,9 @@ from shardloss.compat import tensorflow, tfrs
 from shardloss.errors import InvalidArgument, NotSupported
 from torch import Tensor
 
-STEPS, LR, NUM_TRUE, NUM_SAMPLED = 40, 0.1, 2, 9
+from ..extent import scaled
+
+STEPS, LR, NUM_TRUE, NUM_SAMPLED = scaled(15, 40), 0.1, 2, 9
 MakeTable = Callable[..., shardloss.Table]
 
 

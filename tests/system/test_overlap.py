@@ -17,7 +17,7 @@ from torch import Tensor
 
 V, D, N = 53, 7, 11
 RATE = 0.3
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ import shardloss
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-START_S = 90.0
+START_S = 300.0  # far above what a busy machine needs
+STOP_S = 120.0
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[by
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait(60)
+                process.wait(STOP_S)
 
 
 def children_of(pid: int) -> set[int]:
@@ -88,7 +89,11 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
 def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) -> None:
     """It writes its address once ready, answers, and exits 0 on a signal."""
     with serving(tmp_path, "--local", "--workers", "1") as (process, address):
@@ -99,9 +104,10 @@ def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) ->
             assert result.committed is not None
             assert result.committed.version == 1
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(STOP_S) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
     """After SIGTERM neither workers nor Ray's own processes, nor its files, are left."""
@@ -113,11 +119,12 @@ def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
         children = children_of(process.pid)
         assert len(children) > 2
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    assert wait_gone(children, 30.0) == set()
+        assert process.wait(STOP_S) == 0
+    assert wait_gone(children, STOP_S) == set()
     assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
     """SIGTERM in the middle of Ray's start: it comes to its end in order, and so do Ray's processes and files."""
@@ -135,13 +142,14 @@ def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) ->
             assert time.monotonic() < deadline, "the server did not end"
             time.sleep(0.01)
         assert process.returncode == 0
-    assert wait_gone(children, 30.0) == set()
+    assert wait_gone(children, STOP_S) == set()
     assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
 
 
+@pytest.mark.slow
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     """A call in flight holds the drain; the second signal does not wait for it."""
-    with serving(tmp_path, "--local", "--drain-s", "60") as (process, address), shardloss.connect(address) as client:
+    with serving(tmp_path, "--local", "--drain-s", "600") as (process, address), shardloss.connect(address) as client:
         table = client.create_table("t", num_classes=5, dim=2)
         session = table.session()
         request = shardloss.messages.loss_request(
@@ -149,18 +157,18 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
         )
         key = request.message
         key.session, key.step, key.after_step = session.name, 2, 1
-        waiting = client.send_loss.future(request, timeout=50)
+        waiting = client.send_loss.future(request, timeout=500)
         wait_until_in_flight(client)
         process.send_signal(signal.SIGTERM)
         wait_not_serving(address)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(STOP_S) == 128 + signal.SIGTERM
         waiting.cancel()
 
 
 def wait_until_in_flight(client: shardloss.LossClient) -> None:
     """Poll until the waiting call holds its ticket."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + STOP_S
     while client.table("t").spec.num_open_tickets == 0:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -168,7 +176,7 @@ def wait_until_in_flight(client: shardloss.LossClient) -> None:
 
 def wait_not_serving(address: str) -> None:
     """Poll until no new call is taken."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + STOP_S
     while time.monotonic() < deadline:
         try:
             shardloss.connect(address, timeout_s=0.5).close()
@@ -183,10 +191,10 @@ def test_health_and_reflection_answer_on_both_ports(local_server: object) -> Non
     for address in (local_server.address, local_server.admin_address):
         with grpc.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            reply = stub.Check(health_pb2.HealthCheckRequest(service="shardloss.v1.LossService"), timeout=5)
+            reply = stub.Check(health_pb2.HealthCheckRequest(service="shardloss.v1.LossService"), timeout=60)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
             asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-            answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=5))
+            answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=60))
             names = {service.name for service in answer.list_services_response.service}
             assert {"shardloss.v1.LossService", "shardloss.v1.TableService"} <= names
 

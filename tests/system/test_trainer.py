@@ -9,7 +9,9 @@ import shardloss
 import torch
 from local_trainer import BATCH, DIM, NUM_CLASSES, batches, local_run, remote_run, table_of
 
-STEPS = 200
+from ..extent import scaled
+
+STEPS = scaled(40, 200)
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 # name, table optimizer, sampled loss?, learning rate, torch's optimizer
@@ -67,7 +69,7 @@ def test_float64_curve_and_table_equal_torch_alone(
     lr: float,
     make: Make,
 ) -> None:
-    """Over 200 steps the losses, the table and the encoder agree with a local torch trainer to 1e-9."""
+    """Over all steps the losses, the table and the encoder agree with a local torch trainer to 1e-9."""
     table = make_table(optimizer=optimizer)
     local = local_run(table, sampled, make, STEPS, torch.float64)
     remote = remote_run(table, sampled, lr, STEPS, torch.float64)

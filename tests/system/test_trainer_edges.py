@@ -230,7 +230,7 @@ def test_tensorflow_losses_find_their_table_by_name(
     stale, optimizer = optimizer, tensorflow.optimizer(wider, 0.1)
     hidden = torch.randn(BATCH, DIM + 1, dtype=torch.float64)
     tensorflow.sampled_softmax_loss(wider, wider, labels[:, None], hidden, 5, NUM_CLASSES).sum().backward()
-    with pytest.raises(InvalidArgument, match="made anew with another shape"):
+    with pytest.raises(InvalidArgument, match="recreated with another shape"):
         stale.step()
     optimizer.step()
     assert wider.info().num_commits == 1

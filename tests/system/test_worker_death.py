@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shardloss
-from test_serve import children_of, serving
+from test_serve import STOP_S, children_of, serving, wait_gone
 
 
 def shard_workers(server_pid: int) -> list[int]:
@@ -28,15 +28,16 @@ def repeat_for(seconds: float, call: Callable[[], object]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("path", ["--links", pytest.param("--no-links", marks=pytest.mark.slow)])
-def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path, path: str) -> None:
-    """ROWS_LOST, never a wrong number; a table made afterwards is whole; the lost one can be deleted.
+def test_a_killed_worker_is_a_named_error_new_tables_work_and_the_server_stops(tmp_path: Path, path: str) -> None:
+    """ROWS_LOST, never a wrong number; a table created afterwards works; SIGTERM then leaves no process and no file.
 
-    So it is over links, which the new worker makes again, and over plain calls.
+    This holds over links, which the new worker makes again, and over plain calls.
     """
+    before = {path.name for path in Path("/tmp").glob("shardloss-*")}
     hidden, labels = np.ones((3, 4), np.float32), np.array([0, 5, 10])
     with (
         serving(tmp_path, "--workers", "2", path) as (process, address),
-        shardloss.connect(address, timeout_s=60, attempt_timeout_s=5) as client,
+        shardloss.connect(address, timeout_s=200, attempt_timeout_s=20) as client,
     ):
         table = client.create_table("lost", num_classes=11, dim=4)
         session = table.session()
@@ -45,7 +46,7 @@ def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path, pa
         assert len(victims) == 2
         os.kill(victims[0], signal.SIGKILL)
         with pytest.raises(shardloss.errors.RowsLost):
-            repeat_for(60, lambda: table.compute_loss(hidden, labels, shardloss.FullSoftmax()))
+            repeat_for(200, lambda: table.compute_loss(hidden, labels, shardloss.FullSoftmax()))
         with pytest.raises(shardloss.errors.RowsLost):
             session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
         client.delete_table("lost")
@@ -53,3 +54,8 @@ def test_a_killed_worker_is_a_named_error_and_new_tables_work(tmp_path: Path, pa
         result = again.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
         assert result.committed is not None
         assert result.committed.version == 1
+        children = children_of(process.pid)
+        process.terminate()
+        assert process.wait(STOP_S) == 0
+    assert wait_gone(children, STOP_S) == set()
+    assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before

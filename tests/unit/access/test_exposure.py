@@ -103,10 +103,10 @@ def test_a_client_sends_no_token_in_plaintext_off_this_machine(address: str, tmp
     "credentials, words",
     [
         ({"token": "a", "token_file": "b"}, "not both"),
-        ({"token": ""}, "holds no token"),
-        ({"token": "a b"}, "holds no token"),
-        ({"token": "a\nb"}, "holds no token"),
-        ({"token": "\u00e9"}, "holds no token"),
+        ({"token": ""}, "contains no valid token"),
+        ({"token": "a b"}, "contains no valid token"),
+        ({"token": "a\nb"}, "contains no valid token"),
+        ({"token": "\u00e9"}, "contains no valid token"),
         ({"token_file": "/nowhere/at/all"}, "cannot read token_file /nowhere/at/all"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_whole_file_is_read() -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[[token]", "no TOML"),
+        ("[[token]", "not TOML"),
         ("tokens = 3", "'tokens' is unknown"),
         ("token = 3", "[[token]]"),
         ("token = [3]", "[[token]]"),
@@ -59,8 +59,8 @@ def test_a_whole_file_is_read() -> None:
         (entry(more="expires = 2030-01-01"), "expires = '2030-01-01'"),
         (entry(more="expires = 2030-01-01T00:00:00"), "expires = '2030-01-01 00:00:00'"),
         (entry(more='expires = "soon"'), "expires = 'soon'"),
-        (entry() + entry(sha256=f'"{OTHER}"'), "[[token]] 2: its name is that of [[token]] 1"),
-        (entry() + entry('"b"'), "[[token]] 2: its sha256 is that of [[token]] 1"),
+        (entry() + entry(sha256=f'"{OTHER}"'), "[[token]] 2: its name is the same as that of [[token]] 1"),
+        (entry() + entry('"b"'), "[[token]] 2: its sha256 is the same as that of [[token]] 1"),
         ('[[certificate]]\nname = "x"\n', "[[certificate]] 1: role is missing"),
         ('[[certificate]]\nname = "x"\nrole = "reader"\n' * 2, "[[certificate]] 2: its name"),
     ],
@@ -188,7 +188,7 @@ def test_create_list_and_revoke(tmp_path: Path) -> None:
     [
         (["create", "--name", "x", "--role", "root"], "--role root must be one of reader, trainer, admin"),
         (["create", "--name", "../x", "--role", "reader"], "'../x'"),
-        (["create", "--name", "there", "--role", "reader"], "has a token named there already"),
+        (["create", "--name", "there", "--role", "reader"], "already has a token named there"),
         (["revoke", "--name", "x"], "no token named x"),
     ],
 )
@@ -268,10 +268,10 @@ def test_a_file_that_goes_away_or_is_wrong_changes_nothing(tmp_path: Path, caplo
     with caplog.at_level(logging.ERROR):
         path.write_text("many")
         assert [watched.value() for _ in range(3)] == [1, 1, 1]
-        assert caplog.text.count("still holds") == 1
+        assert caplog.text.count("previous content stays in use") == 1
         path.unlink()
         assert watched.value() == 1
-        assert caplog.text.count("still holds") == 2
+        assert caplog.text.count("previous content stays in use") == 2
     path.write_text("444")
     assert watched.value() == 444
 

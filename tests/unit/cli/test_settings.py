@@ -56,7 +56,7 @@ def test_an_empty_variable_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("max_bath = 3", {}, {}, ["max_bath", "server.toml", "did you mean max_batch?"]),
         ("", {}, {"SHARDLOSS_SERVER_MAX_BATH": "3"}, ["SHARDLOSS_SERVER_MAX_BATH", "SHARDLOSS_SERVER_MAX_BATCH?"]),
-        ("", {}, {"shardloss_server_max_batch": "3"}, ["no setting", "did you mean SHARDLOSS_SERVER_MAX_BATCH?"]),
+        ("", {}, {"shardloss_server_max_batch": "3"}, ["not a setting", "did you mean SHARDLOSS_SERVER_MAX_BATCH?"]),
         ("drain_s = inf", {}, {}, ["drain_s in", "less than or equal to 1000000"]),
         ("", {"connection_idle_s": 1e10}, {}, ["--connection-idle-s", "less than or equal to 1000000"]),
         ("", {"max_message_bytes": 2**31}, {}, ["--max-message-bytes", "less than or equal to 1073741824"]),

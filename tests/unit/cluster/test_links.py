@@ -22,7 +22,7 @@ from shardloss_server.cluster.listener import shut
 from shardloss_server.shard.record import Batch, Candidates, OutOfMemory, Part
 from torch import Tensor
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool]
 
 

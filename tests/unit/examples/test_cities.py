@@ -202,6 +202,7 @@ def test_a_second_run_reads_the_same_names_from_its_file(tmp_path: Path, monkeyp
     assert [path.name for path in (tmp_path / "new").iterdir()] == [dataset.cache_name(settings)]
 
 
+@pytest.mark.slow
 def test_the_installed_package_has_the_cities_that_the_demo_promises() -> None:
     """234,908 cities, Shanghai first, and 1,202,818 names, of which no city loses more than one, nor its last two."""
     found = names.load()

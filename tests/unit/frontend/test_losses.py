@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from shardloss_server.numerics.transform import Transform
 from torch import Tensor
 from torch.nn import functional
 
+from ...extent import EVERYTHING, sample
 from ..cases import (
     CANDIDATES,
     SEEN,
@@ -33,7 +35,7 @@ from ..cases import (
 )
 from ..front import Front, Table, request_of
 
-CUTS = [(1, "div"), (2, "mod"), (3, "div"), (7, "mod"), (1, "mod"), (2, "div"), (3, "mod"), (7, "div")]
+CUTS = [(1, "div"), (7, "mod"), (2, "mod"), (3, "div"), (3, "mod"), (7, "div"), (2, "div")]
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Cuts:
     tables: list[Table]
 
     def check(self, cases: Iterable[Case]) -> int:
-        """Every case on four of the tables; half of them do not learn the scale. The number of cases."""
+        """Check every case on two of the cuts, one with a learned scale, one without; return the number of cases.
+
+        The two cuts rotate, so each is met by a quarter of the cases. A full run checks every case on all of them.
+        """
         num_cases = 0
         for place, case in enumerate(cases):
             g = randn(N)
             wanted = expected(self.weights, self.biases, case.request, self.tables[0].owner.counts, g)
-            for i, table in enumerate(self.tables[place % 2 * 4 :][:4]):
+            for i, table in enumerate(sample(self.tables, 2, place)):
                 with_scale = (i + place) % 2 == 0
                 reply = table.loss(finer(case.request, with_scale, g))
                 weights_grad, biases_grad = table.dense(reply.table_grad)
@@ -106,8 +111,13 @@ def test_full_sigmoid(biased: Cuts) -> None:
 
 @pytest.mark.parametrize("kind", CANDIDATES)
 def test_sampled_losses(biased: Cuts, kind: str) -> None:
-    """Hit removal, hit ids, family, transform and z-loss in every combination, over one kind of candidates."""
-    assert biased.check(sampled_cases(kind)) >= 20
+    """Hit removal, hit ids, family, transform and z-loss, over one kind of candidates.
+
+    Every combination in a full run, else every second one: the odd ones of one kind, the even ones of the next.
+    """
+    first = list(CANDIDATES).index(kind) % 2
+    cases = sampled_cases(kind) if EVERYTHING else islice(sampled_cases(kind), first, None, 2)
+    assert biased.check(cases) >= 10
 
 
 @pytest.mark.parametrize("kind", CANDIDATES)

@@ -13,6 +13,7 @@ from shardloss.errors import StepReused, TicketAborted, TicketUnknown
 from shardloss_server.frontend.request import CommitNow, LossRequest, PartialFc, SampledSoftmax, SampledValues
 from torch import Tensor
 
+from ...extent import EVERYTHING
 from ..cases import (
     CANDIDATES,
     SEEN,
@@ -50,15 +51,16 @@ def table_of(front: Front, place: int, bias: bool = True) -> Table:
 
 
 def groups() -> dict[str, tuple[bool, Iterator[Case]]]:
-    """(whether the table has biases, cases) by loss; of sampled losses every seventh."""
+    """(True if the table has biases, cases) by loss: every seventh sampled loss, every third other one."""
+    every = 1 if EVERYTHING else 3
     every_draw = {
         kind: (True, islice(sampled_cases(kind), place % 5, None, 7)) for place, kind in enumerate(CANDIDATES)
     }
     return {
-        "full softmax": (True, full_softmax_cases()),
-        "sigmoid": (True, sigmoid_cases()),
+        "full softmax": (True, islice(full_softmax_cases(), 0, None, every)),
+        "sigmoid": (True, islice(sigmoid_cases(), 0, None, every)),
         "margins": (False, margin_cases()),
-        "margins over candidates": (False, sampled_margin_cases("repeated values")),
+        "margins over candidates": (False, islice(sampled_margin_cases("repeated values"), 0, None, every)),
         **every_draw,
     }
 

@@ -12,7 +12,7 @@ from shardloss.errors import DeadlineExceeded, Overloaded
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.turns import STALLED_S, Turns
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 TURN_S = 0.01
 
 

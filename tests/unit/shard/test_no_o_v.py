@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SMALL, LARGE = 100_000, 10_000_000
+from ...extent import scaled
+
+SMALL, LARGE = 100_000, scaled(1_000_000, 10_000_000)
 D, N, S = 4, 7, 50  # N * S and all else that a step may make is far below V
 Call = tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 
@@ -130,7 +132,7 @@ CASES = [
 def test_a_sampled_step_does_not_know_how_many_classes_there_are(
     kind: str, strategy: str, dtype: str, hit_removal: str
 ) -> None:
-    """With V = 1e5 and V = 1e7 the same operations of the same sizes run, none over V elements but gathers of rows."""
+    """With V = 1e5 and a larger V the same operations of the same sizes run, none over V elements but gathers."""
     small, large = (
         dict(watched_step(make_table(num_classes, kind, strategy, dtype), hit_removal))
         for num_classes in (SMALL, LARGE)

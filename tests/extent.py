@@ -1,0 +1,28 @@
+"""How much a run covers: a rotating sample of each grid by default, all of it in `make test-long`.
+
+`make test-long` sets SHARDLOSS_TEST_EVERYTHING, which runs whole grids and larger samples, and SHARDLOSS_TEST_SEED, the
+seed of statistical tests: fixed in `make test`, new in each long run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EVERYTHING = bool(os.environ.get("SHARDLOSS_TEST_EVERYTHING"))
+SEED = int(os.environ.get("SHARDLOSS_TEST_SEED") or 0)
+
+
+def sample(items: Sequence[T], count: int, turn: int = 0) -> list[T]:
+    """Return `count` of the items, starting at a different one for each turn; all of them in a full run."""
+    if EVERYTHING or count >= len(items):
+        return list(items)
+    return [items[(turn * count + i) % len(items)] for i in range(count)]
+
+
+def scaled(small: int, full: int) -> int:
+    """Return a number of draws or steps: `small`, or `full` in a full run."""
+    return full if EVERYTHING else small
