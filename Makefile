@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need in .venv; only Python 3.11+ with venv, and make, must be there.
+# `make demo` and `make test` set up everything they need in .venv; they require only Python 3.11+ (with venv) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,12 +9,12 @@ STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-package test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-setup: $(VENV)/.ready  ## Make .venv with both packages and every tool, at pinned versions
+setup: $(VENV)/.ready  ## Create .venv with both packages and every tool, at pinned versions
 
 $(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml server/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -27,7 +27,7 @@ $(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml serve
 demo: setup  ## Train the city finder through the service (about 5 minutes) and ask it misspelt names
 	$(BIN)/python -m examples.cities train
 
-demo-full: setup  ## As demo, evaluated on every held-out name
+demo-full: setup  ## Like demo, but evaluate on every held-out name
 	$(BIN)/python -m examples.cities train --full
 
 demo-ask: setup  ## Ask the trained city finder: make demo-ask NAME="Koeln"
@@ -42,13 +42,13 @@ bench-quick: setup  ## The same with small shapes and few steps (3 minutes); wri
 bench-soak: setup  ## 10,000 steps: resident memory and /dev/shm must not grow; writes benchmarks/soak.json
 	$(BIN)/python -m benchmarks soak --steps 10000
 
-bench-profile: setup  ## Where the time of one step goes: writes docs/performance.png and build/profile.json
+bench-profile: setup  ## Measure where the time of one step goes; writes docs/performance.png and build/profile.json
 	$(BIN)/python -m benchmarks profile
 
 bench-gpu: setup  ## The shard kernels on a CUDA GPU against local losses there; writes benchmarks/RESULTS-gpu.md
 	$(BIN)/python -m benchmarks gpu
 
-bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rivals that do not fit .venv
+bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Create the environments of rivals that cannot share .venv
 
 .venv-%/.ready: benchmarks/requirements-%.txt
 	$(PYTHON) -m venv .venv-$*
@@ -60,22 +60,26 @@ bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Make the environments of rival
 	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
-audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory service; skips aloud where none answers
+audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory service; reports a skip if none answers
 	.venv-audit/bin/python tools/audit.py $(if $(OSV_URL),--service $(OSV_URL))
 
-test: setup  ## All tests that fit 12 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m "not slow and not compose and not load"
+test: setup  ## The tests (about 4 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not slow and not compose and not load" $(if $(CI),--durations=25)
+
+test-package: setup  ## The tests of one package in less than a minute: make test-package PACKAGE=shard
+	$(BIN)/python -m tests.packages "$(PACKAGE)"
 
 test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
 	$(BIN)/python -m pytest -q -s -m load tests/load
 
-test-long: setup  ## The tests that take long, and those over several nodes (root)
-	$(BIN)/python -m pytest -q -m slow
+test-long: setup  ## Every case of every grid, statistics with fresh seeds, whole processes, several nodes (root); an hour
+	SHARDLOSS_TEST_EVERYTHING=1 SHARDLOSS_TEST_SEED=$(shell date +%s) \
+		$(BIN)/python -m pytest -q --timeout 1800 -m "not compose and not load"
 
-test-compose: setup  ## The compose file on a real engine: images, health, training, a killed worker (minutes)
+test-compose: setup  ## The compose file on a container engine: images, health, training, a killed worker (minutes)
 	$(BIN)/python -m pytest -q -s -m compose tests/compose
 
-fuzz: setup  ## Ten minutes of spoilt requests and noise, from another seed each time; make test does 30 s of it
+fuzz: setup  ## Ten minutes of spoilt requests and noise, from a new seed each time; make test sends 4,000 calls
 	SHARDLOSS_FUZZ_S=600 SHARDLOSS_FUZZ_SEED=$(shell date +%s) $(BIN)/python -m pytest -q -s --timeout 900 tests/hostile/test_fuzz.py
 
 check: format lint types protos-check test  ## What CI runs
@@ -94,7 +98,7 @@ protos: setup  ## Regenerate the stubs in client/src/shardloss/v1
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(STUBS) --pyi_out=$(STUBS) $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(STUBS) $(shell grep -l '^service' $(PROTOS))
 
-protos-check: setup  ## Fail where the stubs are not what the contract generates
+protos-check: setup  ## Fail if the stubs differ from what the contract generates
 	rm -rf build/protos && mkdir -p build/protos
 	$(MAKE) --no-print-directory protos STUBS=build/protos
 	diff -r --exclude=__init__.py --exclude=__pycache__ build/protos/shardloss/v1 client/src/shardloss/v1
@@ -103,5 +107,5 @@ docs: setup  ## Write the generated pages of docs/
 	$(BIN)/shardloss-server config page > docs/configuration.md
 	$(BIN)/shardloss-server metrics page > docs/metrics.md
 
-clean:  ## Remove what make made
+clean:  ## Remove everything that make created
 	rm -rf $(VENV) $(RIVALS:%=.venv-%) .venv-audit build

@@ -1,40 +1,128 @@
-"""The README is true: its example runs, and what it names is there."""
+"""The pages are true: their examples run and print what they show, and what they name exists."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import runpy
+import shlex
+import subprocess
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
+import shardloss
 from shardloss_server.rpc.serve import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def test_the_trainer_example_runs_as_it_stands(local_server: Server, capsys) -> None:
-    """Only the address is replaced by the test server's."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(example.strip().splitlines()) <= 16
-    exec(compile(example.replace("127.0.0.1:7070", local_server.address), "README.md", "exec"), {})
-    assert 5.0 < float(capsys.readouterr().out) < 20.0  # log(50,000) = 10.8
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return (language, text) of each fenced block of a page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
 
 
-def test_the_examples_for_tensorflow_users_run_as_they_stand(local_server: Server, capsys) -> None:
+def run(code: str, server: Server) -> str:
+    """Run a page's code against a server of the tests and return what it prints."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(compile(code.replace("127.0.0.1:7070", server.address), "page", "exec"), {})
+    return printed.getvalue()
+
+
+def assert_same_output(printed: str, shown: str, tolerance: float) -> None:
+    """Texts are equal, and numbers differ by at most the tolerance: rounding differs between processors."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+    for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(found) == pytest.approx(float(expected), abs=tolerance), printed
+
+
+@pytest.fixture
+def without(client: shardloss.LossClient) -> None:
+    """No table of an earlier run has an example's name."""
+    for name in ("words", "tour"):
+        if name in {table.name for table in client.list_tables()}:
+            client.delete_table(name)
+
+
+def test_the_trainer_of_the_readme_prints_what_it_shows(local_server: Server, without: None) -> None:
+    """In at most 20 lines of code."""
+    (code,) = [text for language, text in blocks("README.md") if language == "python"]
+    shown = [text for language, text in blocks("README.md") if language == "text"][1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    assert_same_output(run(code, local_server), shown, tolerance=0.15)
+
+
+def test_the_tour_prints_what_it_shows(local_server: Server, without: None) -> None:
+    """And is at most 60 lines long."""
+    assert len((ROOT / "docs/tour.md").read_text().splitlines()) <= 60
+    (_, code), (_, shown) = blocks("docs/tour.md")
+    assert_same_output(run(code, local_server), shown, tolerance=0)
+
+
+def test_every_file_of_the_tour_exists() -> None:
+    for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", (ROOT / "docs/tour.md").read_text()):
+        if name.startswith(("client/", "server/")):
+            assert (ROOT / name).exists(), name
+        else:
+            tops = ("client/src/shardloss", "server/src/shardloss_server")
+            assert any((ROOT / top / name).exists() for top in tops), name
+
+
+def test_the_table_of_the_demo_is_what_it_prints() -> None:
+    """The README shows the columns and rows of the demo's report."""
+    shown = next(text for language, text in blocks("README.md") if language == "text")
+    source = (ROOT / "examples/cities/report.py").read_text() + (ROOT / "examples/cities/demo.py").read_text()
+    for word in ("nats", "hit@1", "hit@10", "MRR", "sampled - exact", "before", "after", "held-out names"):
+        assert word in shown, word
+        assert word in source, word
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "client/README.md", "server/README.md"])
+def test_every_shell_line_names_what_exists(page: str) -> None:
+    """make targets are known to make; programs of .venv, their commands and options exist; packages are ours."""
+    for line in "".join(text for language, text in blocks(page) if language == "sh").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=False)
+            assert done.returncode == 0, line
+        elif words[:2] == ["docker", "compose"]:
+            services = (ROOT / "docker-compose.yml").read_text()
+            assert "demo" in services, line
+            assert "worker:" in services, line
+        elif words[:2] == ["pip", "install"]:
+            assert re.fullmatch(r"shardloss(-server)?(\[\w+\])?", words[2]), line
+        else:  # a program of ours: tests/architecture/test_names.py checks its commands and options
+            assert words[0].removeprefix(".venv/bin/") in ("shardloss-server", "shardloss", "python"), line
+            assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
+
+
+def test_the_first_example_learns(local_server: Server, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """examples/train.py runs against a server, approaches the best possible loss, and finds the words it was taught."""
+    monkeypatch.setenv("SHARDLOSS_ADDRESS", local_server.address)
+    runpy.run_path(str(ROOT / "examples/train.py"))
+    *steps, last = capsys.readouterr().out.splitlines()
+    exact = [float(NUMBER.findall(line)[-1]) for line in steps]
+    assert exact[0] == pytest.approx(9.9, abs=0.3)
+    assert exact[-1] < 2.0  # log(3) = 1.10 is the best possible
+    found, expected = re.findall(r"\[.*?\]", last)
+    assert found == expected
+    assert len((ROOT / "examples/train.py").read_text().splitlines()) <= 60
+
+
+def test_the_examples_for_tensorflow_users_run_as_they_stand(local_server: Server) -> None:
     """One after the other, as a reader would type them."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tensorflow.md").read_text(), re.S)
+    examples = [text for language, text in blocks("docs/tensorflow.md") if language == "python"]
     assert len(examples) == 2
-    code = "".join(examples).replace("127.0.0.1:7070", local_server.address)
-    exec(compile(code, "docs/tensorflow.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(run("".join(examples), local_server).splitlines()) == 2
 
 
-def test_every_make_target_and_link_is_there() -> None:
-    """Commands and files that the README names exist."""
+def test_every_make_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", README)) - {"nothing"} <= targets
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    assert set(re.findall(r"`make ([a-z]+(?:-[a-z]+)*)", README)) <= targets
 
 
 def test_every_golden_family_is_in_the_docs() -> None:
@@ -45,13 +133,6 @@ def test_every_golden_family_is_in_the_docs() -> None:
     for family, where in lines:
         for name in re.findall(r"`(\w+\.py)`", where):
             assert f'"{family}"' in (ROOT / "tests/golden" / name).read_text(), (family, name)
-
-
-def test_every_link_of_the_docs_is_there() -> None:
-    """Relative to the page."""
-    for page in (*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "proto/README.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), (page.name, link)
 
 
 def test_every_adr_is_short() -> None:

@@ -109,6 +109,9 @@ class LossClient:
             "state_dict() of the other modules, and connect again after loading it"
         )
 
+    def __repr__(self) -> str:
+        return f"<LossClient {self.address}, server {self.info.version}>"
+
     def __enter__(self) -> LossClient:
         return self
 
@@ -125,7 +128,7 @@ class LossClient:
         wait(tuple(self._under_way), self.channel.timeout_s)
         self.channel.close()
 
-    def watch(self, commit: Future[object]) -> None:
+    def _watch(self, commit: Future[object]) -> None:
         """Make `close` wait for a commit in progress, and log its failure in case the caller never reads the result."""
         self._under_way.add(commit)
         commit.add_done_callback(self._ended)
@@ -136,7 +139,7 @@ class LossClient:
         if error is not None:
             log.warning("a commit sent in the background failed with %s: %s", type(error).__name__, error)
 
-    def attached(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
+    def _attach(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
         """Return the object that a module of shardloss.compat keeps for a table; call make if none fits."""
         with self._attaching:
             known = self._attached.get((module, table))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -278,6 +278,13 @@ class SoftmaxHead(Head):
         sent = self.class_weights if loss.label_smoothing else None  # without smoothing they weight the labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
+    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
+
+        def __call__(
+            self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None = None, *, scale: Tensor | None = None
+        ) -> Tensor:
+            """Return the loss; see `forward`."""
+
     def forward(
         self,
         hidden: Tensor,
@@ -389,6 +396,19 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
     All parts of a step share their candidates, so micro-batches are equivalent to one batch.
     """
 
+    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
+
+        def __call__(
+            self,
+            hidden: Tensor,
+            labels: Tensor,
+            sampled_values: tuple[Tensor, Tensor, Tensor] | None = None,
+            *,
+            hit_ids: tuple[Tensor, Tensor | None] | None = None,
+            scale: Tensor | None = None,
+        ) -> Tensor:
+            """Return the loss; see `forward`."""
+
     def forward(
         self,
         hidden: Tensor,
@@ -438,6 +458,13 @@ class SampledLogisticHead(SampledHead):
 class SigmoidHead(LossHead[types.FullSigmoid]):
     """The logistic loss over all classes, summed per row."""
 
+    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
+
+        def __call__(
+            self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None = None, *, scale: Tensor | None = None
+        ) -> Tensor:
+            """Return the loss; see `forward`."""
+
     def forward(
         self,
         hidden: Tensor,
@@ -452,6 +479,11 @@ class SigmoidHead(LossHead[types.FullSigmoid]):
 
 class MarginSoftmaxHead(LossHead[types.FullSoftmax | types.SampledSoftmax]):
     """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over the cosines of hidden and rows."""
+
+    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
+
+        def __call__(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
+            """Return the loss; see `forward`."""
 
     def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
         """Compute loss = head(hidden [..., D], labels [...])."""

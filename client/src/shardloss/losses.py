@@ -73,9 +73,9 @@ class Losses(Questions):
             want_cost=want_cost,
         )
         request.message.step = step
-        return self.send_loss(request, label_distribution)
+        return self._send_loss(request, label_distribution)
 
-    def send_loss(
+    def _send_loss(
         self, request: Spliced[loss_pb2.ComputeLossRequest], label_distribution: Array | None = None
     ) -> types.LossResult:
         """Send a request as one message, or in chunks if the request or its reply is too large for one message.

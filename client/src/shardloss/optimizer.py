@@ -171,12 +171,12 @@ class Pending:
 
     def _begin_commit(self, learning_rate: float, grad_scale: float) -> None:
         tickets = [(part.ticket, wire_array(g)) for part, g in self._upstreams.items()]
-        self._send = self.session.begin_commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
+        self._send = self.session._begin_commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
         self._clear()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "shardloss-commit")
         self._under_way = self._thread.submit(copy_context().run, self._send)  # in the caller's trace context
-        self.session.table.client.watch(self._under_way)
+        self.session.table.client._watch(self._under_way)
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
         parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
@@ -201,7 +201,7 @@ class Pending:
     def _give_up(self) -> None:
         self._clear()
         if self._send is not None:  # an abort would give up the step in progress too; the next commit gives up this one
-            self.session.skip()
+            self.session._skip()
             return
         with suppress(ShardlossError):  # a lost abort is harmless: the next commit gives up all earlier steps
             self.session.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from shardloss.table import Table
 
 
+def log_name(session: str) -> str:
+    """Return what the server's log calls a session: a digest, since the name itself allows commits."""
+    return hashlib.blake2b(session.encode("utf-8", "replace"), digest_size=6).hexdigest()
+
+
 class Session:
     """The steps of one trainer on one table. Step numbers start at 1 and only increase. Not thread-safe."""
 
@@ -24,6 +30,12 @@ class Session:
         self.step = 1
         self.num_parts = 0
         self.follows: int | None = None  # a step whose commit may be in progress
+
+    def __repr__(self) -> str:
+        where = f"table {self.table.name!r} on {self.table.client.address}"
+        return (
+            f"<Session {log_name(self.name)} of {where}, step {self.step}, opened at version {self.opened_at_version}>"
+        )
 
     def compute_loss(
         self,
@@ -61,7 +73,7 @@ class Session:
         self._key(request.message)
         self.num_parts += 1
         with self._passing(StepTooOld):
-            return self.table.send_loss(request)
+            return self.table._send_loss(request)
 
     def commit(
         self,
@@ -89,7 +101,7 @@ class Session:
         self._next_step()
         return result
 
-    def begin_commit(
+    def _begin_commit(
         self, parts: Sequence[tuple[str, Array]], *, learning_rate: float, grad_scale: float
     ) -> Callable[[], types.CommitResult]:
         """Return a function that sends the commit of the current step, from any thread.
@@ -182,11 +194,11 @@ class Session:
             now.learning_rate, now.grad_scale = learning_rate, grad_scale
         now.opened_at_version = self.opened_at_version
         with self._passing(StepTooOld, StepReused):
-            result = self.table.send_loss(request, label_distribution)
+            result = self.table._send_loss(request, label_distribution)
         self._next_step()
         return result
 
-    def skip(self) -> None:
+    def _skip(self) -> None:
         """Leave the current step, if it has parts, without an abort; the next commit gives up all earlier steps."""
         if self.num_parts:
             self._next_step()

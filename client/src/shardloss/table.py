@@ -34,6 +34,11 @@ class Table(Trainable, Losses):
         self.client, self.spec = client, info
         self.name = info.name
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        size = f"{spec.num_classes:,} x {spec.dim} {spec.dtype}"
+        return f"<Table {self.name!r} on {self.client.address}, {size}, version {spec.version} when opened>"
+
     def info(self) -> types.TableInfo:
         """Return the spec and current state of the table."""
         return self.client.table(self.name).spec
@@ -121,7 +126,7 @@ class Table(Trainable, Losses):
         request = table_pb2.ReadClassCountsRequest(table=self.name, first_class=first_class, num_classes=num_classes)
         return messages.class_counts(self.client.channel.unary(self.client.tables.ReadClassCounts, request, None))
 
-    def write_counts_page(self, first_class: int, written: Array | None, learned: Array | None) -> None:
+    def _write_counts_page(self, first_class: int, written: Array | None, learned: Array | None) -> None:
         """Overwrite the written [M] or learned [M] int64 class counts of a range, or both; None leaves them unchanged.
 
         Raises:

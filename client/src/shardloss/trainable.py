@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 from shardloss import messages, types
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from shardloss.heads import MarginSoftmaxHead, SampledLogisticHead, SampledSoftmaxHead, SigmoidHead, SoftmaxHead
     from shardloss.lazy import LazyLogits
     from shardloss.table import Table
+
+
+def require_torch() -> None:
+    """Check that torch can be imported.
+
+    Raises:
+        ModuleNotFoundError: torch is not installed; the message names the extra that installs it.
+    """
+    if find_spec("torch") is None:
+        message = "heads, lazy logits and shardloss.compat need torch: pip install 'shardloss[torch]'"
+        raise ModuleNotFoundError(message, name="torch")
 
 
 class Trainable:
@@ -43,6 +55,7 @@ class Trainable:
         Raises:
             InvalidArgument: an unknown reduction, or class_weights that are not V finite floats >= 0.
         """
+        require_torch()
         from shardloss.heads import SoftmaxHead
 
         loss = types.FullSoftmax(label_smoothing, class_weights, None, z_loss, logits or types.LogitTransform())
@@ -78,6 +91,7 @@ class Trainable:
         Raises:
             InvalidArgument: an unknown sampler, hit_removal or reduction.
         """
+        require_torch()
         from shardloss.autograd import fresh_seed
         from shardloss.heads import SampledSoftmaxHead
 
@@ -120,6 +134,7 @@ class Trainable:
         Raises:
             InvalidArgument: an unknown sampler, hit_removal or reduction.
         """
+        require_torch()
         from shardloss.autograd import fresh_seed
         from shardloss.heads import SampledLogisticHead
 
@@ -154,6 +169,7 @@ class Trainable:
         Raises:
             InvalidArgument: an unknown reduction.
         """
+        require_torch()
         from shardloss.heads import SigmoidHead
 
         loss = types.FullSigmoid(logits or types.LogitTransform())
@@ -184,6 +200,7 @@ class Trainable:
         Raises:
             InvalidArgument: an unknown reduction.
         """
+        require_torch()
         from shardloss.autograd import fresh_seed
         from shardloss.heads import MarginSoftmaxHead
 
@@ -206,6 +223,7 @@ class Trainable:
         Raises:
             InvalidArgument: hidden is not a float tensor [..., D].
         """
+        require_torch()
         from shardloss.lazy import LazyLogits
 
         return LazyLogits(self._self(), hidden, transform)

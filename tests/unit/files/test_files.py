@@ -602,17 +602,17 @@ def test_learned_counts_are_checked(make: Make) -> None:
         (np.ones((2, 2), np.int64), r"\[M\] is needed"),
     ):
         with pytest.raises(errors.InvalidArgument, match=complaint) as refused:
-            table.write_counts_page(3, None, wrong)
+            table._write_counts_page(3, None, wrong)
         assert refused.value.field == "learned"
     with pytest.raises(errors.InvalidArgument, match="exceeds the table's 61 classes"):
-        table.write_counts_page(V - 1, None, np.ones(2, np.int64))
+        table._write_counts_page(V - 1, None, np.ones(2, np.int64))
     with pytest.raises(errors.InvalidArgument, match="exceeds the table's 61 classes"):
         table.read_class_counts(V, 1)
     with pytest.raises(errors.InvalidArgument, match="counts"):
-        table.write_counts_page(0, None, None)
+        table._write_counts_page(0, None, None)
     np.testing.assert_array_equal(table.read_class_counts(0, V).learned, before)
     with pytest.raises(errors.InvalidArgument, match="count_labels"):
-        make().write_counts_page(0, None, np.ones(2, np.int64))
+        make()._write_counts_page(0, None, np.ones(2, np.int64))
 
 
 def test_too_many_rows_with_state_are_refused_before_they_are_read(make: Make) -> None:

@@ -171,7 +171,7 @@ def test_a_refusal_is_counted_by_its_limit_and_a_failure_by_its_reason(
 def test_a_replay_is_counted(watched: Watched, table: shardloss.Table) -> None:
     session = table.session()
     loss = session.compute_loss(*batch(), shardloss.FullSoftmax())
-    send = session.begin_commit([(loss.ticket, np.ones(N, np.float32))], learning_rate=0.1, grad_scale=1.0)
+    send = session._begin_commit([(loss.ticket, np.ones(N, np.float32))], learning_rate=0.1, grad_scale=1.0)
     send()
     before = watched.value("replays_total", method="Commit")
     assert send().replayed

@@ -30,7 +30,7 @@ def head_of(table: Table) -> SharedHead:
         head.pending.retire(f"table {table.name!r} was recreated with another shape")
         return False
 
-    return table.client.attached(__name__, table.name, make, fits)
+    return table.client._attach(__name__, table.name, make, fits)
 
 
 def shape_of(table: Table) -> tuple[int, int, str, bool]:

@@ -179,7 +179,7 @@ def fill(table: Table, source: Source, progress: Progress) -> None:
         written, learned = (
             source.tensors[name].read(start, stop) if name in source.tensors else None for name in (COUNTS, LEARNED)
         )
-        table.write_counts_page(start, written, learned)
+        table._write_counts_page(start, written, learned)
     for start, stop in spans(num_rows, table.page_rows):
         page = page_of(source, start, stop, table.spec)
         try:
