@@ -93,6 +93,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+	$(BIN)/mypy --strict examples/train.py tests/unit/client/typed.py
 
 protos: setup  ## Regenerate the stubs in client/src/shardloss/v1
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(STUBS) --pyi_out=$(STUBS) $(PROTOS)
