@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST = $(BIN)/python -m pytest -q -m "not slow and not compose and not load" $(if $(CI),--durations=25)
 RIVALS := tensorflow hivemind  # one benchmarks/requirements-NAME.txt each
 PROTOS := $(wildcard proto/shardloss/v1/*.proto)
 STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-package test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-with-ray test-without-ray test-package test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -63,8 +64,14 @@ bench-setup: setup $(RIVALS:%=.venv-%/.ready)  ## Create the environments of riv
 audit: .venv-audit/.ready  ## Audit every pinned dependency against an advisory service; reports a skip if none answers
 	.venv-audit/bin/python tools/audit.py $(if $(OSV_URL),--service $(OSV_URL))
 
-test: setup  ## The tests (about 4 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not slow and not compose and not load" $(if $(CI),--durations=25)
+test: setup  ## The tests, in two sessions side by side: one uses Ray, the other does not (3 minutes on 2 cores)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-with-ray test-without-ray
+
+test-with-ray: setup
+	$(PYTEST) tests/conformance tests/golden tests/system
+
+test-without-ray: setup
+	$(PYTEST) tests/architecture tests/hostile tests/statistical tests/unit
 
 test-package: setup  ## The tests of one package in less than a minute: make test-package PACKAGE=shard
 	$(BIN)/python -m tests.packages "$(PACKAGE)"

@@ -310,6 +310,7 @@ def test_a_relay_that_dies_costs_the_calls_under_way_alone(make_group: Callable[
     kept = group.stage(part)
     before, _ = merged_by(group, 4, part)
     group.kill_relay(1)
+    eventually(lambda: not group.links.relays[1].linked.is_set(), "the front end sees that the relay has gone")
     early = group.score("t", kept, True, False)
     with pytest.raises(TimeoutError):
         early.result(0.05)
