@@ -85,7 +85,7 @@ def compare(
     warm: int = WARM,
     counted: int = COUNTED,
 ) -> list[GpuRow]:
-    """Return a row for each contender; the row of one that is missing or fails has the reason."""
+    """Return a row for each contender; if a contender is missing or fails, its row has the reason."""
     given = problem(n, d, v, dtype, device)
     shape = {"N": n, "D": d, "V": v, "dtype": dtype}
     rows = []
@@ -120,7 +120,7 @@ def measured(row: GpuRow, given: Problem, build: Callable[[Problem], Step], warm
 
 
 def gemms(given: Problem) -> Callable[[], object]:
-    """Return a step of the three products that every contender needs, into preallocated outputs."""
+    """Return a step that computes the three products that every contender needs, into preallocated outputs."""
     hidden, rows = given.hidden, given.rows
     logits = torch.empty(len(hidden), len(rows), dtype=rows.dtype, device=rows.device)
     hidden_grad, row_grad = torch.empty_like(hidden), torch.empty_like(rows)

@@ -87,7 +87,7 @@ def interleave(
 
 
 def turn_count(step_ms: float, turn_ms: float) -> int:
-    """Return how many steps take about turn_ms; at least one."""
+    """Return the number of steps that take about turn_ms, at least one."""
     return max(1, int(turn_ms / max(step_ms, 1e-3)))
 
 

@@ -92,7 +92,7 @@ def check_available() -> None:
 
 @contextmanager
 def cluster(cpus_of_nodes: Sequence[int]) -> Iterator[Cluster]:
-    """Start a node for each entry, with that many CPUs for Ray; node 0 is the head. All is removed when the block ends.
+    """Start a node for each number of CPUs; node 0 is Ray's head. Everything is removed when the block ends.
 
     Raises:
         SideFailed: the cluster cannot be created here.

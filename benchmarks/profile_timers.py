@@ -42,7 +42,7 @@ Parts = dict[str, float]  # ms by part
 
 
 class Timers:
-    """Parts of every finished call, by call. Only the call's own thread is timed; work in others is not counted."""
+    """Parts of every finished call, by its name. Only the call's own thread is timed; work in others is not counted."""
 
     def __init__(self) -> None:
         self._open = threading.local()
@@ -66,7 +66,7 @@ class Timers:
             yield self
 
     def _counted(self, handler: Callable[..., Any], call: str) -> Callable[..., Any]:
-        """Wrap the handler of a call: time that no timer inside it counts is its rest."""
+        """Wrap the handler of a call; the time that no timer inside it counts is recorded as REST."""
 
         @functools.wraps(handler)
         def counted(*args: Any) -> Any:

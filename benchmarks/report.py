@@ -78,7 +78,7 @@ def machine() -> str:
 
 def markdown(rows: Sequence[Row], of_machine: str, is_quick: bool) -> str:
     """Return the text of RESULTS.md."""
-    kind = "quick run: smaller shapes and few steps, the figures only show that it works" if is_quick else "full run"
+    kind = "quick run: smaller shapes and few steps; the figures only show that it works" if is_quick else "full run"
     lines = [
         "# Results",
         "",

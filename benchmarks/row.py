@@ -15,9 +15,9 @@ from benchmarks.interleave import Comparison
 class Row:
     """Ours against one rival at one shape {N, D, V, S, K, dtype}; fields that do not apply are None.
 
-    Times are per step: ms is the median, min_ms the minimum. visible_ms is how long the trainer waits if the commit
-    runs in parallel. wire_bytes are per step, both ways; peak bytes are what steps need beyond what was built. reason
-    says why there is no figure.
+    Times are per step: ms is the median, min_ms the minimum. visible_ms is the time that the trainer waits if the
+    commit runs in parallel. wire_bytes are per step, both ways; peak bytes are what steps need beyond what was built.
+    reason says why there is no figure.
     """
 
     scenario: str

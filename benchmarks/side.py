@@ -164,7 +164,7 @@ class Side:
         return line
 
     def _tail(self) -> str:
-        """Return the end of the process's stderr; of a traceback, only the last line."""
+        """Return the end of the process's stderr, or only its last line if it is a traceback."""
         self._errors.seek(0)
         text = self._errors.read().decode(errors="replace").strip()
         return text.splitlines()[-1] if "Traceback" in text[-4 * TAIL_CHARS :] else text[-TAIL_CHARS:]

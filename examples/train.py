@@ -5,8 +5,8 @@ Start a server, then run the example against it:
     shardloss-server serve --workers 2
     python examples/train.py
 
-The task is synthetic, so nothing is downloaded: each word is followed by one of three words, and which ones is a fixed
-random function of the word. The best possible loss is therefore log(3) = 1.10 nats, and a guess costs log(20,000) = 9.90.
+The task is synthetic, so nothing is downloaded: each word is followed by one of three words, which are fixed at
+random. The best possible loss is therefore log(3) = 1.10 nats, and a uniform guess costs log(20,000) = 9.90 nats.
 """
 
 # mypy: disable-error-code="no-untyped-call"

@@ -1,4 +1,4 @@
-"""Servers for tests: in-process with worker threads, and one embedded Ray a session. Fresh tables every test."""
+"""Servers and clients for tests: in-process worker threads, and one embedded Ray per session. Tables are per test."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from shardloss_server.rpc.serve import Server
 
 from .extent import EVERYTHING
 
-# A test process, like a worker, computes with one thread: two cores serve several of them.
+# Like a worker, a test process computes with one thread, because several processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# The same 20 examples each time keep the suite within its minutes; a full run draws new ones.
+# 20 fixed examples keep the suite short; a full run draws 200 new ones.
 settings.register_profile("fixed", max_examples=20, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("everything", max_examples=200, deadline=None, print_blob=True)
 settings.load_profile("everything" if EVERYTHING else "fixed")
 SEED = 20_240_607
-MANY_TABLES = Limits(max_tables=4096)  # a fresh one a test
+MANY_TABLES = Limits(max_tables=4096)  # each test creates its own
 _names = itertools.count()
 
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """The one seed of every test: torch and NumPy start from it."""
+    """The seed of every test: torch and the NumPy fixture `rng` start from it."""
     torch.manual_seed(SEED)
     return SEED
 
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """What a test has the log written to is closed after it: nobody writes there any more."""
+    """Remove the root logger's stream handlers after each test, because their streams are closed with it."""
     yield
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:
@@ -54,13 +54,13 @@ def rng(seed: int) -> np.random.Generator:
 
 @pytest.fixture
 def fresh_name() -> Callable[[], str]:
-    """Names that no other test uses."""
+    """A function that returns table names no other test uses."""
     return lambda: f"table-{next(_names)}"
 
 
 @pytest.fixture(scope="session")
 def ray_workers() -> Iterator[ShardGroup]:
-    """Two Ray worker processes; the only Ray of the session."""
+    """Two Ray worker processes on the session's only Ray instance."""
     ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
     group = ray_group.RayGroup(2)
     yield group
@@ -69,7 +69,7 @@ def ray_workers() -> Iterator[ShardGroup]:
 
 @pytest.fixture(scope="session")
 def plain_workers(ray_workers: ShardGroup) -> Iterator[ShardGroup]:
-    """Two workers more on that Ray, without links: every verb an actor call."""
+    """Two more workers on the same Ray instance, without links: every verb is an actor call."""
     ray_group = pytest.importorskip("shardloss_server.cluster.ray_group")
     group = ray_group.RayGroup(2, links=False)
     yield group
@@ -78,7 +78,7 @@ def plain_workers(ray_workers: ShardGroup) -> Iterator[ShardGroup]:
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_before_grpc(request: pytest.FixtureRequest) -> None:
-    """Ray forks when it starts, which may hang where threads are inside gRPC: so it starts before any server."""
+    """Start Ray before any server: Ray forks when it starts, which may hang if threads are inside gRPC."""
     if any(item.get_closest_marker("ray") for item in request.session.items):
         request.getfixturevalue("ray_workers")
 
@@ -117,7 +117,7 @@ def ray_client(ray_server: Server) -> Iterator[shardloss.LossClient]:
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
 def any_client(request: pytest.FixtureRequest) -> shardloss.LossClient:
-    """A client of the local group, then of Ray workers."""
+    """A client of the local group or, in a second run, of the Ray workers."""
     name = "client" if request.param == "local" else "ray_client"
     found: shardloss.LossClient = request.getfixturevalue(name)
     return found

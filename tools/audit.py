@@ -21,7 +21,7 @@ QUESTION = b'{"package": {"name": "pip", "ecosystem": "PyPI"}, "version": "1.0"}
 
 
 def unreachable(service: str) -> str | None:
-    """Return why a service cannot be queried, or None if it answers."""
+    """Return the reason why a service cannot be queried, or None if it answers."""
     request = urllib.request.Request(service, QUESTION, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=REACH_S) as reply:

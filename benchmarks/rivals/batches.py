@@ -16,7 +16,7 @@ SEED = 20_240_607
 def batches(shape: dict[str, Any], seed: int = SEED) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
     """Yield hidden [N, D] and labels [N] endlessly, cycling through a pool of batches.
 
-    Labels are log-uniform over the classes, like ids sorted by falling frequency.
+    Labels are log-uniform over the classes, like ids sorted by descending frequency.
     """
     rng = np.random.default_rng(seed)
     n, d, v = int(shape["N"]), int(shape["D"]), int(shape["V"])

@@ -56,7 +56,7 @@ def serve_child(ready: Mapping[str, Any], join: Callable[[], object] = lambda: N
 
 
 def main(make: Callable[[dict[str, Any]], Rival], run_server: Callable[[dict[str, Any]], None]) -> None:
-    """Run the server if argv says so, else the rival, whose `close` ends what it has started."""
+    """Run the server if argv says so, else the rival, whose `close` ends the server that it started."""
     if sys.argv[2:] == ["server"]:
         run_server(json.loads(sys.argv[1]))
         return

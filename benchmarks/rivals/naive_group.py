@@ -59,7 +59,7 @@ class Answer:
         return ray.get(self.ref, timeout=timeout_s)
 
     def abandon(self) -> None:
-        """Do nothing, as Ray cannot withdraw a call."""
+        """Do nothing, because Ray cannot withdraw a call."""
 
 
 class NaiveGroup(FanoutGroup):

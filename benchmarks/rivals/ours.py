@@ -150,7 +150,7 @@ class Ours:
             trainer.optimizer.synchronize()
 
     def close(self) -> None:
-        """Delete the table, as the next side may need its memory."""
+        """Delete the table, because the next side may need its memory."""
         with suppress(shardloss.ShardlossError):
             self.client.delete_table(self.name)
 

@@ -107,7 +107,7 @@ class Trainer:
         return {"wire_bytes": 2 * (ids.nbytes + rows.nbytes + biases.nbytes)}
 
     def finish(self) -> None:
-        """Wait for the pending push, as the next pull must see it."""
+        """Wait for the pending push, because the next pull must see it."""
         if self.pushed is not None:
             self.pushed.wait()
             self.pushed = None

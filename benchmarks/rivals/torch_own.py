@@ -15,7 +15,7 @@ from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
 class TorchOwn(TorchEmbedding):
-    """The sampled softmax with candidates for each row; the base class has the rest."""
+    """The sampled softmax with candidates for each row; the base class implements the rest."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the mean sampled softmax loss of a batch: one gather [N, 1 + S, D], one bmm."""

@@ -16,7 +16,7 @@ from benchmarks.rivals.torch_embedding import TorchEmbedding
 
 
 class TorchSampled(TorchEmbedding):
-    """The sampled softmax with candidates shared by the batch; the base class has the rest."""
+    """The sampled softmax with candidates shared by the batch; the base class implements the rest."""
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the mean sampled softmax loss of a batch."""

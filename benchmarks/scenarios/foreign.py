@@ -42,7 +42,7 @@ def remote_module(context: Context) -> list[Row]:
 
 
 def parameter_server(context: Context) -> list[Row]:
-    """Compare time and bytes with a parameter server, from which rows are pulled and to which gradients are pushed."""
+    """Compare time and bytes with a parameter server: the trainer pulls rows from it and pushes gradients to it."""
     shape = shape_of(256, 128, 100_000 if context.quick else 1_000_000, 4096)
     start = partial(context.side, "parameter_server", shape)
     rival = "torch.distributed.rpc"

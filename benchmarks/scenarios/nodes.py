@@ -73,7 +73,7 @@ def serving_on(made: Cluster, *options: str) -> Iterator[Service]:
 
 
 def end_inside(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to the process that nsenter runs and wait for it, as nsenter forwards no signals."""
+    """Send SIGTERM to the process that nsenter runs and wait for it, because nsenter forwards no signals."""
     for child in descendants_of(process.pid)[:1]:
         os.kill(child, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -55,7 +55,7 @@ def progress(console: Console, num_steps: int) -> Iterator[Callable[[Curve], Non
 
 @contextmanager
 def evaluating(console: Console, num_names: int, when: str) -> Iterator[Callable[[int], None]]:
-    """Show the number of names evaluated so far; yield a function to call with it; when: before or after training."""
+    """Show the number of names evaluated so far, and yield a function that updates it; when is "before" or "after"."""
 
     def text(done: int) -> str:
         return f"evaluating {when} training: {done:,} of {num_names:,} names"

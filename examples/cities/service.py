@@ -80,7 +80,7 @@ def command(num_workers: int, ready: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the service's environment: one thread per worker, as more threads than cores only wait for each other."""
+    """Return the service's environment: one thread per worker, because threads beyond the cores only wait."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

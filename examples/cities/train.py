@@ -21,7 +21,10 @@ TABLE = "cities"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The course of a training: mean loss and end of each step, in seconds from the start, [steps]; rows per step."""
+    """The course of a training run, step by step, and the rows per step.
+
+    losses [steps] are means over a batch; seconds [steps] are the ends of steps, in seconds from the start.
+    """
 
     losses: list[float]
     seconds: list[float]

@@ -1,4 +1,4 @@
-"""The contract, the public names and the error tree are whole."""
+"""The contract, the public names and the error tree are complete."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
 def test_every_rpc_says_which_role_may_call_it(method: object) -> None:
-    """A method without a required_role would be open to anyone, or to no one."""
+    """Every method declares a required_role; a method without one could not be called."""
     role = method.GetOptions().Extensions[options_pb2.required_role]
     assert role in (options_pb2.ROLE_READER, options_pb2.ROLE_TRAINER, options_pb2.ROLE_ADMIN)
 
 
 def test_the_promised_services_and_methods_are_there() -> None:
-    """The contract's RPCs by name."""
+    """The contract defines exactly these RPCs."""
     found = {f"{method.containing_service.name}.{method.name}" for method in METHODS}
     assert found == {
         *(f"LossService.{name}" for name in ("ComputeLoss", "StreamLoss", "Commit", "Abort", "SampleCandidates")),
@@ -65,7 +65,7 @@ def test_the_promised_services_and_methods_are_there() -> None:
 
 
 def named(node: Message, path: Place = (), prefix: str = "") -> Iterator[tuple[str, Place, Message]]:
-    """Everything with a name inside a descriptor: its dotted name, its place in the source info and its descriptor."""
+    """Return (dotted name, place in the source info, descriptor) of everything with a name inside a descriptor."""
     for field, children in node.ListFields():
         if field.name in NAMED:
             for index, child in enumerate(children):
@@ -75,7 +75,7 @@ def named(node: Message, path: Place = (), prefix: str = "") -> Iterator[tuple[s
 
 
 def own_comments(file: descriptor_pb2.FileDescriptorProto, lines: list[str]) -> dict[Place, str]:
-    """The comment of each place of a file: beside its first line, or above it in its own column."""
+    """Return the comment of each place of a file: at the end of its first line, or above it in the same column."""
     found = {}
     for location in file.source_code_info.location:
         line, column = location.span[:2]
@@ -86,7 +86,7 @@ def own_comments(file: descriptor_pb2.FileDescriptorProto, lines: list[str]) -> 
 
 
 def comments_in(folder: Path, out: Path) -> dict[str, str]:
-    """The comment of everything with a name in a folder of contracts; a member of a oneof may share the oneof's."""
+    """Return the comments in a folder of contracts by dotted name; a member of a oneof may share the oneof's."""
     paths = sorted(str(path) for path in folder.rglob("*.proto"))
     protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{folder}", "--include_source_info"]
     subprocess.run([*protoc, f"--descriptor_set_out={out}", *paths], check=True)
@@ -94,7 +94,7 @@ def comments_in(folder: Path, out: Path) -> dict[str, str]:
     for file in descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file:
         comments = own_comments(file, (folder / file.name).read_text().splitlines())
         for name, place, node in named(file):
-            if place in comments:  # the oneof that protoc makes for an optional field stands nowhere
+            if place in comments:  # the oneof that protoc adds for an optional field has no place in the source
                 found[name] = comments[place]
                 if isinstance(node, descriptor_pb2.FieldDescriptorProto) and node.HasField("oneof_index"):
                     found[name] = found[name] or comments.get((*place[:-2], ONEOF_DECL, node.oneof_index), "")
@@ -103,26 +103,26 @@ def comments_in(folder: Path, out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def comments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The comments of the contract by dotted name."""
+    """Return the comments of the contract by dotted name."""
     return comments_in(ROOT / "proto", tmp_path_factory.mktemp("contract") / "contract.pb")
 
 
 def test_everything_in_the_contract_has_a_comment_of_its_own(comments: dict[str, str]) -> None:
-    """Every message, field, oneof, enum, value, service and RPC."""
+    """Every message, field, oneof, enum, value, service and RPC has its own comment."""
     fields = {f"{message}.{field}" for module in MODULES for message, field in fields_of(module)}
     assert fields <= set(comments)
     assert [name for name, comment in comments.items() if not comment] == []
 
 
 def fields_of(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """(message, field) of the outermost messages of a stub."""
+    """Return (message, field) for the fields of a stub's top-level messages."""
     for message in module.DESCRIPTOR.message_types_by_name.values():
         for field in message.fields:
             yield message.name, field.name
 
 
 def test_a_bare_field_is_found(tmp_path: Path) -> None:
-    """Neither a neighbour's comment, nor one that runs over from the line before, nor one apart is its own."""
+    """A neighbour's comment, one continued from the line before, or a detached one does not count as a field's own."""
     (tmp_path / "a.proto").write_text(BARE)
     found = comments_in(tmp_path, tmp_path / "a.pb")
     bare = {"B", "B.over", "B.run", "B.apart", "B.one_of", "B.member", "E", "E.E_BARE", "B.C.nested"}
@@ -167,14 +167,14 @@ enum E {
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
 def test_every_rpc_states_its_errors(method: MethodDescriptor, comments: dict[str, str]) -> None:
-    """In its own comment, or its service's comment states those of all."""
+    """Every RPC's comment lists its errors, or its service's comment lists those of all its RPCs."""
     service = method.containing_service.name
     stated = re.search(r"\bErrors\b", comments[f"{service}.{method.name}"])
     assert stated or "Errors of all" in comments[service]
 
 
 def test_public_names_are_exactly_all() -> None:
-    """__all__ is sorted, importable, and holds every public class and function of the package's face."""
+    """__all__ is sorted, importable, and lists exactly the names that the package imports."""
     tree = ast.parse(Path(shardloss.__file__).read_text())
     imported = {
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
@@ -185,7 +185,7 @@ def test_public_names_are_exactly_all() -> None:
 
 
 def test_every_error_has_a_reason_of_its_own_and_a_grpc_status() -> None:
-    """The class is rebuilt from its reason alone, message and details included."""
+    """The reason alone identifies the class; the rebuilt error keeps its message and details."""
     leaves = errors.leaves()
     assert len({leaf.reason for leaf in leaves}) == len(leaves)
     for leaf in leaves:
@@ -197,7 +197,7 @@ def test_every_error_has_a_reason_of_its_own_and_a_grpc_status() -> None:
 
 
 def test_every_grpc_status_becomes_one_of_our_errors() -> None:
-    """No status code, known or not, reaches a user as a bare grpc.RpcError."""
+    """Every gRPC status code except OK maps to an error of the tree, so users never see a bare grpc.RpcError."""
     for code in grpc.StatusCode:
         if code is not grpc.StatusCode.OK:
             assert code.name in errors.BY_STATUS
@@ -205,13 +205,13 @@ def test_every_grpc_status_becomes_one_of_our_errors() -> None:
 
 
 def test_the_tree_at_the_top_of_the_file_is_the_tree() -> None:
-    """The drawing names every class with its reason."""
+    """The tree drawn in the module's docstring lists every class with its reason."""
     drawing = errors.__doc__ or ""
     for leaf in errors.leaves():
         assert re.search(rf"{leaf.__name__}\s+{leaf.reason}\b|{leaf.__name__}$", drawing, re.M), leaf.__name__
 
 
 def test_the_docs_list_every_reason() -> None:
-    """docs/errors.md and the code name the same reasons."""
+    """docs/errors.md and the code list the same reasons."""
     listed = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/errors.md").read_text(), re.M))
     assert listed == {leaf.reason for leaf in errors.leaves()}

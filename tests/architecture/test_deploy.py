@@ -1,4 +1,4 @@
-"""What is deployed is what was promised: images without privileges, a compose file that names what exists."""
+"""The images run without privileges, and the compose file uses only settings, stages and volumes that exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = str(1 << 30), str(2**31 - 1), 
 
 
 def stages() -> dict[str, list[str]]:
-    """The instructions of each stage, by its name."""
+    """Return the instructions of each stage of the Dockerfile, by its name."""
     found: dict[str, list[str]] = {}
     for line in INSTRUCTIONS:
         if line.startswith("FROM "):
@@ -33,18 +33,18 @@ def stages() -> dict[str, list[str]]:
 
 
 def base_of(stage: str) -> str:
-    """What a stage is made from."""
+    """Return the stage or image that a stage is built from."""
     return re.search(rf"(?m)^FROM (\S+) AS {stage}$", DOCKERFILE)[1]  # type: ignore[index]
 
 
 def lineage(stage: str) -> list[str]:
-    """A stage and all that it is made from."""
+    """Return a stage and all stages that it is built from."""
     return [stage, *lineage(base_of(stage))] if stage in stages() else []
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "demo"])
 def test_a_target_runs_as_nobody_on_the_slim_base(target: str) -> None:
-    """Its last USER is no root; nothing is installed in the stages it is made of; it comes from the pinned base."""
+    """The image runs as an unprivileged user on the pinned base, and its stages install nothing."""
     made_of = lineage(target)
     lines = [line for stage in reversed(made_of) for line in stages()[stage]]
     assert base_of(made_of[-1]) == "${PYTHON_IMAGE}"
@@ -54,14 +54,14 @@ def test_a_target_runs_as_nobody_on_the_slim_base(target: str) -> None:
 
 
 def test_the_base_is_pinned_and_the_file_is_plain() -> None:
-    """A version and a release in its tag; no syntax line, no mount: the classic builder takes it, too."""
+    """The base image's tag names a version and a release, and the file works with Docker's classic builder."""
     assert INSTRUCTIONS[0] == "ARG PYTHON_IMAGE=python:3.11-slim-bookworm"
     assert "syntax=" not in DOCKERFILE
     assert "--mount" not in DOCKERFILE
 
 
 def test_every_requirement_is_pinned_by_the_one_file() -> None:
-    """Each installation has the constraints; the allocator's variables are what the code sets."""
+    """Each pip install uses constraints.txt, and the runtime stage sets the allocator and thread variables."""
     lines = "\n".join(line for lines in stages().values() for line in lines)
     installs = re.findall(r"pip [^&\n]*\binstall\b[^&\n]*", lines)
     assert len(installs) >= 2
@@ -78,7 +78,7 @@ def test_every_requirement_is_pinned_by_the_one_file() -> None:
 
 
 def test_no_secret_and_no_junk_reaches_the_engine() -> None:
-    """Everything is left out but what is named; what is copied exists."""
+    """The build context excludes everything by default; each copied path exists and is explicitly included."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines
     assert {"**/*.token", "**/*.key", "**/*.pem"} <= set(lines)
@@ -92,7 +92,7 @@ def test_no_secret_and_no_junk_reaches_the_engine() -> None:
 
 
 def test_health_and_start_are_commands_that_exist() -> None:
-    """The image's own health check, and the one of the compose file."""
+    """The server has the commands `serve` and `health`, which the image uses."""
     from shardloss_server.__main__ import app
 
     commands = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
@@ -101,13 +101,13 @@ def test_health_and_start_are_commands_that_exist() -> None:
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, Any]:
-    """Its variables."""
+    """Return the environment variables of a service."""
     return dict(service.get("environment") or {})
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_a_service_has_no_privilege(name: str) -> None:
-    """A root file system that is read only, no capability, no more of them later, bounded logs, a health check."""
+    """A service has a read-only root, no capabilities or new privileges, limited logs and a health check."""
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -119,14 +119,14 @@ def test_a_service_has_no_privilege(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_ports_are_published_on_this_machine_alone(name: str) -> None:
-    """And by a variable, so that another port can be taken."""
+    """Ports are published on 127.0.0.1 only, and a variable selects the published port."""
     for port in SERVICES[name].get("ports", []):
         assert re.fullmatch(r"127\.0\.0\.1:\$\{SHARDLOSS_PUBLISH_[A-Z_]+:-\d+\}:\d+", port), port
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_every_setting_in_the_compose_file_exists(name: str) -> None:
-    """A setting of the server by its variable; no other variable looks like one."""
+    """Every variable that begins with SHARDLOSS_SERVER_ is a setting of the server."""
     known = {setting.variable for setting in ALL.values()}
     ours = {key for key in environment_of(SERVICES[name]) if key.startswith("SHARDLOSS_SERVER_")}
     assert ours <= known, ours - known
@@ -134,7 +134,7 @@ def test_every_setting_in_the_compose_file_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["head", "worker", "server"])
 def test_ray_asks_for_its_token_on_every_node(name: str) -> None:
-    """Said everywhere; its volume is nobody else's but theirs and init's."""
+    """Each Ray node requires the token, and only these nodes and init mount its volume."""
     environment = environment_of(SERVICES[name])
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_AUTH_TOKEN_PATH"] == "/ray-token/token"
@@ -143,21 +143,21 @@ def test_ray_asks_for_its_token_on_every_node(name: str) -> None:
 
 
 def test_a_node_that_is_silent_is_dead_in_seconds() -> None:
-    """Ray's own periods took 65 s (docs/deploy.md)."""
+    """Ray is configured to declare a silent node dead within seconds; its defaults took 65 s (docs/deploy.md)."""
     head = environment_of(SERVICES["head"])
     found = [int(head[f"RAY_health_check_{each}"]) for each in ("period_ms", "timeout_ms", "failure_threshold")]
     assert found == [1000, 2000, 3]
 
 
 def test_a_stop_leaves_time_to_drain() -> None:
-    """The engine kills later than the front end gives up."""
+    """The engine's grace period before it kills the server is longer than the server's own drain time."""
     server = SERVICES["server"]
     grace = int(server["stop_grace_period"].removesuffix("s"))
     assert grace > float(environment_of(server)["SHARDLOSS_SERVER_DRAIN_S"])
 
 
 def test_the_compose_file_suits_both_composes() -> None:
-    """No version key, which v2 warns of and 1.29 needs not; workers are started again; volumes have names."""
+    """There is no version key (v2 warns about it, 1.29 does not need it), workers restart and volumes are named."""
     assert "version" not in COMPOSE
     assert SERVICES["worker"]["restart"] == "on-failure"
     named = {
@@ -169,7 +169,7 @@ def test_the_compose_file_suits_both_composes() -> None:
 
 
 def test_the_gpu_variant_reserves_devices() -> None:
-    """Every GPU, for the worker alone."""
+    """The GPU variant reserves GPUs for the worker only."""
     (device,) = GPU["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert list(GPU["services"]) == ["worker"]

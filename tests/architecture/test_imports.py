@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point one way, and rooms keep out what does not belong to them."""
+"""The architecture: imports between packages point in one direction, and each library stays in its package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_server"
 
-# A room may import itself and the rooms after it in this order; `evaluation` stands beside `frontend`, above it.
+# A package may import itself and the packages after it. `evaluation` is a peer of `frontend` that may import it.
 ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement", "access"]
 EVERYWHERE = {"config", "logs", "metrics", "settings", "tracing"}
 ONLY_IN = {
@@ -22,7 +22,7 @@ ONLY_IN = {
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Every module a file imports, wherever in the file."""
+    """Return every module that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -32,7 +32,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def room_of(path: Path) -> str:
-    """The room of a server file."""
+    """Return the package of a server file."""
     parts = path.relative_to(SERVER).with_suffix("").parts
     return parts[0]
 
@@ -42,7 +42,7 @@ CLIENT_FILES = sorted(path for path in CLIENT.rglob("*.py") if "v1/" not in str(
 
 
 def test_a_server_room_imports_only_rooms_to_its_right() -> None:
-    """__main__ -> cli -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
+    """The order is __main__ -> cli -> rpc -> evaluation -> frontend -> cluster -> shard -> numerics, placement."""
     for path in SERVER_FILES:
         room = room_of(path)
         for module in imports_of(path):
@@ -52,7 +52,7 @@ def test_a_server_room_imports_only_rooms_to_its_right() -> None:
 
 
 def test_ray_grpc_and_protobuf_stay_in_their_files() -> None:
-    """ray is known to one file, grpc to the rpc room, protobuf to the codec and the status."""
+    """Only cluster/ray_group.py imports ray; only the package rpc imports grpc and protobuf."""
     for path in SERVER_FILES:
         name = str(path.relative_to(SERVER))
         for module in imports_of(path):
@@ -62,7 +62,7 @@ def test_ray_grpc_and_protobuf_stay_in_their_files() -> None:
 
 
 def test_pure_rooms_know_no_files_clock_or_processes() -> None:
-    """numerics, shard and placement take values and return values."""
+    """The packages numerics, shard and placement import no modules for files, clocks, threads or processes."""
     for path in SERVER_FILES:
         if room_of(path) in ("numerics", "shard", "placement"):
             found = {module.split(".")[0] for module in imports_of(path)}
@@ -70,21 +70,21 @@ def test_pure_rooms_know_no_files_clock_or_processes() -> None:
 
 
 def test_the_client_never_imports_the_server_or_ray() -> None:
-    """A trainer's machine needs neither."""
+    """A trainer's machine needs neither ray nor the server package."""
     for path in CLIENT_FILES:
         for module in imports_of(path):
             assert module.split(".")[0] not in ("ray", "shardloss_server"), f"{path} imports {module}"
 
 
 def test_sampling_knows_numpy_and_the_errors_alone() -> None:
-    """The samplers run in any process, without a connection, torch or the rest of the client."""
+    """The samplers import only numpy and shardloss.errors, so they run without a connection, torch or ray."""
     for path in sorted((CLIENT / "sampling").glob("*.py")):
         own = tuple(module for module in imports_of(path) if module.split(".")[0] not in sys.stdlib_module_names)
         assert all(module.startswith(("numpy", "shardloss.errors", "shardloss.sampling")) for module in own), path
 
 
 def test_every_room_is_in_the_order() -> None:
-    """A new room is placed before it is used."""
+    """Every package of the server has a position in the import order."""
     rooms = {room_of(path) for path in SERVER_FILES} - {"__init__"}
     assert rooms <= set(ORDER) | EVERYWHERE
 
@@ -103,6 +103,6 @@ print(len(shardloss.__all__))
 
 
 def test_the_client_imports_without_torch_and_ray() -> None:
-    """The NumPy path needs grpc, protobuf and numpy alone."""
+    """The client can be imported on a machine without ray, torch and the server package."""
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

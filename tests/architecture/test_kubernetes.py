@@ -1,4 +1,4 @@
-"""The manifests fit Kubernetes' own schemas, and say what docs/kubernetes.md promises."""
+"""The manifests match Kubernetes' own schemas and the description in docs/kubernetes.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "deploy/kubernetes"
 VERSION = "1.34"
 Manifest = dict[str, Any]
 
-# Fields of a RayCluster that we use (KubeRay's CRD API reference, ray.io/v1); the templates are checked as pods.
+# The RayCluster fields that we use (KubeRay's CRD API reference, ray.io/v1); pod templates are checked separately.
 GROUP = {
     "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
     "template": {"type": "object"},
@@ -48,7 +48,7 @@ RAY_CLUSTER = {
 
 
 def manifests() -> Iterator[tuple[str, Manifest]]:
-    """Every document of every file that the kustomization lists, and no other."""
+    """Return (name, manifest) of each document in the kustomization's files; the folder must contain no others."""
     listed = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
     assert {*listed, "kustomization.yaml"} == {path.name for path in FOLDER.iterdir()}
     for name in listed:
@@ -61,7 +61,7 @@ BY_KIND = {manifest["kind"]: manifest for manifest in ALL.values()}
 
 
 def templates() -> dict[str, Manifest]:
-    """The pod templates."""
+    """Return the pod templates by name: head, server and each worker group."""
     cluster = BY_KIND["RayCluster"]["spec"]
     groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
     return {"head": cluster["headGroupSpec"]["template"], "server": BY_KIND["Deployment"]["spec"]["template"], **groups}
@@ -69,7 +69,7 @@ def templates() -> dict[str, Manifest]:
 
 @pytest.mark.parametrize("name", [name for name in ALL if "RayCluster" not in name])
 def test_a_manifest_fits_its_schema(name: str) -> None:
-    """Strictly: an unknown field is an error."""
+    """Validation is strict: an unknown field is an error."""
     kubernetes_validate.validate(ALL[name], VERSION, strict=True)
 
 
@@ -79,13 +79,13 @@ def test_the_ray_cluster_fits_its_fields() -> None:
 
 @pytest.mark.parametrize("name", templates())
 def test_a_pod_template_fits_its_schema(name: str) -> None:
-    """Also those inside the RayCluster, whose own schema leaves them open."""
+    """The pod templates inside the RayCluster are valid as well, although the RayCluster schema does not check them."""
     pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": templates()[name]}
     kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
 def test_an_unknown_field_is_seen() -> None:
-    """The check is one."""
+    """Strict validation rejects a misspelled field."""
     pod = {"apiVersion": "v1", "kind": "PodTemplate", "template": {"spec": {"contaners": []}}}
     with pytest.raises(jsonschema.ValidationError):
         kubernetes_validate.validate(pod, VERSION, strict=True)
@@ -96,7 +96,7 @@ def test_a_pod_has_no_rights_that_it_does_not_need(name: str) -> None:
     spec = templates()[name]["spec"]
     assert spec["securityContext"]["runAsNonRoot"]
     assert not spec["automountServiceAccountToken"]
-    assert not spec["enableServiceLinks"], "variables of services would look like settings"
+    assert not spec["enableServiceLinks"], "variables injected for services could be mistaken for settings"
     for container in spec["containers"]:
         context = container["securityContext"]
         assert context["readOnlyRootFilesystem"]
@@ -114,7 +114,7 @@ def test_there_are_as_many_nodes_as_the_server_asks_for() -> None:
 
 
 def test_every_selector_finds_the_pods_it_means() -> None:
-    """The operator labels its pods ray.io/cluster; the others carry what the Deployment gives them."""
+    """Each selector uses only labels that the Ray operator, the Deployment or a client's pods set."""
     labels = templates()["server"]["metadata"]["labels"]
     for manifest in ALL.values():
         for selector in selectors(manifest.get("spec", {})):
@@ -123,7 +123,7 @@ def test_every_selector_finds_the_pods_it_means() -> None:
 
 
 def selectors(value: Any) -> Iterator[dict[str, str]]:
-    """Every selector of pods below a value."""
+    """Return the label selectors of pods anywhere in a manifest."""
     if isinstance(value, list):
         for each in value:
             yield from selectors(each)

@@ -1,4 +1,4 @@
-"""Texts are plain technical English, and what they refer to exists (STYLE: docstrings begin with a verb or a noun)."""
+"""Texts are plain technical English, docstrings begin with a verb or a noun, and references resolve."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BAD_WORDS = re.compile(
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """Return (place, docstring) of a file."""
+    """Return (place, docstring) of each docstring of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
             yield f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}", text
@@ -48,7 +48,7 @@ def strings(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def paragraphs(path: Path) -> Iterator[tuple[str, str]]:
-    """Return (place, text) of each line of a page outside its code."""
+    """Return (place, text) of each line of a page outside its code blocks."""
     fenced = False
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -74,7 +74,7 @@ def headings(path: Path) -> list[str]:
 
 
 def anchor(heading: str) -> str:
-    """Return the anchor that a page's renderer makes of a heading."""
+    """Return the anchor that a page's renderer generates for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -82,13 +82,13 @@ def test_every_link_leads_to_a_file_and_a_heading() -> None:
     for page in PAGES:
         for target, fragment in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text()):
             path = page.parent / target if target else page
-            assert path.exists(), f"{page.relative_to(ROOT)} links {target}"
+            assert path.exists(), f"{page.relative_to(ROOT)} links to {target}"
             if fragment:
-                assert fragment in {anchor(heading) for heading in headings(path)}, f"{page.name} links #{fragment}"
+                assert fragment in {anchor(heading) for heading in headings(path)}, f"{page.name} links to #{fragment}"
 
 
 def test_every_section_that_a_text_cites_exists() -> None:
-    """As in: docs/design.md, "The partial"."""
+    """Citations have the form: docs/design.md, "The partial"."""
     everything = [*SOURCES, *PAGES, *ROOT.glob("proto/**/*.proto"), *ROOT.glob("tests/**/*.py"), ROOT / "Makefile"]
     for path in everything:
         for page, section in re.findall(r'(docs/[\w/-]+\.md),\s+(?:#\s+)?"([^"]+)"', path.read_text()):
@@ -96,7 +96,7 @@ def test_every_section_that_a_text_cites_exists() -> None:
 
 
 def test_every_file_that_a_text_names_exists() -> None:
-    """Pages, tests and ADRs named in docstrings, comments and pages; modules are checked by name of file."""
+    """Every path or module named in a source, page, contract or manifest exists; modules are found by file name."""
     names = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts and "build" not in path.parts}
     for path in [*SOURCES, *PAGES, *ROOT.glob("proto/**/*.proto"), *ROOT.glob("deploy/**/*.y*ml")]:
         text = path.read_text()
@@ -115,7 +115,7 @@ def test_every_adr_that_a_text_cites_exists() -> None:
 
 
 def test_every_name_in_backticks_of_a_docstring_exists() -> None:
-    """`module.name` and `name` are definitions, attributes or arguments somewhere in the source."""
+    """Each `name` or `module.name` is a definition, an attribute or an argument somewhere in the source."""
     known: set[str] = set()
     for path in [*SOURCES, *(ROOT / "client/src/shardloss/v1").glob("*.pyi")]:
         known.add(path.stem)
@@ -130,7 +130,7 @@ def test_every_name_in_backticks_of_a_docstring_exists() -> None:
 
 
 def exists(name: str) -> bool:
-    """Return True if a dotted name can be imported, as those of torch, grpc or the standard library."""
+    """Return True if a dotted name can be imported, such as one of torch, grpc or the standard library."""
     module, _, attribute = name.rpartition(".")
     if not module:
         return False

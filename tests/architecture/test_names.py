@@ -1,7 +1,7 @@
 """Every name that the documentation and the deployment use exists: variables, flags, commands, ports, metrics, reasons.
 
-One walk over README, docs, the compose files, the image, the manifests, the rules and the dashboard; the code says what
-there is.
+The tests read README, docs, the compose files, the image, the manifests, the rules and the dashboard, and compare the
+names in them with those defined in the code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEPLOYED = sorted(ROOT.glob("docker-compose*.yml")) + sorted(
     path for path in ROOT.glob("deploy/**/*") if path.is_file() and "__pycache__" not in path.parts
 )
 EVERY = PAGES + DEPLOYED
-OTHERS_FLAGS = {  # of programs that are not ours
+OTHERS_FLAGS = {  # flags of other programs
     "--profile", "--scale", "--build", "--head", "--block", "--address", "--from-file", "--target", "--detach",
     "--volumes",
     "--env-file",
@@ -49,7 +49,7 @@ def relative(path: Path) -> str:
 
 
 def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """A command and all below it, by the words that call them."""
+    """Return (words, command) of a command and all its subcommands."""
     yield words, command
     for name, below in getattr(command, "commands", {}).items():
         yield from commands(below, (*words, name))
@@ -66,7 +66,7 @@ FLAGS = {
 
 @functools.cache
 def variables() -> set[str]:
-    """Variables that something reads: settings, options of commands, compose files, tests and tools."""
+    """Return the variables that settings, command options, compose files, tests, examples or the client read."""
     of_options = {name for each in COMMANDS.values() for param in each.params for name in names_of(param)}
     of_compose = {
         name for path in ROOT.glob("docker-compose*.yml") for name in re.findall(r"\$\{(\w+)", path.read_text())
@@ -77,13 +77,13 @@ def variables() -> set[str]:
 
 
 def names_of(param: Any) -> list[str]:
-    """The variables of an option."""
+    """Return the environment variables of an option."""
     names = param.envvar or []
     return [names] if isinstance(names, str) else list(names)
 
 
 def code_of(path: Path) -> Iterator[str]:
-    """What a page writes as code: its fences line by line, and its `spans`."""
+    """Return the code of a page: the lines of its fenced blocks and its inline `spans`."""
     fenced = False
     for line in path.read_text().splitlines():
         if line.lstrip().startswith("```"):
@@ -101,7 +101,7 @@ def test_every_variable_is_read_by_something() -> None:
 
 
 def test_every_setting_of_a_deployment_is_one() -> None:
-    """As the server itself would refuse it."""
+    """Every SHARDLOSS_SERVER_ variable of a deployment is a setting; the server would refuse any other."""
     for path in [path for path in DEPLOYED if path.suffix in (".yml", ".yaml")]:
         found = set(re.findall(r"\bSHARDLOSS_SERVER_\w+", path.read_text()))
         assert found <= {setting.variable for setting in ALL.values()}, path
@@ -143,7 +143,7 @@ def test_every_metric_is_exported() -> None:
 
 
 def test_every_reason_is_one() -> None:
-    """Words in capitals are reasons, statuses, values of the contract or variables."""
+    """Each word in capitals is a reason, a status, an enum value of the contract or a variable."""
     pool = descriptor_pool.Default()
     files = [pool.FindFileByName(f"shardloss/v1/{each.name}") for each in (ROOT / "proto/shardloss/v1").glob("*.proto")]
     values = {value for file in files for value in enum_values(file)}
@@ -155,12 +155,12 @@ def test_every_reason_is_one() -> None:
 
 
 def arguments() -> set[str]:
-    """Arguments of the image."""
+    """Return the build arguments of the image."""
     return set(re.findall(r"^ARG (\w+)", (ROOT / "deploy/docker/Dockerfile").read_text(), re.M))
 
 
 def enum_values(scope: object) -> Iterator[str]:
-    """The values of every enum of a file, or below a message."""
+    """Return the value names of every enum in a file or a message."""
     enums = getattr(scope, "enum_types_by_name", {}) or {each.name: each for each in getattr(scope, "enum_types", ())}
     for enum in enums.values():
         yield from enum.values_by_name
@@ -175,7 +175,7 @@ def test_every_target_of_make_exists() -> None:
 
 
 def metrics_port() -> int:
-    """The port that the deployment gives the metrics."""
+    """Return the metrics port of the compose deployment."""
     environment = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["server"]["environment"]
     return int(environment["SHARDLOSS_SERVER_METRICS_PORT"])
 

@@ -1,4 +1,4 @@
-"""docs/security.md says which role each RPC needs, as the contract does."""
+"""docs/security.md lists the same role for each RPC as the contract."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/security.md"
 
 
 def test_the_page_lists_every_rpc_under_its_role() -> None:
-    """Each once, and none that is not there."""
+    """The page lists every RPC under the role that the contract requires, and no others."""
     listed = {
         (role, name)
         for role, names in re.findall(r"^\| (reader|trainer|admin) \| (.+) \|$", PAGE.read_text(), re.M)
@@ -30,5 +30,5 @@ def test_the_page_lists_every_rpc_under_its_role() -> None:
 
 
 def test_the_page_names_every_setting_of_security() -> None:
-    """None is left for an operator to find out."""
+    """docs/security.md mentions every field of the security settings."""
     assert [field.name for field in fields(Security) if f"`{field.name}`" not in PAGE.read_text()] == []

@@ -1,4 +1,4 @@
-"""What the code may not do: read pickles from the wire, guard input by assert, touch files outside its rooms."""
+"""The code never unpickles client data, validates input by assert, or opens files outside the listed modules."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_ser
 FILES = sorted(path for top in (CLIENT, SERVER) for path in top.rglob("*.py") if path.parent.name != "v1")
 
 RUN_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml", "jsonpickle"}
-# A pickle of our own is read from a link whose other end has proven that it knows the group's key: docs/security.md.
+# Pickles are read only from a link whose peer has proven that it knows the group's key: docs/security.md.
 BETWEEN_OUR_PROCESSES = {"cluster/frames.py"}
 LOADS = {"torch.load", "torch.jit.load", "torch.package", "eval", "exec", "__import__", "os.system", "os.popen"}
 PROCESSES = {"subprocess", "pty", "pexpect"}
 
-# Who may know of files in the server: none of these takes a path from the wire.
+# The server packages and modules that may access files: none of them accepts a path from the wire.
 FILE_ROOMS = {"cli", "access", "settings.py", "config.py", "metrics.py"}
 FILE_MODULES = {
     "cluster/link.py",
@@ -42,7 +42,7 @@ def nodes_of(path: Path) -> list[ast.AST]:
 
 
 def modules_of(path: Path) -> set[str]:
-    """The outermost packages that a file imports, wherever in it."""
+    """Return the top-level packages that a file imports, anywhere in the file."""
     found = set()
     for node in nodes_of(path):
         if isinstance(node, ast.Import):
@@ -53,12 +53,12 @@ def modules_of(path: Path) -> set[str]:
 
 
 def calls_of(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """(dotted name, call) of every call."""
+    """Return (dotted name, call) of every call in a file."""
     return ((ast.unparse(node.func), node) for node in nodes_of(path) if isinstance(node, ast.Call))
 
 
 def test_nothing_that_runs_code_is_loaded() -> None:
-    """No pickle or its kin, no torch.load, no arrays of objects, no eval; no other programs."""
+    """The code uses no pickle or similar format, torch.load, object array or eval, and starts no other program."""
     for path in FILES:
         if str(path.relative_to(SERVER if SERVER in path.parents else CLIENT)) in BETWEEN_OUR_PROCESSES:
             continue
@@ -70,7 +70,7 @@ def test_nothing_that_runs_code_is_loaded() -> None:
 
 
 def test_frames_are_read_behind_the_handshake_alone() -> None:
-    """Who decodes a frame got its socket from `handshake.admit` or `handshake.introduce`."""
+    """Only three modules decode frames, and every module of `cluster` that opens a socket uses `handshake`."""
     users = {str(path.relative_to(SERVER)) for path in SERVER.rglob("*.py") if "frames.receive(" in path.read_text()}
     assert users == {"cluster/link.py", "cluster/linked_worker.py", "cluster/relay.py"}
     for path in (SERVER / "cluster").glob("*.py"):
@@ -80,7 +80,7 @@ def test_frames_are_read_behind_the_handshake_alone() -> None:
 
 
 def test_assert_tells_types_and_guards_nothing() -> None:
-    """In what reads input: an assert is gone under -O, so it may only narrow what was checked before it."""
+    """In code that reads input, an assert only narrows types, because python -O removes it."""
     for path in FILES:
         room = path.relative_to(SERVER).parts[0] if SERVER in path.parents else "client"
         if room in ("client", "rpc", "access", "cli") or "validate" in path.parts:
@@ -92,7 +92,7 @@ def test_assert_tells_types_and_guards_nothing() -> None:
 
 
 def test_files_are_known_where_no_name_from_the_wire_comes() -> None:
-    """A table's name cannot leave a directory that nobody opens."""
+    """Only the listed packages and modules access files, so a table's name can never become a path."""
     for path in sorted(SERVER.rglob("*.py")):
         name = str(path.relative_to(SERVER))
         if name.split("/", 1)[0] in FILE_ROOMS or name in FILE_MODULES:
@@ -134,7 +134,7 @@ sys.exit(bool(wrong))
 
 
 def test_input_is_refused_alike_without_asserts() -> None:
-    """Under python -O every tenth bad request of the hostile tests is refused by the same error and field."""
+    """Under python -O, every tenth bad request of the hostile tests is refused with the same error and field."""
     done = subprocess.run(
         [sys.executable, "-O", "-c", OPTIMIZED],
         cwd=ROOT,

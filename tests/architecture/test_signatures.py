@@ -1,4 +1,4 @@
-"""The functions of shardloss.compat take the frameworks' arguments, by name, order and default."""
+"""The functions of shardloss.compat have the frameworks' arguments, with the same names, order and defaults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# One entry a function: our dotted name below shardloss.compat -> the framework's signature.
+# One entry per function: our dotted name below shardloss.compat -> the framework's signature.
 
 TENSORFLOW = {  # TensorFlow 2.21
     "tensorflow.sampled_softmax_loss": (
@@ -53,7 +53,7 @@ TFRS = {  # tensorflow_recommenders v0.7.7
         "candidate_ids=None, compute_metrics=True, compute_batch_metrics=True, score_mask=None)"
     ),
 }
-PADDLE = {  # paddle.nn.functional 3.3.1; the sampled one is of paddle.fluid.layers, which Paddle 3 no longer has
+PADDLE = {  # paddle.nn.functional 3.3.1; the sampled loss is from paddle.fluid.layers, which Paddle 3 has removed
     "paddle.softmax_with_cross_entropy": (
         "(logits, label, soft_label=False, ignore_index=-100, numeric_stable_mode=True, return_softmax=False, axis=-1)"
     ),
@@ -88,7 +88,7 @@ OWN = {  # functions that the framework does not have
 
 
 def found(name: str) -> Any:
-    """What a name below shardloss.compat stands for."""
+    """Return the object with this dotted name below shardloss.compat."""
     thing: Any = importlib.import_module(f"shardloss.compat.{name.split('.', maxsplit=1)[0]}")
     for part in name.split(".")[1:]:
         thing = getattr(thing, part)
@@ -96,7 +96,7 @@ def found(name: str) -> Any:
 
 
 def signature_of(function: Any) -> str:
-    """Names, order and defaults."""
+    """Return a function's signature as text, without annotations."""
     signature = inspect.signature(function)
     bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
@@ -104,13 +104,13 @@ def signature_of(function: Any) -> str:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_a_signature_is_the_frameworks(name: str) -> None:
-    """Names, order and defaults."""
+    """The arguments have the framework's names, order and defaults."""
     assert signature_of(found(name)) == SIGNATURES[name]
 
 
 @pytest.mark.parametrize("module", sorted({name.rpartition(".")[0] for name in SIGNATURES} - {"tfrs.Retrieval"}))
 def test_every_public_function_has_a_signature_to_keep(module: str) -> None:
-    """It is in the table, or the framework has none of that name."""
+    """Every public function is listed above with its framework's signature, or has no counterpart there."""
     public = found(module)
     functions = {f"{module}.{name}" for name in public.__all__ if inspect.isfunction(getattr(public, name))}
     assert functions <= SIGNATURES.keys() | OWN
@@ -118,5 +118,5 @@ def test_every_public_function_has_a_signature_to_keep(module: str) -> None:
 
 @pytest.mark.parametrize("name", TENSORFLOW_BOTH_VERSIONS)
 def test_both_versions_share_one_sampler(name: str) -> None:
-    """So calls of either go on in one stream of draws."""
+    """The v1 and v2 functions are the same object, so their calls share one sequence of draws."""
     assert found(f"tensorflow.{name}") is found(f"tensorflow.v1.{name}")

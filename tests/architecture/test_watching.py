@@ -1,4 +1,4 @@
-"""What is watched exists: every metric, label, reason and file that rules, dashboard and pages name."""
+"""Every metric, label, reason and file that the alert rules, the dashboard and the pages name exists."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def panels() -> Iterator[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Everything that Prometheus is asked, by where it stands."""
+    """Return (place, expression) of every Prometheus query in the rules and the dashboard."""
     for rule in RULES:
         yield rule["alert"], rule["expr"]
     for panel in panels():
@@ -55,7 +55,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("expression", [each[1] for each in expressions()], ids=[each[0] for each in expressions()])
 def test_what_prometheus_is_asked_is_exported_with_its_labels(expression: str) -> None:
-    """Names, the labels of matchers and groupings, and the reasons that matchers ask for."""
+    """Every metric, label and reason in a query is one that the server exports."""
     has_labels = set(OF_PROMETHEUS)
     for name, matchers in SELECTOR.findall(expression):
         if name in OF_THE_LIBRARY:
@@ -73,7 +73,7 @@ def test_what_prometheus_is_asked_is_exported_with_its_labels(expression: str) -
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_every_alert_says_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> None:
-    """Its runbook is a chapter of docs/operations.md that says more than a line."""
+    """Every alert has a duration, a severity, a summary and a chapter of more than one line in the runbook."""
     assert re.fullmatch(r"\d+[smh]", rule["for"])
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     assert rule["annotations"]["summary"]
@@ -119,19 +119,19 @@ def test_prometheus_reads_the_rules_and_scrapes_the_server() -> None:
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     assert all((folder / name).exists() for name in config["rule_files"])
     (job,) = config["scrape_configs"]
-    assert job["job_name"] == "shardloss"  # what rules and dashboard ask for
+    assert job["job_name"] == "shardloss"  # the job that rules and dashboard select
     assert job["static_configs"] == [{"targets": ["server:9464"]}]
 
 
 def test_the_page_documents_every_metric() -> None:
-    """docs/metrics.md is what `make docs` writes."""
+    """docs/metrics.md is identical to the output of `make docs`."""
     text = (ROOT / "docs/metrics.md").read_text()
     assert text == "\n".join(page()) + "\n"
     assert set(re.findall(r"^\| `(shardloss_\w+)` \|", text, re.M)) == {each.name for each in metrics.ALL}
 
 
 def test_names_end_in_their_unit() -> None:
-    """As Prometheus asks: base units, and _total for counters alone."""
+    """Names follow the Prometheus conventions: base units, and the suffix _total for counters only."""
     for each in metrics.ALL:
         assert re.fullmatch(r"shardloss_[a-z0-9_]+", each.name)
         assert each.name.endswith("_total") == (each.kind == "counter")

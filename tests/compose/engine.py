@@ -1,4 +1,4 @@
-"""A project of the compose file on the engine of this machine: brought up, asked, and taken away whole."""
+"""A project of the compose file on this machine's container engine: started, queried and removed completely."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ LABEL = "com.docker.compose.project"
 
 
 class NoEngine(Exception):
-    """No engine or no compose answers: says which, and why."""
+    """No container engine or no compose command is available; the message says which, and why."""
 
 
 def output(command: list[str], timeout_s: float = COMMAND_S, **options: Any) -> str:
-    """What a command prints.
+    """Run a command and return its standard output.
 
     Raises:
-        AssertionError: it failed, with the end of what it said.
+        AssertionError: the command failed; the message holds the end of its output.
     """
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace", **options
     )
     assert done.returncode == 0, (
-        f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+        f"{' '.join(command)} exited with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
     )
     return done.stdout
 
 
 def compose_command() -> list[str]:
-    """How compose is called here: as a plugin of docker, or by its older name.
+    """Return the compose command of this machine: the docker plugin, or the older docker-compose.
 
     Raises:
-        NoEngine: neither answers, or there is no engine behind them.
+        NoEngine: neither command works, or no engine is running.
     """
     if shutil.which("docker") is None:
         raise NoEngine("no docker command is here")
@@ -56,7 +56,7 @@ def compose_command() -> list[str]:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
+    """Return free ports of this machine."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -65,17 +65,17 @@ def free_ports(number: int) -> list[int]:
 
 
 def eventually(holds: Callable[[], bool], what: str, timeout_s: float) -> float:
-    """Poll until it holds; the seconds it took."""
+    """Poll until a condition is true; return the seconds it took."""
     began = time.monotonic()
     while not holds():
-        assert time.monotonic() - began < timeout_s, f"{what}: not within {timeout_s:.0f} s"
+        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.1)
     return time.monotonic() - began
 
 
 @dataclass(frozen=True)
 class Project:
-    """One project, by a name of its own, its ports free ones of this machine."""
+    """A compose project with its own name, published on free ports of this machine."""
 
     compose: list[str]
     name: str
@@ -83,11 +83,11 @@ class Project:
 
     @property
     def address(self) -> str:
-        """Where its front end is published."""
+        """The published address of the front end."""
         return f"127.0.0.1:{self.ports[0]}"
 
     def run(self, *arguments: str, timeout_s: float = COMMAND_S) -> str:
-        """A compose command on it."""
+        """Run a compose command on the project and return its output."""
         variables = {
             "COMPOSE_PROJECT_NAME": self.name,
             "DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "1"),
@@ -97,26 +97,26 @@ class Project:
         return output([*self.compose, *arguments], timeout_s, env={**os.environ, **variables})
 
     def containers(self, service: str = "") -> list[str]:
-        """Ids of its containers, ended ones too."""
+        """Return the ids of the project's containers, including exited ones."""
         label = f"label=com.docker.compose.service={service}" if service else f"label={LABEL}"
         return output(["docker", "ps", "-aq", "--filter", f"label={LABEL}={self.name}", "--filter", label]).split()
 
     def state(self, container: str) -> dict[str, Any]:
-        """What the engine knows of a container."""
+        """Return the engine's description of a container."""
         (found,) = json.loads(output(["docker", "inspect", container]))
         return dict(found)
 
     def is_healthy(self, service: str) -> bool:
-        """Whether every container of a service says so."""
+        """Return True if the service has containers and all of them report healthy."""
         states = [self.state(each)["State"] for each in self.containers(service)]
         return bool(states) and all(each.get("Health", {}).get("Status") == "healthy" for each in states)
 
     def inside(self, service: str, *command: str) -> str:
-        """What a command prints in the service's first container."""
+        """Run a command in the service's first container and return its output."""
         return self.run("exec", "-T", service, *command)
 
     def left(self) -> list[str]:
-        """Containers, networks and volumes that are still there."""
+        """Return the project's containers, networks and volumes that still exist."""
         kinds = (["ps", "-aq"], ["network", "ls", "-q"], ["volume", "ls", "-q"])
         return [
             each

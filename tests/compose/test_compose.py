@@ -1,4 +1,4 @@
-"""The compose file on a real engine: built, healthy, trained through, a worker killed, taken away whole."""
+"""The compose file on a real engine: build, health, training, a killed worker, and complete removal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Figures = dict[str, str]
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[Figures]:
-    """What was measured, printed at the end."""
+    """The measured figures, printed at the end."""
     found: Figures = {}
     yield found
     print("\n\n" + "\n".join(f"{name:<52} {value:>24}" for name, value in found.items()))
@@ -33,7 +33,7 @@ def figures() -> Iterator[Figures]:
 
 @pytest.fixture(scope="module")
 def project(figures: Figures) -> Iterator[Project]:
-    """The service with two workers; nothing of it is left afterwards but images."""
+    """The service with two workers; only its images are left afterwards."""
     try:
         found = Project(compose_command(), f"shardloss-test-{os.getpid()}-{secrets.token_hex(2)}")
     except NoEngine as error:
@@ -57,7 +57,7 @@ def project(figures: Figures) -> Iterator[Project]:
 
 @pytest.fixture(scope="module")
 def client(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[shardloss.LossClient]:
-    """A trainer on this machine, with the admin's token from the volume."""
+    """A client on this machine with the admin token from the volume."""
     token: Path = tmp_path_factory.mktemp("tokens") / "admin.token"
     token.touch(0o600)
     token.write_text(project.inside("server", "cat", "/tokens/admin.token"))
@@ -66,7 +66,7 @@ def client(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_two_workers_serve(project: Project, client: shardloss.LossClient, figures: Figures) -> None:
-    """As many as --scale asked for; images are measured."""
+    """The server has as many workers as --scale requested; the image sizes are measured."""
     assert client.server_info().num_workers == 2
     status = json.loads(project.inside("server", "shardloss", "status", "--output", "json"))
     assert [worker["up"] for worker in status["workers"]] == [True, True]
@@ -79,7 +79,7 @@ def test_two_workers_serve(project: Project, client: shardloss.LossClient, figur
 
 @pytest.mark.parametrize("service", ["head", "worker", "server"])
 def test_a_container_is_nobody_and_writes_nothing(project: Project, service: str) -> None:
-    """Another user than root, a root file system that is read only, no capability, no build tools."""
+    """The user is not root, the root file system is read-only, and there are no capabilities and no build tools."""
     state = project.state(project.containers(service)[0])
     assert state["HostConfig"]["ReadonlyRootfs"]
     assert state["HostConfig"]["CapDrop"] == ["ALL"]
@@ -90,7 +90,7 @@ def test_a_container_is_nobody_and_writes_nothing(project: Project, service: str
 
 
 def test_tokens_are_kept_and_not_made_anew(project: Project) -> None:
-    """`init` runs again at every `up`; clients go on with what they have."""
+    """`init` runs again at every `up` but keeps the tokens, so clients can continue with theirs."""
     before = project.inside("server", "sha256sum", "/tokens/tokens.toml", "/ray-token/token")
     project.run("run", "--rm", "init")
     assert project.inside("server", "sha256sum", "/tokens/tokens.toml", "/ray-token/token") == before
@@ -98,13 +98,13 @@ def test_tokens_are_kept_and_not_made_anew(project: Project) -> None:
 
 
 def test_a_caller_without_a_token_is_refused(project: Project) -> None:
-    """The port is published, and open to who has a token alone."""
+    """The port is published, but only clients with a token can connect."""
     with pytest.raises(shardloss.errors.Unauthenticated):
         shardloss.connect(project.address, timeout_s=20)
 
 
 def test_the_example_trains_through_it(project: Project, figures: Figures) -> None:
-    """The city finder learns: over all classes its loss falls below where it began."""
+    """The city finder learns: its loss over all classes falls by more than 0.5 nats."""
     arguments = ["train", "--out", "/demo", "--train-seconds", str(TRAIN_S), "--eval-names", "500"]
     project.run("run", "--rm", "demo", *arguments)
     result = json.loads(project.run("run", "--rm", "--entrypoint", "cat", "demo", "/demo/result.json"))
@@ -116,7 +116,7 @@ def test_the_example_trains_through_it(project: Project, figures: Figures) -> No
 def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
     project: Project, client: shardloss.LossClient, figures: Figures, by_engine: bool
 ) -> None:
-    """ROWS_LOST and never a wrong number; a crashed one is restarted, one killed by hand once it is started."""
+    """Calls raise ROWS_LOST and never return wrong numbers. Only a crashed worker restarts automatically."""
     hidden, labels = np.ones((N, D), np.float32), np.arange(N) % V
     how, name = ("killed by hand", "by-hand") if by_engine else ("crashed", "crashed")
 
@@ -148,7 +148,7 @@ def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
 
 
 def kill(container: str, by_engine: bool) -> None:
-    """By the engine, after which it stays down; or each of its processes, as a machine out of memory might."""
+    """Kill a container through the engine, so that it stays down, or kill its processes, as if memory had run out."""
     if by_engine:
         output(["docker", "kill", container])
     else:
@@ -156,7 +156,7 @@ def kill(container: str, by_engine: bool) -> None:
 
 
 def repeat(step: Callable[[], object], timeout_s: float) -> None:
-    """Call until it raises, or the time is over."""
+    """Call `step` until it raises or timeout_s has passed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         step()

@@ -1,4 +1,4 @@
-"""Which groups the exactly-once tests run on."""
+"""Selection of the groups that the exactly-once tests run on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IN_TURN = ("ray_workers", "nothing kept", "plain_workers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run each test of the fixture `faulty` on threads and on one of the groups IN_TURN, the next test on the next."""
+    """Run each test that uses `faulty` on threads and on one of the groups IN_TURN, which rotate from test to test."""
     if EVERYTHING:
         return
     turns: dict[str, int] = {}

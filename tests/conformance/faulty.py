@@ -1,4 +1,4 @@
-"""A group whose replies get lost: it delegates to another and does a change fully, partly or not at all."""
+"""A group that loses replies: it delegates to another group and applies a change fully, partly or not at all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Failed:
 
 
 class FaultyGroup:
-    """A `ShardGroup` over another one. `lose` makes the next changes (steps and row writes) lose their reply.
+    """A `ShardGroup` that wraps another one; each call of `lose` makes one more step or row write lose its reply.
 
-    extent says how much of a change is done all the same: by "all" workers, by the "first" or the "last" one, or by
-    "none". `before_score`, `before_apply` and `before_repair` are called before that work goes to the workers.
+    `extent` selects the workers that apply the change nevertheless: "all" of them, the "first", the "last" or "none".
+    `before_score`, `before_apply` and `before_repair` are called before that work is sent to the workers.
     """
 
     def __init__(self, inner: FanoutGroup) -> None:

@@ -1,4 +1,4 @@
-"""The oracle of a table: float64 rows on one screen, trained by autograd over `numerics.reference`."""
+"""The oracle of a table in tests: float64 rows, trained by autograd over `numerics.reference`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Batch:
 
     @property
     def loss(self) -> Loss:
-        """The loss as a client names it."""
+        """The client's loss object for this batch."""
         return FullSoftmax() if self.draw is None else SampledSoftmax(sampled_values=self.draw)
 
     def rows(self, chosen: slice) -> Batch:
-        """A micro-batch over the same draw."""
+        """Return a micro-batch of some rows over the same draw."""
         draw = self.draw
         if draw is not None:
             draw = SampledValues(draw.sampled, draw.true_expected_count[chosen], draw.sampled_expected_count)
@@ -38,7 +38,7 @@ class Batch:
 def random_batch(
     rng: np.random.Generator, num_classes: int, dim: int, *, num_rows: int = 7, num_true: int = 2, num_sampled: int = 6
 ) -> Batch:
-    """A batch of labels, draws with repeats and expected counts; num_sampled 0 is the full softmax."""
+    """Return a random batch; its draw may have repeats, and num_sampled = 0 is the full softmax."""
     hidden = rng.normal(size=(num_rows, dim))
     labels = rng.integers(0, num_classes, (num_rows, num_true))
     g = rng.normal(size=num_rows)
@@ -50,7 +50,7 @@ def random_batch(
 
 
 def losses(weights: Tensor, biases: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
-    """Per-example losses [N] of the reference, differentiable."""
+    """Return the reference's per-example losses [N], differentiable."""
     labels = torch.tensor(batch.labels)
     if batch.draw is None:
         even = torch.full(labels.shape, 1.0 / labels.shape[1], dtype=torch.float64)
@@ -61,18 +61,18 @@ def losses(weights: Tensor, biases: Tensor, hidden: Tensor, batch: Batch) -> Ten
 
 @dataclass
 class Replica:
-    """A table's rows [V, D] and biases [V] in float64, outside of any service."""
+    """A table's rows [V, D] and biases [V] in float64, outside any service."""
 
     rows: np.ndarray
     biases: np.ndarray
 
     def loss(self, batch: Batch) -> np.ndarray:
-        """Per-example losses [N]."""
+        """Return the per-example losses [N]."""
         hidden, weights, biases = (torch.tensor(a) for a in (batch.hidden, self.rows, self.biases))
         return losses(weights, biases, hidden, batch).numpy()
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        """Gradients of sum over batches of g . loss in rows and biases, and of sum(loss) in each hidden."""
+        """Return the gradients of the summed g . loss in rows and biases, and of sum(loss) in each batch's hidden."""
         weights = torch.tensor(self.rows, requires_grad=True)
         biases = torch.tensor(self.biases, requires_grad=True)
         hiddens = [torch.tensor(batch.hidden, requires_grad=True) for batch in batches]
@@ -88,11 +88,11 @@ class Replica:
         return weights.grad.numpy(), biases.grad.numpy(), hidden_grads
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> Replica:
-        """The rows after one step of plain SGD over all batches."""
+        """Return the replica after one plain SGD step over all batches."""
         rows, biases, _ = self.gradients(batches)
         return Replica(self.rows - learning_rate * rows, self.biases - learning_rate * biases)
 
     def assert_close(self, rows: np.ndarray, biases: np.ndarray, tolerance: float = 1e-10) -> None:
-        """Rows and biases are these, to rounding."""
+        """Assert that rows and biases equal the replica's, up to rounding."""
         np.testing.assert_allclose(rows, self.rows, rtol=tolerance, atol=tolerance)
         np.testing.assert_allclose(biases, self.biases, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""A group as on a cluster of several nodes, in this process: workers are threads, some of them behind relays."""
+"""An in-process model of a group on several nodes: workers are threads, some of them behind relays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call = Callable[..., Any]
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    """Poll until it holds."""
+    """Poll until a condition is true."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, what
@@ -31,7 +31,7 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
 
 
 class Serving:
-    """A thread that answers on a link, and on a new one wherever it breaks, until it is stopped."""
+    """A thread that answers on a link, and reconnects whenever the link breaks, until it is stopped."""
 
     def __init__(self, answer: Callable[[socket.socket], None], invitation: Invitation, index: int) -> None:
         self._answer, self._invitation, self._index = answer, invitation, index
@@ -49,12 +49,12 @@ class Serving:
                 self._stopped.wait(0.01)
 
     def cut(self) -> None:
-        """Break the link that there is."""
+        """Break the current link, if there is one."""
         if self._sock is not None:
             shut(self._sock)
 
     def stop(self) -> None:
-        """As if the process had died; it may still end what it computes."""
+        """Stop as if the process had died; a computation under way may still finish."""
         self._stopped.set()
         eventually(self._is_over, "a serving thread ends")
 
@@ -64,7 +64,7 @@ class Serving:
 
 
 class RelayedGroup(FanoutGroup):
-    """W workers; behind[r] are those behind relay r. calls[w] answers for worker w, by default a `Worker`."""
+    """A group whose workers behind[r] are behind relay r; calls[w] answers for worker w, by default a `Worker`."""
 
     def __init__(self, num_workers: int, behind: Sequence[range], calls: Sequence[Call] | None = None) -> None:
         super().__init__(num_workers)
@@ -80,21 +80,21 @@ class RelayedGroup(FanoutGroup):
         self.wait_behind()
 
     def wait_behind(self) -> None:
-        """Until every worker behind a relay has come to it."""
+        """Wait until every worker behind a relay has connected to it."""
         for made in self.relays:
             assert all(link.linked.wait(PATIENCE_S) for link in made.links.values())
 
     def wait_cancelled(self, worker: int) -> None:
-        """Until a worker has heard that it need not begin something."""
-        eventually(lambda: bool(self.linked[worker]._cancelled), "the worker hears of it")
+        """Wait until a worker has received a cancellation of work that it has not begun."""
+        eventually(lambda: bool(self.linked[worker]._cancelled), "the worker receives the cancellation")
 
     def made_worker(self, index: int) -> Call:
-        """The verbs of a worker that holds nothing yet."""
+        """Return a callable for the verbs of a new worker without shards."""
         worker = Worker(index, self._num_workers)
         return lambda method, *args: getattr(worker, method)(*args)
 
     def linked_worker(self, index: int, call: Call, *, elsewhere: bool = False) -> Serving:
-        """Worker `index` behind its relay; elsewhere: on another node, with a link of its own."""
+        """Start worker `index` behind its relay; with `elsewhere`, on another node with its own link."""
         invitation = self.links.invitation
         if index in self._post_of and not elsewhere:
             invitation = self._post_of[index].invitation
@@ -106,12 +106,12 @@ class RelayedGroup(FanoutGroup):
         return Serving(answer, invitation, index)
 
     def kill_relay(self, index: int) -> None:
-        """As if its process had died."""
+        """Stop a relay as if its process had died."""
         self.relay_links[index].stop()
         self.relays[index].close()
 
     def revive_relay(self, index: int) -> None:
-        """As Ray does: the same post."""
+        """Restart a relay on the same post, as Ray does."""
         self.relays[index] = relay.take(self.posts[index])
         self.relay_links[index] = self._linked_relay(index)
 

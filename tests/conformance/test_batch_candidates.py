@@ -1,4 +1,4 @@
-"""Candidates that the batch itself gives, over the service: a row's own label is never its negative."""
+"""Candidates taken from the batch itself, over the service: a row's own label is never its negative."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import shardloss
 from shardloss_server.rpc.serve import Server
 
 V, D, N = 41, 5, 7
-LABELS = np.array([3, 9, 3, 40, 0, 9, 9])  # repeats: copies of a label in other rows
+LABELS = np.array([3, 9, 3, 40, 0, 9, 9])  # some labels are repeated in other rows
 
 
 @pytest.mark.parametrize("kind", [shardloss.SampledSoftmax, shardloss.SampledLogistic])
 def test_hits_that_are_kept_are_other_rows_copies(
     local_server: Server, fresh_name: Callable[[], str], rng: np.random.Generator, kind: type
 ) -> None:
-    """PartialFC names each class once, so nothing is left to keep; in a batch the other rows' copies stay negatives."""
+    """PartialFC lists each class once, so it has no hits to keep; with InBatch, copies in other rows stay negatives."""
     hidden = rng.normal(size=(N, D))
     with shardloss.connect(local_server.address) as client:
         table = client.create_table(

@@ -1,4 +1,4 @@
-"""What a call says it cost."""
+"""The cost that a call reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def consistent(cost: CallCost | None) -> CallCost:
-    """kernel <= fan-out, and the parts do not exceed the whole."""
+    """Assert that kernel <= fan-out and that the parts do not exceed the total; return the cost."""
     assert cost is not None
     assert 0 < cost.kernel_s <= cost.fanout_s
     parts = cost.wait_s + cost.plan_s + cost.fanout_s + cost.finish_s
@@ -42,7 +42,7 @@ def test_nobody_is_told_who_did_not_ask(table: shardloss.Table) -> None:
 
 @pytest.mark.parametrize("want_grad, passes", [(False, 1), (True, 2)])
 def test_a_full_loss_counts_its_products(table: shardloss.Table, want_grad: bool, passes: int) -> None:
-    """2 N V D for the logits, as many for the gradient."""
+    """A full loss counts 2 N V D FLOPs for the logits and as many again for the gradient."""
     found = table.compute_loss(*batch(), shardloss.FullSoftmax(), want_hidden_grad=want_grad, want_cost=True)
     cost = consistent(found.cost)
     assert cost.flops == passes * 2 * N * V * D
@@ -52,7 +52,7 @@ def test_a_full_loss_counts_its_products(table: shardloss.Table, want_grad: bool
 
 
 def test_a_sampled_loss_counts_its_labels_and_candidates(table: shardloss.Table) -> None:
-    """2 N (C + T) D of C distinct candidates."""
+    """A sampled loss with C distinct candidates counts 2 N (C + T) D FLOPs."""
     loss = shardloss.SampledSoftmax(num_sampled=S, sampler="uniform")
     cost = consistent(table.compute_loss(*batch(), loss, want_cost=True).cost)
     assert cost.flops == 2 * N * (S + 1) * D
@@ -68,7 +68,7 @@ def test_a_step_counts_the_gradient_of_the_table(table: shardloss.Table) -> None
 
 
 def test_a_step_after_another_scores_anew(table: shardloss.Table) -> None:
-    """The lse at the present version is fetched first: one pass more."""
+    """A commit after another one first computes the lse at the current version, which takes one more pass."""
     first, second = table.session(), table.session()
     losses = [session.compute_loss(*batch(), shardloss.FullSoftmax()) for session in (first, second)]
     first.commit([(losses[0], None)], learning_rate=0.1)
@@ -80,7 +80,7 @@ def test_the_one_call_form_costs_the_loss_and_its_step(table: shardloss.Table) -
     found = table.session().train_step(*batch(), shardloss.FullSoftmax(), learning_rate=0.1, want_cost=True)
     assert consistent(found.cost).flops == 3 * 2 * N * V * D
     assert found.committed is not None
-    assert found.committed.cost is None  # it is the loss's own
+    assert found.committed.cost is None  # the loss reports it
 
 
 def test_exact_questions_say_what_all_pages_cost(table: shardloss.Table) -> None:
@@ -96,7 +96,7 @@ def test_exact_questions_say_what_all_pages_cost(table: shardloss.Table) -> None
 
 
 def test_a_streamed_loss_counts_its_chunks(table: shardloss.Table) -> None:
-    """A label distribution comes in columns: a pass of targets beside that of logits."""
+    """A label distribution is streamed in columns, which adds a pass over the targets to the pass over the logits."""
     hidden, _ = batch()
     labels = np.full((N, V), 1 / V, np.float32)
     found = table.compute_loss(hidden, None, shardloss.FullSoftmax(), label_distribution=labels, want_cost=True)

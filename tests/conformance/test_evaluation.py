@@ -20,7 +20,7 @@ def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardl
 
 
 def logits_of(table: shardloss.Table, hidden: np.ndarray) -> np.ndarray:
-    """[N, V] in float64."""
+    """Return the logits [N, V] in float64."""
     rows = table.read_rows(np.arange(V))
     assert rows.biases is not None
     return np.asarray(hidden.astype(np.float64) @ rows.rows.astype(np.float64).T + rows.biases.astype(np.float64))
@@ -31,7 +31,7 @@ def logits_of(table: shardloss.Table, hidden: np.ndarray) -> np.ndarray:
 def test_ranks_and_best_classes_are_exact_for_hidden_of_any_size(
     table: shardloss.Table, rng: np.random.Generator, size: float, has_biases: bool
 ) -> None:
-    """The grid of comparison follows |hidden| |row|: what differs in float32 is told apart."""
+    """The comparison grid scales with |hidden| |row|, so logits that differ in float32 are distinguished."""
     if has_biases:
         rows = table.read_rows(np.arange(V)).rows
         table.write_rows(np.arange(V), rows, np.asarray(size * 0.01 * rng.standard_normal(V), np.float32))
@@ -52,7 +52,7 @@ def test_equal_rows_tie_at_any_size(
     hidden_size: float,
     row_size: float,
 ) -> None:
-    """In a float64 table, where squares would overflow or vanish: rank and top-k agree, ties by the lower id."""
+    """Rank and top-k agree even if squares overflow or vanish in float64, and ties go to the lower id."""
     table = client.create_table(fresh_name(), num_classes=40, dim=D, dtype="float64", num_shards=3)
     rows = row_size * np.repeat(rng.standard_normal((8, D)), 5, axis=0)
     table.write_rows(np.arange(40), rows)
@@ -76,7 +76,7 @@ def test_logits_near_the_largest_number_have_their_order(
     row_size: float,
     bias_size: float,
 ) -> None:
-    """Whatever is finite in a float64 table has its rank and its place among the best, by whatever grid."""
+    """Every finite logit of a float64 table has its correct rank and its correct place among the best classes."""
     table = client.create_table(fresh_name(), num_classes=23, dim=D, dtype="float64", num_shards=3)
     rows, biases = row_size * rng.uniform(-1, 1, (23, D)), bias_size * rng.uniform(-1, 1, 23)
     table.write_rows(np.arange(23), rows, biases)
@@ -91,7 +91,7 @@ def test_logits_near_the_largest_number_have_their_order(
 def test_a_dominant_class_has_no_negative_loss(
     client: shardloss.LossClient, fresh_name: Callable[[], str], rng: np.random.Generator
 ) -> None:
-    """At logits of 1,500 the loss of the one class that matters is 0, not a rounding error of float32."""
+    """At logits of 1,500 the loss of the dominant class is 0, not a rounding error of float32."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D, initializer=shardloss.Zeros())
     row = np.asarray(rng.uniform(10, 20, (1, D)), np.float32)
     table.write_rows(np.array([7]), row)
@@ -104,7 +104,7 @@ def test_a_dominant_class_has_no_negative_loss(
 
 
 def test_rows_that_overflow_are_refused_by_name(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """Logits of inf - inf are no answer: each question names the row of hidden, and others are answered."""
+    """Logits of inf - inf are refused with an error that names the row of hidden; other rows are answered."""
     table = client.create_table(fresh_name(), num_classes=V, dim=2, dtype="float64")
     table.write_rows(np.array([5]), np.array([[1e200, -1e200]]))
     hidden, ids = np.array([[0.0, 0.0], [1e200, 1e200]]), np.array([5, 5])
@@ -123,7 +123,7 @@ def test_rows_that_overflow_are_refused_by_name(client: shardloss.LossClient, fr
 def test_a_finite_loss_with_a_gradient_that_is_not_is_refused(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Huge rows under hidden 0: the loss is finite, its gradient in hidden is not."""
+    """With huge rows the loss of a zero hidden is finite, but a hidden gradient that overflows is refused."""
     table = client.create_table(fresh_name(), num_classes=4, dim=2)
     table.write_rows(np.arange(4), np.full((4, 2), 3e38, np.float32) * np.array([[1], [1], [-1], [-1]], np.float32))
     hidden, labels = np.zeros((1, 2), np.float32), np.array([2])
@@ -136,7 +136,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_refused(
 
 
 def test_a_loss_that_overflows_is_refused(table: shardloss.Table) -> None:
-    """Weights whose sum is finite, times an lse, are not in float32."""
+    """A finite label weight is refused if its product with the lse overflows float32."""
     hidden, labels = np.ones((2, D), np.float32), np.zeros((2, 1), int)
     weights = np.array([[1.0], [3e38]], np.float32)
     with pytest.raises(InvalidArgument) as refused:
@@ -145,7 +145,7 @@ def test_a_loss_that_overflows_is_refused(table: shardloss.Table) -> None:
 
 
 def test_questions_of_many_pages_name_the_row_among_all(table: shardloss.Table, rng: np.random.Generator) -> None:
-    """A wrong label on a later page has its index in the whole array, and no row is lost or repeated."""
+    """An error for a label on a later page names its index in the whole array, and no row is lost or repeated."""
     num_rows = 40_000
     hidden = rng.standard_normal((num_rows, D)).astype(np.float32)
     labels = rng.integers(0, V, num_rows)
@@ -163,7 +163,7 @@ def test_questions_of_many_pages_name_the_row_among_all(table: shardloss.Table, 
 
 
 def test_arrays_of_different_lengths_are_refused(table: shardloss.Table) -> None:
-    """Before the first page is asked."""
+    """Arrays whose shapes do not match are refused before the first page is sent."""
     hidden = np.zeros((30_000, D), np.float32)
     for ask, field in (
         (lambda: table.evaluate(hidden, np.zeros(30_001, int)), "labels"),
@@ -181,7 +181,7 @@ def test_arrays_of_different_lengths_are_refused(table: shardloss.Table) -> None
 def test_numbers_that_count_nothing_are_refused(
     client: shardloss.LossClient, fresh_name: Callable[[], str], number: int
 ) -> None:
-    """As InvalidArgument whatever they are; with D = 2 a k of -1 would leave pages of width 0."""
+    """Every such number raises InvalidArgument; with D = 2, k = -1 would give pages of width 0."""
     table = client.create_table(fresh_name(), num_classes=V, dim=2)
     hidden, labels = np.zeros((3, 2), np.float32), np.zeros(3, int)
     asks: list[Callable[[], object]] = [
@@ -199,7 +199,7 @@ def test_numbers_that_count_nothing_are_refused(
 def test_rows_beyond_the_tables_dtype_are_refused_before_a_page_is_written(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """1e39 is finite in float64, and 3.4e38 in float32, but not in a table of float32, or of bfloat16."""
+    """1e39 is finite in float64 but not in a float32 table; 3.4e38 is finite in float32 but not in a bfloat16 table."""
     for dtype, value in (("float32", 1e39), ("bfloat16", 3.4e38)):
         table = client.create_table(fresh_name(), num_classes=40_000, dim=D, dtype=dtype)
         rows = np.zeros((40_000, D))
@@ -212,7 +212,7 @@ def test_rows_beyond_the_tables_dtype_are_refused_before_a_page_is_written(
 
 
 def test_scores_of_many_classes_are_sliced(table: shardloss.Table, rng: np.random.Generator) -> None:
-    """More asked classes than one slice takes are the same numbers."""
+    """Scores are exact for more classes than fit in one slice."""
     hidden = rng.standard_normal((64, D)).astype(np.float32)
     class_ids = rng.integers(0, V, (64, 2000))
     logits = table.score(hidden, class_ids).logits
@@ -222,7 +222,7 @@ def test_scores_of_many_classes_are_sliced(table: shardloss.Table, rng: np.rando
 def test_a_draw_that_no_message_holds_is_refused_before_it_is_made(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """SampleCandidates of half a million ids."""
+    """SampleCandidates refuses half a million ids without drawing them."""
     table = client.create_table(fresh_name(), num_classes=1 << 20, dim=1)
     with pytest.raises(LimitExceeded) as refused:
         table.sample_candidates(1 << 19)

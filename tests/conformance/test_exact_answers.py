@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..extent import sample
 
-V, D, N = 23, 5, 9  # V is prime: no number of shards but 1 divides it
+V, D, N = 23, 5, 9  # V is prime, so no number of shards except 1 divides it
 IGNORED = -100
 Floats = NDArray[np.float64]
 MakeTable = Callable[..., shardloss.Table]
@@ -45,20 +45,20 @@ every_transform = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Oracle:
-    """Rows [V, D], biases [V] and hidden [N, D] that float32 holds exactly, and what NumPy makes of them."""
+    """Rows [V, D], biases [V] and hidden [N, D] that are exact in float32, and the results NumPy computes from them."""
 
     rows: Floats
     biases: Floats
     hidden: Floats
 
     def raw(self, transform: LogitTransform | None) -> Floats:
-        """What logits are compared by, [N, V]; rounded, since norms are not exact: ties are ties."""
+        """Return the sort keys [N, V], rounded under normalize: norms are inexact, and ties must remain ties."""
         if transform is None or not transform.normalize:
             return np.asarray(self.hidden @ self.rows.T + self.biases)
         return np.round(unit(self.hidden) @ unit(self.rows).T + self.biases, 9)
 
     def logits(self, transform: LogitTransform | None) -> Floats:
-        """[N, V] as they are answered."""
+        """Return the logits [N, V] that the service should answer."""
         z = self.raw(transform)
         if transform is None:
             return z
@@ -66,16 +66,16 @@ class Oracle:
         return z if transform.soft_cap is None else transform.soft_cap * np.tanh(z / transform.soft_cap)
 
     def order(self, transform: LogitTransform | None) -> NDArray[np.int64]:
-        """Class ids by logit descending, then id ascending, [N, V]."""
+        """Return class ids [N, V] by logit descending, then id ascending."""
         return np.argsort(-self.raw(transform), axis=1, kind="stable")
 
     def log_probs(self, transform: LogitTransform | None) -> Floats:
-        """[N, V]."""
+        """Return the log-probabilities [N, V]."""
         z = self.logits(transform)
         return z - np.logaddexp.reduce(z, axis=1)[:, None]
 
     def ranks(self, labels: NDArray[np.int64], transform: LogitTransform | None) -> NDArray[np.int64]:
-        """Place of each label in the order, from 1."""
+        """Return the place of each label in the order, starting at 1."""
         return 1 + np.argmax(self.order(transform) == labels[:, None], axis=1)
 
 
@@ -84,17 +84,17 @@ def unit(vectors: Floats) -> Floats:
 
 
 def sigmoid_cross_entropy(logits: Floats, labels: NDArray[np.int64]) -> Floats:
-    """TensorFlow's formula, max(z, 0) - z y + log(1 + exp(-|z|)), over one-hot labels, summed over classes."""
+    """Return TensorFlow's max(z, 0) - z y + log(1 + exp(-|z|)) over one-hot labels, summed over classes."""
     one_hot = np.eye(logits.shape[1])[labels]
     return np.asarray((np.maximum(logits, 0) - logits * one_hot + np.log1p(np.exp(-np.abs(logits)))).sum(1))
 
 
 @pytest.fixture
 def oracle(rng: np.random.Generator) -> Oracle:
-    """On a grid of 1/8, so that sums are exact in any order and ties are ties by arithmetic.
+    """An oracle on a grid of 1/8, so that sums are exact in any order and ties are exact.
 
-    Classes 1, 9, 16 and 22 are one row, so that every cut has them on several shards; 4 is twice row 3, with which it
-    ties as a direction; row 6 is zero, hidden 2 sees biases alone.
+    Classes 1, 9, 16 and 22 share one row, so that every cut has them on several shards. Row 4 is twice row 3, so the
+    two tie as directions. Row 6 is zero. Hidden 2 is zero, so its logits are the biases alone.
     """
     rows, hidden = (rng.integers(-16, 17, (n, D)) / 8 for n in (V, N))
     biases = rng.integers(-3, 4, V) / 4
@@ -107,7 +107,7 @@ def oracle(rng: np.random.Generator) -> Oracle:
 
 @pytest.fixture
 def make_table(any_client: shardloss.LossClient, fresh_name: Callable[[], str]) -> MakeTable:
-    """A table of an oracle's rows."""
+    """A function that creates a table with an oracle's rows."""
 
     def make(
         oracle: Oracle, num_shards: int = 3, placement: str = "mod", client: shardloss.LossClient = any_client
@@ -126,7 +126,7 @@ def make_table(any_client: shardloss.LossClient, fresh_name: Callable[[], str]) 
 def test_losses_ranks_and_best_classes_are_those_of_float64(
     make_table: MakeTable, oracle: Oracle, num_shards: int, placement: str, transform: LogitTransform | None
 ) -> None:
-    """Negative log likelihood, sigmoid cross-entropy, rank of every class, all classes in order: ties by lower id."""
+    """Losses, sigmoid cross-entropies, ranks and the order of all classes equal NumPy's; ties go to the lower id."""
     table = make_table(oracle, num_shards, placement)
     logits, log_probs = oracle.logits(transform), oracle.log_probs(transform)
     for shift in range(0, V, 4):
@@ -153,7 +153,7 @@ def near(found: NDArray[np.floating], expected: Floats) -> None:
 def test_hit_rates_and_reciprocal_ranks_are_means_over_counted_rows(
     make_table: MakeTable, oracle: Oracle, num_shards: int, placement: str
 ) -> None:
-    """Of all rows but the ignored ones, whatever k."""
+    """The means are over all rows except the ignored ones, for every k."""
     labels = np.arange(N) * 2
     labels[[3, 7]] = IGNORED
     counted = labels != IGNORED
@@ -180,7 +180,7 @@ def test_draws_do_not_depend_on_the_cut(
     placement: str,
     top_k: int | None,
 ) -> None:
-    """The same ids as on one shard; each with the log-probability that it was drawn with."""
+    """The ids equal those drawn from one shard, each with the log-probability that it was drawn with."""
     transform = TRANSFORMS["all"]
     uncut = make_table(oracle, 1, "div", client).sample_classes(
         oracle.hidden, 50, seed=7, top_k=top_k, logits=transform
@@ -199,14 +199,14 @@ def test_draws_do_not_depend_on_the_cut(
 
 
 def test_draws_among_all_classes_are_those_without_top_k(make_table: MakeTable, oracle: Oracle) -> None:
-    """Both ways of drawing make the same noise."""
+    """Both ways of drawing use the same noise."""
     table = make_table(oracle)
     draws = [table.sample_classes(oracle.hidden, 200, seed=3, top_k=k).class_ids.tolist() for k in (None, V)]
     assert draws[0] == draws[1]
 
 
 def test_draws_are_the_rows_own(make_table: MakeTable, oracle: Oracle) -> None:
-    """Rows asked alone, under their numbers, draw as in company; other seeds, rows and draws are other noise."""
+    """A row sampled alone, under its number, draws as in a batch; other seeds, rows and draws use other noise."""
     table = make_table(oracle)
     hidden = np.repeat(oracle.hidden[3:4], N, axis=0)
     drawn = table.sample_classes(hidden, 40, seed=5).class_ids
@@ -221,7 +221,7 @@ def test_draws_are_the_rows_own(make_table: MakeTable, oracle: Oracle) -> None:
 def test_draws_of_many_pages_and_slices_are_those_of_one(
     client: shardloss.LossClient, fresh_name: Callable[[], str], rng: np.random.Generator
 ) -> None:
-    """4,000 rows of 30 draws go in pages of 2,114 rows and slices of 512; 70,000 draws of a row in two slices."""
+    """4,000 rows of 30 draws use pages of 2,114 rows and slices of 512; 70,000 draws of one row use two slices."""
     table = client.create_table(fresh_name(), num_classes=11, dim=1, initializer=shardloss.Normal(1.0, seed=4))
     hidden = rng.standard_normal((4000, 1))
     drawn = table.sample_classes(hidden, 30, seed=9).class_ids
@@ -243,7 +243,7 @@ def test_answers_do_not_depend_on_the_slices(
     monkeypatch: pytest.MonkeyPatch,
     placement: str,
 ) -> None:
-    """Slices of one class, of two rows of hidden and of three draws give what whole shards gave."""
+    """Slices of one class, of two rows of hidden and of three draws give the same answers as whole shards."""
     table, labels = make_table(oracle, 3, placement, client), np.arange(N)
     transform = TRANSFORMS["all"]
 
@@ -278,7 +278,7 @@ def test_no_slice_gathers_more_rows_than_a_training_step_may_wait_for(
     num_rows: int,
     num_asked: int,
 ) -> None:
-    """However many classes are asked of however few rows of hidden; and all of them are answered in their order."""
+    """The limit is kept for many classes and few rows of hidden, and the logits are in the order of the request."""
     dim = 8
     table = client.create_table(fresh_name(), num_classes=29, dim=dim, num_shards=3, initializer=shardloss.Zeros())
     table.write_rows(np.arange(29), np.repeat(np.arange(29.0)[:, None], dim, axis=1).astype(np.float32))
@@ -299,7 +299,7 @@ def test_no_slice_gathers_more_rows_than_a_training_step_may_wait_for(
 def test_a_pass_holds_no_answers_of_the_slices_behind_it(
     make_table: MakeTable, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is asked, no more answers are alive than two slices of three shards gave, out of 23 slices."""
+    """Out of 23 slices, no more answers are alive at once than those of two slices of three shards."""
     table, labels = make_table(oracle, 3), np.arange(N)
     monkeypatch.setattr(slices, "SLICE_MACS", 1)
     answers, given, most = slices.Scan.answers, list[weakref.ref[Tensor]](), [0]
@@ -320,7 +320,7 @@ def test_a_pass_holds_no_answers_of_the_slices_behind_it(
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_draws_that_no_message_holds_are_refused(make_table: MakeTable, oracle: Oracle, top_k: int | None) -> None:
-    """Half a million draws of one row."""
+    """Half a million draws of one row raise LimitExceeded."""
     with pytest.raises(LimitExceeded) as refused:
         make_table(oracle).sample_classes(oracle.hidden[:1], 500_000, top_k=top_k)
     assert refused.value.field == "num_samples"
@@ -328,7 +328,7 @@ def test_draws_that_no_message_holds_are_refused(make_table: MakeTable, oracle: 
 
 @pytest.mark.parametrize("soft_cap", [None, 1e4, 30.0])
 def test_logits_of_ten_thousand_are_no_trouble(make_table: MakeTable, soft_cap: float | None) -> None:
-    """At +-1e4: no overflow, no negative loss, the order kept even where a cap makes all logits equal."""
+    """Logits of +-1e4 cause no overflow or negative loss, and keep their order even if a cap makes them all equal."""
     rows = np.array([[1e4], [-1e4], [9999.0], [0.0], [1e4]])
     oracle = Oracle(rows, np.zeros(5), np.array([[1.0], [-1.0], [1.0], [1.0]]))
     transform = LogitTransform(soft_cap=soft_cap)
@@ -349,7 +349,7 @@ def test_logits_of_ten_thousand_are_no_trouble(make_table: MakeTable, soft_cap: 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4, -1e4])
 def test_a_single_class_is_certain(make_table: MakeTable, size: float) -> None:
-    """V = 1: no loss, rank 1, and what else could be drawn; the sigmoid's loss is log(1 + exp(-z))."""
+    """With V = 1 the loss is 0, the rank is 1, class 0 is always drawn, and the sigmoid loss is log(1 + exp(-z))."""
     oracle = Oracle(np.array([[size]]), np.zeros(1), np.ones((3, 1)))
     table, labels = make_table(oracle, 1), np.zeros(3, int)
     found = table.evaluate(oracle.hidden, labels, want_sigmoid=True)
@@ -362,7 +362,7 @@ def test_a_single_class_is_certain(make_table: MakeTable, size: float) -> None:
 
 
 def test_vectors_of_zeros_have_cosine_zero(make_table: MakeTable) -> None:
-    """Hidden, a row, or both: the logit is the scaled bias."""
+    """The logit is the scaled bias if hidden, the row or both are zero."""
     oracle = Oracle(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([0.5, 0.25]), np.array([[0.0, 0.0], [6.0, 8.0]]))
     transform = LogitTransform(scale=2.0, normalize=True)
     near(
@@ -372,7 +372,7 @@ def test_vectors_of_zeros_have_cosine_zero(make_table: MakeTable) -> None:
 
 
 def test_rows_of_one_direction_tie_whatever_their_lengths(make_table: MakeTable, rng: np.random.Generator) -> None:
-    """Under normalize their cosines are equal to rounding: by id, in rank and among the best, on any shard."""
+    """Under normalize their cosines are equal up to rounding, so they rank by id, on any shard."""
     lengths = np.array([7.0, 1.0, 3.0, 1 / 1024, 5.0, 11.0, 13.0, 1000.0, 17.0, 19.0, 23.0])
     for direction in rng.integers(-64, 65, (20, 6)) / 16:
         oracle = Oracle(lengths[:, None] * direction, np.zeros(11), rng.integers(-64, 65, (4, 6)) / 16)
@@ -384,7 +384,7 @@ def test_rows_of_one_direction_tie_whatever_their_lengths(make_table: MakeTable,
 
 
 def test_directions_do_not_overflow(make_table: MakeTable) -> None:
-    """A hidden whose plain logits float32 cannot hold has cosines, and capped logits, that it can."""
+    """A hidden whose plain logits overflow float32 still has finite cosines and capped logits."""
     oracle = Oracle(np.array([[1e38, 0.0], [0.0, 1e38]]), np.zeros(2), np.array([[2e38, 2e38]]))
     table = make_table(oracle)
     with pytest.raises(InvalidArgument):
@@ -395,7 +395,7 @@ def test_directions_do_not_overflow(make_table: MakeTable) -> None:
 
 
 def test_directions_do_not_overflow_in_float64(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """Rows and hidden whose norms are beyond every number have cosines all the same."""
+    """Rows and hidden whose norms overflow float64 still have correct cosines."""
     table = client.create_table(fresh_name(), num_classes=2, dim=2, dtype="float64", num_shards=2)
     table.write_rows(np.arange(2), np.array([[1.7e308, 1.7e308], [1.7e308, 0.0]]))
     hidden = np.array([[1.7e308, 1.7e308], [0.0, 1.7e308]])
@@ -407,7 +407,7 @@ def test_directions_do_not_overflow_in_float64(client: shardloss.LossClient, fre
 def test_what_the_tables_dtype_tells_apart_does_not_tie(
     client: shardloss.LossClient, fresh_name: Callable[[], str], dtype: str, difference: float
 ) -> None:
-    """The better of two neighbouring rows is the best class, though its id is the higher one."""
+    """The better of two neighbouring rows is the best class, even though its id is higher."""
     table = client.create_table(fresh_name(), num_classes=2, dim=1, dtype=dtype, num_shards=2)
     table.write_rows(np.arange(2), np.array([[1.0], [1.0 + difference]]))
     hidden = np.array([[1.0], [-1.0], [3e-5]])
@@ -420,7 +420,7 @@ def test_what_the_tables_dtype_tells_apart_does_not_tie(
 def test_no_transform_hides_an_overflow(
     client: shardloss.LossClient, fresh_name: Callable[[], str], transform: LogitTransform | None, sign: float
 ) -> None:
-    """A logit of inf - inf, or of inf, is refused by the row of hidden, capped or not."""
+    """A logit of inf - inf or inf, capped or not, is refused with an error that names the row of hidden."""
     table = client.create_table(fresh_name(), num_classes=6, dim=2, dtype="float64", num_shards=2)
     table.write_rows(np.array([5]), np.array([[1e200, sign * 1e200]]))
     hidden, labels = np.array([[0.0, 0.0], [1e200, 1e200]]), np.array([5, 5])
@@ -438,7 +438,7 @@ def test_no_transform_hides_an_overflow(
 
 
 def test_a_data_set_is_evaluated_batch_by_batch(make_table: MakeTable, oracle: Oracle) -> None:
-    """The sums of batches of any size are those of all rows at once; progress counts rows; batches come one by one."""
+    """Sums over batches of any size equal those over all rows; progress counts rows; batches are read one at a time."""
     table, labels = make_table(oracle), np.arange(N) * 2
     labels[4] = IGNORED
     seen: list[int] = []
@@ -463,7 +463,7 @@ def test_a_data_set_is_evaluated_batch_by_batch(make_table: MakeTable, oracle: O
 
 @pytest.mark.parametrize("rows", ["none", "all ignored"])
 def test_where_no_row_counts_every_mean_is_nan(make_table: MakeTable, oracle: Oracle, rows: str) -> None:
-    """N = 0, no batches at all, and rows that are all ignored."""
+    """Every mean is NaN for N = 0, for no batches at all, and if all rows are ignored."""
     table = make_table(oracle)
     size = 0 if rows == "none" else N
     batch = oracle.hidden[:size], np.full(size, IGNORED)
@@ -479,7 +479,7 @@ def test_where_no_row_counts_every_mean_is_nan(make_table: MakeTable, oracle: Or
 
 
 def test_nobody_gets_figures_he_did_not_ask_for(make_table: MakeTable, oracle: Oracle) -> None:
-    """Ranks and sigmoid sums that were not wanted are refused by name, not nan."""
+    """Reading ranks or sigmoid sums that were not requested raises InvalidArgument; it does not return NaN."""
     found = make_table(oracle).evaluate(oracle.hidden, np.arange(N), want_rank=False)
     assert (found.rank, found.sigmoid) == (None, None)
     for ask in (found.mrr, lambda: found.hit_rate(3), lambda: found.mean_sigmoid):
@@ -488,7 +488,7 @@ def test_nobody_gets_figures_he_did_not_ask_for(make_table: MakeTable, oracle: O
 
 
 def test_a_sampled_loss_is_set_beside_the_exact_one(make_table: MakeTable, oracle: Oracle) -> None:
-    """Both of one version; with every class as candidate there is no gap, with few there is."""
+    """Both losses are of one version; with every class as a candidate there is no gap, with few candidates there is."""
     table, labels = make_table(oracle), np.arange(N)
     labels[2] = IGNORED
     every = shardloss.SampledSoftmax(V, sampler="uniform")
@@ -510,7 +510,7 @@ def test_a_sampled_loss_is_set_beside_the_exact_one(make_table: MakeTable, oracl
 def test_a_gap_says_that_others_trained_between(
     client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One commit between the two losses is answered by asking again; a commit each time, by both versions."""
+    """One commit between the two losses makes both run again; if another follows, both versions are reported."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D)
     hidden, labels = np.ones((2, D)), np.array([1, 2])
     evaluate, num_writes = table.evaluate, 0
@@ -534,7 +534,7 @@ def test_a_gap_says_that_others_trained_between(
 
 
 def test_exact_questions_change_nothing(make_table: MakeTable, oracle: Oracle) -> None:
-    """Version, rows, biases and the next training step are bit for bit what they were."""
+    """Version, rows and biases stay the same bit for bit, and so does the next training step."""
     table, labels = make_table(oracle), np.arange(N)
     before, info = table.read_rows(np.arange(V)), table.info()
     transform = LogitTransform(scale=2.0, soft_cap=9.0, normalize=True)
@@ -555,7 +555,7 @@ def test_exact_questions_change_nothing(make_table: MakeTable, oracle: Oracle) -
 def test_a_transform_that_cannot_be_is_refused_by_name(
     make_table: MakeTable, oracle: Oracle, transform: LogitTransform
 ) -> None:
-    """By every question, naming the field."""
+    """Every call raises InvalidArgument and names the field."""
     table = make_table(oracle)
     field = "logits.soft_cap" if transform.soft_cap else "logits.scale"
     for ask in (
@@ -570,7 +570,7 @@ def test_a_transform_that_cannot_be_is_refused_by_name(
 
 
 def test_a_client_refuses_what_no_field_holds(make_table: MakeTable, oracle: Oracle) -> None:
-    """A seed below 0, a transform of words: InvalidArgument, not a bare TypeError."""
+    """A seed out of range or a scale that is text raises InvalidArgument, not a bare TypeError."""
     table = make_table(oracle)
     for ask in (
         lambda: table.sample_classes(oracle.hidden, 2, seed=-1),

@@ -1,4 +1,4 @@
-"""An acknowledged step is applied exactly once. This page states the promise; test_exactly_once_cases.py has the rest.
+"""An acknowledged step is applied exactly once. This file states the promise; test_exactly_once_cases.py has the rest.
 
 The key of a step is (table, session, step). The witness is exact and needs no floats: the table counts the labels of
 its commits, and each step here has one label, so the count is the number of steps that were applied.
@@ -26,12 +26,12 @@ from .oracle import Batch, random_batch
 from .raw import RawTrainer, once
 
 V, D = 13, 5
-EXTENTS = ("all", "first", "last", "none")  # how many of the workers apply a step before its reply is lost
+EXTENTS = ("all", "first", "last", "none")  # the workers that apply a step before its reply is lost
 
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[FaultyGroup]:
-    """Two workers whose replies get lost on demand."""
+    """Two workers whose replies are lost on demand."""
     local = LocalGroup(2)
     yield FaultyGroup(local)
     local.close()
@@ -55,7 +55,7 @@ def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Iterat
 
 @pytest.fixture
 def batch(rng: np.random.Generator) -> Batch:
-    """One row with one label."""
+    """A batch of one row with one label."""
     return random_batch(rng, V, D, num_rows=1, num_true=1)
 
 
@@ -66,7 +66,7 @@ def trainer(table: shardloss.Table) -> RawTrainer:
 
 
 def num_applied(table: shardloss.Table) -> int:
-    """Return the number of steps that the table has applied, by the labels that it has counted."""
+    """Return the number of steps that the table has applied, derived from the labels that it has counted."""
     learned = table.read_class_counts(0, V).learned
     assert learned is not None
     return int(learned.sum()) - V
@@ -93,7 +93,7 @@ def test_a_repeat_is_answered_and_not_applied(table: shardloss.Table, trainer: R
 def test_a_step_whose_reply_was_lost_is_applied_once(
     group: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str
 ) -> None:
-    """All, some or none of the shards had applied it when the reply was lost."""
+    """After a repeat the step is applied once, whether all, some or none of the shards had applied it before."""
     commit = trainer.scored(1, batch, 0.1)
     group.lose(extent, WorkerLost("lost"))
     with pytest.raises(TableUnavailable):
@@ -139,7 +139,7 @@ def test_an_aborted_step_is_never_applied(table: shardloss.Table, trainer: RawTr
 def test_trainers_whose_replies_get_lost_at_random_lose_and_double_nothing(
     group: FaultyGroup, table: shardloss.Table, batch: Batch, rng: np.random.Generator
 ) -> None:
-    """Three trainers make ten steps each; a third of the replies is lost, and each call is repeated until answered."""
+    """All 30 steps of three trainers are applied once if a third of the replies are lost and calls are repeated."""
     for _ in range(10):
         group.lose(EXTENTS[rng.integers(4)], WorkerLost("lost"))
 
@@ -152,13 +152,13 @@ def test_trainers_whose_replies_get_lost_at_random_lose_and_double_nothing(
 
     with ThreadPoolExecutor(3) as pool:
         acknowledged = sorted(version for versions in pool.map(train, "abc") for version in versions)
-    assert acknowledged == list(range(1, 31))  # each step made one version of its own
+    assert acknowledged == list(range(1, 31))  # each step created its own version
     assert num_applied(table) == 30
 
 
 def repeated(call: Callable[[], Any]) -> Any:
-    """Return the answer of a call that is repeated while the table is unavailable."""
+    """Repeat a call while the table is unavailable and return its answer."""
     for _ in range(100):
         with suppress(TableUnavailable):
             return call()
-    raise AssertionError("the table does not become available")
+    raise AssertionError("the table did not become available")

@@ -1,4 +1,4 @@
-"""The promise of test_exactly_once.py in every case: what is repeated, lost, late, refused, given up or concurrent."""
+"""The promise of test_exactly_once.py in all cases: steps repeated, lost, late, refused, aborted or concurrent."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ GROUPS = [
 def faulty(request: pytest.FixtureRequest) -> Iterator[FaultyGroup]:
     """A group over two workers that loses replies on demand, with each fast path on and off.
 
-    By default a test runs on threads, and on one of the other groups in turn (conftest.py).
+    By default a test runs on threads and on one of the other groups, which rotate from test to test (conftest.py).
     """
     if request.param.endswith("workers"):
         yield FaultyGroup(request.getfixturevalue(request.param))
@@ -78,7 +78,7 @@ def faulty(request: pytest.FixtureRequest) -> Iterator[FaultyGroup]:
 
 @pytest.fixture(scope="module")
 def server(faulty: FaultyGroup) -> Iterator[Server]:
-    """A front end of its own over the faulty group."""
+    """A separate front end over the faulty group."""
     with serving(faulty, Limits()) as server:
         yield server
 
@@ -113,7 +113,7 @@ def make_table(client: shardloss.LossClient, name: str) -> shardloss.Table:
 def table(server: Server, connection: shardloss.LossClient, fresh_name: Callable[[], str]) -> Iterator[shardloss.Table]:
     """A float64 table, so that a difference of 1e-10 is a wrong gradient and not rounding.
 
-    With the table all its tickets go, so no test leaves one accounted for.
+    Deleting the table releases all its tickets; the fixture checks that none is still accounted for.
     """
     table = make_table(connection, fresh_name())
     yield table
@@ -136,7 +136,7 @@ def batch(rng: np.random.Generator) -> Batch:
 
 
 def replica_of(table: shardloss.Table) -> Replica:
-    """The table as it stands, bit for bit."""
+    """Return a copy of the table's rows and biases, bit for bit."""
     rows = table.read_rows(ALL)
     assert rows.biases is not None
     return Replica(rows.rows.copy(), rows.biases.copy())
@@ -154,7 +154,7 @@ def assert_is(table: shardloss.Table, replica: Replica) -> None:
 
 
 def assert_settled(server: Server, table: shardloss.Table, version: int) -> None:
-    """Every shard is at the version that the front end reports."""
+    """Assert that the front end and every shard report `version`."""
     assert table.read_rows(ALL[:1]).version == version
     assert table.info().version == version
     assert (
@@ -168,12 +168,12 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     pause = threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         pause.wait(0.005)
 
 
 def together(*calls: Callable[[], object]) -> list[object]:
-    """Run calls at once from as many threads; an error counts as a result."""
+    """Run calls at once, each in its own thread, and return their results; an error counts as a result."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], object]) -> object:
@@ -194,7 +194,7 @@ def together(*calls: Callable[[], object]) -> list[object]:
 def test_a_commit_is_one_sgd_step(
     server: Server, table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator, num_sampled: int
 ) -> None:
-    """Score, then commit: rows move by -lr times the gradient of g . loss, and every shard by one version."""
+    """A scored and committed batch moves rows by -lr times the gradient of g . loss, and every shard by one version."""
     batch = random_batch(rng, NUM_CLASSES, DIM, num_sampled=num_sampled)
     expected = replica_of(table).step([batch], RATE)
     result = trainer.send(trainer.scored(1, batch, RATE))
@@ -208,7 +208,7 @@ def test_a_commit_is_one_sgd_step(
 def test_scores_are_those_of_the_reference(
     table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator, num_sampled: int
 ) -> None:
-    """A ticket's loss and hidden gradient are the reference's; opening it changes no row."""
+    """A ticket's loss and hidden gradient equal the reference's, and opening it changes no row."""
     batch, before = random_batch(rng, NUM_CLASSES, DIM, num_sampled=num_sampled), replica_of(table)
     result = trainer.loss(1, batch)
     np.testing.assert_allclose(result.loss, before.loss(batch), rtol=1e-10)
@@ -221,7 +221,7 @@ def test_scores_are_those_of_the_reference(
 def test_a_repeated_commit_is_answered_and_not_applied(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """The same payload under the same key gets the kept outcome; no bit of the table moves."""
+    """The same payload under the same key gets the stored outcome, and no bit of the table changes."""
     request = trainer.scored(1, batch, RATE)
     first = trainer.send(request)
     before = replica_of(table)
@@ -235,7 +235,7 @@ def test_a_repeated_commit_is_answered_and_not_applied(
 def test_an_earlier_step_is_still_answered_after_later_ones(
     table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator
 ) -> None:
-    """The ledger keeps the last outcomes, not only the last one."""
+    """The ledger keeps several recent outcomes, not only the last one."""
     requests = []
     for step in (1, 2, 3):
         requests.append(trainer.scored(step, random_batch(rng, NUM_CLASSES, DIM), RATE))
@@ -260,7 +260,7 @@ OTHER_PAYLOADS: dict[str, Callable[[loss_pb2.CommitRequest], None]] = {
 def test_another_payload_under_a_used_key_is_refused(
     table: shardloss.Table, trainer: RawTrainer, batch: Batch, what: str
 ) -> None:
-    """StepReused, and the table keeps its bits; the first payload is still answered."""
+    """StepReused is raised, the table keeps its bits, and the first payload is still answered."""
     request = trainer.scored(1, batch, RATE)
     trainer.send(request)
     before = replica_of(table)
@@ -277,7 +277,7 @@ def test_another_payload_under_a_used_key_is_refused(
 def test_concurrent_identical_commits_are_applied_once(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """Of eight at once, one is applied and seven are answered from the ledger."""
+    """One of eight simultaneous commits is applied, and seven are answered from the ledger."""
     expected = replica_of(table).step([batch], RATE)
     request = trainer.scored(1, batch, RATE)
     results = together(*[lambda: trainer.send(request)] * 8)
@@ -290,7 +290,7 @@ def test_concurrent_identical_commits_are_applied_once(
 def test_of_concurrent_different_commits_under_one_key_one_is_applied(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """The others are refused as StepReused, whichever wins."""
+    """Whichever commit wins, the others are refused with StepReused."""
     before, ticket = replica_of(table), trainer.loss(1, batch).ticket
     rates = [0.1, 0.2, 0.3, 0.4]
     results = together(
@@ -304,7 +304,7 @@ def test_of_concurrent_different_commits_under_one_key_one_is_applied(
 
 
 def test_a_learning_rate_of_zero_is_a_step(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """It makes a version and uses the key up, though no row moves."""
+    """A learning rate of 0 creates a version and uses up the key, although no row changes."""
     before = replica_of(table)
     assert trainer.send(trainer.scored(1, batch, 0.0)).version == 1
     assert_same_bits(table, before)
@@ -324,7 +324,7 @@ def test_g_is_scaled_and_is_ones_where_absent(table: shardloss.Table, trainer: R
 def test_uneven_parts_make_one_step(
     server: Server, table: shardloss.Table, rng: np.random.Generator, num_sampled: int
 ) -> None:
-    """Gradient accumulation: three micro-batches of 4, 0 and 3 rows over one draw are the batch of 7."""
+    """Gradient accumulation: three micro-batches of 4, 0 and 3 rows over one draw equal the batch of 7."""
     batch = random_batch(rng, NUM_CLASSES, DIM, num_rows=7, num_sampled=num_sampled)
     expected = replica_of(table).step([batch], RATE)
     pieces = [batch.rows(slice(0, 4)), batch.rows(slice(4, 4)), batch.rows(slice(4, 7))]
@@ -338,7 +338,7 @@ def test_uneven_parts_make_one_step(
 
 
 def test_parts_that_a_commit_leaves_out_are_given_up(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """A step is committed once, so its other tickets cannot come later."""
+    """A step is committed once, so tickets left out of the commit cannot be committed later."""
     expected = replica_of(table).step([batch], RATE)
     request, left_out = trainer.scored(1, batch, RATE), trainer.loss(1, batch, part=1)
     trainer.send(request)
@@ -354,7 +354,7 @@ def test_parts_that_a_commit_leaves_out_are_given_up(table: shardloss.Table, tra
 
 
 def refused(table: shardloss.Table, kind: type[ShardlossError], call: Callable[[], object]) -> ShardlossError:
-    """A call is refused with a kind of error and leaves rows and version."""
+    """Assert that a call raises exactly `kind` and changes neither rows nor version; return the error."""
     before, version = replica_of(table), table.info().version
     with pytest.raises(kind) as caught:
         call()
@@ -365,7 +365,7 @@ def refused(table: shardloss.Table, kind: type[ShardlossError], call: Callable[[
 
 
 def test_a_commit_after_an_abort_is_refused(table: shardloss.Table, batch: Batch) -> None:
-    """The ticket is given up and the step used up; the next step is free."""
+    """An abort closes the ticket and uses up the step; the next step can be committed."""
     session = table.session()
     result = session.compute_loss(batch.hidden, batch.labels, batch.loss)
     trainer = RawTrainer(table, session.name)
@@ -380,7 +380,7 @@ def test_a_commit_after_an_abort_is_refused(table: shardloss.Table, batch: Batch
 def test_an_abort_gives_up_all_earlier_steps_and_no_later_one(
     table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """Abort of step 2 closes the parts of steps 1 and 2; step 3 commits."""
+    """Aborting step 2 closes the parts of steps 1 and 2; step 3 can still be committed."""
     tickets = {(step, part): trainer.loss(step, batch, part).ticket for step in (1, 2, 3) for part in (0, 1)}
     request = loss_pb2.AbortRequest(table=table.name, session=trainer.session, step=2)
     assert once(trainer.losses.Abort, request).num_aborted == 4
@@ -396,7 +396,7 @@ def test_an_abort_gives_up_all_earlier_steps_and_no_later_one(
 def test_a_commit_after_expiry_is_refused(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """A ticket expires ticket_ttl_s after its session's last call; a fresh one of the same step may be opened."""
+    """A ticket expires ticket_ttl_s after its session's last call; a new one of the same step may be opened."""
     request = trainer.scored(1, batch, RATE)
     ttl_s = server.config.limits.ticket_ttl_s
     assert server.catalog.expire_tickets(time.monotonic() + 0.9 * ttl_s) == 0
@@ -410,7 +410,7 @@ def test_a_commit_after_expiry_is_refused(
 
 
 def test_a_server_expires_tickets_by_itself(fresh_name: Callable[[], str], batch: Batch) -> None:
-    """With a ttl of 0.2 s an idle ticket is closed within seconds, and its bytes are given back."""
+    """With a ttl of 0.2 s an idle ticket is closed within seconds, and its bytes are released."""
     group = LocalGroup(1)
     limits = dataclasses.replace(Limits(), ticket_ttl_s=0.2)
     with serving(FaultyGroup(group), limits) as server, shardloss.connect(server.address) as client:
@@ -424,7 +424,7 @@ def test_a_server_expires_tickets_by_itself(fresh_name: Callable[[], str], batch
 
 
 def test_an_older_step_is_refused(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """After step 5 neither a loss nor a commit of step 4 is taken: steps of a session only grow."""
+    """After step 5, neither a loss nor a commit of step 4 is accepted: the steps of a session only increase."""
     late = trainer.scored(4, batch, RATE)
     trainer.send(trainer.scored(5, batch, RATE))
     assert refused(table, StepTooOld, lambda: trainer.send(late)).field == "step"
@@ -433,7 +433,7 @@ def test_an_older_step_is_refused(table: shardloss.Table, trainer: RawTrainer, b
 
 
 def test_an_unknown_session_or_ticket_is_refused(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """A commit names tickets of its own session; nobody else's, nor invented ones."""
+    """A commit may only name tickets of its own session; tickets of other sessions and invented ones are refused."""
     mine, stranger = trainer.scored(1, batch, RATE), new_trainer(table)
     ticket = mine.parts[0].ticket
     theft = stranger.request(1, [(ticket, batch.g)], RATE)
@@ -446,7 +446,7 @@ def test_an_unknown_session_or_ticket_is_refused(table: shardloss.Table, trainer
 
 
 def test_a_ticket_of_another_step_is_refused(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """Parts of two steps are not one step; the ticket stays open for its own."""
+    """A step cannot commit parts of another step; the ticket stays open for its own step."""
     ticket = trainer.loss(1, batch).ticket
     wrong = trainer.request(2, [(ticket, batch.g)], RATE)
     error = refused(table, InvalidArgument, lambda: trainer.send(wrong))
@@ -455,7 +455,7 @@ def test_a_ticket_of_another_step_is_refused(table: shardloss.Table, trainer: Ra
 
 
 def test_g_of_another_length_is_refused(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """g has one entry a row of its ticket."""
+    """g must have one entry per row of its ticket."""
     ticket = trainer.loss(1, batch).ticket
     wrong = trainer.request(1, [(ticket, batch.g[:-1])], RATE)
     assert refused(table, InvalidArgument, lambda: trainer.send(wrong)).field == "parts[0].g"
@@ -466,7 +466,7 @@ def test_g_of_another_length_is_refused(table: shardloss.Table, trainer: RawTrai
 
 
 def test_a_repeated_loss_gets_the_kept_reply(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """The same bits and the same ticket while it is open, even after the table moved."""
+    """While the ticket is open, a repeat gets the same bits and the same ticket, even after the table has changed."""
     first = trainer.loss(1, batch)
     other = new_trainer(table)
     other.send(other.scored(1, batch, RATE))
@@ -480,7 +480,7 @@ def test_a_repeated_loss_gets_the_kept_reply(table: shardloss.Table, trainer: Ra
 
 
 def test_another_loss_under_an_open_key_is_refused(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """StepReused; the first ticket stays and commits its own batch."""
+    """StepReused is raised; the first ticket stays open and commits its own batch."""
     expected = replica_of(table).step([batch], RATE)
     request = trainer.scored(1, batch, RATE)
     other = dataclasses.replace(batch, hidden=batch.hidden + 1.0)
@@ -490,7 +490,7 @@ def test_another_loss_under_an_open_key_is_refused(table: shardloss.Table, train
 
 
 def test_concurrent_identical_losses_open_one_ticket(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """All get one reply; one of them made it."""
+    """All calls get the same reply, which only one of them computed."""
     results = together(*[lambda: trainer.loss(1, batch)] * 6)
     assert len({result.ticket for result in results}) == 1
     assert [result.replayed for result in results].count(False) == 1
@@ -503,7 +503,7 @@ def test_concurrent_identical_losses_open_one_ticket(table: shardloss.Table, tra
 def test_a_repeated_one_call_step_is_applied_once(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """A repeat gets loss, hidden gradient and outcome again, and leaves every bit."""
+    """A repeat gets the same loss, hidden gradient and outcome, and changes no bit of the table."""
     before = replica_of(table)
     request = trainer.one_call(1, batch, RATE)
     first = messages.loss_result(once(trainer.losses.ComputeLoss, request))
@@ -525,7 +525,7 @@ def test_a_repeated_one_call_step_is_applied_once(
 def test_another_one_call_payload_under_the_key_is_refused(
     table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """StepReused for another batch, rate or upstream gradient."""
+    """StepReused is raised for another batch, learning rate or upstream gradient."""
     once(trainer.losses.ComputeLoss, trainer.one_call(1, batch, RATE))
     others = [
         trainer.one_call(1, batch, 2 * RATE),
@@ -539,7 +539,7 @@ def test_another_one_call_payload_under_the_key_is_refused(
 def test_concurrent_identical_one_call_steps_are_applied_once(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """Of six at once one is applied, and all get its loss."""
+    """One of six simultaneous calls is applied, and all get its loss."""
     before = replica_of(table)
     request = trainer.one_call(1, batch, RATE)
     results = together(*[lambda: messages.loss_result(once(trainer.losses.ComputeLoss, request))] * 6)
@@ -592,7 +592,7 @@ def test_a_commit_whose_reply_was_lost_is_applied_once(
     extent: str,
     num_sampled: int,
 ) -> None:
-    """Whether all shards, some or none had applied it: the repeat is answered and the table is settled."""
+    """The repeat is answered and the table settled, whether all, some or none of the shards had applied the commit."""
     batch = random_batch(rng, NUM_CLASSES, DIM, num_sampled=num_sampled)
     expected = replica_of(table).step([batch], RATE)
     request = trainer.scored(1, batch, RATE)
@@ -614,7 +614,7 @@ def test_a_commit_whose_reply_was_lost_is_applied_once(
 def test_the_client_repeats_a_lost_commit_by_itself(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, batch: Batch, extent: str
 ) -> None:
-    """Session.commit returns as if nothing had happened; `replayed` tells."""
+    """Session.commit returns as if no reply had been lost; only `replayed` shows it."""
     expected = replica_of(table).step([batch], RATE)
     session = table.session()
     result = session.compute_loss(batch.hidden, batch.labels, batch.loss)
@@ -646,7 +646,7 @@ def test_a_one_call_step_whose_reply_was_lost_is_applied_once(
 def test_a_settled_step_leaves_no_ticket_open(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str, form: str
 ) -> None:
-    """A ticket is closed by the step that used it, also where the step was found to be applied only later."""
+    """A step closes the tickets that it used, even if it is only later found to be applied."""
     faulty.lose(extent, WorkerLost("lost"))
     if form == "commit":
         method, request = trainer.losses.Commit, trainer.scored(1, batch, RATE)
@@ -669,7 +669,7 @@ def test_whoever_comes_next_settles_the_table(
     extent: str,
     visitor: str,
 ) -> None:
-    """After a lost reply others see either the whole step or nothing of it, and the repeat is still answered."""
+    """After a lost reply, other callers see all of the step or nothing of it, and the repeat is still answered."""
     before = replica_of(table)
     applied = extent != "none"
     expected = before.step([batch], RATE) if applied else before
@@ -712,7 +712,7 @@ def test_a_score_waits_while_another_settles_the_table(
     batch: Batch,
     extent: str,
 ) -> None:
-    """Who comes while the shards are being brought to one version is not told to come again; he waits."""
+    """A loss that arrives while the shards are being brought to one version waits; it is not refused."""
     request = trainer.scored(1, batch, RATE)
     repairing, go_on = threading.Event(), threading.Event()
 
@@ -726,7 +726,8 @@ def test_a_score_waits_while_another_settles_the_table(
         try:
             with pytest.raises(TableUnavailable):
                 trainer.send(request)
-            settling = pool.submit(server.catalog.settle, Deadline.after(PATIENCE_S))  # or the server's own watch
+            # The server's own watch may begin the repair instead of this call.
+            settling = pool.submit(server.catalog.settle, Deadline.after(PATIENCE_S))
             assert repairing.wait(PATIENCE_S)
             scoring = pool.submit(new_trainer(table).loss, 1, batch)
             with pytest.raises(TimeoutError):
@@ -742,7 +743,7 @@ def test_a_score_waits_while_another_settles_the_table(
 def test_a_row_write_whose_reply_was_lost_is_whole_or_absent(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, extent: str
 ) -> None:
-    """WriteRows is all or none on every shard; the client's repeat writes the same values as one version more."""
+    """WriteRows is applied on all shards or on none; the client's repeat writes the same values as another version."""
     expected = replica_of(table)
     rows = np.arange(3.0 * DIM).reshape(3, DIM)
     faulty.lose(extent, WorkerLost("lost"))
@@ -756,7 +757,7 @@ def test_a_row_write_whose_reply_was_lost_is_whole_or_absent(
 def test_replies_may_be_lost_again_and_again(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, rng: np.random.Generator
 ) -> None:
-    """Twelve steps, of which most lose a reply somewhere, equal twelve steps without a fault."""
+    """Twelve steps, most of which lose a reply, give the same rows as twelve steps without a fault."""
     expected = replica_of(table)
     session = table.session()
     extents = [None, "all", "first", "none", "last", "first"] * 2
@@ -776,7 +777,7 @@ def test_replies_may_be_lost_again_and_again(
 def test_an_abort_tells_whether_a_lost_step_was_applied(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str
 ) -> None:
-    """A ticket is either committed or given up: num_aborted counts none whose step turns out to be applied."""
+    """A ticket is either committed or aborted: num_aborted excludes tickets whose step turns out to be applied."""
     request = trainer.scored(1, batch, RATE)
     faulty.lose(extent, WorkerLost("lost"))
     with pytest.raises(TableUnavailable):
@@ -791,7 +792,7 @@ def test_an_abort_tells_whether_a_lost_step_was_applied(
 def test_another_payload_after_a_lost_reply_is_no_repeat(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str
 ) -> None:
-    """StepReused where the lost step was applied; where it was not, its key is still free."""
+    """StepReused is raised if the lost step was applied; if it was not, its key is still free."""
     before = replica_of(table)
     request = trainer.scored(1, batch, RATE)
     faulty.lose(extent, WorkerLost("lost"))
@@ -819,7 +820,7 @@ def test_a_table_that_may_be_damaged_is_lost_and_can_be_made_anew(
     error: Exception,
     kind: type[ShardlossError],
 ) -> None:
-    """A shard that fails in a step, or is gone, makes every later call RowsLost, until the table is made anew."""
+    """If a shard fails in a step or is missing, every later call raises RowsLost until the table is created again."""
     name = fresh_name()
     table = make_table(connection, name)
     first = replica_of(table)
@@ -869,7 +870,7 @@ def test_a_commit_that_outlives_its_deadline_is_applied_once(
 def test_a_commit_whose_deadline_passes_in_the_queue_changes_nothing(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, rng: np.random.Generator
 ) -> None:
-    """While another commit is under way a second one may run out of time; repeated, it is applied once."""
+    """A commit that times out while another one is under way is not applied; its repeat is applied once."""
     batches = [random_batch(rng, NUM_CLASSES, DIM) for _ in range(2)]
     slow, late = new_trainer(table), new_trainer(table)
     slow_request, late_request = slow.scored(1, batches[0], RATE), late.scored(1, batches[1], RATE)
@@ -887,7 +888,7 @@ def test_a_commit_whose_deadline_passes_in_the_queue_changes_nothing(
             assert entered.wait(PATIENCE_S)
             with pytest.raises(DeadlineExceeded):
                 late.send(late_request, timeout_s=0.2)
-            with pytest.raises(DeadlineExceeded):  # waits in the same queue, so the server gave up the first, too
+            with pytest.raises(DeadlineExceeded):  # same queue: the server has given up the late commit
                 once(late.losses.Abort, loss_pb2.AbortRequest(table=table.name, session="nobody", step=1), 0.3)
         finally:
             faulty.before_apply = lambda: None
@@ -903,7 +904,7 @@ def test_a_commit_whose_deadline_passes_in_the_queue_changes_nothing(
 def test_an_expiry_in_the_middle_of_a_commit_loses_nothing(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator
 ) -> None:
-    """A ticket that expires while its commit scores it anew is committed or expired; the table stays whole."""
+    """A ticket that expires while its commit scores it again is committed or refused; the table stays consistent."""
     batch, other = random_batch(rng, NUM_CLASSES, DIM), new_trainer(table)
     request = trainer.scored(1, batch, RATE)
     other.send(other.scored(1, batch, RATE))
@@ -929,9 +930,9 @@ def test_an_expiry_in_the_middle_of_a_commit_loses_nothing(
 def test_interleaved_trainers_equal_the_serial_replay(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, rng: np.random.Generator, lossy: bool
 ) -> None:
-    """Steps of concurrent sessions happen one after another: replaying them by version gives the same rows.
+    """Steps of concurrent sessions are applied one after another: replaying them by version gives the same rows.
 
-    So they do where every third step loses its reply after some or all or none of the workers applied it.
+    This is also true if every third step loses its reply after some, all or none of the workers applied it.
     """
     num_trainers, num_steps = 3, 8
     expected = replica_of(table)
@@ -980,7 +981,7 @@ def test_interleaved_trainers_equal_the_serial_replay(
 def test_a_stale_commit_applies_the_gradient_at_the_version_before_it(
     table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator, num_sampled: int
 ) -> None:
-    """Where two other steps fell between scoring and commit, the gradient is the one of the rows as they then are."""
+    """If two other steps are applied between scoring and commit, the gradient is that of the rows after them."""
     batch = random_batch(rng, NUM_CLASSES, DIM, num_sampled=num_sampled)
     scored_at = replica_of(table)
     request = trainer.scored(1, batch, RATE)
@@ -1013,7 +1014,7 @@ def test_staleness_is_that_of_the_oldest_part(
 
 
 def test_a_written_row_counts_as_staleness(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """A row write moves the version too, and the next commit sees the written rows."""
+    """A row write also increments the version, and the next commit uses the written rows."""
     request = trainer.scored(1, batch, RATE)
     table.write_rows(ALL[:2], np.full((2, DIM), 0.25))
     expected = replica_of(table).step([batch], RATE)
@@ -1024,7 +1025,7 @@ def test_a_written_row_counts_as_staleness(table: shardloss.Table, trainer: RawT
 def test_max_staleness_refuses_what_is_older(
     table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator
 ) -> None:
-    """Stale changes nothing and leaves the ticket open: the same step may be committed with a wider limit."""
+    """A stale commit changes nothing and leaves the ticket open, so its step may be committed with a higher limit."""
     batch, other = random_batch(rng, NUM_CLASSES, DIM), new_trainer(table)
     request = trainer.scored(1, batch, RATE)
     for step in (1, 2):
@@ -1045,7 +1046,7 @@ def test_max_staleness_refuses_what_is_older(
 def test_after_step_waits_until_the_step_is_applied(
     server: Server, table: shardloss.Table, trainer: RawTrainer, rng: np.random.Generator
 ) -> None:
-    """A loss with after_step = 1 is scored at a version that holds step 1, though it was asked for before."""
+    """A loss with after_step = 1 is scored at a version that includes step 1, even if it was sent earlier."""
     batches = [random_batch(rng, NUM_CLASSES, DIM) for _ in range(2)]
     expected = replica_of(table).step([batches[0]], RATE)
     commit = trainer.scored(1, batches[0], RATE)
@@ -1066,7 +1067,7 @@ def test_after_step_waits_until_the_step_is_applied(
 
 
 def test_after_step_gives_up_at_the_deadline(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """DeadlineExceeded leaves no ticket; repeated once the step is applied, the loss is answered."""
+    """DeadlineExceeded leaves no ticket open; once the step is applied, a repeat of the loss is answered."""
     commit = trainer.scored(1, batch, RATE)
     request = trainer.one_call(2, batch, RATE)
     request.ClearField("commit_now")
@@ -1082,7 +1083,7 @@ def test_after_step_gives_up_at_the_deadline(table: shardloss.Table, trainer: Ra
 def test_after_step_does_not_wait_for_what_will_not_come(
     server: Server, connection: shardloss.LossClient, fresh_name: Callable[[], str], batch: Batch, end: str
 ) -> None:
-    """A loss that waits for a step is refused as soon as the step is given up, or its table deleted."""
+    """A loss that waits for a step is refused as soon as the step is aborted or the table is deleted."""
     table = make_table(connection, fresh_name())
     trainer = new_trainer(table)
     trainer.loss(1, batch)
@@ -1105,7 +1106,7 @@ def test_after_step_does_not_wait_for_what_will_not_come(
 
 
 def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callable[[], str], batch: Batch) -> None:
-    """A waiting loss with a long deadline does not hold the server up."""
+    """A waiting loss with a long deadline does not delay the stop of the server."""
     group = LocalGroup(1)
     server = Server(group, ServerConfig(Listening(port=0, admin_port=0)))
     server.start()
@@ -1126,14 +1127,14 @@ def test_a_server_that_stops_lets_go_of_who_waits_for_a_step(fresh_name: Callabl
     group.close()
 
 
-# What a refusal or a departed caller leaves behind
+# After refusals and departed callers
 
 
 @pytest.mark.parametrize("scale", [1e200, 1.0], ids=["upstream", "learning rate"])
 def test_a_refused_one_call_step_leaves_nothing(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch, scale: float
 ) -> None:
-    """It names its own field, opens no ticket, and the corrected request is taken under the same key."""
+    """The error names the field, no ticket stays open, and the corrected request is accepted under the same key."""
     request = trainer.one_call(1, batch, RATE)
     wrong = loss_pb2.ComputeLossRequest()
     wrong.CopyFrom(request)
@@ -1152,7 +1153,7 @@ def test_a_refused_one_call_step_leaves_nothing(
 def test_a_refusal_inside_a_one_call_step_closes_its_ticket(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """Also where it comes from the commit and not from the loss."""
+    """The ticket is closed even if the refusal comes from the commit and not from the loss."""
     request = trainer.one_call(1, batch, RATE)
     abort = loss_pb2.AbortRequest(table=table.name, session=trainer.session, step=1)
     faulty.before_score = lambda: once(trainer.losses.Abort, abort)
@@ -1167,7 +1168,7 @@ def test_a_refusal_inside_a_one_call_step_closes_its_ticket(
 def test_weights_or_scales_that_overflow_never_reach_the_rows(
     connection: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Finite numbers whose sum or product is not finite in the table's dtype are refused by name."""
+    """Finite numbers whose sum or product is not finite in the table's dtype are refused; the error names the field."""
     table = connection.create_table(fresh_name(), num_classes=5, dim=2, dtype="float32")
     before = table.read_rows(np.arange(5)).rows
     hidden, labels = np.ones((1, 2), np.float32), np.array([[1, 2]])
@@ -1191,7 +1192,7 @@ def test_weights_or_scales_that_overflow_never_reach_the_rows(
 def test_a_caller_who_went_away_waits_no_more(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """A cancelled call that waited for a step without a deadline gives its place and its ticket back."""
+    """A cancelled call that was waiting for a step without a deadline releases its place and its ticket."""
     trainer.loss(1, batch)
     request = trainer.one_call(2, batch, RATE)
     request.ClearField("commit_now")
@@ -1211,7 +1212,7 @@ def test_a_worker_without_a_shard_of_a_table_is_not_asked(
     fresh_name: Callable[[], str],
     batch: Batch,
 ) -> None:
-    """A table of one shard is not lost with a worker that never held it."""
+    """A table of one shard is still served if a worker that holds none of its shards drops it."""
     name = fresh_name()
     table = connection.create_table(name, num_classes=NUM_CLASSES, dim=DIM, dtype="float64", num_shards=1)
     faulty.inner.start(1, "drop", server.catalog.owner(name).key).result(PATIENCE_S)
@@ -1222,7 +1223,7 @@ def test_a_worker_without_a_shard_of_a_table_is_not_asked(
 def test_work_of_a_passed_deadline_is_taken_back(
     faulty: FaultyGroup, server: Server, connection: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Reads that nobody waits for any more do not queue up before the next caller's."""
+    """Reads whose callers have given up do not queue up ahead of the next caller's."""
     table = connection.create_table(fresh_name(), num_classes=60_000, dim=16, num_shards=2)
     hidden, labels = np.ones((512, 16), np.float32), np.zeros(512, int)
     request = messages.loss_request(table.name, hidden, labels, shardloss.FullSoftmax(), want_hidden_grad=True)
@@ -1245,7 +1246,7 @@ def test_work_of_a_passed_deadline_is_taken_back(
 def test_a_one_call_reply_outlives_a_settlement_by_somebody_else(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """The step is applied, its reply is lost, another caller settles the table: the repeat still gets its tensors."""
+    """If the reply of an applied step is lost and another caller settles the table, a repeat still gets its tensors."""
     request = trainer.one_call(1, batch, RATE)
     faulty.lose("all", WorkerLost("lost"))
     with pytest.raises(TableUnavailable):
@@ -1260,7 +1261,7 @@ def test_a_one_call_reply_outlives_a_settlement_by_somebody_else(
 def test_a_doubt_that_nobody_comes_back_for_is_settled(
     faulty: FaultyGroup, server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """The server itself finds out what became of a step, and gives the tickets back."""
+    """The server itself finds out if a step was applied, and releases its tickets."""
     request = trainer.scored(1, batch, RATE)
     faulty.lose("first", WorkerLost("lost"))
     with pytest.raises(TableUnavailable):
@@ -1273,7 +1274,7 @@ def test_a_doubt_that_nobody_comes_back_for_is_settled(
 def test_repeats_whose_callers_went_away_give_their_places_back(
     server: Server, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """Also while the first call with their key still waits."""
+    """Cancelled repeats release their places even while the first call with their key is still waiting."""
     trainer.loss(1, batch)
     request = trainer.one_call(2, batch, RATE)
     request.ClearField("commit_now")
@@ -1291,7 +1292,7 @@ def test_repeats_whose_callers_went_away_give_their_places_back(
 def test_a_step_without_memory_changes_nothing(
     fresh_name: Callable[[], str], rng: np.random.Generator, num_sampled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An allocation that fails before the first row is written leaves the table as it was, and the step is repeated."""
+    """If an allocation fails before the first row is written, the table is unchanged and the step can be repeated."""
     group = LocalGroup(2)
     with serving(FaultyGroup(group), Limits()) as server, shardloss.connect(server.address) as client:
         table = make_table(client, fresh_name())
@@ -1312,13 +1313,13 @@ def test_a_step_without_memory_changes_nothing(
     group.close()
 
 
-# Sessions that were forgotten, tables that were made anew
+# Forgotten sessions, recreated tables
 
 
 def test_a_step_of_a_forgotten_session_is_never_applied_twice(
     fresh_name: Callable[[], str], rng: np.random.Generator
 ) -> None:
-    """Where a server remembers three sessions, a repeat from a fourth is refused as SessionExpired."""
+    """If a server remembers three sessions, a repeat from a session that it forgot is refused with SessionExpired."""
     group = LocalGroup(1)
     limits = dataclasses.replace(Limits(), max_sessions=3)
     with serving(FaultyGroup(group), limits) as server, shardloss.connect(server.address) as client:
@@ -1333,7 +1334,7 @@ def test_a_step_of_a_forgotten_session_is_never_applied_twice(
             trainer.send(trainer.scored(1, batch, RATE))
         refused(table, SessionExpired, lambda: trainers[0].send(commit))
         refused(table, SessionExpired, lambda: once(table.client.losses.ComputeLoss, one_call))
-        trainers[1].loss(2, batch)  # a ticket of the forgotten session is no proof that it is a new one
+        trainers[1].loss(2, batch)  # an open ticket does not prove that the session is new
         refused(table, SessionExpired, lambda: once(table.client.losses.ComputeLoss, one_call))
     group.close()
 
@@ -1341,7 +1342,7 @@ def test_a_step_of_a_forgotten_session_is_never_applied_twice(
 def test_an_abort_in_the_middle_of_a_loss_gives_its_ticket_up(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch
 ) -> None:
-    """The loss is answered with TicketAborted, its step is used up, and nothing is kept for it."""
+    """The loss raises TicketAborted, its step is used up, and no ticket stays open."""
     abort = loss_pb2.AbortRequest(table=table.name, session=trainer.session, step=1)
     faulty.before_score = lambda: once(trainer.losses.Abort, abort)
     try:
@@ -1359,7 +1360,7 @@ def test_a_loss_of_a_table_that_is_deleted_meanwhile_is_refused(
     fresh_name: Callable[[], str],
     batch: Batch,
 ) -> None:
-    """TableNotFound, not a loss over some other rows; a table made anew under the name knows nothing of it."""
+    """TableNotFound is raised instead of using other rows, and a new table of the same name has no ticket of it."""
     name = fresh_name()
     trainer = new_trainer(make_table(connection, name))
     faulty.before_score = lambda: (connection.delete_table(name), make_table(connection, name))
@@ -1373,7 +1374,7 @@ def test_a_loss_of_a_table_that_is_deleted_meanwhile_is_refused(
 
 
 def test_concurrent_creations_make_one_table(connection: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """Of six equal specs at once one is created and five are answered with it."""
+    """One of six simultaneous requests with equal specs creates the table, and five return it."""
     name = fresh_name()
     spec = table_pb2.TableSpec(name=name, num_classes=NUM_CLASSES, dim=DIM)
     request = table_pb2.CreateTableRequest(spec=spec)
@@ -1390,7 +1391,7 @@ def test_a_late_commit_never_touches_a_new_table_of_the_same_name(
     fresh_name: Callable[[], str],
     batch: Batch,
 ) -> None:
-    """A commit under way while its table is deleted and made anew is refused; the new table trains from its start."""
+    """A commit under way while its table is deleted and created again is refused; the new table starts untrained."""
     name = fresh_name()
     trainer = new_trainer(make_table(connection, name))
     request = trainer.scored(1, batch, RATE)

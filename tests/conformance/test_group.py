@@ -1,4 +1,4 @@
-"""What every group of shards does, in process and on Ray: the conformance suite of the port `ShardGroup`."""
+"""The conformance suite of the port `ShardGroup`, run over every group of shards, in process and on Ray."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ..extent import EVERYTHING, sample
 from . import oracle
 from .relayed import RelayedGroup
 
-NUM_CLASSES, DIM = 11, 5  # no divisor in common with any count of shards or workers below
-NUM_SHARDS = 4  # over 1, 2 and 3 workers: even, and with one worker that holds more
+NUM_CLASSES, DIM = 11, 5  # 11 has no common divisor with any number of shards or workers below
+NUM_SHARDS = 4  # 1 and 2 workers hold equally many; of 3 workers, one holds more
 TIMEOUT_S = 120.0
 LEARNING_RATE = 0.3
 EXACT = 1e-12
-STATE = ("first_moment", "second_moment")  # of an optimizer of the Adam family
+STATE = ("first_moment", "second_moment")  # the state of an optimizer of the Adam family
 
 GROUPS = [
     *([pytest.param(1, id="local1"), pytest.param(2, id="local2")] if EVERYTHING else []),
@@ -47,7 +47,7 @@ GROUPS = [
 
 @pytest.fixture(params=GROUPS, scope="module")
 def group(request: pytest.FixtureRequest) -> Iterator[FanoutGroup]:
-    """Every implementation of the port, with each fast path on and off; those of Ray are the session's."""
+    """Every implementation of the port, with each fast path on and off; the Ray groups are shared by the session."""
     if request.param in ("links", "calls"):
         yield request.getfixturevalue("ray_workers" if request.param == "links" else "plain_workers")
         return
@@ -62,7 +62,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[FanoutGroup]:
 
 
 class Shards:
-    """One table of a group, with its state as the oracle sees it."""
+    """A table of a group, whose state can be read into the oracle."""
 
     def __init__(self, group: FanoutGroup, spec: TableSpec) -> None:
         self.group, self.spec, self.name = group, spec, spec.name
@@ -70,14 +70,14 @@ class Shards:
         self._staged: dict[int, tuple[Part, Staged]] = {}
 
     def read(self) -> oracle.Replica:
-        """All rows and biases, by class id."""
+        """Return all rows and biases, ordered by class id."""
         pieces = self.group.read(self.name, torch.arange(self.spec.num_classes)).result(TIMEOUT_S)
         order = torch.argsort(torch.cat([piece.class_ids for piece in pieces]))
         rows, biases = torch.cat([p.rows for p in pieces]), torch.cat([p.biases for p in pieces])
         return oracle.Replica(rows[order].double().numpy(), biases[order].double().numpy())
 
     def staged(self, part: Part) -> Staged:
-        """The part as it was staged before, so that its step finds what its score kept."""
+        """Return the part as it was first staged, so that its step finds what its score kept."""
         if id(part) not in self._staged:
             self._staged[id(part)] = part, self.group.stage(part)
         return self._staged[id(part)][1]
@@ -86,12 +86,12 @@ class Shards:
         return self.group.applied_versions(self.name).result(TIMEOUT_S)
 
     def loss(self, part: Part) -> torch.Tensor:
-        """Per-example losses of a part."""
+        """Return the per-example losses of a part."""
         scores = self.group.score(self.name, self.group.stage(part), False, False).result(TIMEOUT_S)
         return per_example_loss(merge(scores), part.batch.mass)
 
     def order(self, part: Part, g: np.ndarray, step: int, version: int | None = None) -> Order:
-        """The next step, with the lse of the present version."""
+        """Return the order of the next step, with the lse at the current version."""
         scores = self.group.score(self.name, self.staged(part), False, True).result(TIMEOUT_S)
         lse = merge(scores).statistics.lse
         version = scores[0].version + 1 if version is None else version
@@ -101,7 +101,7 @@ class Shards:
 
 @pytest.fixture
 def make_shards(group: FanoutGroup, fresh_name: Callable[[], str]) -> Iterator[Callable[..., Shards]]:
-    """Makes tables that are dropped after the test."""
+    """A function that creates tables, which are dropped after the test."""
     made: list[str] = []
 
     def make(
@@ -129,7 +129,7 @@ def spec_of(name: str, num_shards: int = NUM_SHARDS, placement: str = "div", opt
 
 
 def part_of(batch: oracle.Batch) -> Part:
-    """A batch as a group takes it; its draw has no repeats."""
+    """Return the batch as a `Part` for a group; its draw must have no repeats."""
     labels = torch.tensor(batch.labels)
     weights = torch.full(labels.shape, 1.0 / labels.shape[1], dtype=torch.float64)
     planned = Batch(torch.tensor(batch.hidden), labels, weights, weights.sum(1))
@@ -142,7 +142,7 @@ def part_of(batch: oracle.Batch) -> Part:
 
 
 def batch_of(kind: str, rng: np.random.Generator) -> oracle.Batch:
-    """A batch of the full softmax, or of six distinct candidates, some of which are labels."""
+    """Return a batch of the full softmax, or of six distinct candidates, some of which may be labels."""
     batch = oracle.random_batch(rng, NUM_CLASSES, DIM, num_sampled=0 if kind == "full" else 6)
     if batch.draw is not None:
         distinct = np.sort(rng.permutation(NUM_CLASSES)[:6])
@@ -161,14 +161,14 @@ CUTS = pytest.mark.parametrize(
 )
 
 
-# Making tables
+# Creating tables
 
 
 @CUTS
 def test_rows_begin_the_same_on_every_group_and_cut(
     make_shards: Callable[..., Shards], num_shards: int, placement: str
 ) -> None:
-    """A row's first value is a function of seed and class id; more shards than classes is legal."""
+    """A row's initial values depend on the seed and the class id alone; more shards than classes are legal."""
     shards = make_shards(num_shards, placement)
     whole = LocalGroup(1)
     try:
@@ -184,7 +184,7 @@ def test_rows_begin_the_same_on_every_group_and_cut(
 
 
 def test_a_group_says_where_it_computes(group: FanoutGroup) -> None:
-    """One device a worker; num_workers counts processes, so it is 0 where all live in this one."""
+    """A group reports one device per worker; num_workers counts worker processes, so it is 0 for a LocalGroup."""
     assert group.num_workers == (0 if isinstance(group, LocalGroup) else len(group.devices))
     assert len(group.devices) >= 1
     assert all(device == "cpu" or device.startswith("cuda") for device in group.devices)
@@ -193,7 +193,7 @@ def test_a_group_says_where_it_computes(group: FanoutGroup) -> None:
 def test_every_worker_says_what_it_takes(
     group: FanoutGroup, make_shards: Callable[..., Shards], rng: np.random.Generator
 ) -> None:
-    """By index: its process, its memory, its shards and what it keeps; none was started anew."""
+    """The stats of each worker, in index order, hold its process, memory, cores and shards; none was restarted."""
     before = group.stats(TIMEOUT_S)
     shards = make_shards()
     shards.loss(part_of(batch_of("sampled", rng)))
@@ -211,7 +211,7 @@ def test_every_worker_says_what_it_takes(
 
 
 def test_a_worker_that_does_not_answer_in_time_is_told_from_the_others() -> None:
-    """The others are told all the same; the one that was busy answers again."""
+    """The other workers are still reported, and the busy one is reported again once it is free."""
     group, release = LocalGroup(3), threading.Event()
     try:
         busy = group._threads[1].submit(release.wait, TIMEOUT_S)
@@ -226,7 +226,7 @@ def test_a_worker_that_does_not_answer_in_time_is_told_from_the_others() -> None
 
 @pytest.mark.parametrize("error", [WorkerLost, ShardMissing, TimeoutError])
 def test_a_worker_that_is_gone_is_told_from_the_others(error: type[Exception]) -> None:
-    """However its group learns of it."""
+    """A dead worker is reported without stats, whichever error its group raises."""
 
     class HalfGone(LocalGroup):
         def start(self, worker: int, method: str, *args: Any) -> Pending[dict[int, Any]]:
@@ -247,7 +247,7 @@ def test_a_worker_that_is_gone_is_told_from_the_others(error: type[Exception]) -
 
 
 def test_a_worker_in_another_process_than_before_was_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted once, however often it is looked at."""
+    """A restart is counted once, however often the stats are read."""
     group = LocalGroup(2)
     try:
         assert [one.num_restarts for one in group.stats(TIMEOUT_S)] == [0, 0]
@@ -266,7 +266,7 @@ def test_ray_workers_are_processes_of_their_own(ray_workers: Any) -> None:
 
 
 def test_tables_of_one_group_are_apart(make_shards: Callable[..., Shards], rng: np.random.Generator) -> None:
-    """A step on one table leaves another alone."""
+    """A step on one table does not change another."""
     one, other = make_shards(), make_shards(3, "mod")
     before = other.read()
     step(one, batch_of("full", rng), 1)
@@ -277,7 +277,7 @@ def test_tables_of_one_group_are_apart(make_shards: Callable[..., Shards], rng: 
 def test_a_dropped_table_is_gone_and_may_be_made_anew(
     group: FanoutGroup, shards: Shards, rng: np.random.Generator
 ) -> None:
-    """drop frees rows and version; unknown tables are ignored; a new table of the name begins at version 0."""
+    """drop frees rows and version and ignores unknown tables; a new table of the same name starts at version 0."""
     first = shards.read()
     step(shards, batch_of("full", rng), 1)
     group.drop(shards.name).result(TIMEOUT_S)
@@ -297,7 +297,7 @@ def test_a_dropped_table_is_gone_and_may_be_made_anew(
 def test_merged_scores_are_the_loss(
     make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
 ) -> None:
-    """Partials and targets in shard order give the reference's loss and hidden gradient, whatever the cut."""
+    """Partials and targets merged in shard order give the reference's loss and hidden gradient for every cut."""
     shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
     part, replica = part_of(batch), shards.read()
     scores = shards.group.score(shards.name, shards.group.stage(part), True, False).result(TIMEOUT_S)
@@ -314,7 +314,7 @@ def test_merged_scores_are_the_loss(
 def test_row_gradients_are_autograds(
     make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
 ) -> None:
-    """Every shard gives the gradient of its touched rows, ids ascending; the rest of the table has none."""
+    """Every shard returns the gradients of its touched rows, by ascending id, and of no other rows."""
     shards, batch = make_shards(num_shards, placement), batch_of(kind, rng)
     order = shards.order(part_of(batch), batch.g, 1)
     staged = shards.group.stage(part_of(batch))
@@ -332,14 +332,14 @@ def test_row_gradients_are_autograds(
 
 @KINDS
 def test_the_same_question_gets_the_same_bits(shards: Shards, rng: np.random.Generator, kind: str) -> None:
-    """Two scores of one part on one cut agree in every bit: sums go in shard order, not in order of arrival."""
+    """Two scores of one part on one cut agree in every bit: sums are taken in shard order, not in order of arrival."""
     part = part_of(batch_of(kind, rng))
     assert torch.equal(shards.loss(part), shards.loss(part))
 
 
 @KINDS
 def test_an_empty_batch_is_legal(shards: Shards, rng: np.random.Generator, kind: str) -> None:
-    """N = 0 gives [0] losses and a step that leaves every row."""
+    """With N = 0 the losses have shape [0] and a step changes no row."""
     batch, before = batch_of(kind, rng).rows(slice(0, 0)), shards.read()
     assert shards.loss(part_of(batch)).shape == (0,)
     step(shards, batch, 1)
@@ -357,7 +357,7 @@ def test_no_candidates_leave_the_labels_alone_in_the_softmax(shards: Shards, rng
     np.testing.assert_allclose(shards.loss(part_of(batch)).numpy(), expected, rtol=EXACT, atol=EXACT)
 
 
-# Changing
+# Steps and writes
 
 
 def step(shards: Shards, batch: oracle.Batch, number: int) -> list[int]:
@@ -398,7 +398,7 @@ def test_parts_of_one_step_add_up(shards: Shards, rng: np.random.Generator) -> N
 def test_a_repeated_step_of_the_present_version_is_not_applied_again(
     shards: Shards, rng: np.random.Generator, kind: str
 ) -> None:
-    """A shard that has a version already answers it and keeps its bits."""
+    """A shard that already has the version returns it and keeps its bits."""
     batch = batch_of(kind, rng)
     part = part_of(batch)
     order, staged = shards.order(part, batch.g, 1), shards.staged(part)
@@ -411,7 +411,7 @@ def test_a_repeated_step_of_the_present_version_is_not_applied_again(
 
 @pytest.mark.parametrize("version", [2, 3, 0, -1])
 def test_only_the_next_version_is_applied(shards: Shards, rng: np.random.Generator, version: int) -> None:
-    """A step that leaves a version out, or one of the past, is refused and changes nothing."""
+    """A step that skips a version, or is for a past one, is refused and changes nothing."""
     batch, present = batch_of("full", rng), 0
     if version <= 0:
         step(shards, batch, 1)
@@ -426,7 +426,7 @@ def test_only_the_next_version_is_applied(shards: Shards, rng: np.random.Generat
 
 
 def test_written_rows_are_read_back(shards: Shards, rng: np.random.Generator) -> None:
-    """write overwrites the named rows and biases as one version on every shard; the others stay."""
+    """write overwrites the given rows and biases as one version on every shard; other rows do not change."""
     before, class_ids = shards.read(), torch.tensor([9, 0, 4])
     rows, biases = torch.tensor(rng.normal(size=(3, DIM))), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     written = shards.group.write(shards.name, RowWrite(1, class_ids, rows, biases)).result(TIMEOUT_S)
@@ -438,7 +438,7 @@ def test_written_rows_are_read_back(shards: Shards, rng: np.random.Generator) ->
 
 
 def test_state_and_step_are_written_and_read_back(group: FanoutGroup, make_shards: Callable[..., Shards]) -> None:
-    """Of rows and biases, on every shard; a peer that lagged takes them from the record."""
+    """The state of rows and biases is written on every shard; a lagging peer takes it from the record."""
     shards = make_shards(optimizer="sparse_adam")
     shards.group.write(shards.name, RowWrite(1, torch.arange(1), torch.zeros(1, DIM), None)).result(TIMEOUT_S)
     ids = torch.tensor([1, 8, 4])
@@ -460,7 +460,7 @@ def test_state_and_step_are_written_and_read_back(group: FanoutGroup, make_shard
 
 
 def test_a_write_without_biases_leaves_them(shards: Shards) -> None:
-    """Absent biases stay as they are."""
+    """A table keeps its biases if a write carries none."""
     ids = torch.tensor([3])
     full = torch.full((1, DIM), 2.0, dtype=torch.float64)
     shards.group.write(shards.name, RowWrite(1, ids, full, torch.tensor([5.0]))).result(TIMEOUT_S)
@@ -477,7 +477,7 @@ def test_a_write_without_biases_leaves_them(shards: Shards) -> None:
 def test_scans_over_slices_answer_exactly(
     make_shards: Callable[..., Shards], rng: np.random.Generator, num_shards: int, placement: str
 ) -> None:
-    """The slices of all shards together give log-sum-exp, the classes before a label, and the best classes."""
+    """The slices of all shards add up to log-sum-exp, the number of classes before a label and the best classes."""
     shards = make_shards(num_shards, placement)
     replica, hidden = shards.read(), rng.normal(size=(7, DIM))
     logits = hidden @ replica.rows.T + replica.biases
@@ -508,7 +508,7 @@ def test_scans_over_slices_answer_exactly(
 
 
 def test_work_is_done_in_the_order_it_was_started(shards: Shards, rng: np.random.Generator) -> None:
-    """Verbs started one after another, without waiting, see each other's effect: every fan-out reads one version."""
+    """Verbs started in sequence, without waiting, see each other's effects, and every fan-out reads one version."""
     batch = batch_of("full", rng)
     part = part_of(batch)
     order, staged = shards.order(part, batch.g, 1), shards.staged(part)
@@ -533,7 +533,7 @@ def test_work_is_done_in_the_order_it_was_started(shards: Shards, rng: np.random
 
 
 def test_a_staged_part_serves_many_verbs(shards: Shards, rng: np.random.Generator) -> None:
-    """What was staged stays as it was, whatever was computed from it."""
+    """A staged part is not changed by the computations that use it."""
     batch = batch_of("sampled", rng)
     staged, part = shards.group.stage(part_of(batch)), part_of(batch)
     order = shards.order(part, batch.g, 1)
@@ -551,8 +551,8 @@ def test_a_staged_part_serves_many_verbs(shards: Shards, rng: np.random.Generato
 def test_an_answer_that_is_late_is_a_timeout_and_the_work_goes_on(
     group: FanoutGroup, fresh_name: Callable[[], str]
 ) -> None:
-    """result(timeout_s) raises TimeoutError when the time is up, not later; the table is made all the same."""
-    num_classes = 400_000  # with 32 columns: a tenth of a second and more to fill
+    """result(timeout_s) raises TimeoutError once the time is up, and the table is still created."""
+    num_classes = 400_000  # with 32 columns it takes a tenth of a second or more to fill
     cut = Placement("mod", num_classes, 3)
     name = fresh_name()
     spec = TableSpec(name, num_classes, 32, "float32", True, cut, Initializer("normal", 1.0, 0), OptimizerSpec("sgd"))
@@ -592,13 +592,13 @@ VERBS = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_table_without_shards_is_reported_as_missing(group: FanoutGroup, rng: np.random.Generator, verb: str) -> None:
-    """Every verb but create and drop answers ShardMissing for a table that a worker does not hold."""
+    """Every verb except create and drop raises ShardMissing for a table that a worker does not hold."""
     with pytest.raises(ShardMissing, match="nowhere"):
         VERBS[verb](group, part_of(batch_of("full", rng))).result(TIMEOUT_S)
 
 
 def test_repairing_a_missing_table_is_reported_as_missing(group: FanoutGroup) -> None:
-    """repair cannot bring back what no worker holds."""
+    """repair cannot restore a table that no worker holds."""
     with pytest.raises(ShardMissing):
         group.repair("nowhere", TIMEOUT_S)
 
@@ -607,7 +607,7 @@ def test_repairing_a_missing_table_is_reported_as_missing(group: FanoutGroup) ->
 
 
 def test_repair_of_settled_shards_changes_nothing(shards: Shards, rng: np.random.Generator) -> None:
-    """Where all shards are at one version, repair answers it and leaves every bit."""
+    """If all shards are at one version, repair returns it and changes no bit."""
     assert shards.group.repair(shards.name, TIMEOUT_S) == 0
     step(shards, batch_of("sampled", rng), 1)
     before = shards.read()
@@ -620,7 +620,7 @@ def test_repair_of_settled_shards_changes_nothing(shards: Shards, rng: np.random
 def test_a_lagging_worker_is_brought_up_by_its_peers_records(
     shards: Shards, rng: np.random.Generator, kind: str, ahead: str
 ) -> None:
-    """A step that only one worker applied is applied by repair on all others, once."""
+    """repair applies a step that only one worker had applied on all others, exactly once."""
     group, batch = shards.group, batch_of(kind, rng)
     part = part_of(batch)
     order, staged = shards.order(part, batch.g, 1), group.stage(part)
@@ -637,7 +637,7 @@ def test_a_lagging_worker_is_brought_up_by_its_peers_records(
 
 
 def test_repair_catches_up_steps_and_writes(shards: Shards, rng: np.random.Generator) -> None:
-    """A worker that lacks a step, then a write, then a step gets each from its peer."""
+    """A worker that misses a step, then a write, then another step gets each one from its peer."""
     group, batch = shards.group, batch_of("full", rng)
     part = part_of(batch)
     replica, staged = shards.read(), group.stage(part)
@@ -672,7 +672,7 @@ def test_closing_a_local_group_ends_its_threads_and_may_be_repeated() -> None:
 
 
 def test_every_worker_says_how_long_it_computed(group: FanoutGroup, shards: Shards) -> None:
-    """Also behind a relay, whose answer is one."""
+    """Workers behind a relay are reported individually, although the relay sends a single answer."""
     pending = group.read(shards.name, torch.arange(NUM_CLASSES))
     pending.result(TIMEOUT_S)
     assert sorted(pending.computed_s) == list(group._hosts(shards.name))

@@ -1,4 +1,4 @@
-"""A commit's labels are counted exactly as often as the commit is applied: once, whatever is repeated or lost."""
+"""A commit's labels are counted as often as it is applied: once, even if calls are repeated or replies lost."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def trainer(table: shardloss.Table) -> RawTrainer:
 
 @pytest.fixture
 def batch(rng: np.random.Generator) -> Batch:
-    """Labels from 1 on, so that class 0 is never counted."""
+    """A batch without the label 0, so that class 0 is never counted."""
     batch = random_batch(rng, V, D)
     np.maximum(batch.labels, 1, out=batch.labels)
     return batch
 
 
 def counts_of(table: shardloss.Table) -> np.ndarray:
-    """How often each class was counted, as the expected counts of a draw tell: p ~ 1 + count."""
+    """Return the number of times each class was counted, derived from the expected counts of a draw: p ~ 1 + count."""
     drawn = table.sample_candidates(5, sampler="learned_unigram", unique=False, labels=np.arange(V))
     expected = drawn.true_expected_count[:, 0]
     return np.rint(expected / expected[0]).astype(int) - 1
@@ -78,7 +78,7 @@ def labels_of(batch: Batch) -> np.ndarray:
 
 
 def test_a_commit_counts_its_labels_once(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """Not when they are scored, and not again when the commit is repeated or comes eight times at once."""
+    """Scoring counts no labels, and neither does a repeat of the commit, even if it is sent eight times at once."""
     request = trainer.scored(1, batch, RATE)
     assert not counts_of(table).any()
     with ThreadPoolExecutor(8) as pool:
@@ -89,7 +89,7 @@ def test_a_commit_counts_its_labels_once(table: shardloss.Table, trainer: RawTra
 
 
 def test_a_one_call_step_counts_its_labels_once(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """Also where the call is repeated."""
+    """The labels are counted once even if the call is repeated."""
     for _ in range(3):
         once(table.client.losses.ComputeLoss, trainer.one_call(1, batch, RATE))
     np.testing.assert_array_equal(counts_of(table), labels_of(batch))
@@ -100,7 +100,7 @@ def test_a_one_call_step_counts_its_labels_once(table: shardloss.Table, trainer:
 def test_a_lost_reply_counts_once(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str, way: str
 ) -> None:
-    """Whatever the workers did of a step before its reply was lost, its repeats count its labels once."""
+    """However many workers applied the step before its reply was lost, its labels are counted once."""
     request = trainer.scored(1, batch, RATE) if way == "commit" else trainer.one_call(1, batch, RATE)
     method = table.client.losses.Commit if way == "commit" else table.client.losses.ComputeLoss
     faulty.lose(extent, WorkerLost("lost"))
@@ -115,7 +115,7 @@ def test_a_lost_reply_counts_once(
 def test_a_step_that_somebody_else_settles_counts_once(
     faulty: FaultyGroup, table: shardloss.Table, trainer: RawTrainer, batch: Batch, extent: str
 ) -> None:
-    """A reader who comes between finds the labels counted if the step happened at all; the repeat adds nothing."""
+    """A read before the repeat finds the labels counted if the step was applied; after it they are counted once."""
     request = trainer.scored(1, batch, RATE)
     faulty.lose(extent, WorkerLost("lost"))
     with pytest.raises(TableUnavailable):
@@ -127,7 +127,7 @@ def test_a_step_that_somebody_else_settles_counts_once(
 
 
 def test_what_is_refused_or_given_up_is_not_counted(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """A wrong g, an unknown ticket, an abort and a step too old leave the counts."""
+    """A wrong g, an unknown ticket, an abort and a step that is too old do not change the counts."""
     ticket = trainer.loss(1, batch).ticket
     for parts, error in (([(ticket, batch.g[:-1])], InvalidArgument), ([(ticket, None), ("no", None)], TicketUnknown)):
         with pytest.raises(error):
@@ -148,7 +148,7 @@ def test_a_step_without_memory_is_not_counted(
     batch: Batch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It changed nothing; its repeat is counted."""
+    """A step that fails for lack of memory counts no labels; its repeat counts them."""
     if not isinstance(faulty.inner, LocalGroup):
         pytest.skip("the workers' memory is out of reach")
     request = trainer.scored(1, batch, RATE)
@@ -166,7 +166,7 @@ def test_a_step_without_memory_is_not_counted(
 
 
 def test_parts_of_one_step_count_each(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
-    """Two micro-batches count both their labels; one that the commit leaves out is not counted."""
+    """The labels of two committed micro-batches are both counted; those of a third, not in the commit, are not."""
     tickets = [trainer.loss(1, batch, part).ticket for part in range(3)]
     trainer.send(trainer.request(1, [(ticket, batch.g) for ticket in tickets[:2]], RATE))
     np.testing.assert_array_equal(counts_of(table), 2 * labels_of(batch))

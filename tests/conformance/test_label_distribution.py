@@ -1,4 +1,4 @@
-"""A label distribution [N, V] streams in columns: loss, gradients and step are those of the dense formula."""
+"""A label distribution [N, V] is streamed in columns; loss, gradients and step equal those of the dense formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .faulty import FaultyGroup
 
-V, D, N = 101, 5, 7  # V is prime: shards are uneven; a piece of CHUNK bytes holds 17 columns of float64
+V, D, N = 101, 5, 7  # V is prime, so shards are uneven; a piece of CHUNK bytes holds 17 columns of float64
 CHUNK = 17 * N * 8
 TOLERANCE = 1e-11
 RATE, ALL = 0.3, np.arange(V)
@@ -84,13 +84,13 @@ def make_table(
 
 
 def leaves(table: shardloss.Table) -> tuple[Tensor, Tensor]:
-    """Rows and biases as the oracle's parameters."""
+    """Return rows and biases as parameters of the oracle."""
     rows = table.read_rows(ALL)
     return torch.tensor(rows.rows, requires_grad=True), torch.tensor(rows.biases, requires_grad=True)
 
 
 def oracle(weights: Tensor, biases: Tensor, hidden: Tensor, loss: shardloss.FullSoftmax, y: np.ndarray = Y) -> Tensor:
-    """mass * (lse + z_loss lse^2) - sum_v y_v z_v, dense."""
+    """Return the dense loss [N], mass * (lse + z_loss lse^2) - sum_v y_v z_v."""
     if loss.logits.normalize:
         weights, hidden = (torch.nn.functional.normalize(x, dim=1) for x in (weights, hidden))
     logits = loss.logits.scale * (hidden @ weights.T + biases)
@@ -114,7 +114,7 @@ def test_loss_gradients_and_step_equal_the_dense_formula(
     num_shards: int,
     placement: str,
 ) -> None:
-    """However the table is cut: loss, gradients of hidden, scale, rows and biases, and one SGD step."""
+    """Loss, gradients of hidden, scale, rows and biases, and one SGD step are equal for every cut."""
     table = make_table(num_shards, placement)
     hidden, g = rng.normal(size=(N, D)), rng.normal(size=N)
     weights, biases = leaves(table)
@@ -159,7 +159,7 @@ def test_loss_gradients_and_step_equal_the_dense_formula(
 
 
 def test_one_hot_columns_are_hard_labels(make_table: Callable[..., shardloss.Table], rng: np.random.Generator) -> None:
-    """In float32, too, and in float16 on the wire."""
+    """Loss and gradient equal those of hard labels in a float32 table, with the columns sent as float16."""
     table = make_table(3, "mod", "float32")
     labels, hidden = rng.integers(V, size=N), rng.normal(size=(N, D)).astype(np.float32)
     hot = np.eye(V, dtype=np.float16)[labels]
@@ -172,7 +172,7 @@ def test_one_hot_columns_are_hard_labels(make_table: Callable[..., shardloss.Tab
 def test_a_head_trains_on_a_distribution_as_torch_does(
     make_table: Callable[..., shardloss.Table], rng: np.random.Generator
 ) -> None:
-    """cross_entropy with probabilities as target, 20 steps of both optimizers, under a loss scale of 64."""
+    """20 steps equal torch's cross_entropy and SGD, with probabilities as targets and a loss scale of 64."""
     table = make_table()
     weights, biases = leaves(table)
     head = table.softmax()
@@ -199,7 +199,7 @@ def test_a_head_trains_on_a_distribution_as_torch_does(
 def test_a_step_takes_the_distribution_of_its_loss(
     make_table: Callable[..., shardloss.Table], rng: np.random.Generator
 ) -> None:
-    """Not what a loader has written into the same tensor before the step."""
+    """The step ignores values that a loader writes into the same tensor after the loss."""
     table = make_table()
     weights, biases = leaves(table)
     head = table.softmax()
@@ -216,7 +216,7 @@ def test_a_step_takes_the_distribution_of_its_loss(
 
 
 def test_a_distribution_shares_its_step_with_no_other_loss(make_table: Callable[..., shardloss.Table]) -> None:
-    """Two losses in one step: the named error at the commit, and the table as it was."""
+    """A second loss in the step makes the commit raise InvalidArgument and leaves the table unchanged."""
     table = make_table()
     before = table.read_rows(ALL)
     head = table.softmax()
@@ -232,7 +232,7 @@ def test_a_distribution_shares_its_step_with_no_other_loss(make_table: Callable[
 def test_a_lost_reply_leaves_one_step(
     faulty: FaultyGroup, make_table: Callable[..., shardloss.Table], rng: np.random.Generator, extent: str
 ) -> None:
-    """A shard that missed the order still holds what it collected: the client's repeat finds the step applied once."""
+    """A shard that missed the order still holds its columns, so after the client's repeat the step is applied once."""
     table = make_table()
     weights, biases = leaves(table)
     hidden = rng.normal(size=(N, D))
@@ -253,7 +253,7 @@ def test_a_lost_reply_leaves_one_step(
 def test_a_step_whose_sums_are_forgotten_streams_again(
     client: shardloss.LossClient, faulty: FaultyGroup, make_table: Callable[..., shardloss.Table]
 ) -> None:
-    """No shard had the order, and another distribution came before the repeat: the repeat is one step, and right."""
+    """If no shard got the order and another distribution precedes the repeat, the repeat is still one correct step."""
     table = make_table()
     weights, biases = leaves(table)
     y = np.zeros((N, V))
@@ -271,7 +271,7 @@ def test_a_step_whose_sums_are_forgotten_streams_again(
 
 
 def stream(client: shardloss.LossClient, *pieces: loss_pb2.StreamLossRequest) -> Any:
-    """One try of a raw stream, whose last piece says so."""
+    """Try a raw stream once, marking its last piece as the last."""
     last = loss_pb2.StreamLossRequest()
     last.CopyFrom(pieces[-1])
     if last.WhichOneof("piece") == "columns":
@@ -280,7 +280,7 @@ def stream(client: shardloss.LossClient, *pieces: loss_pb2.StreamLossRequest) ->
 
 
 def stream_of(client: shardloss.LossClient, pieces: Iterator[loss_pb2.StreamLossRequest]) -> Any:
-    """One try of a stream whose pieces are made as it goes."""
+    """Try a stream once; its pieces are generated while it is sent."""
     try:
         return list(client.losses.StreamLoss(pieces, timeout=30.0))
     except grpc.RpcError as failure:
@@ -330,7 +330,7 @@ def test_bad_columns_are_refused_by_name(
     pieces: list[loss_pb2.StreamLossRequest],
     field: str,
 ) -> None:
-    """Nothing is changed, no ticket stays open, and the next call works."""
+    """A refused stream changes nothing, leaves no ticket open, and does not affect the next call."""
     table = make_table()
     before = table.read_rows(ALL)
     commit = header(table, session="s", step=1)
@@ -350,7 +350,7 @@ def test_bad_columns_are_refused_by_name(
 def test_a_stream_that_ends_in_the_middle_is_no_step(
     client: shardloss.LossClient, make_table: Callable[..., shardloss.Table], num_pieces: int
 ) -> None:
-    """A client that died between two pieces may look like one that has sent all: nothing changes without a last one."""
+    """A client that dies between two pieces may look finished, so nothing changes without a piece marked as last."""
     table = make_table()
     pieces = [header(table, session="s", step=1), *(piece(3 * i, np.ones((N, 3))) for i in range(num_pieces))]
     pieces[0].header.commit_now.learning_rate = RATE
@@ -363,7 +363,7 @@ def test_a_stream_that_ends_in_the_middle_is_no_step(
 def test_a_distribution_of_zeros_counts_no_row(
     client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
 ) -> None:
-    """Its one piece is there to be the last; also of no rows at all."""
+    """Every loss is 0, also with N = 0; one piece is sent, because a stream needs a last piece."""
     table = make_table()
     for num_rows in (N, 0):
         hidden, y = np.ones((num_rows, D)), np.zeros((num_rows, V))
@@ -408,7 +408,7 @@ def test_what_does_not_combine_is_refused_by_name(
 def test_a_session_needs_the_one_call_form(
     client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
 ) -> None:
-    """A distribution leaves no ticket open; and it is no unary call."""
+    """A label distribution cannot leave a ticket open, and cannot be sent in a unary call."""
     table = make_table()
     with pytest.raises(InvalidArgument) as refused:
         stream(client, header(table, session="s", step=1), piece(0, np.ones((N, 3))))
@@ -424,7 +424,7 @@ def test_a_commit_between_two_pieces_is_told(
     make_table: Callable[..., shardloss.Table],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The targets of two versions do not add up: TABLE_UNAVAILABLE, and a repeat of the stream is right."""
+    """Targets of two versions cannot be added, so the call raises TABLE_UNAVAILABLE; a repeat of it is correct."""
     table = make_table()
     has_begun = threading.Event()
     add_labels = faulty.add_labels
@@ -457,7 +457,7 @@ def test_a_commit_between_two_pieces_is_told(
 def test_a_refused_call_lets_the_next_distribution_in(
     client: shardloss.LossClient, make_table: Callable[..., shardloss.Table]
 ) -> None:
-    """One at a time a table, and whoever fails gives his place back."""
+    """A table accepts one distribution at a time, and a failed call releases its place."""
     table = make_table()
     for _ in range(3):
         with pytest.raises(ShardlossError):
@@ -466,7 +466,7 @@ def test_a_refused_call_lets_the_next_distribution_in(
 
 
 def test_a_head_refuses_hidden_without_a_dimension(make_table: Callable[..., shardloss.Table]) -> None:
-    """By name, beside a distribution as beside labels."""
+    """A scalar hidden raises InvalidArgument with a label distribution, as with labels."""
     head = make_table().softmax()
     with pytest.raises(InvalidArgument, match="needed for hidden"):
         head(torch.tensor(1.0), torch.rand(V))

@@ -1,4 +1,4 @@
-"""The golden cases by what index.json says of them; file names and sizes carry no meaning here."""
+"""The golden cases, as described by index.json; file names and sizes carry no meaning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 
 FOLDER = Path(os.environ.get("SHARDLOSS_GOLDEN") or Path(__file__).parent / "data")
 STRATEGIES = ("div", "mod")
-LARGE_LOGIT = 100.0  # the README's looser tolerance is for logits of several hundreds
+LARGE_LOGIT = 100.0  # the README's looser tolerance is for logits of several hundred
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a table is cut: K shards placed by "div" or "mod"."""
+    """A cut of a table: K shards placed by "div" or "mod"."""
 
     num_shards: int
     placement: str
@@ -30,7 +30,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Case:
-    """One golden case: its meta, and its arrays once they are asked for."""
+    """A golden case: its metadata, and its arrays, which are loaded on first use."""
 
     meta: dict[str, Any]
 
@@ -39,7 +39,7 @@ class Case:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every array by name."""
+        """The arrays of the case by name."""
         with np.load(FOLDER / self.meta["file"], allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
 
@@ -51,29 +51,29 @@ class Case:
 
     @property
     def family(self) -> str:
-        """The op whose output this is."""
+        """The family of the op that computed the case."""
         return str(self.meta["family"])
 
     @property
     def dtype(self) -> str:
-        """dtype of the float arrays."""
+        """The dtype of the float arrays."""
         return str(self.meta["dtype"])
 
     @property
     def cut(self) -> Cut | None:
-        """The framework's own cut of the table, where it had more than one shard."""
+        """The framework's own cut of the table if it has more than one shard, else None."""
         num_shards = int(self.meta.get("num_shards", 1))
         return Cut(num_shards, self.meta["partition_strategy"]) if num_shards > 1 else None
 
     def content(self, *names: str) -> bytes:
-        """16 bytes that tell apart the contents of arrays."""
+        """Return a 16-byte digest of the named arrays."""
         digest = hashlib.blake2b(digest_size=16)
         for name in names:
             digest.update(repr((name, self[name].dtype.str, self[name].shape)).encode() + self[name].tobytes())
         return digest.digest()
 
     def has_large_logits(self) -> bool:
-        """Whether a logit is above LARGE_LOGIT, by the arrays themselves."""
+        """Return True if a logit, computed from the arrays, exceeds LARGE_LOGIT in magnitude."""
         if "inputs" in self:
             logits = self["inputs"].astype(np.float64) @ self["weights"].astype(np.float64).T + self["biases"]
         else:
@@ -81,20 +81,20 @@ class Case:
         return bool(np.abs(logits).max() > LARGE_LOGIT)
 
     def tolerance(self) -> float:
-        """The README's tolerance, relative to max(1, the largest magnitude of the expected array)."""
+        """Return the README's tolerance, relative to max(1, the largest magnitude of the expected array)."""
         if self.dtype == "float64":
             return 1e-12
         return 1e-4 if self.has_large_logits() else 5e-6
 
 
 def load(*families: str) -> list[Case]:
-    """The cases of some families, in the index's order; of all of them where none is named."""
+    """Return the cases of the given families, or of all families if none is given, in the order of the index."""
     index = json.loads((FOLDER / "index.json").read_text())
     return [Case(meta) for meta in index if not families or meta["family"] in families]
 
 
 def cuts_of(case: Case, shard_counts: tuple[int, ...]) -> list[Cut]:
-    """Every count of shards by either placement, and the framework's own cut; one shard is the same by both."""
+    """Return every number of shards with either placement, and the framework's own cut; one shard is listed once."""
     cuts = [Cut(num_shards, placement) for num_shards in shard_counts for placement in STRATEGIES]
     cuts = [cut for cut in cuts if str(cut) != "1mod"]
     own = case.cut
@@ -102,9 +102,9 @@ def cuts_of(case: Case, shard_counts: tuple[int, ...]) -> list[Cut]:
 
 
 def assert_matches(actual: np.ndarray | None, expected: np.ndarray, tolerance: float, what: str) -> None:
-    """Shapes are equal and no entry is further off than tolerance * max(1, largest expected magnitude)."""
-    assert actual is not None, f"{what} did not come"
-    assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, not {expected.shape}"
+    """Assert equal shapes, and no difference above tolerance * max(1, largest expected magnitude)."""
+    assert actual is not None, f"{what} is missing"
+    assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, expected {expected.shape}"
     expected = expected.astype(np.float64)
     scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
     np.testing.assert_allclose(actual.astype(np.float64), expected, rtol=0, atol=tolerance * scale, err_msg=what)

@@ -1,4 +1,4 @@
-"""The tables that golden cases are computed on, one set a module."""
+"""The tables that golden cases are computed on, one set per module."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def ray_tables(ray_server: Server) -> Iterator[Tables]:
 
 @pytest.fixture
 def tables(request: pytest.FixtureRequest, where: str) -> Tables:
-    """The tables of the group that a run names."""
+    """The tables of the group that `where` names."""
     found: Tables = request.getfixturevalue(f"{where}_tables")
     return found

@@ -15,17 +15,17 @@ from shardloss_server.rpc.serve import Server
 from ..extent import EVERYTHING, sample
 from .cases import Case, Cut, cuts_of
 
-LOCAL_SHARDS = (1, 2, 3, 7)  # 7 leaves shards empty where V = 3, and uneven where V = 29
-RAY_SHARDS = (2, 3)  # two workers: one shard each, then two and one
-RAY_EVERY = 5  # every fifth case runs on Ray too
-KEPT_TABLES = 32  # half of what a server holds
+LOCAL_SHARDS = (1, 2, 3, 7)  # 7 shards are uneven if V = 29, and some are empty if V = 3
+RAY_SHARDS = (2, 3)  # on two workers: one shard each; two and one
+RAY_EVERY = 5  # every fifth case also runs on Ray
+KEPT_TABLES = 32  # half of a server's limit
 
 
 def runs(cases: list[Case], local_shards: tuple[int, ...] = LOCAL_SHARDS) -> list[object]:
-    """Each case on one cut, in process, and every fifth on Ray; two cases of each family on every cut, everywhere.
+    """Return each case on one cut in process and every fifth on Ray; two cases of each family use every cut on both.
 
-    The cut rotates, so the cases of a family meet all of them. A case that the framework computed on shards of its own
-    is cut as the framework cut it. `make test-long` runs every case on every cut.
+    The cut rotates, so the cases of a family cover all cuts. A case that the framework computed on several shards is
+    cut as the framework cut it. `make test-long` runs every case on every cut.
     """
     chosen: list[Any] = []
     for place, case in enumerate(cases):
@@ -40,7 +40,7 @@ def runs(cases: list[Case], local_shards: tuple[int, ...] = LOCAL_SHARDS) -> lis
 
 
 class Tables:
-    """Tables filled with golden weights: one for each content and cut, the oldest given back."""
+    """Tables filled with golden weights: one per content and cut; the least recently used one is deleted first."""
 
     def __init__(self, client: shardloss.LossClient) -> None:
         self._client = client
@@ -48,7 +48,7 @@ class Tables:
         self._names = (f"golden-{i}" for i in itertools.count())
 
     def fresh(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
-        """A table of its own, filled by WriteRows; the caller deletes it."""
+        """Return a new table, filled by WriteRows; the caller deletes it."""
         table = self._client.create_table(
             next(self._names),
             num_classes=len(weights),
@@ -63,7 +63,7 @@ class Tables:
         return table
 
     def filled(self, weights: np.ndarray, biases: np.ndarray | None, cut: Cut) -> shardloss.Table:
-        """A table with these rows that nobody trains."""
+        """Return a shared table with these rows, which must not be trained."""
         content = weights.dtype.str.encode() + weights.tobytes() + (b"" if biases is None else biases.tobytes())
         key = (content, cut)
         if key not in self._kept:
@@ -87,7 +87,7 @@ def tables_of(server: Server) -> Iterator[Tables]:
 
 
 def dense(gradient: shardloss.TableGradient | None, like: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """A table gradient as (rows [V, D], biases [V]); its class ids ascend, each once."""
+    """Return a table gradient as (rows [V, D], biases [V]), asserting that its class ids ascend without repeats."""
     assert gradient is not None
     assert (np.diff(gradient.class_ids) > 0).all()
     rows = np.zeros(like.shape, dtype=gradient.rows.dtype)

@@ -1,4 +1,4 @@
-"""The functions of shardloss.compat.tensorflow give and train what TensorFlow's give, called as a case called it."""
+"""The functions of shardloss.compat.tensorflow compute and train the same as TensorFlow's, given the same arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEARNING_RATE = 0.375  # exact in float32, so only the gradient's own rounding s
 
 
 def function_of(case: Case) -> Callable[..., torch.Tensor]:
-    """The function that answers a case's op."""
+    """Return our function for a case's op."""
     if case.family == "tf_full_softmax":
         return tensorflow.full_softmax_loss
     version = tensorflow.v1 if "compat.v1" in case.meta["op"] else tensorflow
@@ -28,7 +28,7 @@ def function_of(case: Case) -> Callable[..., torch.Tensor]:
 
 
 def options_of(case: Case) -> dict[str, Any]:
-    """The arguments beside table, labels and inputs."""
+    """Return the arguments other than table, labels and inputs."""
     if case.family == "tf_full_softmax":
         return {}
     options = {
@@ -47,7 +47,7 @@ def options_of(case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", SAMPLED + FULL, ids=str)
 def test_the_function_gives_and_trains_what_tensorflows_does(local_tables: Tables, case: Case) -> None:
-    """On a table cut as the case's: loss, gradient of inputs, and one step of SGD."""
+    """Loss, gradient of inputs and one SGD step equal TensorFlow's, on a table cut as in the case."""
     table = local_tables.fresh(case["weights"], case["biases"], case.cut or Cut(1, "div"))
     try:
         optimizer = tensorflow.optimizer(table, LEARNING_RATE)
@@ -67,7 +67,7 @@ def test_the_function_gives_and_trains_what_tensorflows_does(local_tables: Table
 
 
 def test_both_versions_are_among_the_cases() -> None:
-    """Of both sampled losses; and full softmaxes of one label and of more."""
+    """The cases cover both versions of both sampled losses, and full softmaxes of one label and of several."""
     ops = {case.meta["op"] for case in SAMPLED}
     assert len(ops) == 4
     assert {case["labels"].shape[1] > 1 for case in FULL} == {False, True}

@@ -1,4 +1,4 @@
-"""The service answers as TensorFlow does, however the table is cut, in process and on Ray workers."""
+"""The service returns TensorFlow's results for every cut of the table, in process and on Ray workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardloss_server.rpc.serve import Server
 from .cases import Case, Cut, assert_matches, load
 from .tables import Tables, dense, runs
 
-TIE = 1e-6  # logits this close, relative to max(1, logit), are those of equal rows
+TIE = 1e-6  # logits this close, relative to max(1, logit), count as ties
 LEARNING_RATE = 0.375  # exact in float32, so only the gradient's own rounding shows
 
 
@@ -25,7 +25,7 @@ TF_FULL = load("tf_full_softmax")
 
 
 def tf_loss(case: Case, hit_removal: str = "last") -> shardloss.FullSoftmax | shardloss.SampledSoftmax:
-    """The loss of a TensorFlow case; hits are removed by TensorFlow's rule."""
+    """Return the loss of a TensorFlow case; by default hits are removed by TensorFlow's rule."""
     if case.family == "tf_full_softmax":
         return shardloss.FullSoftmax()
     values = shardloss.SampledValues(case["sampled"], case["true_expected_count"], case["sampled_expected_count"])
@@ -70,7 +70,7 @@ HITS = [case for case in TF_SAMPLED if "alt_loss_every_hit_removed" in case]
 
 @pytest.mark.parametrize("where, case, cut", runs(HITS))
 def test_by_default_every_copy_of_an_accidental_hit_is_removed(tables: Tables, case: Case, cut: Cut) -> None:
-    """hit_removal "every" is Paddle's rule; "last" is TensorFlow's, and the two differ where a hit was drawn twice."""
+    """hit_removal "every" is Paddle's rule; "last" is TensorFlow's, and the two differ if a hit was drawn twice."""
     table = tf_table(tables, case, cut)
     every = table.compute_loss(case["inputs"], case["labels"], tf_loss(case, "every")).loss
     assert_matches(every, case["alt_loss_every_hit_removed"], case.tolerance(), "loss")
@@ -89,7 +89,7 @@ def test_a_shard_holds_the_classes_that_tensorflow_gives_it() -> None:
 
 @pytest.mark.parametrize("where, case, cut", runs(TF_FULL))
 def test_the_best_classes_equal_tensorflow(tables: Tables, case: Case, cut: Cut) -> None:
-    """TopK equals tf.math.top_k: logit descending, of ties the lower id first."""
+    """TopK equals tf.math.top_k: logits descend, and ties go to the lower id."""
     expected = case["topk_ids"]
     best = tf_table(tables, case, cut).top_k(case["inputs"], expected.shape[1])
     np.testing.assert_array_equal(best.class_ids, expected)
@@ -100,7 +100,7 @@ def test_the_best_classes_equal_tensorflow(tables: Tables, case: Case, cut: Cut)
 
 @pytest.mark.parametrize("where, case, cut", runs(TF_FULL))
 def test_ranks_agree_with_in_top_k(tables: Tables, case: Case, cut: Cut) -> None:
-    """A true class is in the top k iff its logit reaches the k-th best one; its rank is above k only by a tie there."""
+    """A true class is in the top k iff its logit reaches the k-th best; its rank exceeds k only if it ties there."""
     table, k = tf_table(tables, case, cut), case["topk_ids"].shape[1]
     logits = table.score(case["inputs"], case["labels"]).logits
     border = table.top_k(case["inputs"], k).logits[:, -1:]
@@ -114,7 +114,7 @@ def test_ranks_agree_with_in_top_k(tables: Tables, case: Case, cut: Cut) -> None
 
 @pytest.mark.parametrize("where, case, cut", runs([case for case in TF_FULL if case["labels"].shape[1] == 1]))
 def test_evaluation_equals_tensorflow(tables: Tables, case: Case, cut: Cut) -> None:
-    """The exact loss of Evaluate is the full softmax loss."""
+    """The exact loss of Evaluate equals TensorFlow's full softmax loss."""
     evaluation = tf_table(tables, case, cut).evaluate(case["inputs"], case["labels"][:, 0])
     assert_matches(evaluation.loss, case["loss"], case.tolerance(), "loss")
 
@@ -128,7 +128,7 @@ def first(cases: list[Case], count: int = 4) -> list[Case]:
 
 @pytest.mark.parametrize("where, case, cut", runs(first(TF_SAMPLED) + first(TF_FULL)))
 def test_a_committed_step_subtracts_tensorflows_gradient(tables: Tables, case: Case, cut: Cut) -> None:
-    """ComputeLoss, then Commit with upstream g, is one SGD step: weights - lr * gradient, biases alike."""
+    """ComputeLoss and Commit with upstream g are one SGD step: weights - lr * gradient, and likewise for biases."""
     table = tables.fresh(case["weights"], case["biases"], cut)
     try:
         session = table.session()
@@ -144,18 +144,18 @@ def test_a_committed_step_subtracts_tensorflows_gradient(tables: Tables, case: C
         table.client.delete_table(table.name)
 
 
-# What the runs above rest on
+# Assumptions of the runs above
 
 
 def test_the_index_holds_every_family_that_is_tested() -> None:
-    """No family is skipped because the folder lacks it."""
+    """No family is skipped because it is missing."""
     assert TF_SAMPLED
     assert TF_FULL
     assert HITS
 
 
 def test_a_golden_file_is_what_the_index_says() -> None:
-    """dtype and shape of every array, and no array more."""
+    """The file holds exactly the arrays of the index, with their dtypes and shapes."""
     for case in load():
         found = {name: [array.dtype.name, list(array.shape)] for name, array in case.arrays.items() if name != "meta"}
         assert found == case.meta["arrays"], case
@@ -163,7 +163,7 @@ def test_a_golden_file_is_what_the_index_says() -> None:
 
 @pytest.mark.ray
 def test_ray_shards_are_computed_by_other_processes(ray_server: Server) -> None:
-    """Every worker is a process of its own, and none is the front end."""
+    """Every worker is a separate process, and none is the front end."""
     pids = ray_server.catalog.group.pids
     assert len(pids) == 2
     assert len({*pids, os.getpid()}) == 3

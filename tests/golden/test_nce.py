@@ -1,4 +1,4 @@
-"""The service's noise-contrastive estimation is TensorFlow's nce_loss, however the table is cut."""
+"""The service's noise-contrastive estimation equals TensorFlow's nce_loss for every cut of the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HITS = [case for case in NCE if "alt_loss_every_hit_removed" in case]
 
 
 def nce(case: Case, hit_removal: str = "last") -> shardloss.SampledLogistic:
-    """The loss of a case; hits are removed by TensorFlow's rule."""
+    """Return the loss of a case; by default hits are removed by TensorFlow's rule."""
     values = shardloss.SampledValues(case["sampled"], case["true_expected_count"], case["sampled_expected_count"])
     return shardloss.SampledLogistic(
         sampled_values=values,
@@ -25,7 +25,7 @@ def nce(case: Case, hit_removal: str = "last") -> shardloss.SampledLogistic:
 
 @pytest.mark.parametrize("where, case, cut", runs(NCE))
 def test_loss_and_gradients_equal_tensorflow(tables: Tables, case: Case, cut: Cut) -> None:
-    """Loss, hidden gradient and table gradient, for ones and for any upstream gradient."""
+    """Loss, hidden gradient and table gradient equal TensorFlow's, for ones and for any upstream gradient."""
     table, tolerance = tables.filled(case["weights"], case["biases"], cut), case.tolerance()
     for suffix, upstream in (("sum", None), ("up", case["upstream"])):
         result = table.compute_loss(
@@ -42,7 +42,7 @@ def test_loss_and_gradients_equal_tensorflow(tables: Tables, case: Case, cut: Cu
 
 @pytest.mark.parametrize("where, case, cut", runs(HITS))
 def test_by_default_every_copy_of_an_accidental_hit_is_removed(tables: Tables, case: Case, cut: Cut) -> None:
-    """hit_removal "every" is Paddle's rule; it differs from TensorFlow's where a hit was drawn twice."""
+    """hit_removal "every" is Paddle's rule; it differs from TensorFlow's if a hit was drawn twice."""
     table = tables.filled(case["weights"], case["biases"], cut)
     every = table.compute_loss(case["inputs"], case["labels"], nce(case, "every")).loss
     assert_matches(every, case["alt_loss_every_hit_removed"], case.tolerance(), "loss")
@@ -50,7 +50,7 @@ def test_by_default_every_copy_of_an_accidental_hit_is_removed(tables: Tables, c
 
 
 def test_the_index_holds_what_is_tested() -> None:
-    """Neither a case of both rules nor of both placements is missing."""
+    """The cases remove hits and keep them, and use both placements."""
     assert {case.meta["remove_accidental_hits"] for case in NCE} == {False, True}
     assert {case.cut.placement for case in NCE if case.cut is not None} == {"div", "mod"}
     assert HITS

@@ -1,4 +1,4 @@
-"""Our samplers count and draw as TensorFlow's and Paddle's do, by what the index says of each case."""
+"""Our samplers count and draw as TensorFlow's and Paddle's do, in every case of the index."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from shardloss.compat.tensorflow.vocabulary import Vocabulary
 from ..statistical.frequencies import assert_same_frequencies, two_sample_z
 from .cases import Case, load
 
-FLOAT32 = 5e-6  # the README's tolerance; here relative to each entry
+FLOAT32 = 5e-6  # the README's tolerance, here relative to each entry
 KINDS = ("all", "fixed_unigram", "log_uniform", "uniform")
 Counts = NDArray[np.float64]
 
 
 def kind_of(case: Case) -> str:
-    """The sampler's kind, from the op's name."""
+    """Return the sampler's kind, from the op's name."""
     return str(case.meta["op"]).removeprefix("tf.random.").removesuffix("_candidate_sampler")
 
 
 def fixed_unigram_arguments(case: Case) -> dict[str, object]:
-    """The arguments that only the fixed unigram sampler takes."""
+    """Return the arguments that only the fixed unigram sampler takes."""
     return {
         "distortion": case.meta["distortion"],
         "num_reserved_ids": case.meta["num_reserved_ids"],
@@ -37,7 +37,7 @@ def fixed_unigram_arguments(case: Case) -> dict[str, object]:
 
 
 def distribution_of(case: Case) -> sampling.Distribution:
-    """The distribution that a case draws from."""
+    """Return the distribution that a case draws from."""
     if kind_of(case) != "fixed_unigram":
         return sampling.DISTRIBUTIONS[kind_of(case)](case.meta["range_max"])
     given = fixed_unigram_arguments(case)
@@ -46,7 +46,7 @@ def distribution_of(case: Case) -> sampling.Distribution:
 
 
 def expected_probability(case: Case) -> Counts:
-    """p [range_max] as TensorFlow documents it."""
+    """Return p [range_max] as TensorFlow documents it."""
     ids = np.arange(case.meta["range_max"])
     if kind_of(case) == "uniform":
         return np.full(len(ids), 1 / len(ids))
@@ -54,14 +54,14 @@ def expected_probability(case: Case) -> Counts:
         return np.array([math.log((k + 2) / (k + 1)) / math.log(len(ids) + 1) for k in ids])
     num_shards, shard = case.meta.get("num_shards", 1), case.meta.get("shard", 0)
     weights = [0.0 for k in range(case.meta["num_reserved_ids"]) if k % num_shards == shard]
-    for word_id, count in enumerate(case["unigrams"], start=len(weights)):  # its kernel's start, not the documented one
+    for word_id, count in enumerate(case["unigrams"], start=len(weights)):  # the kernel's start, not the documented one
         if word_id % num_shards == shard:
             weights.append(count ** case.meta["distortion"])
     return np.array(weights) / sum(weights)
 
 
 def tries_of(count: Counts, p: Counts, num_sampled: int) -> int:
-    """The number of tries that explains the best conditioned of the expected counts of a distinct draw."""
+    """Return the number of tries of a distinct draw, solved from its best-conditioned expected count."""
     if np.allclose(count, p * num_sampled, rtol=FLOAT32, atol=0):
         return num_sampled  # the first S draws were distinct: Q = p * S
     at = int(np.abs(count - 0.5).argmin())
@@ -71,12 +71,12 @@ def tries_of(count: Counts, p: Counts, num_sampled: int) -> int:
 
 
 def random_cases() -> list[Case]:
-    """Cases of the samplers that draw at random."""
+    """Return the cases of the samplers that draw at random."""
     return [case for case in load("tf_candidate_sampler") if kind_of(case) != "all"]
 
 
 def all_cases() -> list[Case]:
-    """Cases of the sampler of every class."""
+    """Return the cases of the sampler that returns every class."""
     return [case for case in load("tf_candidate_sampler") if kind_of(case) == "all"]
 
 
@@ -84,7 +84,7 @@ candidate_sampler = pytest.mark.parametrize("case", random_cases(), ids=str)
 
 
 def test_the_index_has_every_family_and_kind() -> None:
-    """No comparison below is empty."""
+    """Every comparison below has cases."""
     assert {kind_of(case) for case in load("tf_candidate_sampler")} == set(KINDS)
     for family in ("tf_learned_unigram", "tf_accidental_hits", "paddle_class_center_sample"):
         assert load(family)
@@ -92,7 +92,7 @@ def test_the_index_has_every_family_and_kind() -> None:
 
 @candidate_sampler
 def test_expected_counts_equal_tensorflows(case: Case) -> None:
-    """Q of every class and of every drawn id, of each recorded call."""
+    """Q of every class and of every drawn id equals TensorFlow's in each recorded call."""
     distribution, ids = distribution_of(case), case["true_classes"][:, 0]
     p, num_sampled, unique = expected_probability(case)[ids], case.meta["num_sampled"], case.meta["unique"]
     for sampled, true_count, sampled_count in zip(
@@ -105,7 +105,7 @@ def test_expected_counts_equal_tensorflows(case: Case) -> None:
 
 
 def call(case: Case, seed: int) -> tensorflow.SampledCandidates:
-    """Our function of the case's name, called as the case called TensorFlow's."""
+    """Call our function for the case's op with the case's arguments."""
     function = getattr(tensorflow, str(case.meta["op"]).rpartition(".")[2])
     true_classes = torch.from_numpy(case["true_classes"])
     own = fixed_unigram_arguments(case) if kind_of(case) == "fixed_unigram" else {}
@@ -119,7 +119,7 @@ def call(case: Case, seed: int) -> tensorflow.SampledCandidates:
 
 @candidate_sampler
 def test_the_functions_give_what_tensorflows_give(case: Case) -> None:
-    """Shapes, dtypes, ids of p > 0, distinct ones if asked, and one number of tries behind every expected count."""
+    """Shapes and dtypes are equal, ids have p > 0 and are distinct if requested, and one num_tries fits all counts."""
     p, num_sampled = expected_probability(case), case.meta["num_sampled"]
     for seed in range(5):
         values = call(case, seed)
@@ -140,7 +140,7 @@ def test_the_functions_give_what_tensorflows_give(case: Case) -> None:
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_all_candidates_are_tensorflows(case: Case) -> None:
-    """Every class in order, each with Q = 1."""
+    """Every class is returned in order, each with Q = 1."""
     values = call(case, 0)
     np.testing.assert_array_equal(values.sampled_candidates.numpy(), case["sampled"][0])
     np.testing.assert_array_equal(values.true_expected_count.numpy()[:, 0], case["true_expected_count"][0])
@@ -149,7 +149,7 @@ def test_all_candidates_are_tensorflows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in random_cases() if "empirical_frequency" in case], ids=str)
 def test_frequencies_are_tensorflows(case: Case) -> None:
-    """Draws with repeats, and inclusions in distinct batches, as often as the framework gave them."""
+    """Draws with repeats, and inclusions in distinct batches, are as frequent as in the framework."""
     distribution, num = distribution_of(case), case.meta["empirical_n"]
     if case.meta["unique"]:
         batches = [sampling.draw(distribution, case.meta["num_sampled"], True, 41, k).sampled for k in range(num)]
@@ -165,7 +165,7 @@ def test_frequencies_are_tensorflows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", load("tf_learned_unigram"), ids=str)
 def test_learned_counts_equal_tensorflows(case: Case) -> None:
-    """Q of each call's true and sampled classes, when every call before has added its true classes."""
+    """Q of each call's true and sampled classes equals TensorFlow's after all earlier calls added their labels."""
     counts = sampling.LearnedCounts(case.meta["range_max"])
     num_sampled, unique = case.meta["num_sampled"], case.meta["unique"]
     for k, true_classes in enumerate(case["true_classes"]):
@@ -180,7 +180,7 @@ def test_learned_counts_equal_tensorflows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", load("tf_learned_unigram"), ids=str)
 def test_the_learned_sampler_learns_as_tensorflows(case: Case) -> None:
-    """The same calls in the same order on one sampler of ours: the same p behind the expected counts of each."""
+    """The same calls in the same order give expected counts that follow from the same p."""
     num_sampled, unique = case.meta["num_sampled"], case.meta["unique"]
     num_true = case["true_classes"].shape[2]
     sampler = tensorflow.LearnedUnigramCandidateSampler(num_true, num_sampled, unique, case.meta["range_max"], seed=5)
@@ -204,7 +204,7 @@ def test_the_learned_sampler_learns_as_tensorflows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", load("tf_accidental_hits"), ids=str)
 def test_accidental_hits_are_tensorflows(case: Case) -> None:
-    """The same rows, places and weights, in the same order and dtypes."""
+    """The rows, places and weights are the same, in the same order and dtypes."""
     hits = tensorflow.compute_accidental_hits(
         torch.from_numpy(case["labels"]), torch.from_numpy(case["sampled"]), case.meta["num_true"]
     )
@@ -215,7 +215,7 @@ def test_accidental_hits_are_tensorflows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", load("paddle_class_center_sample"), ids=str)
 def test_class_centers_have_paddles_properties(case: Case) -> None:
-    """As many ids; Paddle's positives in front, at Paddle's places; then distinct ids that are no label."""
+    """There are as many ids: Paddle's positives first, at Paddle's places, then distinct ids that are not labels."""
     labels, theirs = case["label"], case["sampled_class_center"]
     num_positives = len(set(labels.tolist()))
     for step in range(7):

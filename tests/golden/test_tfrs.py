@@ -1,4 +1,4 @@
-"""The retrieval loss is that of TensorFlow Recommenders, however the table of candidates is cut."""
+"""The retrieval loss equals that of TensorFlow Recommenders for every cut of the table of candidates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .cases import Case, Cut, assert_matches, load
 from .tables import Tables, dense, runs
 
 TFRS = load("tfrs_retrieval")
-TOLERANCE = 5e-6  # the README's for float32
+TOLERANCE = 5e-6  # the README's tolerance for float32
 LEARNING_RATE = 0.375  # exact in float32, so only the gradient's own rounding shows
 
 
 def loss_of(case: Case) -> shardloss.SampledSoftmax:
-    """The loss of one case as the contract says it: the table's classes are the candidates, in their order.
+    """Return the loss of a case: the classes of the table are the candidates, in their order.
 
-    The row's own candidate is its label, so it leaves the sampled columns: by its place where hits are kept.
+    A row's own candidate is its label, so it is removed from the sampled columns; if hits are kept, its place is used.
     """
     num_queries, num_candidates = len(case["query"]), len(case["candidates"])
     places = np.arange(num_candidates)
@@ -35,7 +35,7 @@ def loss_of(case: Case) -> shardloss.SampledSoftmax:
 
 @pytest.mark.parametrize("where, case, cut", runs(TFRS))
 def test_loss_and_gradients_equal_tfrs(tables: Tables, case: Case, cut: Cut) -> None:
-    """The weighted sum of the losses, and its gradients in queries and candidates."""
+    """The weighted sum of the losses and its gradients in queries and candidates equal those of TFRS."""
     weight = case["sample_weight"] if case.meta["sample_weight"] else np.ones(len(case["query"]), np.float32)
     result = tables.filled(case["candidates"], None, cut).compute_loss(
         case["query"],
@@ -53,7 +53,7 @@ def test_loss_and_gradients_equal_tfrs(tables: Tables, case: Case, cut: Cut) -> 
 
 
 def task_of(case: Case) -> tfrs.Retrieval:
-    """The task as the case made it."""
+    """Return a task with the options of the case."""
     return tfrs.Retrieval(
         temperature=case.meta["temperature"],
         num_hard_negatives=case.meta["num_hard_negatives"],
@@ -63,7 +63,7 @@ def task_of(case: Case) -> tfrs.Retrieval:
 
 @pytest.mark.parametrize("where, case, cut", runs(TFRS))
 def test_the_task_gives_and_trains_what_tfrs_does(tables: Tables, case: Case, cut: Cut) -> None:
-    """Called as the case called it: loss, gradient of queries, and one step of SGD on the candidates."""
+    """Given the case's arguments, loss, gradient of queries and one SGD step on the candidates equal those of TFRS."""
     table = tables.fresh(case["candidates"], None, cut)
     try:
         optimizer = tfrs.optimizer(table, LEARNING_RATE)
@@ -86,7 +86,7 @@ def test_the_task_gives_and_trains_what_tfrs_does(tables: Tables, case: Case, cu
 
 
 def test_the_index_holds_what_is_tested() -> None:
-    """Every option is there with and without its effect."""
+    """The cases cover every option, both used and unused."""
     for option in (
         "temperature",
         "num_hard_negatives",

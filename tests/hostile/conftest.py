@@ -1,4 +1,4 @@
-"""Worlds to send bad requests to; a module says which server and connection they are of."""
+"""Worlds that receive bad requests; each test module defines the server and the connection they use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .world import World
 
 @pytest.fixture(scope="module")
 def worlds(server: Server, connection: shardloss.LossClient) -> Iterator[list[World]]:
-    """The present world, if there is one."""
+    """The module's reusable world: a list of one world, or empty."""
     worlds: list[World] = []
     yield worlds
     for world in worlds:
@@ -23,7 +23,7 @@ def worlds(server: Server, connection: shardloss.LossClient) -> Iterator[list[Wo
 
 @pytest.fixture
 def world(worlds: list[World], connection: shardloss.LossClient, server: Server, fresh_name: Any) -> Iterator[World]:
-    """A world that no test has touched: the last test's, if that test proved it to be as it was, else a new one."""
+    """An unmodified world: the previous test's if that test verified that it was unchanged, otherwise a new one."""
     world = worlds.pop() if worlds else World(server, connection, fresh_name())
     world.is_proven = False
     yield world

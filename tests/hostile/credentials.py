@@ -1,4 +1,4 @@
-"""Servers that ask who calls, and raw calls with any credentials."""
+"""Servers that authenticate their callers, and raw calls with arbitrary credentials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 @contextmanager
 def serving(security: Security, host: str = "127.0.0.1", socket: str = "") -> Iterator[Server]:
-    """A server with these settings over one worker thread, on free ports."""
+    """Run a server with these security settings over one worker thread, on free ports."""
     group = LocalGroup(1)
     server = Server(group, ServerConfig(replace(ANY_PORT, host=host, socket=socket), security=security))
     server.start()
@@ -39,7 +39,7 @@ def serving(security: Security, host: str = "127.0.0.1", socket: str = "") -> It
 
 @dataclass(frozen=True)
 class Secrets:
-    """A folder of token files: one a role, an expired one, and what the server reads."""
+    """A folder with a valid and an expired token file per role, and the tokens file that the server reads."""
 
     folder: Path
 
@@ -52,7 +52,7 @@ class Secrets:
 
 
 def secrets_in(folder: Path) -> Secrets:
-    """Tokens of every role, and one of each that has expired."""
+    """Create a valid and an expired token for every role in the folder."""
     init(folder)
     for word, role in ROLES.items():
         name = f"expired-{word}"
@@ -62,7 +62,7 @@ def secrets_in(folder: Path) -> Secrets:
 
 
 def all_methods() -> list[MethodDescriptor]:
-    """Every RPC of every service of every stub: a new one is among them by itself."""
+    """Return every RPC of every service of every stub; new RPCs are included automatically."""
     modules = [importlib.import_module(f"shardloss.v1.{each.name}") for each in pkgutil.iter_modules(v1.__path__)]
     files = [module.DESCRIPTOR for module in modules if hasattr(module, "DESCRIPTOR")]
     return [method for file in files for service in file.services_by_name.values() for method in service.methods]
@@ -73,14 +73,14 @@ def path_of(method: MethodDescriptor) -> str:
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata of a token."""
+    """Return the call metadata that presents a token; empty for None."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
 def code_of(
     channel: grpc.Channel, path: str, metadata: tuple[tuple[str, str], ...] = (), streams: bool = False
 ) -> tuple[str, str]:
-    """(status, message) of a call with an empty message."""
+    """Call an RPC with an empty message and return (status, details)."""
     try:
         if streams:
             list(channel.stream_stream(path)(iter([b""]), timeout=TRY_S, metadata=metadata))
@@ -92,7 +92,7 @@ def code_of(
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> bool:
-    """Whether it comes to hold before the time is up."""
+    """Poll a condition and return True if it becomes true within the time limit."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if holds():

@@ -1,4 +1,4 @@
-"""As little HTTP/2 as it takes to open gRPC calls on a bare socket and then not to go on."""
+"""A minimal HTTP/2 client that opens gRPC calls on a bare socket and then leaves them unfinished."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    """One frame (RFC 9113, section 4.1)."""
+    """Encode one frame (RFC 9113, section 4.1)."""
     return struct.pack("!I", len(body))[1:] + struct.pack("!BBI", kind, flags, stream) + body
 
 
 def literal(text: str) -> bytes:
-    """A string of a header, without Huffman coding (RFC 7541, section 5.2)."""
+    """Encode a header string without Huffman coding (RFC 7541, section 5.2)."""
     assert len(text) < 127
     return bytes([len(text)]) + text.encode()
 
 
 class Connection:
-    """A connection that opens calls. window is how many bytes of each reply it takes: 0 reads none."""
+    """A connection that opens calls. window is the number of bytes of each reply that it accepts: 0 accepts none."""
 
     def __init__(self, address: str, window: int = 65_535) -> None:
         host, port = address.rsplit(":", 1)
@@ -40,7 +40,7 @@ class Connection:
         self.close()
 
     def call(self, method: str, sent: bytes = b"", *, is_whole: bool = False) -> None:
-        """Open a call and send so much of it; is_whole says that nothing more comes."""
+        """Open a call and send these bytes of its request; is_whole=True also ends the request."""
         headers = {
             ":method": "POST",
             ":scheme": "http",

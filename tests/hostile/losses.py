@@ -1,4 +1,4 @@
-"""Good requests of every loss and option, for a test to spoil."""
+"""Valid requests of every loss and option, which the tests corrupt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KIND = loss_pb2.Sampler
 
 
 def one_label(world: World) -> loss_pb2.ComputeLossRequest:
-    """The full softmax of one label a row."""
+    """Return a full softmax request with one label per row."""
     request = world.full()
     request.labels.CopyFrom(wire.encode(1 + np.arange(N) % 6))
     return request
@@ -48,7 +48,7 @@ def nce(world: World) -> loss_pb2.ComputeLossRequest:
 
 
 def own_values(world: World) -> loss_pb2.ComputeLossRequest:
-    """Candidates of each row's own."""
+    """Return a sampled softmax request in which each row has its own candidates."""
     request = world.values()
     values = request.sampled_softmax.sampled_values
     values.sampled.CopyFrom(wire.encode(np.arange(N * S).reshape(N, S) % V))
@@ -82,7 +82,7 @@ def partial_fc(world: World) -> loss_pb2.ComputeLossRequest:
 
 
 def counted(world: World) -> loss_pb2.ComputeLossRequest:
-    """Drawn by the counts of the table "counted"."""
+    """Return a request whose candidates are drawn by the class counts of the table "counted"."""
     request = one_label(world)
     request.table = "counted"
     sampler = request.sampled_softmax.sampler

@@ -1,4 +1,4 @@
-"""Requests gone wrong: in their fields, as a careless or hostile caller would, and in their bytes."""
+"""Mutated requests: with wrong fields, as from a careless or hostile caller, or with corrupted bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Field = FieldDescriptor
 
 
 def mutant(message: Message, donor: Message, rng: np.random.Generator) -> Message:
-    """A copy with some of its fields changed, on any level; submessages may come from the donor."""
+    """Return a copy in which some fields, at any depth, are changed; submessages may be copied from the donor."""
     copy = type(message)()
     copy.CopyFrom(message)
     for _ in range(int(rng.integers(1, 4))):
@@ -26,7 +26,7 @@ def mutant(message: Message, donor: Message, rng: np.random.Generator) -> Messag
 
 
 def change_(message: Message, donor: Message, rng: np.random.Generator) -> None:
-    """Change one field, or go down into one."""
+    """Change one field, or one inside a submessage."""
     fields = list(message.DESCRIPTOR.fields)
     if not fields:
         return
@@ -45,7 +45,7 @@ def change_(message: Message, donor: Message, rng: np.random.Generator) -> None:
 
 
 def change_submessage_(message: Message, field: Field, donor: Message, rng: np.random.Generator) -> None:
-    """Go down, set it empty, or take the donor's."""
+    """Change a field inside the submessage, or replace the submessage by an empty one or one of the donor's."""
     below = getattr(message, field.name)
     if rng.random() < 0.7 and message.HasField(field.name):
         change_(below, donor, rng)
@@ -57,7 +57,7 @@ def change_submessage_(message: Message, field: Field, donor: Message, rng: np.r
 
 
 def change_repeated_(values: Any, field: Field, donor: Message, rng: np.random.Generator) -> None:
-    """Add one, take one away, or change one."""
+    """Add, remove or change one value of a repeated field."""
     if len(values) and rng.random() < 0.3:
         del values[int(rng.integers(len(values)))]
     elif field.type == Field.TYPE_MESSAGE:
@@ -70,7 +70,7 @@ def change_repeated_(values: Any, field: Field, donor: Message, rng: np.random.G
 
 
 def value(field: Field, old: Any, rng: np.random.Generator) -> Any:
-    """Another value of a scalar field."""
+    """Return another value for a scalar field."""
     kind = field.cpp_type
     if field.type == Field.TYPE_BYTES:
         return noisy(old, rng)
@@ -86,7 +86,7 @@ def value(field: Field, old: Any, rng: np.random.Generator) -> Any:
 
 
 def fitting(number: int, kind: int) -> int:
-    """A number that the field's type holds: others cannot be sent."""
+    """Wrap a number into the range of the field's type, because others cannot be sent."""
     bits = 32 if kind in (Field.CPPTYPE_INT32, Field.CPPTYPE_UINT32) else 64
     if kind in (Field.CPPTYPE_UINT32, Field.CPPTYPE_UINT64):
         return number % 2**bits
@@ -94,7 +94,7 @@ def fitting(number: int, kind: int) -> int:
 
 
 def noisy(old: bytes, rng: np.random.Generator) -> bytes:
-    """Numbers that are extreme or not finite in places, or too few or too many bytes."""
+    """Insert extreme or non-finite numbers into a tensor's bytes, or return too few or too many bytes."""
     if not old or rng.random() < 0.3:
         return old[: int(rng.integers(len(old) + 1))] + NUMBERS[: int(rng.integers(16))]
     start = int(rng.integers(len(old)))
@@ -103,7 +103,7 @@ def noisy(old: bytes, rng: np.random.Generator) -> bytes:
 
 
 def of_type(message: Message, name: str) -> list[Message]:
-    """Every submessage of a type."""
+    """Return the message itself and all its submessages that have the given type."""
     found = [message] if message.DESCRIPTOR.full_name == name else []
     for field, content in message.ListFields():
         if field.type == Field.TYPE_MESSAGE:
@@ -113,7 +113,7 @@ def of_type(message: Message, name: str) -> list[Message]:
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """One of the ways in which bytes go wrong."""
+    """Corrupt bytes in one of several ways: random, truncated, inserted, overwritten, repeated or flipped."""
     place, noise = int(rng.integers(len(content) + 1)), rng.bytes(int(rng.integers(1, 12)))
     before, after = content[:place], content[place:]
     flipped = bytearray(content or b"\0")

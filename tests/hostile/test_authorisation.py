@@ -1,4 +1,4 @@
-"""Every RPC asks for the role that it declares, whoever calls, on both ports; nothing is open by default."""
+"""Every RPC requires the role that it declares, on both ports and from every caller; nothing is open by default."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ports(server: Server) -> Iterator[dict[str, grpc.Channel]]:
 
 @pytest.fixture(scope="module")
 def served(ports: dict[str, grpc.Channel], secrets: Secrets) -> dict[str, list[grpc.Channel]]:
-    """The ports that serve each method."""
+    """Return the ports that serve each method, by its path."""
     admin = bearer(secrets.token("admin"))
     return {
         path: [port for port in ports.values() if code_of(port, path, admin)[1] != "Method not found!"]
@@ -63,7 +63,7 @@ def served(ports: dict[str, grpc.Channel], secrets: Secrets) -> dict[str, list[g
 def test_every_rpc_takes_its_role_and_higher_ones_alone(
     method: MethodDescriptor, ports: dict[str, grpc.Channel], served: dict[str, list[grpc.Channel]], secrets: Secrets
 ) -> None:
-    """No, wrong and expired credentials are UNAUTHENTICATED; a lower role PERMISSION_DENIED; others are let in."""
+    """Missing, wrong or expired tokens are UNAUTHENTICATED, lower roles PERMISSION_DENIED; others are admitted."""
     path, streams = path_of(method), method.client_streaming
     needed = Role(method.GetOptions().Extensions[options_pb2.required_role])
     assert served[path], f"no port serves {path}"
@@ -97,7 +97,7 @@ def test_every_rpc_takes_its_role_and_higher_ones_alone(
 def test_a_refusal_says_which_and_shows_nothing(
     ports: dict[str, grpc.Channel], metadata: tuple[tuple[str, str], ...], words: str
 ) -> None:
-    """None, malformed or unknown: the message says so, with our reason, and never repeats what came."""
+    """The message says whether the token is missing, malformed or unknown, and never repeats the credentials."""
     with pytest.raises(grpc.RpcError) as caught:
         ports["data"].unary_unary("/shardloss.v1.ServerService/GetServerInfo")(b"", timeout=10, metadata=metadata)
     error = error_of(caught.value)
@@ -108,13 +108,13 @@ def test_a_refusal_says_which_and_shows_nothing(
 
 
 def test_the_scheme_is_read_without_case(ports: dict[str, grpc.Channel], secrets: Secrets) -> None:
-    """As HTTP has it."""
+    """The scheme "Bearer" is case-insensitive, as in HTTP."""
     metadata = (("authorization", f"bEARER   {secrets.token('reader')}"),)
     assert code_of(ports["data"], "/shardloss.v1.ServerService/GetServerInfo", metadata)[0] == "OK"
 
 
 def test_a_refusal_reads_no_message(ports: dict[str, grpc.Channel]) -> None:
-    """A stream whose client sends nothing is refused all the same."""
+    """A stream is refused even if its client never sends a message."""
     ended = threading.Event()
 
     def nothing() -> Iterator[bytes]:
@@ -130,7 +130,7 @@ def test_a_refusal_reads_no_message(ports: dict[str, grpc.Channel]) -> None:
 
 
 def test_health_asks_for_nothing_and_reflection_for_a_reader(ports: dict[str, grpc.Channel], secrets: Secrets) -> None:
-    """Probes have no tokens; what is served is for who may call it."""
+    """Probes need no token for the health service; listing the services requires at least the role reader."""
     ask = [reflection_pb2.ServerReflectionRequest(list_services="")]
     for port in ports.values():
         health = health_pb2_grpc.HealthStub(port)
@@ -146,7 +146,7 @@ def test_health_asks_for_nothing_and_reflection_for_a_reader(ports: dict[str, gr
 
 
 def test_every_service_that_reflection_names_is_in_the_table(ports: dict[str, grpc.Channel], secrets: Secrets) -> None:
-    """Nothing of ours is served beside what the first test calls."""
+    """Besides health and reflection, the server serves only the services whose methods the first test calls."""
     ours = {method.containing_service.full_name for method in METHODS}
     ask, metadata = [reflection_pb2.ServerReflectionRequest(list_services="")], bearer(secrets.token("reader"))
     named = set()
@@ -158,7 +158,7 @@ def test_every_service_that_reflection_names_is_in_the_table(ports: dict[str, gr
 
 
 def test_unknown_methods_are_refused_first(ports: dict[str, grpc.Channel], secrets: Secrets) -> None:
-    """Who has no token learns not even what there is."""
+    """A caller without a token cannot find out which methods exist."""
     path = "/shardloss.v1.LossService/NoSuchMethod"
     assert code_of(ports["data"], path)[0] == "UNAUTHENTICATED"
     assert code_of(ports["data"], path, bearer(secrets.token("admin")))[0] == "UNIMPLEMENTED"
@@ -166,7 +166,7 @@ def test_unknown_methods_are_refused_first(ports: dict[str, grpc.Channel], secre
 
 @pytest.mark.parametrize("with_tokens", [True, False])
 def test_a_method_without_a_role_is_refused_to_everyone(secrets: Secrets, with_tokens: bool) -> None:
-    """To an admin as well, and where nobody needs a token."""
+    """Even an admin is refused, and so is every caller of a server without tokens."""
     file = FileDescriptorProto(name="bare.proto", package="bare", syntax="proto3")
     file.message_type.add(name="Empty")
     service = file.service.add(name="Bare")
@@ -175,7 +175,7 @@ def test_a_method_without_a_role_is_refused_to_everyone(secrets: Secrets, with_t
     assert needed_role("/bare.Bare/Call") is None
     with serving(Security(tokens_file=secrets.tokens_file if with_tokens else None)) as server:
         handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
-        for path in ("/bare.Bare/Call", "/nowhere.Bare/Call"):  # declared without a role, and not declared at all
+        for path in ("/bare.Bare/Call", "/nowhere.Bare/Call"):  # declared without a role; not declared at all
             *_, name, method = path.split("/")
             server._data.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {method: handler}),))
             with grpc.insecure_channel(server.address) as channel:
@@ -184,7 +184,7 @@ def test_a_method_without_a_role_is_refused_to_everyone(secrets: Secrets, with_t
 
 
 def test_roles_are_the_contracts() -> None:
-    """Numbers and names of options.proto."""
+    """The roles have the numbers and names of options.proto."""
     declared = {name: number for name, number in options_pb2.Role.items() if number}
     assert declared == {f"ROLE_{role.name}": role.value for role in Role}
 
@@ -192,7 +192,7 @@ def test_roles_are_the_contracts() -> None:
 def test_tokens_change_without_a_restart(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new token is taken, a revoked one refused, and a broken file changes nothing but the log."""
+    """A new token is accepted and a revoked one is refused; a broken file is logged and otherwise ignored."""
     monkeypatch.setattr(token_files, "RELOAD_S", 0.02)
     own = secrets_in(tmp_path_factory.mktemp("changing"))
     with serving(Security(tokens_file=own.tokens_file)) as server, grpc.insecure_channel(server.address) as channel:
@@ -220,7 +220,7 @@ def test_tokens_change_without_a_restart(
 def test_a_new_token_is_taken_at_once(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client may find it in its file before the server has looked at its own again."""
+    """A new token is accepted even before the server's next periodic check of its tokens file."""
     monkeypatch.setattr(token_files, "RELOAD_S", 3600.0)
     own = secrets_in(tmp_path_factory.mktemp("at-once"))
     with serving(Security(tokens_file=own.tokens_file)) as server:
@@ -233,7 +233,7 @@ def test_a_new_token_is_taken_at_once(
 def test_a_client_follows_its_token_file(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token is rotated under a living client: where the old one is refused, the call goes again with the new."""
+    """When the token is rotated and the old one is refused, a connected client repeats the call with the new one."""
     monkeypatch.setattr(token_files, "RELOAD_S", 0.0)
     monkeypatch.setattr("shardloss.credentials.LOOK_AGAIN_S", 3600.0)
     own = secrets_in(tmp_path_factory.mktemp("rotating"))
@@ -249,7 +249,7 @@ def test_a_client_follows_its_token_file(
         os.replace(own.folder / "next.token", token_file)
         token_files.revoke(own.tokens_file, "mine-1")
         own_renew, bearer_of = client.channel._bearer.renew, client.channel._bearer
-        monkeypatch.setattr(bearer_of, "renew", lambda: own_renew() and own_renew())  # another call's came before ours
+        monkeypatch.setattr(bearer_of, "renew", lambda: own_renew() and own_renew())  # another call renewed it first
         for rows in (7, 250_000):  # one message, and a stream
             loss = table.compute_loss(np.zeros((rows, 3), np.float32), np.ones((rows, 1), int), shardloss.FullSoftmax())
             assert loss.loss.shape == (rows,)
@@ -268,15 +268,15 @@ def test_a_client_follows_its_token_file(
 def test_a_client_sees_named_errors(
     server: Server, secrets: Secrets, word: str, call: Callable[[shardloss.LossClient], object], error: type[Exception]
 ) -> None:
-    """And at once: a refusal is not repeated."""
+    """A refusal raises the specific error at once; the client does not repeat the call."""
     began = time.monotonic()
     with pytest.raises(error), shardloss.connect(server.address, token=secrets.token(word)) as client:
         call(client)
-    assert time.monotonic() - began < 30  # a client repeats what is not refused for 60 s
+    assert time.monotonic() - began < 30  # a transient failure would be repeated for 60 s
 
 
 def test_a_socket_asks_for_tokens_too(secrets: Secrets, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Plaintext, since it never leaves the machine."""
+    """A Unix socket is plaintext, because it never leaves the machine, but it requires a token as well."""
     path = tmp_path_factory.mktemp("s") / "s"
     with serving(Security(tokens_file=secrets.tokens_file), socket=str(path)):
         with pytest.raises(Unauthenticated):

@@ -1,4 +1,4 @@
-"""Every malformed request is refused by name and leaves the table, its tickets and the server as they were."""
+"""Every malformed request gets a specific error and leaves the table, its tickets and the server unchanged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Edit = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Bad:
-    """A request, what spoils it, and how it is refused: class, field and the first offending index."""
+    """A valid request, the edit that makes it invalid, and the expected error: class, field, first offending index."""
 
     what: str
     request: Callable[[World], Message]
@@ -66,19 +66,19 @@ class Bad:
 
 
 def at(message: Any, path: str) -> Any:
-    """The message or value at a dotted path; "parts.0" is the first of a list."""
+    """Return the message or value at a dotted path; "parts.0" is the first element of the list `parts`."""
     for name in path.split("."):
         message = message[int(name)] if name.isdigit() else getattr(message, name)
     return message
 
 
 def put(path: str, array: np.ndarray | list[Any]) -> Edit:
-    """Replace a tensor."""
+    """Return an edit that replaces a tensor."""
     return lambda message: at(message, path).CopyFrom(wire.encode(np.asarray(array)))
 
 
 def cell(path: str, index: tuple[int, ...], value: float) -> Edit:
-    """Overwrite one element of a tensor, widened to float64 where it is a float."""
+    """Return an edit that overwrites one element of a tensor; a floating-point tensor becomes float64."""
 
     def edit(message: Any) -> None:
         array = wire.decode(at(message, path), path).copy()
@@ -90,7 +90,7 @@ def cell(path: str, index: tuple[int, ...], value: float) -> Edit:
 
 
 def let(path: str, value: object) -> Edit:
-    """Set a number, a string or an enum."""
+    """Return an edit that sets a number, a string or an enum."""
 
     def edit(message: Any) -> None:
         *owner, name = path.split(".")
@@ -100,7 +100,7 @@ def let(path: str, value: object) -> Edit:
 
 
 def both(*edits: Edit) -> Edit:
-    """Several edits in order."""
+    """Return an edit that applies several edits in order."""
 
     def edit(message: Any) -> None:
         for one in edits:
@@ -110,12 +110,12 @@ def both(*edits: Edit) -> Edit:
 
 
 def drop(field: str) -> Edit:
-    """Leave a field out."""
+    """Return an edit that clears a field."""
     return lambda message: message.ClearField(field)
 
 
 def shape(path: str, *sizes: int) -> Edit:
-    """Claim another shape for the same bytes."""
+    """Return an edit that claims another shape for the same bytes."""
 
     def edit(message: Any) -> None:
         del at(message, path).shape[:]
@@ -125,7 +125,7 @@ def shape(path: str, *sizes: int) -> Edit:
 
 
 def inline(path: str, change: Callable[[bytes], bytes]) -> Edit:
-    """Change a tensor's bytes."""
+    """Return an edit that changes a tensor's inline bytes."""
 
     def edit(message: Any) -> None:
         at(message, path).inline = change(at(message, path).inline)
@@ -134,7 +134,7 @@ def inline(path: str, change: Callable[[bytes], bytes]) -> Edit:
 
 
 def touch(path: str) -> Edit:
-    """Make a message present, empty."""
+    """Return an edit that makes a submessage present but leaves it empty."""
     return lambda message: at(message, path).SetInParent()
 
 
@@ -145,7 +145,7 @@ def name_it(name: str) -> Edit:
 def tensors(
     request: Callable[[World], Message], path: str, field: str, sizes: tuple[int, ...], wrong: str
 ) -> list[Bad]:
-    """What is wrong with any tensor: dtype, shape, bytes, storage. `wrong` is a dtype that this field does not take."""
+    """Return the cases common to all tensors: dtype, shape, bytes, storage; the field does not accept dtype `wrong`."""
     count = int(np.prod(sizes))
 
     def bad(what: str, spoil: Edit, error: type[ShardlossError] = InvalidArgument) -> Bad:
@@ -173,7 +173,7 @@ def tensors(
 
 
 def not_finite(request: Callable[[World], Message], path: str, field: str, index: tuple[int, ...]) -> list[Bad]:
-    """Floats must be finite, also once they are in the table's float32."""
+    """Return cases of floats that are not finite, or not finite once converted to the table's float32."""
     values = {"nan": NAN, "inf": INF, "minus inf": -INF, "beyond float32": BEYOND, "below minus float32": -BEYOND}
     return [
         Bad(f"{path} {what}", request, cell(path, index, value), InvalidArgument, field, index)
@@ -184,7 +184,7 @@ def not_finite(request: Callable[[World], Message], path: str, field: str, index
 def not_a_class(
     request: Callable[[World], Message], path: str, field: str, index: tuple[int, ...], error: Any = InvalidArgument
 ) -> list[Bad]:
-    """Class ids are in [0, V)."""
+    """Return cases of class ids outside [0, V)."""
     values = {"minus one": -1, "num_classes": V, "beyond int32": 2**40, "least int64": -(2**63), "most": 2**63 - 1}
     return [
         Bad(f"{path} {what}", request, cell(path, index, value), error, field, index) for what, value in values.items()
@@ -192,7 +192,7 @@ def not_a_class(
 
 
 def not_a_count(path: str, field: str, index: tuple[int, ...]) -> list[Bad]:
-    """Q is positive and finite."""
+    """Return cases of expected counts Q that are not positive and finite."""
     values = {"zero": 0.0, "negative": -0.5, "nan": NAN, "inf": INF}
     return [
         Bad(f"{path} {what}", World.values, cell(path, index, value), InvalidArgument, field, index)
@@ -201,19 +201,19 @@ def not_a_count(path: str, field: str, index: tuple[int, ...]) -> list[Bad]:
 
 
 def not_a_rate(request: Callable[[World], Message], path: str) -> list[Bad]:
-    """A learning rate is finite in float32 and not negative."""
+    """Return cases of learning rates that are negative, or not finite in float32."""
     values = {"negative": -0.1, "nan": NAN, "inf": INF, "beyond float32": BEYOND}
     return [Bad(f"{path} {what}", request, let(path, value), InvalidArgument, path) for what, value in values.items()]
 
 
 def not_a_factor(request: Callable[[World], Message], path: str) -> list[Bad]:
-    """What logits are multiplied by, or bounded to, is positive and finite."""
+    """Return cases of a scale or soft cap of the logits that is not positive and finite."""
     values = {"zero": 0.0, "negative": -1.0, "nan": NAN, "inf": INF, "minus inf": -INF}
     return [Bad(f"{path} {what}", request, let(path, value), InvalidArgument, path) for what, value in values.items()]
 
 
 def bad(request: Callable[[World], Message], error: type[ShardlossError], *rows: tuple[Any, ...]) -> list[Bad]:
-    """Rows of (what, spoil, field[, index]) with one request and one error."""
+    """Return a case per (what, spoil, field[, index]), all with the same request and error class."""
     return [Bad(what, request, spoil, error, field, *index) for what, spoil, field, *index in rows]
 
 
@@ -698,7 +698,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def connection(server: Server) -> Iterator[shardloss.LossClient]:
-    """A client, and tables beside the worlds': without biases, of bfloat16, of more classes than a batch has rows."""
+    """A client, with three more tables: without biases, in bfloat16, and with more classes than a batch has rows."""
     with shardloss.connect(server.address) as client:
         client.create_table("no-bias", num_classes=V, dim=D, bias=False)
         client.create_table("bfloat16", num_classes=V, dim=D, dtype="bfloat16")
@@ -707,7 +707,7 @@ def connection(server: Server) -> Iterator[shardloss.LossClient]:
 
 
 def assert_refused(world: World, row: Bad) -> None:
-    """The row's error, naming its field and first index; what the world holds stays."""
+    """Assert that a case is refused with its error, field and first index, and that the world is unchanged."""
     request = row.request(world)
     row.spoil(request)
     with pytest.raises(ShardlossError) as caught:
@@ -723,7 +723,7 @@ def assert_refused(world: World, row: Bad) -> None:
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_bad_request_is_refused_by_name_and_changes_nothing(world: World, row: Bad) -> None:
-    """The error's class, field and first index are those of the table above; rows, version and tickets stay."""
+    """The error has the class, field and first index listed above; rows, version and tickets are unchanged."""
     assert_refused(world, row)
 
 
@@ -732,13 +732,13 @@ BASES = sorted({row.request for row in TABLE}, key=lambda request: request.__nam
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 def test_a_request_that_is_spoiled_is_good(world: World, base: Callable[[World], Any]) -> None:
-    """Each request of the table is answered as it stands, so what refuses a row is what the row spoils."""
+    """Every request above is answered when unmodified, so a refusal is caused by the edit and nothing else."""
     request = base(world)
     once(world.method(request), request)
 
 
 def test_a_table_too_many_is_refused(world: World) -> None:
-    """max_tables tables exist; the next is LimitExceeded, and an existing one is still answered."""
+    """If max_tables tables exist, creating another raises LimitExceeded; re-creating an existing one still succeeds."""
     num_free = LIMITS.max_tables - len(world.client.list_tables())
     made = [world.client.create_table(f"small-{i}", num_classes=1, dim=1) for i in range(num_free)]
     with pytest.raises(LimitExceeded) as caught:
@@ -752,7 +752,7 @@ def test_a_table_too_many_is_refused(world: World) -> None:
 
 @pytest.mark.parametrize("base", [World.full, World.drawn, World.values], ids=lambda base: base.__name__)
 def test_a_batch_without_rows_is_legal(world: World, base: Callable[[World], Any]) -> None:
-    """N = 0 gives [0] losses, a [0, D] hidden gradient and a table gradient of zeros."""
+    """A batch with N = 0 yields losses [0], a hidden gradient [0, D] and a table gradient of zeros."""
     request = base(world)
     put("hidden", np.zeros((0, D)))(request)
     put("labels", np.zeros((0, T), int))(request)
@@ -768,7 +768,7 @@ def test_a_batch_without_rows_is_legal(world: World, base: Callable[[World], Any
 
 @pytest.mark.parametrize("count", [1e-300, 1e300])
 def test_an_expected_count_beyond_float32_is_legal(world: World, count: float) -> None:
-    """Only log Q enters the loss, so a Q that float32 cannot hold gives a finite loss."""
+    """Only log Q enters the loss, so the loss is finite even if float32 cannot represent Q."""
     request = world.values()
     put(VALUES + "true_expected_count", np.full((N, T), count))(request)
     put(VALUES + "sampled_expected_count", np.full(S, count))(request)
@@ -783,7 +783,7 @@ def test_an_expected_count_beyond_float32_is_legal(world: World, count: float) -
 
 
 def test_a_step_without_rows_is_legal(world: World) -> None:
-    """N = 0 opens a ticket and commits: one version more, not a bit of a row moved."""
+    """A batch with N = 0 opens a ticket and commits: the version increases by one and no bit of a row changes."""
     request = world.keyed()
     put("hidden", np.zeros((0, D)))(request)
     put("labels", np.zeros((0, T), int))(request)
@@ -796,7 +796,7 @@ def test_a_step_without_rows_is_legal(world: World) -> None:
 
 
 def test_questions_without_rows_are_legal(world: World) -> None:
-    """N = 0 gets answers of 0 rows from every exact question, and ReadRows of no ids an empty table."""
+    """Every exact question with N = 0 is answered with 0 rows, and ReadRows without ids returns [0, D]."""
     hidden = np.zeros((0, D))
     evaluation = world.table.evaluate(hidden, np.zeros(0, int))
     assert (evaluation.loss.shape, evaluation.rank.shape) == ((0,), (0,))

@@ -1,4 +1,4 @@
-"""Every malformed option of a loss is refused by name and leaves the table, its tickets and the server as they were."""
+"""Every malformed loss option gets a specific error and leaves the table, its tickets and the server unchanged."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ from .test_bad_input import (
 from .world import LIMITS, MAX_SAMPLED, MAX_TOP_K, D, N, S, T, V, World, once, serving
 
 HUGE = 2**62
-COUNTS = np.array([0, 3, 1, 2, 5, 1, 2, 0, 1, 4, 1.0])  # of the table "counted": classes 0 and 7 are never drawn
+COUNTS = np.array([0, 3, 1, 2, 5, 1, 2, 0, 1, 4, 1.0])  # for the table "counted": classes 0 and 7 are never drawn
 SAMPLED = "sampled_softmax."
 VALUES, SAMPLER, MIXTURE = SAMPLED + "sampled_values.", SAMPLED + "sampler.", SAMPLED + "sampler.mixture."
 
 
-# How they are refused
+# Refusals
 
 
 def drop_in(path: str, field: str) -> Edit:
-    """Leave a field of an inner message out."""
+    """Return an edit that clears a field of a submessage."""
     return lambda message: at(message, path).ClearField(field)
 
 
@@ -66,7 +66,7 @@ LOGITS = [
     *[
         Bad(f"logits.{name} = {value}", World.full, let(f"logits.{name}", value), InvalidArgument, f"logits.{name}")
         for name in ("scale", "soft_cap")
-        for value in (0.0, -1.0, NAN, INF, BEYOND, 1e-300)  # the last one is 0 in the table's float32
+        for value in (0.0, -1.0, NAN, INF, BEYOND, 1e-300)  # 1e-300 is 0 in the table's float32
     ],
     *[
         Bad(f"label_smoothing = {value}", World.full, let("full_softmax.label_smoothing", value), *rest)
@@ -339,7 +339,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def connection(server: Server) -> Iterator[shardloss.LossClient]:
-    """A client, and tables beside the worlds': without biases, of counts that are written, of many classes."""
+    """A client, with three more tables: without biases, with class counts, and with many classes."""
     with shardloss.connect(server.address) as client:
         client.create_table("no-bias", num_classes=V, dim=D, bias=False, initializer=shardloss.Normal(0.5))
         client.create_table("counted", num_classes=V, dim=D, count_labels=True).write_class_counts(COUNTS)
@@ -349,7 +349,7 @@ def connection(server: Server) -> Iterator[shardloss.LossClient]:
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_bad_loss_is_refused_by_name_and_changes_nothing(world: World, row: Bad) -> None:
-    """The error's class, field and first index are those of the table above; rows, version and tickets stay."""
+    """The error has the class, field and first index listed above; rows, version and tickets are unchanged."""
     assert_refused(world, row)
 
 
@@ -358,13 +358,13 @@ BASES = sorted({row.request for row in TABLE}, key=lambda request: request.__nam
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 def test_a_request_that_is_spoiled_is_good(world: World, base: Callable[[World], Message]) -> None:
-    """Each request of the table is answered as it stands, so what refuses a row is what the row spoils."""
+    """Every request above is answered when unmodified, so a refusal is caused by the edit and nothing else."""
     request = base(world)
     once(world.method(request), request)
 
 
 def test_a_label_without_a_count_needs_no_log_q(world: World) -> None:
-    """Negative sampling does not correct its logits: there such a label is legal."""
+    """A label with count 0 is legal in negative sampling, which does not correct the logits by log Q."""
     request = counted(world)
     request.labels.CopyFrom(wire.encode(np.zeros(N, int)))
     sampler = request.sampled_softmax.sampler
@@ -378,7 +378,7 @@ def test_a_label_without_a_count_needs_no_log_q(world: World) -> None:
 
 
 def test_the_gradient_of_the_scale_is_of_the_loss_dtype(world: World) -> None:
-    """FLOAT32 for a float32 table."""
+    """The gradient of the scale has the dtype of the loss: float32 for a float32 table."""
     request = smoothed(world)
     request.want_scale_grad = True
     reply = once(world.client.losses.ComputeLoss, request)
@@ -386,7 +386,7 @@ def test_the_gradient_of_the_scale_is_of_the_loss_dtype(world: World) -> None:
 
 
 def test_class_counts_are_written_in_ranges(world: World) -> None:
-    """What is not written stays, at first 0; a repeat changes nothing."""
+    """Classes outside the written range keep their counts, initially 0; repeating a write changes nothing."""
     for _ in range(2):
         once(world.client.tables.WriteClassCounts, write_counts(world))
     sample = loss_pb2.SampleCandidatesRequest(table=world.name, labels=wire.encode(np.arange(V)))

@@ -1,7 +1,7 @@
-"""Wire fuzz: requests gone wrong in fields and bytes, a fixed number here; `make fuzz` goes on for SHARDLOSS_FUZZ_S.
+"""Wire fuzzing with mutated requests: a fixed number here; `make fuzz` runs for SHARDLOSS_FUZZ_S seconds.
 
-A request is answered, or refused by a reason of the contract that is no bug of ours; the server lives on, and a table
-that no request names is what it was, to the bit. A failure prints the bytes that it takes.
+Each request is answered, or refused with a reason of the contract other than a server bug. The server keeps running,
+and a table that no request names stays bitwise unchanged. A failure prints the bytes that reproduce it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = int(os.environ.get("SHARDLOSS_FUZZ_SEED", "1"))
 SOCKET_SHARE = 0.2
 LEAST_CALLS, LEAST_CONNECTIONS = 4000, 600
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-KEEP = 200  # calls between two looks at the world; the prey is made anew then
+KEEP = 200  # calls between two checks of the world, when the prey is also created again
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def connection(server: Server) -> Iterator[shardloss.LossClient]:
 
 
 class Prey:
-    """A table beside the world that every request may change, and the good requests that are spoilt."""
+    """A table outside the world that every request may change, and the valid requests that are mutated."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.requests: dict[str, list[Message]] = {}
 
     def renew(self) -> None:
-        """Make the table anew: what was sent may have filled it with inf, or deleted it."""
+        """Create the table again, because earlier requests may have filled it with inf or deleted it."""
         client, name = self.world.client, f"{self.world.name}-prey"
         client.create_table(name, num_classes=V, dim=D, num_shards=3, optimizer=shardloss.Adam(), count_labels=True)
         client.create_table("no-bias", num_classes=V, dim=D, bias=False)
@@ -61,7 +61,7 @@ class Prey:
                 self._redirect(request, name)
 
     def forget(self) -> None:
-        """Delete it, and every table that a spoilt request made."""
+        """Delete the table, and every table that a mutated request created."""
         for info in self.world.client.list_tables():
             if info.name != self.world.name:
                 self.world.client.delete_table(info.name)
@@ -76,7 +76,7 @@ class Prey:
                 message.name = name  # type: ignore[attr-defined]
 
     def payloads(self, method: MethodDescriptor, rng: np.random.Generator) -> list[bytes]:
-        """A spoilt request of a method; of a stream, two pieces."""
+        """Return a mutated request of a method; two messages if it streams its request."""
         of_method = self.requests[method.name]
         every = [request for requests in self.requests.values() for request in requests]
         made = []
@@ -90,7 +90,7 @@ class Prey:
 
 
 def test_spoilt_requests_are_answered_or_refused_by_name(world: World, server: Server) -> None:
-    """Extreme, foreign, absent and repeated fields, then flipped, cut and padded bytes: never INTERNAL."""
+    """Extreme, foreign, missing or repeated fields and flipped, truncated or padded bytes never cause INTERNAL."""
     rng, prey = np.random.default_rng(SEED), Prey(world)
     began, num_calls, num_refused = time.monotonic(), 0, 0
     with grpc.insecure_channel(server.address) as raw:
@@ -106,12 +106,12 @@ def test_spoilt_requests_are_answered_or_refused_by_name(world: World, server: S
     prey.forget()
     world.assert_untouched()
     assert server.handlers.admission.num_calls == 0
-    assert 0.2 < num_refused / num_calls < 0.95, "requests are all spoilt, or none is: nothing deep is tried"
+    assert 0.2 < num_refused / num_calls < 0.95, "too many or too few requests are refused to test much"
     print(f"{num_calls} calls in {time.monotonic() - began:.0f} s, {num_refused} refused, seed {SEED}")
 
 
 def is_answered(raw: grpc.Channel, method: MethodDescriptor, payloads: list[bytes]) -> bool:
-    """Whether a call has an answer; if not, its refusal is one of the contract."""
+    """Return True if a call is answered and False if it is refused; assert that a refusal follows the contract."""
     try:
         call_raw(raw, method, payloads)
     except grpc.RpcError as failure:
@@ -125,7 +125,7 @@ def is_answered(raw: grpc.Channel, method: MethodDescriptor, payloads: list[byte
 
 
 def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> None:
-    """Random bytes, alone, after HTTP/2's preface, and as frames with a header of sense and a content of none."""
+    """Random bytes sent alone, after the HTTP/2 preface, or as frames with random content do not affect other calls."""
     rng, host_port = np.random.default_rng(SEED), server.address.rsplit(":", 1)
     began, num_connections = time.monotonic(), 0
     while num_connections < LEAST_CONNECTIONS or time.monotonic() < began + FUZZ_S * SOCKET_SHARE:
@@ -135,7 +135,7 @@ def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> No
                 with socket.create_connection((host_port[0], int(host_port[1])), timeout=5) as connection:
                     connection.sendall(content)
             except ConnectionError:
-                pass  # the server need not listen to all of it
+                pass  # the server may close the connection early
             num_connections += 1
         if num_connections % (3 * KEEP) == 0:
             world.assert_untouched()
@@ -143,7 +143,7 @@ def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> No
 
 
 def frames(noise: bytes, rng: np.random.Generator) -> bytes:
-    """The noise as frames of HTTP/2 with any type, flags and stream."""
+    """Split noise into HTTP/2 frames with random types, flags and streams."""
     made = []
     while noise:
         length = int(rng.integers(1, 60))

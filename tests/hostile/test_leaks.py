@@ -1,4 +1,4 @@
-"""What a client is told of a failure: never a path, an address in memory, or a line of code."""
+"""Error messages sent to a client never contain a path, a memory address or a line of code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_no_leak(*texts: str) -> None:
 
 
 def test_what_would_be_a_leak_is_seen() -> None:
-    """The net holds."""
+    """The pattern finds the leak in each of these failures, and none in ordinary error messages."""
     for make in FAILURES.values():
         with pytest.raises(AssertionError):
             assert_no_leak(str(make()))
@@ -50,7 +50,7 @@ def test_what_would_be_a_leak_is_seen() -> None:
 
 
 class FailingGroup(LocalGroup):
-    """Every verb fails with this, once it is set."""
+    """A group on which every verb fails with `failure` once it is set."""
 
     failure: Callable[[], Exception] | None = None
 
@@ -74,7 +74,7 @@ def server() -> Iterator[Server]:
 
 
 def all_of(failure: grpc.RpcError) -> list[str]:
-    """Every text of a failed call: details and trailing metadata."""
+    """Return all texts of a failed call: its details and trailing metadata."""
     metadata = failure.trailing_metadata() or ()
     return [
         failure.details() or "",
@@ -83,7 +83,7 @@ def all_of(failure: grpc.RpcError) -> list[str]:
 
 
 def refused(channel: grpc.Channel, world: World, method: MethodDescriptor) -> list[grpc.RpcError]:
-    """How the good requests of a method end."""
+    """Send the valid requests of a method and return the errors of those that fail."""
     ends = []
     for request in valid_messages(world).get(method.name, []):
         try:
@@ -95,7 +95,7 @@ def refused(channel: grpc.Channel, world: World, method: MethodDescriptor) -> li
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 def test_a_failing_worker_leaks_nothing(server: Server, failure: Callable[[], Exception]) -> None:
-    """Whatever it failed with, of any RPC that asks it."""
+    """No RPC leaks anything, no matter which exception the worker raised."""
     with shardloss.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
         world = World(server, client, "words")
         server.catalog.group.failure = failure  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def test_a_failing_worker_leaks_nothing(server: Server, failure: Callable[[], Ex
 def test_a_bug_is_internal_with_a_request_id_and_nothing_else(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of every RPC: the id leads to the server's log, which holds the rest."""
+    """Every RPC reports a bug as INTERNAL with a request id; the details are in the server's log under that id."""
     logged: set[object] = set()
 
     def note(_: logging.LogRecord) -> bool:

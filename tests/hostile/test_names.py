@@ -1,4 +1,4 @@
-"""Names from the wire stay names: none becomes a path, and what is no name of a table is refused as such."""
+"""Names from the wire never become paths, and an invalid table name is refused with a specific error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def world(server: Server, connection: shardloss.LossClient) -> World:
 
 
 def named_fields(message: Message) -> Iterator[tuple[Any, FieldDescriptor]]:
-    """Every text field of a request that names something, with the message it is in; empty ones of the top, too."""
+    """Return every text field of a request, with its message; fields of absent submessages are left out."""
     for field in message.DESCRIPTOR.fields:
         if field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
             yield message, field
@@ -77,7 +77,7 @@ def named_fields(message: Message) -> Iterator[tuple[Any, FieldDescriptor]]:
 def test_a_hostile_name_is_refused_wherever_a_table_is_named(
     world: World, server: Server, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every text field of every RPC: named errors for tables, and nothing made, in memory or on disk, for any."""
+    """No text field of any RPC creates a table or a file; fields that name a table raise a specific error."""
     (tmp_path / "in" / "side").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in" / "side")
     before = [info.name for info in world.client.list_tables()]
@@ -98,13 +98,13 @@ def test_a_hostile_name_is_refused_wherever_a_table_is_named(
                         )
                         num_refused += 1
                     assert refused is None or isinstance(refused, RequestError), (method.name, field.name, refused)
-    assert num_refused >= len(METHODS) - 2  # ListTables and GetServerInfo name nothing
+    assert num_refused >= len(METHODS) - 2  # ListTables and GetServerInfo name no table
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "side"]
     assert [info.name for info in world.client.list_tables()] == before
 
 
 def refusal(raw: grpc.Channel, method: MethodDescriptor, request: Message) -> Exception | None:
-    """The error that a request ends with."""
+    """Send a request and return its error, or None if it succeeds."""
     try:
         call_raw(raw, method, [request.SerializeToString()])
     except grpc.RpcError as failure:
@@ -114,14 +114,14 @@ def refusal(raw: grpc.Channel, method: MethodDescriptor, request: Message) -> Ex
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_no_table_is_made_of_a_hostile_name(world: World, name: str) -> None:
-    """By the client, as a user would."""
+    """The client's create_table refuses the name with a message of less than 1,000 bytes."""
     with pytest.raises((InvalidArgument, LimitExceeded)) as caught:
         world.client.create_table(name, num_classes=3, dim=2)
     assert len(caught.value.message.encode()) < 1000
 
 
 def test_a_tables_name_can_be_no_path() -> None:
-    """Whatever a later release names after one: no separator, no dot at the start, nothing but ASCII."""
+    """A table name is ASCII, contains no separator and does not begin with a dot, so it is safe in file names."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789._-"
     assert not any(NAME.fullmatch("a" + chr(code)) for code in range(0x3000) if chr(code) not in letters)
     assert not any(NAME.fullmatch(first + "a") for first in "._-")

@@ -1,4 +1,4 @@
-"""Too many calls, silent ones, peers that are gone: refused with a hint or dropped, and every gauge is 0 again."""
+"""Excess calls are refused with a hint, silent calls and dead peers are dropped, and every gauge returns to 0."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ DETAILS_KEY = "grpc-status-details-bin"
 def eventually(holds: Callable[[], bool], what: str) -> None:
     deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
     while not holds():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         pause.wait(0.005)
 
 
 @contextmanager
 def serving(num_threads: int = 48, **limits: float) -> Iterator[tuple[Server, FaultyGroup]]:
-    """A server of low limits over a group that can be held up."""
+    """Run a server with low limits over a group that the test can block."""
     inner = LocalGroup(1)
     group = FaultyGroup(inner)
     listening = Listening(port=0, admin_port=0, num_threads=num_threads)
@@ -58,7 +58,7 @@ def serving(num_threads: int = 48, **limits: float) -> Iterator[tuple[Server, Fa
 
 
 def assert_idle(server: Server) -> None:
-    """Every gauge goes back to 0."""
+    """Wait until every gauge is 0 again."""
     handlers = server.handlers
     counted = (handlers.admission, handlers.commits, handlers.stream_bytes)
     eventually(lambda: server.gate.num_inside == server.gate.arriving.num_streams == 0, "an empty gate")
@@ -68,7 +68,7 @@ def assert_idle(server: Server) -> None:
 
 
 def retry_info(failure: grpc.RpcError) -> float:
-    """The hint of a refusal as any client reads it, seconds."""
+    """Return the retry hint of a refusal in seconds, read from its RetryInfo; 0 without one."""
     details = dict(failure.trailing_metadata())[DETAILS_KEY]
     for packed in status_pb2.Status.FromString(details).details:
         info = error_details_pb2.RetryInfo()
@@ -79,7 +79,7 @@ def retry_info(failure: grpc.RpcError) -> float:
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0\0\1\0abc"], ids=["nothing", "a beginning"])
 def test_calls_whose_message_does_not_come_are_dropped(fresh_name: Callable[[], str], sent: bytes) -> None:
-    """However many stand on one connection, others are answered; then they are gone, and what they held is free."""
+    """Incomplete calls on one connection do not block others; they are dropped and release what they occupied."""
     with serving(max_calls_arriving=8, max_message_s=2.0) as (server, _), Connection(server.address) as silent:
         for _ in range(60):
             silent.call(COMPUTE_LOSS, sent)
@@ -93,7 +93,7 @@ def test_calls_whose_message_does_not_come_are_dropped(fresh_name: Callable[[], 
 
 
 def test_silent_calls_do_not_silence_the_admin_port() -> None:
-    """Health is answered there beside as many of them as a connection may open."""
+    """The admin port still answers health checks when one connection has opened as many silent calls as it may."""
     with serving(max_message_s=1.0) as (server, _), Connection(server.admin_address) as silent:
         for _ in range(60):
             silent.call("/grpc.health.v1.Health/Check")
@@ -105,7 +105,7 @@ def test_silent_calls_do_not_silence_the_admin_port() -> None:
 
 
 def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
-    """By the gate, before a byte of its message: the status is ours, with a reason and RetryInfo."""
+    """The gate refuses the call before its message is read, with RESOURCE_EXHAUSTED and RetryInfo."""
     with serving(num_threads=16, max_calls_arriving=4, max_message_s=PATIENCE_S) as (server, _), ExitStack() as open_:
         for _ in range(12):
             silent = open_.enter_context(Connection(server.address))
@@ -119,7 +119,7 @@ def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
 
 
 def test_the_fewest_threads_leave_one_for_refusals(fresh_name: Callable[[], str]) -> None:
-    """Two losses, a commit, a stream and a silent call stand inside: the next one is told so at once."""
+    """With two losses, a commit, a stream and a silent call in progress, the next call is refused at once."""
     with serving(num_threads=4, max_message_s=200.0, stream_idle_s=200.0) as (server, group), ExitStack() as open_:
         client = open_.enter_context(shardloss.connect(server.address))
         world, go = World(server, client, fresh_name()), threading.Event()
@@ -142,7 +142,7 @@ def test_the_fewest_threads_leave_one_for_refusals(fresh_name: Callable[[], str]
 
 
 def test_a_reply_that_nobody_reads_is_dropped() -> None:
-    """Its bytes are held no longer than a message may take, though its handler ended long before."""
+    """A reply that the client does not read is dropped after max_message_s, although its handler has finished."""
     with serving(max_message_s=0.5) as (server, _), Connection(server.address, window=0) as deaf:
         for _ in range(20):
             deaf.call(INFO, b"\0\0\0\0\0", is_whole=True)
@@ -153,13 +153,13 @@ def test_a_reply_that_nobody_reads_is_dropped() -> None:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server looks more often for what stands still."""
+    """Make the server check for stalled calls every 0.05 s."""
     monkeypatch.setattr("shardloss_server.rpc.serve.WATCH_INTERVAL_S", 0.05)
 
 
 @pytest.mark.usefixtures("soon")
 def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
-    """As many calls of it as the admin port takes at once are dropped, though their handlers wait for their client."""
+    """Reflection calls that fill the admin port are dropped, although their handlers wait for the client."""
     request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
     message = b"\0" + struct.pack("!I", len(request)) + request
     with serving(max_message_s=0.5) as (server, _), Connection(server.admin_address, window=0) as deaf:
@@ -173,7 +173,7 @@ def test_reflection_that_nobody_reads_does_not_silence_health() -> None:
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("port", ["data", "admin"])
 def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> None:
-    """Nobody's credentials are asked for there: others are answered on both ports, and it is dropped."""
+    """The watcher, which needs no credentials, is dropped; other callers are answered on both ports meanwhile."""
     with serving(max_message_s=0.5) as (server, _):
         addresses = {"data": server.address, "admin": server.admin_address}
         with Connection(addresses[port], window=0) as deaf:
@@ -189,7 +189,7 @@ def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> No
 
 
 def test_watchers_of_health_are_bounded_and_hold_no_thread() -> None:
-    """One connection gets half of their places at most; all others are refused with a hint, and calls go on."""
+    """One connection gets at most half of the watch places; more are refused with a hint, and calls are answered."""
     with serving(num_threads=16) as (server, _), grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(140)]
@@ -204,7 +204,7 @@ def test_watchers_of_health_are_bounded_and_hold_no_thread() -> None:
 
 
 def once_of(watch: Iterator[health_pb2.HealthCheckResponse]) -> health_pb2.HealthCheckResponse | grpc.RpcError:
-    """The first thing that comes of a Watch."""
+    """Return the first reply of a Watch, or its error."""
     try:
         return next(watch)
     except grpc.RpcError as failure:
@@ -212,7 +212,7 @@ def once_of(watch: Iterator[health_pb2.HealthCheckResponse]) -> health_pb2.Healt
 
 
 def test_who_watches_health_is_told_of_a_stop_and_does_not_hold_it_up() -> None:
-    """NOT_SERVING comes, then the watch ends: the grace is for calls that are at work."""
+    """A watcher receives NOT_SERVING and its watch ends; only calls in progress make the server wait."""
     with serving() as (server, _), grpc.insecure_channel(server.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -223,7 +223,7 @@ def test_who_watches_health_is_told_of_a_stop_and_does_not_hold_it_up() -> None:
 
 
 def test_every_refusal_of_an_overload_has_a_hint_and_is_counted(fresh_name: Callable[[], str]) -> None:
-    """30 calls at once for 4 places: those refused say when to come back, the others are answered."""
+    """If 30 calls compete for 4 places, each refusal has a retry hint, and the other calls are answered."""
     with serving(max_calls_in_flight=4) as (server, group), shardloss.connect(server.address) as client:
         world = World(server, client, fresh_name())
         go = threading.Event()
@@ -234,13 +234,13 @@ def test_every_refusal_of_an_overload_has_a_hint_and_is_counted(fresh_name: Call
         refused = [call for call in calls if call.exception() is not None]
         assert 26 <= len(refused) < 30
         assert all(call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_info(call) > 0 for call in refused)
-        assert len({retry_info(call) for call in refused}) > 10, "clients of equal hints come back together"
+        assert len({retry_info(call) for call in refused}) > 10, "clients with equal hints would retry at the same time"
         assert server.handlers.admission.num_refused + server.gate.arriving.num_refused == len(refused)
         assert_idle(server)
 
 
 def test_the_client_comes_back_when_the_hint_says(fresh_name: Callable[[], str]) -> None:
-    """20 trainers on 2 places all finish: refusals are repeated until they find one."""
+    """20 concurrent callers with 2 places all finish, because the client repeats refused calls."""
     with serving(max_calls_in_flight=2) as (server, _), shardloss.connect(server.address) as client:
         world = World(server, client, fresh_name())
         with ThreadPoolExecutor(20) as pool:
@@ -250,7 +250,7 @@ def test_the_client_comes_back_when_the_hint_says(fresh_name: Callable[[], str])
 
 
 def test_abandoned_sessions_and_tickets_are_forgotten(fresh_name: Callable[[], str]) -> None:
-    """Tickets after ticket_ttl_s, their sessions after session_ttl_s; a forgotten one may begin anew."""
+    """Tickets expire after ticket_ttl_s and sessions after session_ttl_s; an expired session can start again."""
     with serving(ticket_ttl_s=0.3, session_ttl_s=0.6) as (server, _), shardloss.connect(server.address) as client:
         table = client.create_table(fresh_name(), num_classes=11, dim=5)
         hidden, labels = np.ones((2, 5), np.float32), np.zeros(2, int)
@@ -265,7 +265,7 @@ def test_abandoned_sessions_and_tickets_are_forgotten(fresh_name: Callable[[], s
 
 
 def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str]) -> None:
-    """Health says NOT_SERVING first, a new call is refused as SERVER_UNAVAILABLE, and the step ends as it began."""
+    """Health reports NOT_SERVING, new calls raise ServerUnavailable, and the commit in progress still completes."""
     with serving() as (server, group), shardloss.connect(server.address) as client, ExitStack() as open_:
         world = World(server, client, fresh_name())
         entered, go = threading.Event(), threading.Event()
@@ -290,7 +290,7 @@ def test_a_commit_in_flight_at_a_stop_is_answered(fresh_name: Callable[[], str])
 
 @pytest.mark.usefixtures("soon")
 def test_a_bug_while_a_table_is_settled_does_not_end_the_watch(fresh_name: Callable[[], str]) -> None:
-    """The table is lost and says so; silent calls are dropped all the same."""
+    """The table is marked as lost, and the server still drops silent calls."""
     with serving(max_message_s=0.5) as (server, group), shardloss.connect(server.address) as client:
         world = World(server, client, fresh_name())
 
@@ -308,7 +308,7 @@ def test_a_bug_while_a_table_is_settled_does_not_end_the_watch(fresh_name: Calla
 
 
 class Cable:
-    """A way to a server that can be cut: the bytes of both sides are lost from then on, and nobody is told."""
+    """A proxy to a server that can be cut: it then discards the bytes of both sides without closing a connection."""
 
     def __init__(self, address: str) -> None:
         host, port = address.rsplit(":", 1)
@@ -343,7 +343,7 @@ class Cable:
 
 
 def test_calls_of_a_peer_behind_a_cut_cable_end(fresh_name: Callable[[], str]) -> None:
-    """A peer that does not answer a ping is gone: its call, which has no deadline, gives its place back."""
+    """If a peer stops answering pings, its call ends and releases its place, even without a deadline."""
     with (
         serving(peer_ping_s=1.0, peer_answer_s=1.0, max_deadline_s=600.0) as (server, _),
         shardloss.connect(server.address) as client,
@@ -363,7 +363,7 @@ def test_calls_of_a_peer_behind_a_cut_cable_end(fresh_name: Callable[[], str]) -
 
 @dataclasses.dataclass(frozen=True)
 class Exceeded:
-    """A limit set so low that the second of two sessions' losses exceeds it, and how that is refused."""
+    """A limit so low that the losses of a few sessions exceed it, and the expected error."""
 
     limit: str
     value: float
@@ -383,7 +383,7 @@ EXCEEDED = [
 
 @pytest.mark.parametrize("exceeded", EXCEEDED, ids=str)
 def test_a_limit_of_tickets_and_sessions_is_kept(exceeded: Exceeded, fresh_name: Callable[[], str]) -> None:
-    """The refusal names the reason, and hints where it may be repeated; once a step is given up there is room again."""
+    """The error is Overloaded with a retry hint, or LimitExceeded; aborting a step makes room for another."""
     with serving(**{exceeded.limit: exceeded.value}) as (server, _), shardloss.connect(server.address) as client:
         table = client.create_table(fresh_name(), num_classes=11, dim=5)
         request = loss_pb2.ComputeLossRequest(
@@ -413,7 +413,7 @@ def test_a_limit_of_tickets_and_sessions_is_kept(exceeded: Exceeded, fresh_name:
 
 @pytest.mark.parametrize("kind", ["max_calls_in_flight", "max_commits_in_flight"])
 def test_a_limit_of_calls_is_kept(kind: str, fresh_name: Callable[[], str]) -> None:
-    """One call holds the only place: the next of its kind is refused, one of the other kind is not."""
+    """If a call occupies the only place, the next call of its kind is refused, but not one of the other kind."""
     with serving(**{kind: 1}) as (server, group), shardloss.connect(server.address) as client:
         world = World(server, client, fresh_name())
         entered, go = threading.Event(), threading.Event()
@@ -434,6 +434,6 @@ def test_a_limit_of_calls_is_kept(kind: str, fresh_name: Callable[[], str]) -> N
 
 
 def test_every_limit_is_reported() -> None:
-    """GetServerInfo has a field of each, so that nobody finds one out by being refused."""
+    """GetServerInfo has a field for every limit, so a client need not find out a limit by being refused."""
     names = {field.name for field in dataclasses.fields(Limits)}
     assert names == {field.name for field in server_pb2.ServerLimits.DESCRIPTOR.fields}

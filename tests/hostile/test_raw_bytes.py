@@ -1,4 +1,4 @@
-"""Whatever bytes arrive, every method answers with a status of the contract, and the table is what it was."""
+"""Arbitrary bytes get a status of the contract from every method and leave the table unchanged."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def raw(server: Server) -> Iterator[grpc.Channel]:
 
 
 def valid_messages(world: World) -> dict[str, list[Message]]:
-    """Good requests of every method; those that change rows name a table that is not there."""
+    """Return valid requests of every method; those that would change rows name a table that does not exist."""
     requests = [
         world.full(),
         world.drawn(),
@@ -124,7 +124,7 @@ def valid_messages(world: World) -> dict[str, list[Message]]:
 
 
 def assert_in_contract(failure: grpc.RpcError) -> None:
-    """A refusal names a reason that is no bug of ours; gRPC itself says at most that the time is up or nobody there."""
+    """Assert that an error has a reason other than a server bug, or is gRPC's DEADLINE_EXCEEDED or UNIMPLEMENTED."""
     trailing = dict(failure.trailing_metadata() or ())
     info = error_info(trailing[DETAILS_KEY]) if DETAILS_KEY in trailing else None
     if info is None:
@@ -135,7 +135,7 @@ def assert_in_contract(failure: grpc.RpcError) -> None:
 
 
 def call_raw(raw: grpc.Channel, method: MethodDescriptor, payloads: list[bytes]) -> list[bytes]:
-    """Send bytes as they are."""
+    """Send bytes to a method without encoding them, and return the bytes of its replies."""
     if method.client_streaming:
         replies = raw.stream_stream(path_of(method))(iter(payloads), timeout=TRY_S)
         return list(replies)
@@ -143,7 +143,7 @@ def call_raw(raw: grpc.Channel, method: MethodDescriptor, payloads: list[bytes])
 
 
 def test_every_method_has_a_good_request_here(world: World) -> None:
-    """A method that is added to the contract is sent hostile bytes, too."""
+    """A method added to the contract fails this test until it has a request here, so it is fuzzed as well."""
     assert {method.name for method in METHODS} == valid_messages(world).keys()
 
 
@@ -151,7 +151,7 @@ def test_every_method_has_a_good_request_here(world: World) -> None:
 def test_every_cut_of_a_request_gets_a_status_of_the_contract(
     world: World, raw: grpc.Channel, method: MethodDescriptor
 ) -> None:
-    """A request that ends anywhere too early, at each of 60 places, is no bug of ours."""
+    """A request truncated at any of 60 positions never gets UNKNOWN or INTERNAL."""
     content = valid_messages(world)[method.name][-1].SerializeToString()
     for end in sorted({len(content) * i // 60 for i in range(60)}):
         try:
@@ -163,7 +163,7 @@ def test_every_cut_of_a_request_gets_a_status_of_the_contract(
 
 
 def forget_others(world: World) -> None:
-    """Delete the tables that a mutated CreateTable may have made."""
+    """Delete the tables that a mutated CreateTable may have created."""
     for info in world.client.list_tables():
         if info.name != world.name:
             world.client.delete_table(info.name)
@@ -178,7 +178,7 @@ def forget_others(world: World) -> None:
     ],
 )
 def test_others_methods_refuse_bytes_that_are_no_request(raw: grpc.Channel, path: str) -> None:
-    """As ours do, though their servicers know nothing of it: the status is of the contract, and no bug is logged."""
+    """gRPC's own health and reflection services also refuse malformed bytes, with INVALID_ARGUMENT and a request id."""
     with pytest.raises(grpc.RpcError) as refused:
         list(raw.stream_stream(path)(iter([b"\xff\xff"]), timeout=TRY_S))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -187,7 +187,7 @@ def test_others_methods_refuse_bytes_that_are_no_request(raw: grpc.Channel, path
 
 
 def test_an_unknown_method_is_unimplemented(world: World, raw: grpc.Channel) -> None:
-    """So are methods of unknown services and of no service."""
+    """An unknown method, an unknown service and a path without a service are all UNIMPLEMENTED."""
     for path in ("/shardloss.v1.LossService/Nothing", "/nobody/Nothing", "/", "//"):
         with pytest.raises(grpc.RpcError) as caught:
             raw.unary_unary(path)(b"", timeout=TRY_S)
@@ -199,7 +199,7 @@ def test_an_unknown_method_is_unimplemented(world: World, raw: grpc.Channel) -> 
 def test_a_message_above_the_limit_never_reaches_a_handler(
     world: World, server: Server, compression: grpc.Compression
 ) -> None:
-    """Also where it is small on the wire: 8 MB of zeros that come as some kB of gzip are refused when unpacked."""
+    """An 8 MB message is RESOURCE_EXHAUSTED even if gzip shrinks it to a few kB: the limit applies after unpacking."""
     request = world.full()
     request.hidden.CopyFrom(wire.encode(np.zeros((2_000_000 // D, D), np.float32)))
     with grpc.insecure_channel(server.address, compression=compression) as channel:
@@ -223,7 +223,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage_on_the_port_disturbs_nobody(world: World, server: Server, what: str) -> None:
-    """While a connection talks nonsense, before and after it is closed, others are served."""
+    """Other clients are served while a connection sends garbage and after it is closed."""
     host, port = server.address.rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=TRY_S) as connection:
         connection.sendall(GARBAGE[what])
@@ -251,7 +251,7 @@ def chunk(place: int, content: bytes) -> loss_pb2.StreamLossRequest:
 
 
 def chunked(world: World, **changes: int) -> loss_pb2.ComputeLossRequest:
-    """A good request whose hidden follows as chunk 0."""
+    """Return a valid request whose hidden is sent separately as chunk 0."""
     request = world.full()
     refer(request.hidden, 0, **changes)
     return request
@@ -272,7 +272,7 @@ def hidden_chunks(place: int = 0) -> list[loss_pb2.StreamLossRequest]:
 
 
 def of_shape(world: World, *sizes: int, num_bytes: int) -> loss_pb2.ComputeLossRequest:
-    """A request that announces hidden of another shape."""
+    """Return a request that announces another shape of hidden."""
     request = chunked(world, num_bytes=num_bytes)
     del request.hidden.shape[:]
     request.hidden.shape.extend(sizes)
@@ -280,7 +280,7 @@ def of_shape(world: World, *sizes: int, num_bytes: int) -> loss_pb2.ComputeLossR
 
 
 def twice_referred(world: World) -> loss_pb2.ComputeLossRequest:
-    """hidden and labels name one chunk."""
+    """Return a request whose hidden and labels refer to the same chunk."""
     request = chunked(world)
     refer(request.labels, 0)
     return request
@@ -288,7 +288,7 @@ def twice_referred(world: World) -> loss_pb2.ComputeLossRequest:
 
 @dataclass(frozen=True)
 class Misuse:
-    """What a client sends on a stream, and how it is refused."""
+    """An invalid sequence of stream messages, and the expected error class and field."""
 
     error: type[ShardlossError]
     field: str
@@ -360,13 +360,13 @@ def shared(world: World) -> loss_pb2.ComputeLossRequest:
 
 
 def not_numbers() -> list[loss_pb2.StreamLossRequest]:
-    """As many bytes as announced, all of them NaN."""
+    """Return hidden as a chunk of the announced size, filled with NaN."""
     content = np.full(N * D, np.nan, np.float32).tobytes()
     return [chunk(0, content[:HALF]), chunk(0, content[HALF:])]
 
 
 def test_a_stream_of_chunks_is_a_loss(world: World) -> None:
-    """The stream that the misuses spoil is good: chunks in order give the bits of the inline request."""
+    """Chunks sent in order give bitwise the same loss as the inline request, so the unmodified stream is valid."""
     pieces = [header(chunked(world)), *hidden_chunks()]
     replies = list(world.client.losses.StreamLoss(iter(pieces), timeout=TRY_S))
     assert replies[0].header.loss.SerializeToString() == world.answer
@@ -375,7 +375,7 @@ def test_a_stream_of_chunks_is_a_loss(world: World) -> None:
 
 @pytest.mark.parametrize("misuse", MISUSES, ids=str)
 def test_a_misused_stream_is_refused_by_name(world: World, misuse: Misuse) -> None:
-    """The error's class and field are those of the table above, and the table is what it was."""
+    """The error has the class and field listed above, and the table is unchanged."""
     pieces = misuse.pieces(world)
     with pytest.raises(ShardlossError) as caught:
         once(lambda _, timeout: list(world.client.losses.StreamLoss(iter(pieces), timeout=timeout)), None)
@@ -384,15 +384,15 @@ def test_a_misused_stream_is_refused_by_name(world: World, misuse: Misuse) -> No
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Poll until a condition holds."""
+    """Poll until a condition is true; fail after a time limit."""
     deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         pause.wait(0.005)
 
 
 class Stalled:
-    """A stream that sends its first pieces and then nothing, until it is let go."""
+    """A request stream that sends its first pieces and then nothing until `let_go` is called."""
 
     def __init__(self, pieces: list[loss_pb2.StreamLossRequest]) -> None:
         self._pieces, self._go = pieces, threading.Event()
@@ -407,7 +407,7 @@ class Stalled:
 
 @pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
 def test_a_stream_that_ends_midway_gives_its_place_back(world: World, server: Server, how: str) -> None:
-    """Cancelled by its client, cut off, or too late: the gauges of admission return to 0 and no ticket stays."""
+    """A stream that is cancelled, disconnected or past its deadline releases its place and bytes; no ticket remains."""
     admission = server.handlers.stream_bytes
     request = chunked(world)
     request.session, request.step = "fresh", 1
@@ -438,7 +438,7 @@ def test_a_stream_that_ends_midway_gives_its_place_back(world: World, server: Se
 def test_a_cancelled_stream_is_no_bug_of_the_server(
     world: World, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server's log says nothing at level ERROR when a client goes away: no operator has to look."""
+    """When a client cancels a stream, the server logs nothing at level ERROR."""
     stalled = Stalled([header(chunked(world)), hidden_chunks()[0]])
     call = world.client.losses.StreamLoss(iter(stalled))
     try:
@@ -453,7 +453,7 @@ def test_a_cancelled_stream_is_no_bug_of_the_server(
 
 @contextlib.contextmanager
 def small_server(stream_idle_s: float = 10.0) -> Iterator[tuple[Server, shardloss.LossClient]]:
-    """A server with 8 threads for 4 calls, and a client of it."""
+    """Run a server with 8 threads and 4 places for calls, and connect a client."""
     limits = dataclasses.replace(
         LIMITS,
         max_calls_in_flight=4,
@@ -477,7 +477,7 @@ NUM_THREADS = 8
 
 
 def assert_answers(client: shardloss.LossClient, world: World) -> None:
-    """Calls get an answer or a refusal in time, and a commit its answer."""
+    """Assert that losses are answered or refused within 3 s, and that a commit is answered."""
     for _ in range(3):
         with contextlib.suppress(Overloaded):
             once(client.losses.ComputeLoss, world.full(), timeout_s=3.0)
@@ -485,7 +485,7 @@ def assert_answers(client: shardloss.LossClient, world: World) -> None:
 
 
 def test_streams_without_a_header_do_not_silence_the_server(fresh_name: Callable[[], str]) -> None:
-    """However many streams are open and say nothing, another call is answered or refused in time."""
+    """Calls are answered or refused in time while more streams than threads are open and silent."""
     stalled = [Stalled([]) for _ in range(2 * NUM_THREADS)]
     with small_server() as (server, client), grpc.insecure_channel(server.address) as channel:
         world = World(server, client, fresh_name())
@@ -500,7 +500,7 @@ def test_streams_without_a_header_do_not_silence_the_server(fresh_name: Callable
 
 
 def test_streams_that_read_no_reply_do_not_silence_the_server(fresh_name: Callable[[], str]) -> None:
-    """However many clients ask for megabytes and read nothing, another call is answered or refused in time."""
+    """Calls are answered or refused in time while many streams request megabytes and read nothing."""
     with small_server() as (server, client), grpc.insecure_channel(server.address) as channel:
         world = World(server, client, fresh_name())
         wide = client.create_table(f"{world.name}-wide", num_classes=50_000, dim=16, dtype="float64")
@@ -522,7 +522,7 @@ def test_streams_that_read_no_reply_do_not_silence_the_server(fresh_name: Callab
 
 
 def test_a_stream_that_falls_silent_is_dropped_and_may_be_repeated(fresh_name: Callable[[], str]) -> None:
-    """After stream_idle_s the server ends it with a transient error: the client did not cancel, and may try again."""
+    """The server ends a stream that is silent for stream_idle_s with a transient error, so the client may retry."""
     with small_server(stream_idle_s=0.1) as (server, client):
         world = World(server, client, fresh_name())
         stalled = Stalled([header(chunked(world)), hidden_chunks()[0]])

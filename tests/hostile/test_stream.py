@@ -1,4 +1,4 @@
-"""Losses and answers larger than one message: they go in chunks, and are the same numbers."""
+"""Losses and replies larger than one message are sent in chunks, with unchanged results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .world import once, serving
 MIB = 2**20
 NUM_ROWS, WIDE = 16_384, 1024  # 64 MiB of float32 hidden
 NUM_CLASSES = 37
-SLICE = 200  # rows that a unary call takes, in both directions
+SLICE = 200  # rows whose hidden and hidden gradient each fit into a unary message
 EXACT = 5e-6  # float32, relative to max(1, magnitude): bits depend on the number of rows in a product
 ANSWER_S = 120.0
 
@@ -40,7 +40,7 @@ def client(server: Server) -> Iterator[shardloss.LossClient]:
 
 @pytest.fixture
 def make_table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Iterator[Callable[..., shardloss.Table]]:
-    """Makes tables that are deleted after the test."""
+    """Return a function that creates tables; they are deleted after the test."""
     made: list[str] = []
 
     def make(**spec: object) -> shardloss.Table:
@@ -53,7 +53,7 @@ def make_table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> I
 
 
 class Calls:
-    """Counts which method a client used for its losses."""
+    """The names of the methods that a client has used for its losses, in order."""
 
     def __init__(self, client: shardloss.LossClient, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used: list[str] = []
@@ -85,7 +85,7 @@ def assert_close(actual: np.ndarray | None, expected: np.ndarray) -> None:
 def test_many_mb_of_hidden_give_the_results_of_small_batches(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator, num_rows: int, num_sampled: int
 ) -> None:
-    """The client takes StreamLoss by itself; losses and gradients equal those of many small unary calls."""
+    """The client chooses StreamLoss automatically; losses and gradients equal those of many small unary calls."""
     table = make_table(num_classes=NUM_CLASSES, dim=WIDE, initializer=shardloss.Normal(0.05))
     hidden = rng.standard_normal((num_rows, WIDE), dtype=np.float32)
     assert hidden.nbytes in (64 * MIB, 8 * MIB)
@@ -105,7 +105,7 @@ def test_many_mb_of_hidden_give_the_results_of_small_batches(
 def test_a_streamed_step_trains_once(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
 ) -> None:
-    """A streamed loss opens a ticket like any other; streamed again it is a replay, and one commit is one step."""
+    """A streamed loss opens a ticket; streaming it again is a replay, and its commit applies one step."""
     table = make_table(num_classes=NUM_CLASSES, dim=WIDE, initializer=shardloss.Normal(0.05))
     hidden = rng.standard_normal((2048, WIDE), dtype=np.float32)
     labels = rng.integers(0, NUM_CLASSES, len(hidden))
@@ -113,7 +113,7 @@ def test_a_streamed_step_trains_once(
     expected = gradient_of_sum(before, hidden, labels)
     session = table.session()
     first = session.compute_loss(hidden, labels, shardloss.FullSoftmax())
-    session.num_parts = 0  # the same key again
+    session.num_parts = 0  # so the next loss has the same key
     again = session.compute_loss(hidden, labels, shardloss.FullSoftmax())
     assert calls.used == ["StreamLoss"] * 2
     assert (first.replayed, again.replayed) == (False, True)
@@ -129,7 +129,7 @@ def test_a_streamed_step_trains_once(
 
 
 def gradient_of_sum(table: shardloss.Rows, hidden: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """d sum(loss) / d rows in float64, rounded as a float32 step shows it."""
+    """Return d sum(loss) / d rows [V, D], computed in float64."""
     rows, hidden = table.rows.astype(np.float64), hidden.astype(np.float64)
     assert table.biases is not None
     logits = hidden @ rows.T + table.biases
@@ -142,7 +142,7 @@ def gradient_of_sum(table: shardloss.Rows, hidden: np.ndarray, labels: np.ndarra
 def test_a_one_call_step_may_be_streamed(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
 ) -> None:
-    """Loss, gradient and commit of one large batch in one stream equal the two-call form."""
+    """A step of one large batch sent as a single stream gives bitwise the same losses and rows as the two-call form."""
     tables = [make_table(num_classes=NUM_CLASSES, dim=WIDE, initializer=shardloss.Normal(0.05)) for _ in range(2)]
     hidden = rng.standard_normal((2048, WIDE), dtype=np.float32)
     labels, g = rng.integers(0, NUM_CLASSES, len(hidden)), rng.standard_normal(len(hidden))
@@ -156,13 +156,13 @@ def test_a_one_call_step_may_be_streamed(
     np.testing.assert_array_equal(rows[0], rows[1])
 
 
-# Small calls with large answers
+# Small requests with large replies
 
 
 def test_a_wide_gradient_is_counted_before_it_is_asked_for(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
 ) -> None:
-    """In float64 it does not fit the message that it fits in float32; in float16 it fits where that does not."""
+    """The client streams if the gradient in grad_dtype is too large: in float64, but not in float32 or float16."""
     table = make_table(num_classes=NUM_CLASSES, dim=512)
     hidden = rng.standard_normal((1500, 512), dtype=np.float32)
     labels = rng.integers(0, NUM_CLASSES, len(hidden))
@@ -180,7 +180,7 @@ def test_a_wide_gradient_is_counted_before_it_is_asked_for(
 def test_a_reply_above_one_message_comes_in_chunks(
     make_table: Callable[..., shardloss.Table], calls: Calls, rng: np.random.Generator
 ) -> None:
-    """A small batch's table gradient over 60,000 classes is streamed, and equals the sum over its halves."""
+    """A small batch's table gradient over 60,000 classes is streamed, and equals the sum over two parts of it."""
     num_classes, dim = 60_000, 24  # 5.8 MB of rows
     table = make_table(num_classes=num_classes, dim=dim)
     hidden = rng.standard_normal((6, dim), dtype=np.float32)
@@ -201,7 +201,7 @@ def test_a_reply_above_one_message_comes_in_chunks(
 
 
 def large_reply(table: str, form: str) -> loss_pb2.ComputeLossRequest:
-    """2.4 MB of float16 hidden, whose gradient takes 4.9 MB of float32."""
+    """Return a request with 2.4 MB of float16 hidden, whose float32 gradient takes 4.9 MB."""
     request = loss_pb2.ComputeLossRequest(
         table=table,
         hidden=wire.encode(np.ones((2400, 512), np.float16)),
@@ -220,7 +220,7 @@ def large_reply(table: str, form: str) -> loss_pb2.ComputeLossRequest:
 def test_a_unary_loss_whose_reply_is_too_large_is_refused(
     make_table: Callable[..., shardloss.Table], client: shardloss.LossClient, form: str
 ) -> None:
-    """LimitExceeded names the way out and changed nothing: no ticket, no step; the stream then answers the same key."""
+    """LimitExceeded suggests StreamLoss and leaves no ticket or step; the stream then answers the same key."""
     table = make_table(num_classes=NUM_CLASSES, dim=512)
     before = table.read_rows(np.arange(NUM_CLASSES))
     request = large_reply(table.name, form)
@@ -239,7 +239,7 @@ def test_a_unary_loss_whose_reply_is_too_large_is_refused(
 
 
 def stream(client: shardloss.LossClient, request: loss_pb2.ComputeLossRequest) -> list[loss_pb2.StreamLossResponse]:
-    """Send a request as chunks by hand."""
+    """Send a request over StreamLoss with hidden in chunks, and return the replies."""
     header, parts = chunks.detach(Spliced(request), "hidden", Limits().max_chunk_bytes)
     messages = (tensor_pb2.Chunk(id=part.id, content=bytes(part.content)) for part in parts)
     pieces = [loss_pb2.StreamLossRequest(header=header), *(loss_pb2.StreamLossRequest(chunk=one) for one in messages)]
@@ -265,7 +265,7 @@ def many_logits(table: str) -> tuple[str, object]:
 def test_any_reply_above_one_message_is_refused_by_name(
     make_table: Callable[..., shardloss.Table], client: shardloss.LossClient, ask: Callable[[str], tuple[str, object]]
 ) -> None:
-    """What cannot be sent is LimitExceeded, for a repeat would fail again; it is not Overloaded, which is repeated."""
+    """A reply that is too large raises LimitExceeded, not Overloaded, because a retry would fail again."""
     method, request = ask(make_table(num_classes=10_000, dim=3).name)
     stub = client.losses if hasattr(client.losses, method) else client.questions
     with pytest.raises(LimitExceeded):
@@ -275,14 +275,14 @@ def test_any_reply_above_one_message_is_refused_by_name(
 def test_a_question_above_one_message_is_refused_at_once(
     server: Server, make_table: Callable[..., shardloss.Table]
 ) -> None:
-    """Score of 600,000 class ids does not fit a message: the client says LimitExceeded and repeats nothing."""
+    """Score of 600,000 class ids does not fit into a message: the client raises LimitExceeded without retrying."""
     table = make_table(num_classes=50, dim=3)
     with shardloss.connect(server.address, timeout_s=2.0) as impatient, pytest.raises(LimitExceeded):
         impatient.table(table.name).score(np.ones((1, 3), np.float32), np.zeros(600_000, np.int64))
 
 
 def test_large_questions_go_in_pages(make_table: Callable[..., shardloss.Table], rng: np.random.Generator) -> None:
-    """Evaluate, TopK and Score of 8 MB of hidden give what the same rows give alone."""
+    """Evaluate, TopK and Score of 8 MB of hidden return the same results as for single rows."""
     table = make_table(num_classes=NUM_CLASSES, dim=WIDE, initializer=shardloss.Normal(0.05))
     hidden = rng.standard_normal((2048, WIDE), dtype=np.float32)
     labels = rng.integers(0, NUM_CLASSES, len(hidden))

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS: who shows what, what changes under a living server, and what it refuses to start with."""
+"""TLS and mutual TLS: certificates of both sides, their rotation while the server runs, and invalid settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAST = datetime.now(UTC) - timedelta(days=2)
 
 @dataclass(frozen=True)
 class Authority:
-    """A folder of PEM files, all of one CA."""
+    """A certificate authority and the folder of its PEM files."""
 
     folder: Path
     ca: trustme.CA
@@ -38,7 +38,7 @@ class Authority:
         return self.folder / "ca.pem"
 
     def pair(self, name: str, *names: str, expired: bool = False, mode: int = 0o600) -> tuple[Path, Path]:
-        """A new (certificate, key) of these names, in place of the old of that file name."""
+        """Issue a (certificate, key) for these host names; it replaces the files NAME.pem and NAME.key."""
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         dates = {"not_before": PAST, "not_after": PAST + timedelta(days=1)} if expired else {}
         issued = self.ca.issue_cert(*names, common_name=name, **dates)
@@ -49,7 +49,7 @@ class Authority:
         return certificate, key
 
     def server(self, *names: str, **options: bool) -> Security:
-        """A server's settings."""
+        """Return a server's TLS settings with a new certificate."""
         certificate, key = self.pair("server", *(names or ("localhost", "127.0.0.1")), **options)  # type: ignore[arg-type]
         return Security(tls_cert_file=certificate, tls_key_file=key)
 
@@ -74,14 +74,14 @@ def authority_in(folder: Path) -> Authority:
 
 
 def refuses(server: Server, **options: object) -> None:
-    """No call gets through, on either port."""
+    """Assert that no client can connect with these options, on either port."""
     for address in (server.address, server.admin_address):
         with pytest.raises(ServerUnavailable):
             shardloss.connect(address, timeout_s=0.3, **options)  # type: ignore[arg-type]
 
 
 def works(address: str, **options: object) -> bool:
-    """A connection comes about, and lists tables."""
+    """Return True if a client can connect with these options."""
     try:
         with shardloss.connect(address, timeout_s=5.0, **options):  # type: ignore[arg-type]
             return True
@@ -90,7 +90,7 @@ def works(address: str, **options: object) -> bool:
 
 
 def test_tls_on_both_ports_with_a_token(authority: Authority, secrets: Secrets) -> None:
-    """Who knows the CA gets in; a wrong CA, the system's roots and plaintext do not."""
+    """A client with the right CA and a token connects; a wrong CA, the system's roots or plaintext fails."""
     security = replace(authority.server(), tokens_file=secrets.tokens_file)
     stranger = authority_in(secrets.folder)
     with serving(security) as server:
@@ -103,7 +103,7 @@ def test_tls_on_both_ports_with_a_token(authority: Authority, secrets: Secrets) 
 
 
 def test_a_certificate_of_another_name_or_time_is_refused(authority: Authority) -> None:
-    """By the client."""
+    """The client refuses a server certificate that is expired or issued for another host name."""
     with serving(authority.server("elsewhere.example.org")) as server:
         refuses(server, ca_file=authority.ca_file)
     with serving(authority.server(expired=True)) as server:
@@ -113,7 +113,7 @@ def test_a_certificate_of_another_name_or_time_is_refused(authority: Authority) 
 def test_mutual_tls_without_tokens_takes_its_own_clients_as_admins(
     authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """And refuses those of no certificate, of another CA's, and of an expired one."""
+    """Clients with a certificate of the CA are admins; a missing, foreign or expired certificate is refused."""
     stranger = authority_in(tmp_path_factory.mktemp("stranger"))
     certificate, key = authority.pair("client", "client.example.org")
     own = {"client_cert_file": certificate, "client_key_file": key}
@@ -129,7 +129,7 @@ def test_mutual_tls_without_tokens_takes_its_own_clients_as_admins(
 
 
 def test_mutual_tls_with_a_tokens_file_goes_by_the_certificates_name(authority: Authority, secrets: Secrets) -> None:
-    """[[certificate]] entries give roles by common name or any other name; a token, where one comes, decides alone."""
+    """[[certificate]] entries assign roles by common or alternative name; a token, if present, takes precedence."""
     with secrets.tokens_file.open("a") as file:
         file.write('\n[[certificate]]\nname = "trainer.example.org"\nrole = "trainer"\n')
         file.write('\n[[certificate]]\nname = "by-common-name"\nrole = "reader"\n')
@@ -184,7 +184,7 @@ def shown(authority: Authority) -> ssl.SSLContext:
 
 
 def certificate_of(address: str, context: ssl.SSLContext) -> bytes:
-    """What a port shows to a new connection."""
+    """Return the certificate that a port presents to a new connection, in DER; empty if none."""
     host, _, port = address.rpartition(":")
     plain = socket.create_connection((host, int(port)), timeout=10)
     with plain, context.wrap_socket(plain, server_hostname="localhost") as sock:
@@ -194,7 +194,7 @@ def certificate_of(address: str, context: ssl.SSLContext) -> bytes:
 def test_certificates_change_without_a_restart(
     authority: Authority, shown: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """New connections to both ports see the new one, an old connection goes on, a broken one is logged and not used."""
+    """New connections get the new certificate, old ones continue, and a broken file is logged and ignored."""
     security = authority.server()
     assert security.tls_key_file is not None
     with serving(security) as server:
@@ -216,11 +216,11 @@ def test_certificates_change_without_a_restart(
 
 
 def test_old_versions_of_tls_are_refused(authority: Authority) -> None:
-    """1.2 and 1.3 alone."""
+    """The server refuses TLS 1.1 and accepts 1.2."""
     with serving(authority.server()) as server:
         for version, is_taken in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)):
             context = ssl.create_default_context(cafile=str(authority.ca_file))
-            context.set_ciphers("DEFAULT@SECLEVEL=0")  # else this side would not try 1.1
+            context.set_ciphers("DEFAULT@SECLEVEL=0")  # otherwise this client would not offer 1.1
             context.set_alpn_protocols(["h2"])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -233,7 +233,7 @@ def test_old_versions_of_tls_are_refused(authority: Authority) -> None:
 
 
 def test_what_does_not_fit_is_refused_at_the_start(authority: Authority, tmp_path: Path) -> None:
-    """A missing file, another certificate's key, no PEM, a key with a password: named, before anything is served."""
+    """A missing file, another certificate's key, a file that is not PEM or an incomplete pair raises CannotServe."""
     good = authority.server()
     _, other = authority.pair("other", "x")
     junk = tmp_path / "junk.pem"
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_refused_at_the_start(authority: Authority, tmp_pat
 
 
 def test_a_key_that_others_may_read_is_told(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
-    """In the log; it serves."""
+    """If other users may read the key, the server logs its mode and starts anyway."""
     with serving(authority.server(mode=0o640)):
         assert "mode 640" in caplog.text
     caplog.clear()
@@ -264,7 +264,7 @@ def test_a_key_that_others_may_read_is_told(authority: Authority, caplog: pytest
 
 
 def test_a_clients_own_files_are_checked_at_once(authority: Authority, tmp_path: Path) -> None:
-    """Before anything is sent: the field is named."""
+    """A bad file raises InvalidArgument with its field before the client connects."""
     certificate, key = authority.pair("client", "x")
     _, other = authority.pair("other", "x")
     junk = tmp_path / "junk.pem"

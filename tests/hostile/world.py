@@ -1,4 +1,4 @@
-"""A small server with low limits, and one table in the middle of training that no refused request may touch."""
+"""A small server with low limits, and one table in the middle of training that no refused request may change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ R = TypeVar("R")
 
 @contextmanager
 def serving(limits: Limits, num_workers: int = 2) -> Iterator[Server]:
-    """A server over worker threads, on free ports."""
+    """Run a server over worker threads, on free ports."""
     group = LocalGroup(num_workers)
     server = Server(group, ServerConfig(limits=limits))
     server.start()
@@ -54,7 +54,7 @@ def serving(limits: Limits, num_workers: int = 2) -> Iterator[Server]:
 
 
 def once(method: Callable[..., R], request: object, timeout_s: float = TRY_S) -> R:
-    """One try of a call; a failure is the error that a client sees."""
+    """Call a method once without retries; a failure raises the error that a client would see."""
     try:
         return method(request, timeout=timeout_s)
     except grpc.RpcError as failure:
@@ -62,14 +62,14 @@ def once(method: Callable[..., R], request: object, timeout_s: float = TRY_S) ->
 
 
 def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
-    """The same floats in any test: small, distinct and finite."""
+    """Return small, distinct, finite floats, the same in every test."""
     return (np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape) % 17 - 8) / 7
 
 
 class World:
     """A float32 table at version 3 whose session "open" has committed step 2 and holds a ticket of step 3.
 
-    Session "done" has given step 1 up.
+    Session "done" has aborted step 1.
     """
 
     def __init__(self, server: Server, client: shardloss.LossClient, name: str) -> None:
@@ -93,10 +93,10 @@ class World:
             if info.name.startswith(self.name):
                 self.client.delete_table(info.name)
 
-    # Valid requests, for a test to spoil
+    # Valid requests, which the tests corrupt
 
     def full(self) -> loss_pb2.ComputeLossRequest:
-        """The full softmax of a good batch, without a session."""
+        """Return a full softmax request of a valid batch, without a session."""
         return loss_pb2.ComputeLossRequest(
             table=self.name,
             hidden=wire.encode(numbers(N, D)),
@@ -106,27 +106,27 @@ class World:
         )
 
     def keyed(self) -> loss_pb2.ComputeLossRequest:
-        """The same under a key of its own."""
+        """Return the same request as `full`, in step 1 of the session "fresh"."""
         request = self.full()
         request.session, request.step = "fresh", 1
         return request
 
     def one_call(self) -> loss_pb2.ComputeLossRequest:
-        """The one-call form of a step."""
+        """Return the one-call form of a step: loss, upstream gradient and commit."""
         request = self.keyed()
         request.upstream.CopyFrom(wire.encode(numbers(N)))
         request.commit_now.learning_rate = 0.1
         return request
 
     def drawn(self) -> loss_pb2.ComputeLossRequest:
-        """The sampled softmax over the server's draw."""
+        """Return a sampled softmax request whose candidates the server draws."""
         request = self.full()
         request.sampled_softmax.sampler.kind = loss_pb2.Sampler.KIND_UNIFORM
         request.sampled_softmax.sampler.num_sampled = S
         return request
 
     def values(self) -> loss_pb2.ComputeLossRequest:
-        """The sampled softmax over the caller's draw."""
+        """Return a sampled softmax request with the caller's own candidates."""
         request = self.full()
         values = request.sampled_softmax.sampled_values
         values.sampled.CopyFrom(wire.encode(np.array([1, 4, 4, 9, 0, 10])))
@@ -135,7 +135,7 @@ class World:
         return request
 
     def commit(self, session: str = "open", step: int = 3, tickets: list[str] | None = None) -> loss_pb2.CommitRequest:
-        """A commit; of the open ticket where nothing else is said."""
+        """Return a commit; by default, of the open ticket."""
         request = loss_pb2.CommitRequest(table=self.name, session=session, step=step, learning_rate=0.1)
         for ticket in [self.ticket] if tickets is None else tickets:
             request.parts.add(ticket=ticket, g=wire.encode(numbers(N)))
@@ -150,12 +150,12 @@ class World:
         return request
 
     def create(self) -> table_pb2.CreateTableRequest:
-        """A small table of another name."""
+        """Return a request to create a small table with a new name."""
         spec = table_pb2.TableSpec(name=f"{self.name}-new", num_classes=V, dim=D, num_shards=3)
         return table_pb2.CreateTableRequest(spec=spec)
 
     def again(self) -> table_pb2.CreateTableRequest:
-        """The spec of the table that exists."""
+        """Return a request to create the world's table again with its present spec."""
         return table_pb2.CreateTableRequest(
             spec=once(self.client.tables.GetTable, table_pb2.GetTableRequest(table=self.name)).spec
         )
@@ -201,26 +201,26 @@ class World:
             table=self.name, hidden=wire.encode(numbers(N, D)), num_samples=4, seed=3, want_log_probs=True
         )
 
-    # What must stay
+    # State that must not change
 
     def method(self, request: Message) -> Callable[..., Message]:
-        """The RPC that takes this request."""
+        """Return the stub's method for this request."""
         name = type(request).__name__.removesuffix("Request")
         stubs = (self.client.losses, self.client.tables, self.client.questions)
         return next(getattr(stub, name) for stub in stubs if hasattr(stub, name))
 
     def look(self) -> tuple[object, ...]:
-        """Every table's info and every row and bias of this one, bit for bit."""
+        """Return the info of every table, and the version and all bits of the rows and biases of this one."""
         rows = self.table.read_rows(np.arange(V))
         assert rows.biases is not None
         return tuple(self.client.list_tables()), rows.version, rows.rows.tobytes(), rows.biases.tobytes()
 
     def good_call(self) -> bytes:
-        """The bits of a good answer."""
+        """Return the bits of the loss of a valid request."""
         return once(self.client.losses.ComputeLoss, self.full()).loss.SerializeToString()
 
     def assert_untouched(self) -> None:
-        """Rows, version and tickets are as they were; the open ticket and a good call are still answered alike."""
+        """Assert that rows, version and tickets are unchanged and a valid request gets the same loss as before."""
         assert self.look() == self.state
         assert self.good_call() == self.answer
         assert RawSession(self, "open").loss(3).replayed
@@ -229,7 +229,7 @@ class World:
 
 
 class RawSession:
-    """Losses of one session of a world."""
+    """The losses of one session of a world, sent without retries."""
 
     def __init__(self, world: World, session: str) -> None:
         self.world, self.session = world, session

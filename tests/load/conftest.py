@@ -1,4 +1,4 @@
-"""Load tests run where they are asked for by name: `make test-load`."""
+"""Load tests run only on explicit request: `make test-load`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave them out of every other run."""
+    """Ignore the load tests in every other run."""
     return None if "load" in config.option.markexpr else True

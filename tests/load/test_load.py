@@ -1,6 +1,6 @@
-"""`make test-load`: what an overloaded server does, measured on this machine and printed as a table.
+"""The behaviour of an overloaded server, measured on this machine and printed as a table: `make test-load`.
 
-Figures of one run on a shared machine; only the mechanism is asserted, as in tests/hostile/test_overload.py.
+The figures are from one run on a shared machine; only the mechanism is asserted, as in tests/hostile/test_overload.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .trainers import DIM, NUM_CLASSES
 
 pytestmark = [pytest.mark.load, pytest.mark.timeout(900)]
 ROUNDS, PHASE_S, LIGHT_PAUSE_S = 3, 8.0, 0.05
-PEAK_TRAINERS, MANY_TRAINERS = (1, 2, 4), 40  # ten times as many as give the peak
+PEAK_TRAINERS, MANY_TRAINERS = (1, 2, 4), 40  # ten times as many as reach the peak
 PATIENCE_S = 60.0
 MIB = 2**20
 
@@ -45,7 +45,7 @@ def trainers(address: str, seconds: float, pause_s: float, tables: list[str]) ->
 
 
 def steps_of(process: subprocess.Popen[str]) -> list[float]:
-    """Seconds of each step."""
+    """Return the duration of each step in seconds."""
     out, _ = process.communicate(timeout=PATIENCE_S + PHASE_S)
     return [seconds for _, seconds in json.loads(out)]
 
@@ -56,7 +56,7 @@ def p99_ms(steps: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A service of two workers, and tables for every trainer."""
+    """The address of a service with two workers and a table for every trainer."""
     with running(workers=2) as service, shardloss.connect(service.address, timeout_s=PATIENCE_S) as client:
         for name in ["light", *(f"t{number}" for number in range(MANY_TRAINERS))]:
             client.create_table(name, num_classes=NUM_CLASSES, dim=DIM, optimizer=shardloss.Sgd())
@@ -65,7 +65,10 @@ def address() -> Iterator[str]:
 
 
 def test_goodput_and_a_light_trainer_under_overload(address: str) -> None:
-    """Trainers of equal steps, a table each: the peak, ten times as many, and a light one alone and beside them."""
+    """With ten times the trainers of the peak, one table each, steps still complete and no ticket stays open.
+
+    The p99 of a light trainer is measured alone and next to them.
+    """
     many = [f"t{number}" for number in range(MANY_TRAINERS)]
     peak: dict[int, list[float]] = {count: [] for count in PEAK_TRAINERS}
     overload, alone, beside = [], [], []
@@ -89,7 +92,7 @@ def test_goodput_and_a_light_trainer_under_overload(address: str) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server inside this process, whose gauges can be read; it forgets soon."""
+    """An in-process server whose gauges can be read; tickets and sessions expire after seconds."""
     limits = Limits(max_message_s=2.0, ticket_ttl_s=2.0, session_ttl_s=3.0, max_open_tickets=20_000)
     group = LocalGroup(1)
     server = Server(group, ServerConfig(Listening(port=0, admin_port=0), limits))
@@ -102,7 +105,7 @@ def server() -> Iterator[Server]:
 def eventually(holds: Callable[[], bool], what: str) -> None:
     deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
     while not holds():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         pause.wait(0.05)
 
 
@@ -129,7 +132,7 @@ def health_ms(server: Server) -> float:
 
 
 def test_slow_loris(server: Server) -> None:
-    """50 connections with 20 calls each that never send their message: others are answered beside them."""
+    """Other calls are answered while 50 connections hold 20 calls each that never send their message."""
     with shardloss.connect(server.address, timeout_s=PATIENCE_S) as client, ExitStack() as stack:
         client.create_table("t", num_classes=11, dim=5)
         for _ in range(50):
@@ -146,7 +149,7 @@ def test_slow_loris(server: Server) -> None:
 
 
 def test_idle_connections(server: Server) -> None:
-    """1,000 of them, twice: the second thousand takes no memory that the first has not left."""
+    """The server stays healthy over three rounds of 1,000 idle connections; the printed memory shows any leak."""
     sizes = [memory_of(os.getpid())]
     for _ in range(3):
         with ExitStack() as stack:
@@ -159,7 +162,7 @@ def test_idle_connections(server: Server) -> None:
 
 
 def test_abandoned_sessions_and_tickets(server: Server) -> None:
-    """10,000 of each, twice: the second ten thousand take no memory that the first have not left."""
+    """10,000 abandoned sessions and tickets expire, twice; the printed memory shows if the second round needs more."""
     hidden, labels = np.ones((2, 5), np.float32), np.zeros(2, int)
     with shardloss.connect(server.address, timeout_s=PATIENCE_S) as client:
         table = client.create_table("t", num_classes=11, dim=5)
@@ -173,7 +176,7 @@ def test_abandoned_sessions_and_tickets(server: Server) -> None:
 
 
 def test_refusals(server: Server) -> None:
-    """A burst of calls above the places: every refusal has a hint."""
+    """In a burst of calls beyond the available places, every refusal carries a retry hint."""
     with shardloss.connect(server.address, timeout_s=PATIENCE_S) as client:
         table = client.create_table("t", num_classes=200_000, dim=64)
         request = shardloss.messages.loss_request(

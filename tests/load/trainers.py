@@ -1,6 +1,6 @@
-"""Trainers in a process of their own: `python -m tests.load.trainers ADDRESS SECONDS PAUSE_S TABLE...`, one a table.
+"""Trainers in a separate process, one per table: `python -m tests.load.trainers ADDRESS SECONDS PAUSE_S TABLE...`.
 
-Prints a JSON list of (start, seconds) of every step, on the machine's monotonic clock.
+Prints a JSON list of the (start, seconds) of every step, measured on the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RATE = 0.01
 
 
 def train(address: str, name: str, seconds: float, pause_s: float, steps: list[tuple[float, float]]) -> None:
-    """Steps of a loss and a commit over a connection of its own, with pauses of pause_s on average."""
+    """Train for `seconds` over a separate connection: a loss, a commit, then a pause of pause_s on average."""
     rng = np.random.default_rng(abs(hash(name)) % 2**32)
     loss, g = shardloss.SampledSoftmax(NUM_SAMPLED), np.full(NUM_ROWS, 1 / NUM_ROWS, np.float32)
     stop = time.monotonic() + seconds

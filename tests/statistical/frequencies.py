@@ -1,4 +1,4 @@
-"""When two sets of frequencies are those of one distribution."""
+"""Statistical tests of the hypothesis that two sets of frequencies come from the same distribution."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from scipy import stats
 
 from ..extent import SEED
 
-# With a fixed seed a failure means that bits have changed. With fresh seeds some 80 tests must not fail by chance.
+# With a fixed seed, a failure means that bits have changed. With fresh seeds, about 80 tests must not fail by chance.
 P_VALUE = 1e-7 if SEED else 1e-4
 
 
 def two_sample_z(a: NDArray[np.float64], num_a: int, b: NDArray[np.float64], num_b: int) -> NDArray[np.float64]:
-    """Standard scores of the differences of two sets of frequencies [V]."""
+    """Return the standard scores [V] of the differences between two sets of frequencies [V]."""
     pooled = (a * num_a + b * num_b) / (num_a + num_b)
     return np.asarray((a - b) / np.sqrt(pooled * (1 - pooled) * (1 / num_a + 1 / num_b)))
 
 
 def one_sample_z(found: NDArray[np.float64], num: int, expected: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard scores of frequencies [V] of num batches against exact ones."""
+    """Return the standard scores [V] of the frequencies [V] found in num batches against the exact ones."""
     return np.asarray((found - expected) / np.sqrt(expected * (1 - expected) / num))
 
 
 def assert_same_frequencies(z: NDArray[np.float64]) -> None:
-    """No score is out of reach of V normal ones, nor is their mean square.
+    """Assert that the largest score and the mean square are plausible for V standard normal scores.
 
-    Inclusions of a batch exclude each other, which makes the mean square smaller than a chi-square's, never larger.
+    Inclusions in a batch are negatively correlated, which makes the sum of squares smaller than a chi-square's, never
+    larger.
     """
     assert np.abs(z).max() < stats.norm.isf(P_VALUE / (2 * len(z)))
     assert (z**2).sum() < stats.chi2(len(z)).isf(P_VALUE)

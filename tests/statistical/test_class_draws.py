@@ -31,7 +31,7 @@ def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardl
 def softmax_of(
     table: shardloss.Table, hidden: NDArray[np.float64], transform: LogitTransform | None, top_k: int | None
 ) -> NDArray[np.float64]:
-    """Probabilities [N, V] in float64; 0 outside the k best."""
+    """Return the softmax probabilities [N, V] in float64; 0 outside the top_k best classes."""
     logits = hidden @ table.read_rows(np.arange(V)).rows.astype(np.float64).T
     logits *= transform.scale if transform else 1.0
     if top_k is not None:
@@ -40,7 +40,7 @@ def softmax_of(
 
 
 def assert_fits(class_ids: NDArray[np.int64], probability: NDArray[np.float64]) -> None:
-    """Chi-square of one row's draws; classes of fewer than 5 expected draws are one."""
+    """Assert that one row's draws pass a chi-square test; classes with fewer than 5 expected draws are pooled."""
     expected = probability * len(class_ids)
     observed = np.bincount(class_ids, minlength=V)
     assert not observed[expected == 0].any()
@@ -57,7 +57,7 @@ def assert_fits(class_ids: NDArray[np.int64], probability: NDArray[np.float64]) 
 def test_draws_fit_the_exact_softmax(
     table: shardloss.Table, rng: np.random.Generator, transform: LogitTransform | None, top_k: int | None
 ) -> None:
-    """Chi-square of the draws of each of three rows, over all classes and over the best alone."""
+    """The draws of each of three rows pass a chi-square test, over all classes and over the best k only."""
     hidden = rng.standard_normal((3, D)).astype(np.float32).astype(np.float64)
     drawn = table.sample_classes(hidden, S, seed=21 + SEED, top_k=top_k, logits=transform).class_ids
     for row, probability in zip(drawn, softmax_of(table, hidden, transform, top_k), strict=True):
@@ -68,7 +68,7 @@ def test_draws_fit_the_exact_softmax(
 def test_one_draw_of_each_of_many_keys_fits_as_well(
     table: shardloss.Table, rng: np.random.Generator, keyed_by: str
 ) -> None:
-    """The first draw of many rows, of many calls of 10 rows, of many seeds: neighbouring keys are independent."""
+    """The first draws of many rows, calls or seeds fit the softmax: neighbouring keys are independent."""
     hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 10 * CALLS, axis=0)
     if keyed_by == "row":
         drawn = table.sample_classes(hidden, 1, seed=2 + SEED).class_ids
@@ -80,7 +80,7 @@ def test_one_draw_of_each_of_many_keys_fits_as_well(
 
 
 def test_draws_of_a_row_are_independent_of_each_other(table: shardloss.Table, rng: np.random.Generator) -> None:
-    """Pairs of neighbouring draws, and of neighbouring rows, repeat a class as often as the softmax says."""
+    """Pairs of neighbouring draws, and of neighbouring rows, repeat a class as often as the softmax predicts."""
     hidden = np.repeat(rng.standard_normal((1, D)).astype(np.float32).astype(np.float64), 2, axis=0)
     drawn = table.sample_classes(hidden, S, seed=5 + SEED).class_ids
     repeats = float((softmax_of(table, hidden, None, None)[0] ** 2).sum())

@@ -1,4 +1,4 @@
-"""Every distribution draws what it says, and distinct draws take as many tries as the theory counts."""
+"""Every distribution draws with its stated probabilities, and distinct draws take as many tries as theory predicts."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from shardloss import sampling
 from ..extent import SEED, sample, scaled
 from .frequencies import P_VALUE, assert_same_frequencies, one_sample_z
 
-V = 211  # prime, so that no block or level is whole
-DRAWS = scaled(5_000, 10_000)  # a step
+V = 211  # prime, so that no block or level is full
+DRAWS = scaled(5_000, 10_000)  # per step
 PAIRS = scaled(50_000, 200_000)
 Counts = NDArray[np.float64]
-COUNTS = np.where(np.arange(V) % 5 == 3, 0.0, 3.0 + (np.arange(V) * 37 % 101)) ** 2  # a fifth is 0; 9 to 1e4
+COUNTS = np.where(np.arange(V) % 5 == 3, 0.0, 3.0 + (np.arange(V) * 37 % 101)) ** 2  # a fifth are 0; others 9 to 1e4
 
 
 def zipf() -> Counts:
-    """log((k + 2) / (k + 1)) / log(V + 1)."""
+    """Return p = log((k + 2) / (k + 1)) / log(V + 1) [V]."""
     return np.diff(np.log(np.arange(1, V + 2))) / np.log(V + 1)
 
 
 def powers(counts: Counts, distortion: float) -> Counts:
-    """counts**distortion over their sum, where counts of 0 stay out."""
+    """Return counts**distortion divided by their sum [V]; a count of 0 stays 0."""
     weights = np.array([count**distortion if count else 0.0 for count in counts])
     return np.asarray(weights / weights.sum())
 
 
 def reserved() -> Counts:
-    """COUNTS**0.5 without the first 17 ids."""
+    """Return the normalized COUNTS**0.5 [V], with 0 for the first 17 ids."""
     return powers(np.where(np.arange(V) < 17, 0.0, COUNTS), 0.5)
 
 
 def learned_weights() -> Counts:
-    """1, and what `learned` adds: class k comes k mod 7 times, and class 5 another 90 times."""
+    """Return the probabilities [V] of `learned`: weight 1 + k mod 7 for class k, and 90 more for class 5."""
     weights = 1.0 + np.arange(V) % 7
     weights[5] += 90
     return np.asarray(weights / weights.sum())
 
 
 def learned() -> sampling.LearnedCounts:
-    """Counts learned in many adds, with repeats in an add and over adds."""
+    """Return counts learned in several adds, with repeats within and across adds."""
     counts = sampling.LearnedCounts(V)
     for k in range(1, 7):
         counts.add(np.flatnonzero(np.arange(V) % 7 >= k)[:, None])
@@ -82,7 +82,7 @@ every_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
 @every_distribution
 @pytest.mark.parametrize("seed", sample([2**63 + 1 - SEED, SEED], 1))
 def test_draws_fit_their_distribution(name: str, seed: int) -> None:
-    """Chi-square over the draws of 100 steps; what has p = 0 is never drawn; p is what the formula says."""
+    """p equals the formula, the draws of 100 steps pass a chi-square test, and classes with p = 0 are never drawn."""
     make, formula = DISTRIBUTIONS[name]
     distribution, p = make(), formula()
     np.testing.assert_allclose(distribution.probability(np.arange(V)), p, rtol=1e-12, atol=0)
@@ -91,13 +91,13 @@ def test_draws_fit_their_distribution(name: str, seed: int) -> None:
     observed, expected = np.bincount(draws, minlength=V), p * 100 * DRAWS
     possible = p > 0
     assert not observed[~possible].any()
-    assert expected[possible].min() > 5  # the chi-square approximation holds
+    assert expected[possible].min() > 5  # so the chi-square approximation is valid
     assert stats.chisquare(observed[possible], expected[possible]).pvalue > P_VALUE
 
 
 @every_distribution
 def test_neighbouring_draws_are_independent(name: str) -> None:
-    """Chi-square of the pairs (draw 2k, draw 2k + 1), each in 6 classes of classes, against the product."""
+    """The pairs (draw 2k, draw 2k + 1), modulo 6, pass a chi-square test against the product distribution."""
     make, formula = DISTRIBUTIONS[name]
     draws = sampling.draw(make(), 2 * PAIRS, False, 11 + SEED, 3).sampled % 6
     pairs = np.bincount(draws[::2] * 6 + draws[1::2], minlength=36)
@@ -105,11 +105,11 @@ def test_neighbouring_draws_are_independent(name: str) -> None:
     assert stats.chisquare(pairs, np.outer(p, p).ravel() * PAIRS).pvalue > P_VALUE
 
 
-# Distinct draws, against enumeration
+# Distinct draws compared with enumeration
 
 
 def small_learned() -> sampling.LearnedCounts:
-    """Weights 1, 3, 1, 2, 1."""
+    """Return learned counts with the weights 1, 3, 1, 2, 1."""
     counts = sampling.LearnedCounts(5)
     counts.add(np.array([1, 3, 1]))
     return counts
@@ -126,7 +126,7 @@ S, BATCHES = 3, scaled(4_000, 20_000)
 
 
 def inclusion_by_orders(p: Counts) -> Counts:
-    """How probable each class is to be among S distinct ones, by every order in which they may come."""
+    """Return each class's probability of being among S distinct draws [V], summed over all orders of S classes."""
     found = np.zeros(len(p))
     for order in itertools.permutations(np.flatnonzero(p).tolist(), S):
         left, probability = 1.0, 1.0
@@ -138,7 +138,7 @@ def inclusion_by_orders(p: Counts) -> Counts:
 
 
 def tries_by_subsets(p: Counts, longest: int) -> Counts:
-    """P(num_tries = n) for n up to longest: the sets of classes that n draws may have found, draw by draw."""
+    """Return P(num_tries = n) for n = 0 to longest, by tracking the possible sets of classes found after each draw."""
     sets = {frozenset[int](): 1.0}
     ended = np.zeros(longest + 1)
     for n in range(1, longest + 1):
@@ -153,7 +153,7 @@ def tries_by_subsets(p: Counts, longest: int) -> Counts:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_distinct_draws_are_those_of_enumeration(name: str) -> None:
-    """Inclusions, numbers of tries and mean Q of many batches of 3 of 5 classes, against exact sums."""
+    """Inclusions, numbers of tries and mean Q of many batches of 3 of 5 classes agree with exact sums."""
     distribution = SMALL[name]()
     ids = np.arange(5)
     p = distribution.probability(ids)
@@ -185,7 +185,7 @@ def test_distinct_draws_are_those_of_enumeration(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_with_repeats_q_is_the_mean_count(name: str) -> None:
-    """Q of a class is how often it comes in a batch of 3."""
+    """With repeats, Q of a class is the mean number of times that it occurs in a batch of 3."""
     distribution = SMALL[name]()
     q = sampling.expected_count(distribution, np.arange(5), S, False, S)
     draws = [sampling.draw(distribution, S, False, 23 + SEED, step).sampled for step in range(BATCHES)]
@@ -202,11 +202,11 @@ def test_with_repeats_q_is_the_mean_count(name: str) -> None:
     "num_classes, num_sampled, num_steps",
     [
         (37, 12, scaled(1000, 5000)),
-        (20_011, 107, scaled(600, 3000)),  # NumPy chooses few of many by another algorithm
+        (20_011, 107, scaled(600, 3000)),  # NumPy uses another algorithm to choose few of many
     ],
 )
 def test_negatives_of_class_centers_are_uniform(num_classes: int, num_sampled: int, num_steps: int) -> None:
-    """Each class that is no label comes as often as another, and the place among the negatives says nothing."""
+    """All classes that are not labels are equally frequent, also in the first and last positions of the negatives."""
     labels = np.array([35, 2, 2, 30, -1, 7])
     drawn = np.array(
         [sampling.partial_fc(labels, num_classes, num_sampled, 13 + SEED, k)[4:] for k in range(num_steps)]
@@ -218,4 +218,4 @@ def test_negatives_of_class_centers_are_uniform(num_classes: int, num_sampled: i
         possible = classes > 0
         expected = classes[possible] * (negatives.size / classes.sum())
         statistic = ((observed[possible] - expected) ** 2 / expected).sum()
-        assert statistic < stats.chi2(possible.sum()).isf(P_VALUE)  # distinct ids only make it smaller
+        assert statistic < stats.chi2(possible.sum()).isf(P_VALUE)  # distinct ids can only make the statistic smaller

@@ -1,4 +1,4 @@
-"""Draws follow their distributions, and sampled losses estimate the exact one as the theory says."""
+"""Draws follow their distributions, and sampled losses estimate the exact one as theory predicts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from .frequencies import P_VALUE, assert_same_frequencies, two_sample_z
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 KINDS = ("log_uniform", "uniform")
-DRAWS = scaled(1_000, 10_000)  # a step
+DRAWS = scaled(1_000, 10_000)  # per step
 STEPS = scaled(5_000, 20_000)
 BATCHES = scaled(1_500, 5_000)
 
 
 def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
-    """The documented distributions: 1/V, and log((k + 2) / (k + 1)) / log(V + 1)."""
+    """Return the documented probabilities [V]: 1/V (uniform) or log((k + 2) / (k + 1)) / log(V + 1) (log_uniform)."""
     if kind == "uniform":
         return np.full(num_classes, 1 / num_classes)
     return np.array([math.log((k + 2) / (k + 1)) / math.log(num_classes + 1) for k in range(num_classes)])
@@ -48,41 +48,41 @@ def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_classes", [2, 1009])  # test_distributions.py has 211
+@pytest.mark.parametrize("num_classes", [2, 1009])  # test_distributions.py covers 211
 @pytest.mark.parametrize("seed", sample([2**63 + 1 - SEED, SEED], 1))
 def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, seed: int) -> None:
-    """Chi-square over the draws of 100 steps."""
+    """The draws of 100 steps pass a chi-square test against their distribution."""
     distribution = sampling.DISTRIBUTIONS[kind](num_classes)
     draws = np.concatenate([sampling.draw(distribution, DRAWS, False, seed, step).sampled for step in range(100)])
     observed = np.bincount(draws, minlength=num_classes)
     expected = probability(kind, num_classes) * len(draws)
-    assert expected.min() > 5  # the chi-square approximation holds
+    assert expected.min() > 5  # so the chi-square approximation is valid
     assert stats.chisquare(observed, expected).pvalue > P_VALUE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_one_draw_each_fit_as_well(kind: str) -> None:
-    """The first candidate over many steps and over many seeds: neighbouring keys are independent draws."""
+    """The first candidates of many steps or seeds fit the distribution: draws of neighbouring keys are independent."""
     distribution, expected = sampling.DISTRIBUTIONS[kind](37), probability(kind, 37) * STEPS
     over_steps = [int(sampling.draw(distribution, 1, False, 3 + SEED, step).sampled[0]) for step in range(STEPS)]
     over_seeds = [int(sampling.draw(distribution, 1, False, SEED + seed, 3).sampled[0]) for seed in range(STEPS)]
     for draws in (over_steps, over_seeds):
         assert stats.chisquare(np.bincount(draws, minlength=37), expected).pvalue > P_VALUE
-        pairs = np.array(draws[:-1]) * 37 + np.array(draws[1:])  # neighbours: independent, so pairs are products
+        pairs = np.array(draws[:-1]) * 37 + np.array(draws[1:])  # independent draws: pair counts are products
         coarse = np.bincount(pairs, minlength=37 * 37).reshape(37, 37)[:6, :6]
         product = np.outer(expected[:6], expected[:6]) / STEPS
         assert (((coarse - product) ** 2) / product).sum() < stats.chi2(36).isf(P_VALUE)
 
 
 def inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
-    """How many of our distinct batches hold each class."""
+    """Return in how many batches of distinct candidates, drawn by our sampler, each class occurs [V]."""
     distribution = sampling.DISTRIBUTIONS[kind](num_classes)
     draws = [sampling.draw(distribution, num_sampled, True, 17 + SEED, step).sampled for step in range(num_batches)]
     return np.bincount(np.concatenate(draws), minlength=num_classes)
 
 
 def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batches: int) -> NDArray[np.int64]:
-    """The same by the definition: draw one class at a time until there are S different ones."""
+    """Return the same counts [V] by definition: draw one class at a time until S are distinct."""
     dice, weights = random.Random(23 + SEED), probability(kind, num_classes).tolist()
     found = np.zeros(num_classes, dtype=np.int64)
     for _ in range(num_batches):
@@ -98,7 +98,7 @@ def simulated_inclusions(kind: str, num_classes: int, num_sampled: int, num_batc
 def test_distinct_draws_hold_each_class_as_often_as_the_definition(
     kind: str, num_classes: int, num_sampled: int
 ) -> None:
-    """Inclusion frequencies over many batches agree with drawing until S different ids have come."""
+    """Inclusion frequencies over many batches agree with drawing one class at a time until S are distinct."""
     ours = inclusions(kind, num_classes, num_sampled, BATCHES) / BATCHES
     simulated = simulated_inclusions(kind, num_classes, num_sampled, BATCHES) / BATCHES
     assert ours.sum() == pytest.approx(num_sampled)
@@ -106,7 +106,7 @@ def test_distinct_draws_hold_each_class_as_often_as_the_definition(
 
 
 def golden_frequencies(unique: bool) -> Iterator[tuple[str, NDArray[np.float64], int, int]]:
-    """(kind, frequencies, how many draws or batches, S) that TensorFlow's samplers gave, by the index."""
+    """Return (kind, frequencies [V], number of draws or batches, S) of TensorFlow's samplers, from the golden index."""
     for case in json.loads((GOLDEN / "index.json").read_text()):
         kind = case.get("op", "").removeprefix("tf.random.").removesuffix("_candidate_sampler")
         if case["family"] == "tf_candidate_sampler" and kind in KINDS and case["unique"] == unique:
@@ -117,7 +117,7 @@ def golden_frequencies(unique: bool) -> Iterator[tuple[str, NDArray[np.float64],
 
 
 def test_frequencies_are_tensorflows() -> None:
-    """Draw frequencies with repeats and inclusion frequencies without agree with what TensorFlow's samplers gave."""
+    """Draw frequencies (with repeats) and inclusion frequencies (without) agree with those of TensorFlow's samplers."""
     compared = []
     for kind, frequency, num_batches, num_sampled in golden_frequencies(unique=True):
         ours = inclusions(kind, len(frequency), num_sampled, num_batches) / num_batches
@@ -138,7 +138,7 @@ V, D, N = 53, 5, 3  # prime V over two shards
 
 
 class Model:
-    """A float64 table over two shards and a batch, scored as a server scores it."""
+    """A float64 table over two shards and a batch, scored in the same way as by the server."""
 
     def __init__(self) -> None:
         placement, initializer = Placement("mod", V, 2), Initializer("zeros", 0.0, 0)
@@ -150,7 +150,7 @@ class Model:
             shard.write_(RowWrite(1, torch.arange(V), self.weights, self.biases))
 
     def part(self, kind: str, num_sampled: int, step: int, labels: Tensor) -> Part:
-        """With repeats and hits kept."""
+        """Plan a sampled softmax with repeated candidates and without removing accidental hits."""
         candidates = SamplerSpec(kind, num_sampled, False, 41 + SEED)
         request = LossRequest(
             table="table",
@@ -184,7 +184,7 @@ def model(seed: int) -> Model:
 def test_corrected_candidates_estimate_the_partition_function(model: Model, kind: str) -> None:
     """E[sum over draws of exp(z - log(S p))] = sum over classes of exp(z), over many steps of 19 draws.
 
-    The sum over draws is exp(lse) less the true column, whose logit and -log(S p) are known.
+    The sum over draws is exp(lse) minus the true column's term, whose logit and -log(S p) are known.
     """
     lse = [
         merge(model.scores(model.part(kind, 19, step, model.labels), False)).statistics.lse
@@ -195,12 +195,12 @@ def test_corrected_candidates_estimate_the_partition_function(model: Model, kind
     estimates = torch.stack(lse).exp() - (logits.gather(1, model.labels).exp() / true_count)[:, 0]
     exact = logits.exp().sum(1)
     standard_error = estimates.std(0) / math.sqrt(len(estimates))
-    assert (standard_error / exact < 0.1).all()  # the bound below means something
+    assert (standard_error / exact < 0.1).all()  # otherwise the bound below would be too loose to fail
     assert ((estimates.mean(0) - exact).abs() < 4 * standard_error).all()
 
 
 def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Mean [N, D] over steps of the sampled hidden gradient, and its standard error."""
+    """Return the mean [N, D] over steps of the sampled hidden gradient, and its standard error [N, D]."""
     gradients = []
     for step in range(num_steps):
         part = model.part(kind, num_sampled, step, model.labels)
@@ -212,15 +212,15 @@ def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> 
 
 @pytest.mark.parametrize("kind", sample(KINDS, 1))
 def test_the_bias_of_the_gradient_falls_like_one_over_s(model: Model, kind: str) -> None:
-    """Four times the candidates leave a quarter of the difference between the mean gradient and the exact one."""
+    """Four times as many candidates reduce the difference between mean and exact gradient to a quarter."""
     hidden = model.hidden.clone().requires_grad_()
     ones = torch.ones(N, 1, dtype=torch.float64)
     reference.full_softmax(model.weights, model.biases, hidden, model.labels, ones).sum().backward()
     assert hidden.grad is not None
     few, _ = mean_gradient(
         model, kind, scaled(6, 12), scaled(600, 2000)
-    )  # whose bias is four times as large, and its noise twice
+    )  # its bias is four times as large, its noise twice
     many, many_error = mean_gradient(model, kind, scaled(24, 48), scaled(1200, 4000))
     bias_of_few, bias_of_many = few - hidden.grad, many - hidden.grad
-    assert many_error.norm() < 0.25 * bias_of_many.norm()  # what is compared is bias, not noise
+    assert many_error.norm() < 0.25 * bias_of_many.norm()  # so the comparison is of bias, not of noise
     assert 3 < float(bias_of_few.norm() / bias_of_many.norm()) < 5

@@ -1,4 +1,4 @@
-"""The same trainer with torch alone: a local table in place of the remote one. The oracle of the trainer tests."""
+"""The oracle of the trainer tests: the same trainer with torch alone and a local table in place of the remote one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shardloss_server.numerics import reference
 from torch import Tensor
 
 NUM_CLASSES, DIM, NUM_FEATURES = 23, 5, 4  # V > S + N so that a sampled step leaves rows untouched; ugly on purpose
-torch.sparse.check_sparse_tensor_invariants.enable()  # torch warns where nobody has chosen
+torch.sparse.check_sparse_tensor_invariants.enable()  # without an explicit choice torch warns
 BATCH, NUM_SAMPLED, SAMPLER_SEED = 7, 6, 11
 
 
 @dataclass(frozen=True)
 class Run:
-    """The loss of every step, and the table and encoder after the last."""
+    """The loss of every step, and the table and encoder after the last step."""
 
     losses: list[float]
     weights: Tensor
@@ -26,7 +26,7 @@ class Run:
 
 
 def batches(num_steps: int, dtype: torch.dtype, seed: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features [N, F] and labels [N] of each step."""
+    """Yield the features [N, F] and labels [N] of each step."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_steps):
         features = torch.randn(BATCH, NUM_FEATURES, generator=generator, dtype=torch.float64)
@@ -34,13 +34,13 @@ def batches(num_steps: int, dtype: torch.dtype, seed: int = 3) -> Iterator[tuple
 
 
 def encoder(dtype: torch.dtype) -> torch.nn.Linear:
-    """The trainer's own part, the same in every run."""
+    """Return the trainer's own layer, with the same initial values in every run."""
     torch.manual_seed(5)
     return torch.nn.Linear(NUM_FEATURES, DIM, dtype=torch.float64).to(dtype)
 
 
 def remote_run(table: shardloss.Table, sampled: bool, lr: float, num_steps: int, dtype: torch.dtype) -> Run:
-    """Train through the service."""
+    """Train against the service and return the run."""
     net = encoder(dtype)
     head = table.sampled_softmax(NUM_SAMPLED, seed=SAMPLER_SEED) if sampled else table.softmax()
     optimizers = [head.optimizer(lr), torch.optim.SGD(net.parameters(), 0.1)]
@@ -64,7 +64,7 @@ def local_run(
     num_steps: int,
     dtype: torch.dtype,
 ) -> Run:
-    """Train with torch alone from the table's present rows; `make` builds the optimizer of (weights, biases)."""
+    """Train with torch alone from the table's current rows; `make` builds the optimizer of (weights, biases)."""
     net = encoder(dtype)
     weights, biases = (value.clone().requires_grad_() for value in table_of(table))
     biases = biases.detach()[:, None].clone().requires_grad_()
@@ -87,7 +87,7 @@ def local_run(
 def sampled_loss(
     table: shardloss.Table, step: int, weights: Tensor, biases: Tensor, hidden: Tensor, labels: Tensor
 ) -> Tensor:
-    """The reference loss over the service's own draw, with sparse gradients of the touched rows alone."""
+    """Return the reference loss over the service's own draw, with sparse gradients for the touched rows only."""
     draw = table.sample_candidates(NUM_SAMPLED, seed=SAMPLER_SEED, step=step, labels=labels.numpy()[:, None])
     sampled = torch.from_numpy(draw.sampled.copy())
     touched, place = torch.unique(torch.cat([sampled, labels]), return_inverse=True)
@@ -105,7 +105,7 @@ def sampled_loss(
 
 
 def table_of(table: shardloss.Table) -> tuple[Tensor, Tensor]:
-    """All rows [V, D] and biases [V] of a table."""
+    """Return all rows [V, D] and biases [V] of a table."""
     rows = table.read_rows(torch.arange(NUM_CLASSES).numpy())
     assert rows.biases is not None
     return torch.from_numpy(rows.rows.copy()), torch.from_numpy(rows.biases.copy())

@@ -1,4 +1,4 @@
-"""The city finder as its user runs it: trained, asked, interrupted."""
+"""The city finder, run as a user would run it: train, ask and interrupt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from examples.cities.__main__ import main
 pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_S = 500.0  # far above what a busy machine needs
+RUN_S = 500.0  # far more than a busy machine needs
 START_S = 300.0
 STOP_S = 200.0
 LEFT_BEHIND = ("shardloss-*", "cities-*", "ray*")  # temporary directories of the server, of the demo, of Ray
@@ -34,25 +34,25 @@ LEFT_BEHIND = ("shardloss-*", "cities-*", "ray*")  # temporary directories of th
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A running demo, and the directory that it and all it starts take for temporary files."""
+    """A running demo, and the directory for the temporary files of all its processes."""
 
     process: subprocess.Popen[str]
     temp: Path
 
     def finish(self, timeout_s: float) -> tuple[int, str]:
-        """Exit status and output, once it has ended."""
+        """Wait for the end and return the exit status and the output."""
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output
 
     def leftovers(self) -> list[Path]:
-        """Directories that should have been removed."""
+        """Return the temporary directories that should have been removed."""
         return [path for pattern in LEFT_BEHIND for path in self.temp.glob(pattern)]
 
 
 @contextmanager
 def demo(*arguments: str) -> Iterator[Demo]:
-    """The demo in a session of its own, so that a signal reaches it alone; nothing of it lives on after the block."""
-    # Not below tmp_path: the path of a Unix socket has at most 107 bytes.
+    """Run the demo in its own session, so that signals reach it alone; end all its processes after the block."""
+    # Not under tmp_path: the path of a Unix socket has at most 107 bytes.
     with TemporaryDirectory(prefix="t-") as temp:
         environment = {**os.environ, "TMPDIR": temp, "COLUMNS": "200", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
         with attentive_to_interrupts():
@@ -74,7 +74,7 @@ def demo(*arguments: str) -> Iterator[Demo]:
 
 @contextmanager
 def attentive_to_interrupts() -> Iterator[None]:
-    """What is started here sees SIGINT even if the tests were started in the background, which ignore it."""
+    """Let child processes receive SIGINT even if the tests run in the background, where it is ignored."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -83,7 +83,7 @@ def attentive_to_interrupts() -> Iterator[None]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """In order if it can, by force if it must: also what it has started."""
+    """Terminate the process, and kill it if it does not end in time; kill its remaining descendants."""
     if process.poll() is None:
         started = children_of(process.pid)
         process.terminate()
@@ -96,13 +96,13 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    """Exit status and output of a demo that ends by itself."""
+    """Run a demo that ends by itself and return its exit status and output."""
     with demo(*arguments) as running:
         return running.finish(RUN_S)
 
 
 def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit status and output of a demo in this process."""
+    """Run the demo in this process and return its exit status and output."""
     previous = signal.getsignal(signal.SIGTERM)
     try:
         status = main(arguments)
@@ -114,7 +114,7 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A small run that came to its end."""
+    """A small run that has ended."""
 
     status: int
     output: str
@@ -143,14 +143,14 @@ def finished_alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_with_a_service_of_its_own_leaves_nothing(finished_alone: Finished) -> None:
-    """It starts Ray, trains to the same figures, and stops what it started."""
+    """A run without --address starts Ray, reaches the same figures, and stops every process it started."""
     assert finished_alone.status == 0, finished_alone.output
     assert finished_alone.leftovers == []
     assert_learned(finished_alone)
 
 
 def test_a_small_run_shows_figures_and_answers(finished: Finished) -> None:
-    """It names the source of the data, how it trained, and the places of misspelt names."""
+    """The output names the source of the data, the training figures and the places of misspelt names."""
     assert finished.status == 0, finished.output
     for shown in ("GeoNames", "2,000 cities", "rows/s", "before", "after", "baseline", "MRR", "sampled - exact"):
         assert shown in finished.output
@@ -165,12 +165,12 @@ def test_a_small_run_shows_figures_and_answers(finished: Finished) -> None:
 
 
 def test_a_small_run_learns(finished: Finished) -> None:
-    """Before training every city is as probable; after it held-out names are found, which no baseline can."""
+    """Before training all cities are equally probable; afterwards the run beats the baseline on held-out names."""
     assert_learned(finished)
 
 
 def assert_learned(finished: Finished) -> None:
-    """result.json has the figures before and after training and of the baseline, and the run improved on both."""
+    """Assert that result.json has all figures, and that training improved on the untrained model and the baseline."""
     result = json.loads((finished.out / "result.json").read_text())
     rows = ("before", "after", "baseline")
     assert set(result) == {*rows, "rows_per_s", "train_s", "seed", "eval_names"}
@@ -185,7 +185,7 @@ def assert_learned(finished: Finished) -> None:
         assert after["hit_at_1"] > other["hit_at_1"] + 0.2
         assert after["hit_at_10"] > other["hit_at_10"] + 0.4
         assert after["mrr"] > other["mrr"] + 0.2
-    assert before["gap"] == pytest.approx(math.log(129 / 2000), abs=1e-2)  # all alike: one of 1 + 128, not of 2,000
+    assert before["gap"] == pytest.approx(math.log(129 / 2000), abs=1e-2)  # all equal: one of 1 + 128, not of 2,000
     assert before["gap"] < after["gap"] < 0
     assert baseline["gap"] is None
     assert (result["seed"], result["eval_names"]) == (0, 500)
@@ -194,7 +194,7 @@ def assert_learned(finished: Finished) -> None:
 
 
 def test_a_small_run_draws_its_curve(finished: Finished) -> None:
-    """curve.png is a picture with something on it."""
+    """curve.png is a valid PNG image that is not blank."""
     assert (finished.out / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(finished.out / "curve.png")
     assert min(pixels.shape[:2]) > 200
@@ -202,7 +202,7 @@ def test_a_small_run_draws_its_curve(finished: Finished) -> None:
 
 
 def test_the_trained_model_answers_without_a_service(finished: Finished) -> None:
-    """ask gives five places, the right one first."""
+    """`ask` prints five places, the correct one first."""
     status, output = run("ask", "Kolonia, Koeln", "--out", str(finished.out))
     assert status == 0, output
     places = [line for line in output.splitlines() if "%" in line]
@@ -212,7 +212,7 @@ def test_the_trained_model_answers_without_a_service(finished: Finished) -> None
 
 
 def test_asking_before_training_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 1, the missing file and the command that makes it."""
+    """The command exits with 1 and names the missing file and the command that creates it."""
     status, output = run_here(capsys, "ask", "Koeln", "--out", str(tmp_path / "nothing"))
     assert status == 1
     assert "model.npz" in output
@@ -221,7 +221,7 @@ def test_asking_before_training_says_what_to_do(tmp_path: Path, capsys: pytest.C
 
 
 def test_an_empty_name_says_how_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and an example."""
+    """The command exits with 2 and shows an example."""
     status, output = run_here(capsys, "ask", "")
     assert status == 2
     assert "make demo-ask NAME=" in output
@@ -231,7 +231,7 @@ def test_an_empty_name_says_how_to_ask(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @pytest.mark.ray
 def test_an_interrupted_run_leaves_nothing_behind(finished_alone: Finished) -> None:
-    """Ctrl-C while it trains: status 130, no process, no temporary directory; an earlier run's files stay."""
+    """Ctrl-C during training exits with 130 and leaves nothing behind; an earlier run's files are unchanged."""
     kept = {name: (finished_alone.out / name).read_bytes() for name in ("result.json", "curve.png", "model.npz")}
     with demo("train", "--small", "--steps", "1000000", "--out", str(finished_alone.out)) as running:
         wait_until_training(running)
@@ -242,14 +242,14 @@ def test_an_interrupted_run_leaves_nothing_behind(finished_alone: Finished) -> N
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_interrupted_while_ray_starts_leaves_nothing_behind(finished_alone: Finished) -> None:
-    """Ctrl-C at the moment when Ray has started its own processes and no worker yet: as above."""
+    """Ctrl-C after Ray has started its own processes, but no worker yet, also leaves nothing behind."""
     with demo("train", "--small", "--out", str(finished_alone.out)) as running:
         wait_until(running, lambda: any("agent.py" in program_of(pid) for pid in children_of(running.process.pid)))
         interrupt(running)
 
 
 def interrupt(running: Demo) -> None:
-    """Ctrl-C, and all that it promises."""
+    """Send SIGINT and assert that the demo exits with 130 and leaves nothing behind."""
     started = children_of(running.process.pid)
     sessions = {os.getsid(pid) for pid in started}
     assert len(started) > 3
@@ -263,7 +263,7 @@ def interrupt(running: Demo) -> None:
 
 
 def wait_until_training(running: Demo) -> None:
-    """Poll the demo's own service until it has taken some steps."""
+    """Poll the demo's own service until some steps have been applied."""
     wait_until(running, lambda: any(running.temp.glob("cities-*/ready")))
     (ready,) = running.temp.glob("cities-*/ready")
     with shardloss.connect(ready.read_text()) as client:
@@ -271,16 +271,16 @@ def wait_until_training(running: Demo) -> None:
 
 
 def wait_until(running: Demo, condition: Callable[[], bool]) -> None:
-    """Poll while the demo runs."""
+    """Poll until the condition is true, while the demo runs."""
     deadline = time.monotonic() + START_S
     while not condition():
         assert running.process.poll() is None, running.process.communicate()[0]
-        assert time.monotonic() < deadline, "the demo did not come so far"
+        assert time.monotonic() < deadline, "the demo did not reach the awaited state in time"
         time.sleep(0.02)
 
 
 def program_of(pid: int) -> str:
-    """What a process was started as, without its options."""
+    """Return the command line of a process without its options."""
     try:
         return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0--")[0]
     except OSError:
@@ -288,7 +288,7 @@ def program_of(pid: int) -> str:
 
 
 def processes_in(sessions: set[int]) -> set[int]:
-    """Ids of the processes of these sessions, whoever their parent has become."""
+    """Return the ids of all processes in these sessions, including those whose parent has ended."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""A softmax head is torch.nn.functional.cross_entropy with `weight`, and with logits times a learned scale."""
+"""A softmax head equals torch.nn.functional.cross_entropy with `weight`, and with logits times a learned scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardl
 
 @pytest.fixture
 def hidden() -> torch.Tensor:
-    """[N, D] that wants a gradient."""
+    """hidden [N, D] that requires a gradient."""
     return torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
 
 
@@ -29,7 +29,7 @@ def hidden() -> torch.Tensor:
 def test_a_step_is_that_of_torchs_cross_entropy(
     table: shardloss.Table, hidden: torch.Tensor, reduction: str, smoothing: float, num_ignored: int
 ) -> None:
-    """Loss, hidden gradient, rows and biases; one class weighs 0, and where no row counts the mean is torch's nan."""
+    """Loss and updated rows and biases equal torch's, with a class of weight 0; the mean of no counted rows is nan."""
     class_weights = torch.rand(NUM_CLASSES, dtype=torch.float64)
     class_weights[1] = 0.0
     labels = torch.randint(0, NUM_CLASSES, (BATCH,))
@@ -58,7 +58,7 @@ def test_a_step_is_that_of_torchs_cross_entropy(
 
 @pytest.mark.parametrize("given", [False, True], ids=["even", "given"])
 def test_several_labels_a_row_weigh_by_their_classes(table: shardloss.Table, hidden: torch.Tensor, given: bool) -> None:
-    """Each label's weight, given or even over those that are not ignored, times its class's."""
+    """Each label's weight, given or equal over the labels that are not ignored, is multiplied by its class's weight."""
     class_weights = torch.rand(NUM_CLASSES, dtype=torch.float64)
     labels = torch.randint(0, NUM_CLASSES, (BATCH, 3))
     labels[0, 1:], labels[1, 0] = -100, -100
@@ -73,7 +73,7 @@ def test_several_labels_a_row_weigh_by_their_classes(table: shardloss.Table, hid
 
 
 def test_a_learned_scale_multiplies_that_of_the_loss(table: shardloss.Table, hidden: torch.Tensor) -> None:
-    """logits = 2 * scale * (hidden . row + bias), and the gradient is in the learned factor alone."""
+    """logits = 2 * scale * (hidden . row + bias), and the gradient is that of the learned factor alone."""
     labels = torch.randint(0, NUM_CLASSES, (BATCH,))
     scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     twin = scale.detach().clone().requires_grad_()
@@ -92,7 +92,7 @@ def test_a_learned_scale_multiplies_that_of_the_loss(table: shardloss.Table, hid
 def test_a_label_that_is_no_class_is_refused_by_its_place(
     table: shardloss.Table, hidden: torch.Tensor, label: int, smoothing: float
 ) -> None:
-    """As without class weights, whose lookup it must not break."""
+    """The error names the label's place, as without class weights, instead of failing in the lookup of the weights."""
     labels = torch.zeros(BATCH, dtype=torch.int64)
     labels[2] = label
     with pytest.raises(InvalidArgument) as caught:
@@ -115,14 +115,14 @@ def test_a_label_that_is_no_class_is_refused_by_its_place(
 def test_class_weights_that_are_none_are_refused_when_the_head_is_made(
     table: shardloss.Table, weights: np.ndarray
 ) -> None:
-    """By their own name, not that of the label weights they become."""
+    """The error names class_weights, not the label weights that are computed from them."""
     with pytest.raises(InvalidArgument) as caught:
         table.softmax(class_weights=weights)
     assert caught.value.field == "class_weights"
 
 
 def test_class_weights_get_no_gradient(table: shardloss.Table, hidden: torch.Tensor) -> None:
-    """A parameter is taken by its value."""
+    """Class weights given as a parameter are used by value and get no gradient."""
     weights = torch.nn.Parameter(torch.ones(NUM_CLASSES, dtype=torch.float64))
     table.softmax(class_weights=weights)(hidden, torch.arange(BATCH) % NUM_CLASSES).backward()  # type: ignore[arg-type]
     assert weights.grad is None

@@ -1,4 +1,4 @@
-"""The client's command line against a server: what it prints, as what it ends, what the doctor finds."""
+"""The client's command line against a server: its output, its exit codes and the findings of the doctor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ V, D = 40, 8
 
 @pytest.fixture
 def run(local_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command against the server: exit code, stdout, stderr."""
+    """Return a function that runs a command against the server and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("SHARDLOSS_ADDRESS", local_server.address)
     monkeypatch.setenv("SHARDLOSS_ADMIN_ADDRESS", local_server.admin_address)
     monkeypatch.delenv("SHARDLOSS_OUTPUT", raising=False)
@@ -47,7 +47,7 @@ def run(local_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.fixture
 def run_json(run: Any) -> Callable[..., Any]:
-    """Runs a command that ends with 0, or the given code; its JSON document."""
+    """Return a function that runs a command, checks its exit code (0 by default) and returns its JSON document."""
 
     def run_json(*args: str, code: int = 0) -> Any:
         found, out, err = run(*args, "--output", "json")
@@ -61,7 +61,7 @@ def run_json(run: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def data(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the documentation's examples name; the tables they make are deleted."""
+    """A folder that holds the files named in the documentation's examples; it is the working directory of the test."""
     monkeypatch.chdir(tmp_path)
     np.save("hidden.npy", rng.normal(size=(30, D)).astype(np.float32))
     np.save("labels.npy", rng.integers(0, V, 30))
@@ -71,7 +71,7 @@ def data(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def only_its_own(client: shardloss.LossClient) -> Iterator[None]:
-    """Tables that a test made by fixed names are deleted."""
+    """Delete the tables that a test created under fixed names."""
     before = {info.name for info in client.list_tables()}
     yield
     for info in client.list_tables():
@@ -80,7 +80,7 @@ def only_its_own(client: shardloss.LossClient) -> Iterator[None]:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command by its words."""
+    """Yield the words of every command, and the command."""
     root: Any = typer.main.get_command(app.app)
     for name, one in root.commands.items():
         yield from ((f"{name} {sub}", its) for sub, its in getattr(one, "commands", {"": one}).items())
@@ -91,7 +91,7 @@ def examples() -> list[str]:
 
 
 def test_the_examples_of_the_docs_run_as_they_stand(run: Any, data: Path, only_its_own: None) -> None:
-    """One after the other; the doctor finds nothing wrong with the test's own server, but what this machine is."""
+    """The examples run in order and exit with 0; only the doctor may fail, because of the machine under test."""
     for line in examples():
         code, out, err = run(*line.split()[1:])
         assert code == 0 or "doctor" in line, (line, out, err)
@@ -99,7 +99,7 @@ def test_the_examples_of_the_docs_run_as_they_stand(run: Any, data: Path, only_i
 
 
 def test_every_command_and_shared_option_is_in_the_docs() -> None:
-    """Each command has an example, and each option that the docs name is one of a command."""
+    """Each command has an example, and each option and variable that the docs name belongs to a command."""
     lines = examples()
     options = {"--help"}
     for words, one in commands():
@@ -127,7 +127,7 @@ def test_the_example_of_the_files_page_runs(local_server: Server, data: Path, on
 
 
 def test_a_table_goes_through_its_life(run_json: Any, data: Path, fresh_name: Callable[[], str]) -> None:
-    """Made, shown, listed, exported, imported on another cut, deleted: each a JSON document."""
+    """Create, show, list, export, import into another number of shards and delete each print one JSON document."""
     name = fresh_name()
     made = run_json(
         "table", "create", name, "--classes", str(V), "--dim", str(D), "--optimizer", "adam:beta1=0.8",
@@ -149,7 +149,7 @@ def test_a_table_goes_through_its_life(run_json: Any, data: Path, fresh_name: Ca
 
 
 def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data: Path) -> None:
-    """On stderr for people, on stdout as JSON; 1 for what is refused, 2 for a misused command."""
+    """Errors go to stderr as text or to stdout as JSON; the exit code is 1 for a refused call, 2 for a usage error."""
     code, out, err = run("table", "import", "nothing.safetensors", "x")
     assert (code, out) == (1, "")
     assert err == "BAD_FILE: nothing.safetensors does not exist\n"
@@ -178,7 +178,7 @@ def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data:
 
 def test_a_server_that_is_away_is_a_named_error(run_json: Any) -> None:
     with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers, and nobody else gets it
+        reserved.bind(("127.0.0.1", 0))  # bound but not listening: connections fail, and no other process gets the port
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
         error = run_json("table", "list", "--address", address, "--timeout-s", "0.3", code=1)["error"]
     assert error["reason"] in ("SERVER_UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -191,7 +191,7 @@ def test_an_interrupted_import_says_what_it_left(
     fresh_name: Callable[[], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Exit code 130, and how to go on; resumed, it ends."""
+    """An interrupted import exits with 130 and says how to continue; with --resume it completes."""
     name = fresh_name()
     args = ("table", "import", "model.safetensors", name, "--weights-name", "lm_head.weight")
 
@@ -210,7 +210,7 @@ def test_an_interrupted_import_says_what_it_left(
 def test_deleting_asks_first(
     run: Any, run_json: Any, client: shardloss.LossClient, fresh_name: Callable[[], str], monkeypatch
 ) -> None:
-    """Where nobody can be asked, --yes must say it."""
+    """Without a terminal to ask on, `table delete` is a usage error unless --yes is given."""
     name = client.create_table(fresh_name(), num_classes=2, dim=2).name
     assert run("table", "delete", name)[0] == 2
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
@@ -225,7 +225,7 @@ def test_deleting_asks_first(
 
 
 def test_progress_shows_on_a_terminal_alone(run: Any, data: Path, monkeypatch, fresh_name: Callable[[], str]) -> None:
-    """On stderr: stdout holds the result and nothing else."""
+    """Progress is printed on stderr if it is a terminal; stdout contains only the result."""
     name = fresh_name()
     args = ("table", "import", "model.safetensors", name, "--weights-name", "lm_head.weight", "--output", "json")
     code, out, err = run(*args)
@@ -243,7 +243,7 @@ def test_progress_shows_on_a_terminal_alone(run: Any, data: Path, monkeypatch, f
 def test_evaluate_reports_what_the_library_does(
     run_json: Any, data: Path, client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Exact figures over .npy files and over safetensors, in batches that do not divide the rows."""
+    """Figures from .npy and safetensors files equal the library's, also if the batch size does not divide the rows."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D)
     hidden, labels = np.load("hidden.npy"), np.load("labels.npy")
     labels[4] = -100
@@ -273,7 +273,7 @@ def test_evaluate_reports_what_the_library_does(
 
 
 def test_status_tells_what_the_server_does(run: Any, run_json: Any, client: shardloss.LossClient, fresh_name) -> None:
-    """Workers, tables, calls with their errors, and memory."""
+    """The status reports workers, tables, calls with their errors, and memory."""
     table = client.create_table(fresh_name(), num_classes=7, dim=3, num_shards=2, optimizer=shardloss.Adam())
     hidden, labels = np.zeros((2, 3), np.float32), np.array([1, 2])
     table.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
@@ -302,7 +302,7 @@ def test_status_tells_what_the_server_does(run: Any, run_json: Any, client: shar
 
 @pytest.mark.parametrize("output", ["json", "text"])
 def test_status_goes_on_until_it_is_interrupted(run: Any, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
-    """One object a line; Ctrl-C is its regular end."""
+    """`status --watch` prints one JSON object per line and exits with 0 on Ctrl-C."""
     waits = iter([None, None])
 
     def wait(seconds: float) -> None:
@@ -322,7 +322,7 @@ def test_status_goes_on_until_it_is_interrupted(run: Any, monkeypatch: pytest.Mo
 
 
 def test_the_data_port_does_not_tell_the_status(client: shardloss.LossClient) -> None:
-    """Only the admin port does."""
+    """The status is served on the admin port only."""
     with pytest.raises(shardloss.errors.NotSupported):
         client.status()
 
@@ -332,14 +332,14 @@ def test_the_data_port_does_not_tell_the_status(client: shardloss.LossClient) ->
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What this machine itself may lack is there."""
+    """Give the doctor enough disk space and OMP_NUM_THREADS=1, whatever the machine has."""
     rich = checks.Disk("", "", 1 << 40, 1 << 40)
     monkeypatch.setattr(doctor, "disk_at", lambda what, path: replace(rich, what=what, path=path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def free_address() -> str:
-    """An address where nobody listens."""
+    """Return an address on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
@@ -366,7 +366,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_sound_server(run: Any, run_json: 
 
 @pytest.fixture
 def taken() -> Iterator[str]:
-    """An address where something listens that is no server of ours."""
+    """An address on which a process other than a shardloss server listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -374,7 +374,7 @@ def taken() -> Iterator[str]:
 def test_the_doctor_names_a_taken_port(
     run_json: Any, sound: None, taken: str, monkeypatch, local_server: Server
 ) -> None:
-    """Given by --listen, or where a server should answer; to start another one, a server's own port too."""
+    """A port is taken if another process listens there or, for --listen, if a running server already uses it."""
     monkeypatch.setattr(doctor, "ANSWER_S", 0.3)
     for args in (("--listen", taken), ("--address", taken), ("--listen", local_server.address)):
         document = run_json("doctor", *args, code=1)
@@ -384,7 +384,7 @@ def test_the_doctor_names_a_taken_port(
 
 
 def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: None, tmp_path: Path) -> None:
-    """Before a server is there; so does it one that is missing."""
+    """A token file that others can read, or that is missing, is a finding even before a server runs."""
     token, address = tmp_path / "reader.token", free_address()
     token.write_text("secret")
     args = ("doctor", "--address", address, "--admin-address", address, "--token-file", str(token))
@@ -397,7 +397,7 @@ def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: Non
     assert findings(run_json(*args))["token"]["verdict"] == "ok"
     token.unlink()
     assert wrong(run_json(*args, code=1)) == ["token"]
-    document = run_json("doctor", "--token-file", str(token), code=1)  # where a server is there, it cannot be asked
+    document = run_json("doctor", "--token-file", str(token), code=1)  # a running server cannot be queried without it
     assert wrong(document) == ["token"]
     assert "cannot be checked" in findings(document)["port"]["found"]
 
@@ -405,7 +405,7 @@ def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: Non
 def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(
     run_json: Any, monkeypatch: pytest.MonkeyPatch, local_server: Server
 ) -> None:
-    """/proc is a file system without room; the server's machine is asked for its own /dev/shm."""
+    """Too little /dev/shm or disk space is a finding; /proc stands in for a file system without free space."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(admin, "SHARED_MEMORY", "/nowhere")
     monkeypatch.setattr(doctor, "SHARED_MEMORY", "/proc")
@@ -417,7 +417,7 @@ def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(
 
 
 def test_the_doctor_finds_nothing_wrong_before_a_first_server(run_json: Any, sound: None, monkeypatch) -> None:
-    """As the README starts it: workers set their own threads, and Ray makes its folder."""
+    """Neither a missing OMP_NUM_THREADS nor a missing Ray folder is a finding before the README's first start."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("RAY_TMPDIR", "/nowhere/at/all")
     document = run_json("doctor", "--address", free_address(), "--admin-address", free_address())
@@ -430,7 +430,7 @@ def test_the_doctor_does_not_pass_over_what_it_cannot_look_at(run_json: Any, opt
 
 
 def test_the_doctor_names_too_many_threads(run_json: Any, sound: None, monkeypatch, local_server: Server) -> None:
-    """Of a server's workers; without a server, of whatever starts here."""
+    """More threads than cores are a finding: those of the server's workers or, without a server, OMP_NUM_THREADS."""
     group = local_server.catalog.group
     seen = group.stats(1.0)
     greedy = [replace(one, stats=one.stats and replace(one.stats, num_threads=64)) for one in seen]
@@ -465,7 +465,7 @@ def test_the_doctor_names_other_versions(run_json: Any, sound: None, monkeypatch
 def test_the_doctor_names_workers_that_are_missing(
     run: Any, run_json: Any, sound: None, monkeypatch, local_server
 ) -> None:
-    """So does the status."""
+    """A worker that does not answer is a finding of the doctor, and DOWN in the status."""
     group = local_server.catalog.group
     first, second = group.stats(1.0)
     monkeypatch.setattr(group, "stats", lambda timeout_s: [first, replace(second, stats=None)])
@@ -478,7 +478,7 @@ def test_the_doctor_names_workers_that_are_missing(
 def test_the_doctor_names_tables_whose_rows_are_lost(
     run_json: Any, sound: None, monkeypatch, local_server: Server, client: shardloss.LossClient, fresh_name
 ) -> None:
-    """Their worker was started anew and is up: all else looks sound."""
+    """Lost rows are a finding even if the worker was restarted and is up."""
     name = client.create_table(fresh_name(), num_classes=2, dim=2).name
     (owner,) = (one for one in local_server.catalog.owners() if one.spec.name == name)
     monkeypatch.setattr(owner, "_lost", "a worker died")
@@ -521,7 +521,7 @@ main()
     ],
 )
 def test_it_says_in_one_sentence_what_is_not_installed(blocked: set[str], code: int, out: str, err: str) -> None:
-    """Neither torch, nor Ray, nor the server; files need not even typer."""
+    """`version` needs no torch, Ray or server; without typer or rich the error says what to install, in one line."""
     script = WITHOUT.replace("{blocked}", repr(blocked))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)

@@ -1,4 +1,4 @@
-"""The table "What combines" of docs/losses.md, cell by cell: what it says combines is taken, all else is refused."""
+"""The table "What combines" of docs/losses.md, cell by cell: what it allows is accepted, and all else refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import shardloss
 from shardloss.errors import InvalidArgument
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs/losses.md").read_text()
-N, T, V, D, S = 7, 2, 11, 5, 4  # no two alike
+N, T, V, D, S = 7, 2, 11, 5, 4  # all different
 ONE, TWO = np.arange(N) % V, np.stack([np.arange(N), np.arange(N) + 3], 1)
 FULL, SAMPLED = shardloss.FullSoftmax(), shardloss.SampledSoftmax(S)
 LOGISTIC, SIGMOID = shardloss.SampledLogistic(S), shardloss.FullSigmoid()
@@ -33,12 +33,12 @@ IN_BATCH = shardloss.HitIds(ONE[:, None])
 
 
 def call(loss: shardloss.types.Loss, given: Call | None = None, **options: Any) -> Call:
-    """A loss with some options of its own, over labels [N] unless others are given."""
+    """Return the arguments of a loss with these options, over labels [N] unless others are given."""
     return {"labels": ONE, "loss": replace(loss, **options), **(given or {})}
 
 
 def margins(loss: shardloss.types.Loss, given: Call | None = None, **options: Any) -> Call:
-    """As `call`, with a margin over cosines."""
+    """Return the arguments of `call` with a margin over cosines."""
     return call(loss, given, **{"margin": MARGIN, "logits": UNIT, **options})
 
 
@@ -127,14 +127,14 @@ REFUSED: dict[tuple[str, str], list[tuple[str, Call]]] = {
 
 @pytest.fixture
 def compute(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Callable[[Call], object]:
-    """compute_loss of a table without biases."""
+    """compute_loss of a table without biases, as a function of its arguments."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D, num_shards=3, dtype="float64", bias=False)
     hidden = np.random.default_rng(0).normal(size=(N, D))
     return lambda given: table.compute_loss(hidden, **given)
 
 
 def cells() -> dict[tuple[str, str], str]:
-    """(row, column) -> what the table says; a row's remark in parentheses is left out."""
+    """Return the table's cells by (row, column); remarks in parentheses are removed from the row's name."""
     section = DOCS.split("## What combines")[1]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.M)]
     columns = lines[0][1:]
@@ -143,7 +143,7 @@ def cells() -> dict[tuple[str, str], str]:
 
 
 def test_the_table_says_yes_where_something_is_taken() -> None:
-    """And "no", or nothing where the loss has no such field, where nothing is; a condition has a refusal here."""
+    """Exactly the "yes" cells of the table have calls in TAKEN; each conditional "yes" has one in REFUSED."""
     says = cells()
     assert {column for _, column in says} == set(COLUMNS)
     assert {place for place, cell in says.items() if cell.startswith("yes")} == set(TAKEN)
@@ -169,7 +169,7 @@ def test_what_does_not_combine_is_refused_by_its_field(
 
 
 def test_what_a_loss_has_not_is_no_field_of_it() -> None:
-    """Cells that say "no" without a refusal of the server: the client's loss has nowhere to write it."""
+    """A cell says "yes" exactly if the client's loss class has a field for the option."""
     fields = {column: set(loss.__dataclass_fields__) for column, loss in COLUMNS.items()}
     names = {
         "z-loss": "z_loss",
@@ -185,7 +185,7 @@ def test_what_a_loss_has_not_is_no_field_of_it() -> None:
 
 
 def test_a_margin_needs_a_table_without_biases(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """As the row of the margin says."""
+    """A margin over a table with biases raises InvalidArgument."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D)
     with pytest.raises(InvalidArgument, match="without biases"):
         table.compute_loss(np.ones((N, D)), **margins(FULL))

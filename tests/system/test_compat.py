@@ -1,4 +1,4 @@
-"""Losses by the frameworks' signatures train a remote table as their formulas train a local one."""
+"""Losses with the signatures of other frameworks train a remote table as their formulas train a local one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def make_table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> M
 
 
 def assert_equal(ours: Tensor | list[float], theirs: Tensor | list[float]) -> None:
-    """To 1e-9."""
+    """Assert that both are equal to 1e-9."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 def train(net: torch.nn.Linear, table_optimizer: torch.optim.Optimizer, losses: Iterator[Tensor]) -> list[float]:
-    """One step of net and table for each loss; the losses."""
+    """Take one step of net and table for each loss, and return the losses."""
     found = []
     optimizers = [torch.optim.SGD(net.parameters(), 0.1), table_optimizer]
     for loss in losses:
@@ -52,7 +52,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def nce_batches(num_steps: int) -> Iterator[tuple[Tensor, Tensor, Triple]]:
-    """Features [N, F], labels [N, T], and a draw with repeats."""
+    """Yield features [N, F], labels [N, T] and a draw with repeats for each step."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(num_steps):
         features = torch.randn(BATCH, NUM_FEATURES, generator=generator, dtype=torch.float64)
@@ -67,7 +67,7 @@ def nce_batches(num_steps: int) -> Iterator[tuple[Tensor, Tensor, Triple]]:
 def sampled_logits(
     rows: Tensor, biases: Tensor, labels: Tensor, hidden: Tensor, values: Triple, removed: bool
 ) -> tuple[Tensor, Tensor]:
-    """TensorFlow's corrected logits of the true and of the sampled classes, the last copy of each hit at -inf."""
+    """Return TensorFlow's corrected logits of the true and sampled classes; the last copy of each hit is -inf."""
     sampled, true_count, sampled_count = values
     of_labels = torch.einsum("nd,ntd->nt", hidden, rows[labels]) + biases[labels] - true_count.log()
     of_sampled = hidden @ rows[sampled].T + biases[sampled] - sampled_count.log()
@@ -79,14 +79,14 @@ def sampled_logits(
 
 
 def local_nce(*args: object) -> Tensor:
-    """nce_loss [N]: targets 1 / T, and 0 of the sampled."""
+    """Return nce_loss [N]: the targets are 1 / T for true classes and 0 for sampled ones."""
     of_labels, of_sampled = sampled_logits(*args)  # type: ignore[arg-type]
     softplus = torch.nn.functional.softplus
     return (softplus(of_labels) - of_labels / of_labels.shape[1]).sum(1) + softplus(of_sampled).sum(1)
 
 
 def local_sampled_softmax(*args: object) -> Tensor:
-    """sampled_softmax_loss [N]."""
+    """Return sampled_softmax_loss [N]."""
     of_labels, of_sampled = sampled_logits(*args)  # type: ignore[arg-type]
     return torch.logsumexp(torch.cat([of_labels, of_sampled], 1), 1) - of_labels.mean(1)
 
@@ -94,7 +94,7 @@ def local_sampled_softmax(*args: object) -> Tensor:
 @pytest.mark.parametrize("removed", [False, True], ids=["nce", "sampled logistic"])
 @pytest.mark.parametrize("version", ["v2", "v1"])
 def test_an_nce_trainer_equals_torch_alone(make_table: MakeTable, removed: bool, version: str) -> None:
-    """Losses, rows, biases and encoder over 40 steps."""
+    """Losses, rows, biases and encoder agree with torch's to 1e-9 over all steps."""
     table, net, twin = make_table(placement="div"), encoder(torch.float64), encoder(torch.float64)
     rows, biases = (value.requires_grad_() for value in table_of(table))
 
@@ -119,7 +119,7 @@ def test_an_nce_trainer_equals_torch_alone(make_table: MakeTable, removed: bool,
 
 
 def test_losses_of_every_kind_are_one_commit(make_table: MakeTable) -> None:
-    """A step over all four losses of one table moves its rows by the sum of their gradients."""
+    """One step over all four losses of a table moves its rows by the sum of their gradients."""
     table = make_table()
     rows, biases = (value.requires_grad_() for value in table_of(table))
     optimizer = tensorflow.optimizer(table, LR)
@@ -145,7 +145,7 @@ def test_losses_of_every_kind_are_one_commit(make_table: MakeTable) -> None:
 
 @pytest.mark.parametrize("labels_shape", [(BATCH,), (BATCH, 1), (BATCH, 3)], ids=str)
 def test_the_exact_losses_are_tensorflows_evaluation(make_table: MakeTable, labels_shape: tuple[int, ...]) -> None:
-    """Cross-entropies with the one-hot labels of the documented recipe; no_grad leaves the table alone."""
+    """The losses are cross-entropies with the one-hot labels of TensorFlow's documented recipe; no ticket is opened."""
     table = make_table()
     rows, biases = table_of(table)
     hidden = torch.randn(BATCH, DIM, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_the_exact_losses_are_tensorflows_evaluation(make_table: MakeTable, labe
 def test_a_samplers_answer_is_a_losss_sampled_values(
     make_table: MakeTable, function: Callable[..., Tensor], local: Callable[..., Tensor], unique: bool
 ) -> None:
-    """What log_uniform_candidate_sampler gives goes into the loss as it is."""
+    """The result of log_uniform_candidate_sampler is accepted unchanged as the loss's sampled_values."""
     table = make_table()
     _, labels, _ = next(nce_batches(1))
     hidden = torch.randn(BATCH, DIM, dtype=torch.float64)
@@ -213,7 +213,7 @@ def test_a_samplers_answer_is_a_losss_sampled_values(
 def test_what_fits_no_table_is_refused_by_its_argument(
     make_table: MakeTable, function: Callable[..., Tensor], field: str, given: dict[str, object]
 ) -> None:
-    """A dense weight, an array, inputs of another rank than TensorFlow's; no ticket stays."""
+    """InvalidArgument names the argument, such as a dense weight or an array, and no ticket is left open."""
     table = make_table()
     arguments = {
         "weights": table,
@@ -231,7 +231,7 @@ def test_what_fits_no_table_is_refused_by_its_argument(
 
 
 def test_any_integer_is_a_seed(make_table: MakeTable) -> None:
-    """Negative ones too, modulo 2^64; equal seeds draw equally."""
+    """Seeds are taken modulo 2^64, so -3 draws as 2^64 - 3 does; a float is refused."""
     table = make_table()
     labels, hidden = torch.zeros(BATCH, 1, dtype=torch.int64), torch.randn(BATCH, DIM, dtype=torch.float64)
 
@@ -247,7 +247,7 @@ def test_any_integer_is_a_seed(make_table: MakeTable) -> None:
 
 
 def test_nce_draws_its_own_candidates_anew_for_each_step(make_table: MakeTable) -> None:
-    """Within a step the loss is the same twice, and after a commit of nothing but lr 0 another one."""
+    """The loss is the same when computed twice within a step, and changes after a commit, even with learning rate 0."""
     table = make_table()
     optimizer = tensorflow.optimizer(table, 0.0)
     _, labels, _ = next(nce_batches(1))
@@ -270,9 +270,9 @@ Lookup = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def retrieval_batches(num_steps: int) -> Iterator[tuple[Tensor, Lookup]]:
-    """Features [Q, F], and class ids, sampling probabilities, item ids [C] and sample weights [Q].
+    """Yield features [Q, F]; class ids, sampling probabilities and item ids [C]; and sample weights [Q].
 
-    Of 23 classes and 5 items, so both repeat in a batch; one class stands there with different probabilities.
+    There are 23 classes and 5 items, so both repeat in a batch; one class occurs with different probabilities.
     """
     generator = torch.Generator().manual_seed(7)
     for _ in range(num_steps):
@@ -287,7 +287,7 @@ def retrieval_batches(num_steps: int) -> Iterator[tuple[Tensor, Lookup]]:
 def local_retrieval(
     rows: Tensor, queries: Tensor, lookup: Lookup, temperature: float, k: int | None, removed: bool
 ) -> Tensor:
-    """The sum of the weighted cross-entropies of a row each, in plain loops."""
+    """Return the sum over the rows of the weighted cross-entropies, computed in plain loops."""
     class_ids, p, item_ids, weight = lookup
     scores = queries @ rows[class_ids].T / temperature - p.log()
     total = torch.zeros((), dtype=torch.float64)
@@ -304,7 +304,7 @@ def local_retrieval(
 def test_a_two_tower_trainer_equals_torch_alone(
     make_table: MakeTable, removed: bool, k: int | None, temperature: float | None
 ) -> None:
-    """Losses, rows and encoder over 40 steps, where classes repeat in a batch with different probabilities."""
+    """Losses, rows and encoder agree with torch's to 1e-9, also if a class repeats with different probabilities."""
     table, net, twin = make_table(bias=False), encoder(torch.float64), encoder(torch.float64)
     rows = torch.tensor(table.read_rows(np.arange(NUM_CLASSES)).rows, requires_grad=True)
     task = tfrs.Retrieval(temperature=temperature, num_hard_negatives=k, remove_accidental_hits=removed)
@@ -333,7 +333,7 @@ def lookup(make_table: MakeTable) -> shardloss.LazyRows:
 
 
 def test_a_lookup_is_of_its_shape_and_keeps_its_ids(make_table: MakeTable) -> None:
-    """Later writes into the caller's ids do not reach it, and int32 ids are ids."""
+    """A lookup copies the caller's ids, so later writes do not change it; int32 ids are accepted."""
     ids = np.array([4, 4, 0], dtype=np.int32)
     lookup = make_table().embeddings(ids)
     ids[:] = 1
@@ -348,12 +348,12 @@ def test_a_lookup_of_no_class_is_refused(make_table: MakeTable, ids: list[object
 
 
 def queries() -> Tensor:
-    """[Q, D], the same each time."""
+    """Return queries [Q, D], the same in each call."""
     return torch.linspace(-1.0, 1.0, NUM_QUERIES * DIM, dtype=torch.float64).reshape(NUM_QUERIES, DIM)
 
 
 def test_item_ids_may_be_texts(lookup: shardloss.LazyRows) -> None:
-    """As tfrs' often are; they are compared like numbers."""
+    """Item ids given as texts, as is common in TFRS, find the same accidental hits as numbers."""
     numbers = lookup.class_ids % 5
     task = tfrs.Retrieval(remove_accidental_hits=True)
     with torch.no_grad():
@@ -365,7 +365,7 @@ def test_item_ids_may_be_texts(lookup: shardloss.LazyRows) -> None:
 
 @pytest.mark.parametrize("k", [None, 0, -1, NUM_CANDIDATES - 1, 10**6])
 def test_hard_negatives_beyond_the_batch_are_all_negatives(lookup: shardloss.LazyRows, k: int | None) -> None:
-    """As tfrs documents it, for numbers that are not positive too."""
+    """A num_hard_negatives of None, at most 0, or beyond the batch means all negatives, as TFRS documents."""
     with torch.no_grad():
         all_negatives = tfrs.Retrieval()(queries(), lookup)
         assert_equal(tfrs.Retrieval(num_hard_negatives=k)(queries(), lookup), all_negatives)
@@ -373,7 +373,7 @@ def test_hard_negatives_beyond_the_batch_are_all_negatives(lookup: shardloss.Laz
 
 @pytest.mark.parametrize("shape", [(NUM_QUERIES,), (NUM_QUERIES, 1), ()], ids=str)
 def test_sample_weights_have_the_shapes_of_keras(lookup: shardloss.LazyRows, shape: tuple[int, ...]) -> None:
-    """A weight of 2 for every row, in each of its shapes; a weight that learns gets its gradient."""
+    """Weights may have shape [Q], [Q, 1] or []; a weight that requires a gradient gets one."""
     weight = torch.full(shape, 2.0, dtype=torch.float64, requires_grad=True)
     loss = tfrs.Retrieval()(queries(), lookup, weight)
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_sample_weights_have_the_shapes_of_keras(lookup: shardloss.LazyRows, sha
 
 
 def test_an_empty_batch_has_loss_0(make_table: MakeTable) -> None:
-    """Without queries nothing is summed, with and without candidates."""
+    """Without queries the loss is the scalar 0, with and without candidates."""
     table = make_table(bias=False)
     for ids in ([], [3, 4]):
         loss = tfrs.Retrieval()(torch.zeros(0, DIM), table.embeddings(np.array(ids, dtype=np.int64)))
@@ -427,7 +427,7 @@ def test_a_temperature_is_finite_and_positive(temperature: float) -> None:
 def test_a_task_refuses_what_does_not_fit_by_name(
     lookup: shardloss.LazyRows, field: str, given: dict[str, object]
 ) -> None:
-    """An InvalidArgument, a ValueError too, names the argument; no ticket stays."""
+    """InvalidArgument names the argument, and no ticket is left open."""
     arguments = {
         "query_embeddings": queries(),
         "candidate_embeddings": lookup,
@@ -450,14 +450,14 @@ def test_a_task_refuses_what_does_not_fit_by_name(
 def test_a_task_refuses_what_it_has_not_by_name(
     lookup: shardloss.LazyRows, field: str, given: dict[str, object]
 ) -> None:
-    """Masks of single scores, and the best of several heads."""
+    """Masks of single scores and several query heads raise NotSupported with the argument's name."""
     with pytest.raises(NotSupported) as refused:
         tfrs.Retrieval()(**{"query_embeddings": queries(), "candidate_embeddings": lookup, **given})
     assert refused.value.field == field
 
 
 def test_sampling_probabilities_are_clipped_as_tfrs_does(lookup: shardloss.LazyRows) -> None:
-    """To [1e-6, 1]: a class that was never seen has a finite score, and a count is no probability."""
+    """Probabilities are clipped to [1e-6, 1], so that a class that was never seen has a finite score."""
     given = torch.linspace(0.1, 0.9, NUM_CANDIDATES)
     given[2], given[5], given[9] = 0.0, 1e-9, 3.0
     clipped = given.clone()

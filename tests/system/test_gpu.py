@@ -1,4 +1,4 @@
-"""What runs on a GPU where there is one: a worker's verbs, and CUDA tensors of a trainer."""
+"""Tests that use a GPU if there is one: a worker's verbs, and a trainer's CUDA tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ V, D, N = 23, 4, 6
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Every tensor of an answer, in order."""
+    """Return every tensor of an answer, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -35,7 +35,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def answers(worker: Worker, dtype: str, is_sampled: bool) -> list[Any]:
-    """Every verb of a worker once, over two shards."""
+    """Call every verb of a worker once, over two shards, and return the answers."""
     generator = torch.Generator().manual_seed(3)
     compute = torch.float64 if dtype == "float64" else torch.float32
     spec = TableSpec(
@@ -70,7 +70,7 @@ def answers(worker: Worker, dtype: str, is_sampled: bool) -> list[Any]:
 @pytest.mark.parametrize("is_sampled", [False, True], ids=["full", "sampled"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_gpu_worker_answers_as_a_cpu_worker(dtype: str, is_sampled: bool) -> None:
-    """Every verb, with every answer on the CPU."""
+    """Every verb gives the same answer on a GPU worker as on a CPU worker, within rounding, as CPU tensors."""
     on_cpu, on_gpu = (answers(Worker(0, 1, device), dtype, is_sampled) for device in ("cpu", "cuda:0"))
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         for mine, its in zip(tensors_of(cpu), tensors_of(gpu), strict=True):
@@ -80,13 +80,13 @@ def test_a_gpu_worker_answers_as_a_cpu_worker(dtype: str, is_sampled: bool) -> N
 
 
 def test_every_verb_is_asked_here() -> None:
-    """The comparison above covers what a worker answers, and its calls are right."""
+    """The nine calls of the comparison above succeed on a CPU worker, so they are checked without a GPU too."""
     assert len(answers(Worker(0, 1), "float32", True)) == 9
 
 
 @needs_gpu
 def test_cuda_hidden_trains_through_the_service(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """Loss and gradient live where hidden lives, and a CUDA GradScaler scales the step."""
+    """The loss and the gradient are on hidden's device, and a CUDA GradScaler scales the step."""
     table = client.create_table(fresh_name(), num_classes=V, dim=D)
     head = table.softmax()
     optimizer = head.optimizer(0.1)

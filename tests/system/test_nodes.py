@@ -1,4 +1,4 @@
-"""Workers on several nodes: relays stand before them, and a step is the one that a single node computes."""
+"""Workers on several nodes, reached through relays: a step equals the step of a single node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.procfs import command_of, descendants_of
 from benchmarks.scenarios.nodes import K, serving_on
 from benchmarks.side import SideFailed
 
-CPUS_OF_NODES = (0, 2, 2)  # the head holds the front end alone, each other node two of the four workers
+CPUS_OF_NODES = (0, 2, 2)  # the head node runs the front end only, each other node runs two of the four workers
 N, D, NUM_CLASSES = 501, 130, 907
 HIDDEN_BYTES = 4 * N * D
 TIMEOUT_S = 60.0
@@ -27,17 +27,17 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A service over the nodes of a cluster, and a client of it."""
+    """A service that spans the nodes of a cluster, and a client of it."""
 
     nodes: Cluster
     client: shardloss.LossClient
 
     def actors(self, name: bytes) -> list[list[int]]:
-        """Pids of actors on each node."""
+        """Return the pids of the actors of this name on each node."""
         return [actors_on(node, name) for node in self.nodes.nodes]
 
     def carried(self) -> tuple[int, int]:
-        """Bytes that have gone to the nodes that hold shards, and come back."""
+        """Return the bytes sent to the nodes that hold shards, and the bytes received from them."""
         counted = [node.carried_bytes() for node in self.nodes.nodes[1:]]
         return sum(to for to, _ in counted), sum(back for _, back in counted)
 
@@ -48,14 +48,14 @@ def actors_on(node: Node, name: bytes) -> list[int]:
 
 @pytest.fixture(scope="module")
 def spread() -> Iterator[Spread]:
-    """A service on three nodes; skipped where no namespaces can be made."""
+    """A service on three nodes; tests are skipped if network namespaces cannot be created."""
     try:
         check_available()
         with ExitStack() as stack:
             make_namespace(stack, f"sl{os.getpid()}try")
     except SideFailed as error:
         pytest.skip(str(error))
-    with tempfile.TemporaryDirectory(prefix="sl-") as directory:  # a short path, as that of a socket must be
+    with tempfile.TemporaryDirectory(prefix="sl-") as directory:  # a socket's path must be short
         path = f"{directory}/data"
         with (
             cluster(CPUS_OF_NODES) as made,
@@ -78,7 +78,7 @@ def train(session: shardloss.Session, hidden: np.ndarray, labels: np.ndarray) ->
 def test_a_step_over_nodes_has_the_bits_of_one_node(
     spread: Spread, ray_client: shardloss.LossClient, rng: np.random.Generator
 ) -> None:
-    """Losses, gradients and rows, over several steps; a relay stands on each node that holds shards."""
+    """Losses, gradients and rows are equal over several steps; each node that holds shards runs one relay."""
     assert [len(pids) for pids in spread.actors(b"RelayActor")] == [0, 1, 1]
     assert [len(pids) for pids in spread.actors(b"WorkerActor")] == [0, 2, 2]
     tables = [
@@ -98,7 +98,7 @@ def test_a_step_over_nodes_has_the_bits_of_one_node(
 @pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_step_carries_hidden_once_to_each_node(spread: Spread, rng: np.random.Generator) -> None:
-    """And one merged score of each, N * D, beside the rows of its labels: four workers would take twice of that."""
+    """Each node gets hidden once and returns one merged score, N * D, plus label rows: half of four workers' bytes."""
     session, steps = spread.client.create_table("counted", num_classes=NUM_CLASSES, dim=D).session(), 10
     hidden, labels = batch(rng)
     train(session, hidden, labels)
@@ -113,7 +113,7 @@ def test_a_step_carries_hidden_once_to_each_node(spread: Spread, rng: np.random.
 @pytest.mark.slow  # its cluster of namespaces takes half a minute to start
 @pytest.mark.ray
 def test_a_relay_that_is_killed_costs_no_rows(spread: Spread, rng: np.random.Generator) -> None:
-    """Ray starts it anew, its workers come to it, and the next step follows the last."""
+    """Ray restarts the relay, its workers reconnect to it, and the next step continues from the last version."""
     table = spread.client.create_table("relayed", num_classes=NUM_CLASSES, dim=D)
     session = table.session()
     hidden, labels = batch(rng)
@@ -133,7 +133,7 @@ def test_a_relay_that_is_killed_costs_no_rows(spread: Spread, rng: np.random.Gen
 def test_a_worker_that_is_killed_behind_a_relay_loses_its_rows_by_name(
     spread: Spread, rng: np.random.Generator
 ) -> None:
-    """ROWS_LOST for its tables; a new one is whole once Ray has started it anew."""
+    """Its tables raise RowsLost; a new table works once Ray has restarted the worker."""
     table = spread.client.create_table("lost", num_classes=NUM_CLASSES, dim=D)
     hidden, labels = batch(rng)
     session = table.session()

@@ -1,4 +1,4 @@
-"""A step that overlaps the trainer's next work: the same training, errors that are not lost, nothing left behind."""
+"""A step that overlaps the trainer's next work: same training, no lost errors, nothing left behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 class Gate:
-    """Holds the commits of a session's table until it is opened, and can make them fail."""
+    """A gate that holds the commits of a table until it is opened, and can make one of them fail."""
 
     def __init__(self, table: shardloss.Table, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
@@ -63,7 +63,7 @@ def gate(table: shardloss.Table, monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 def test_training_is_the_same_to_the_bit(make_table: Callable[[], shardloss.Table]) -> None:
-    """Ten steps with a scheduler, an accumulated one and a skipped one among them, overlapped and not."""
+    """Ten steps with a scheduler, one accumulated and one skipped, give the same bits with and without overlap."""
     ends = []
     for overlap in (False, True):
         torch.manual_seed(3)
@@ -90,7 +90,7 @@ def test_training_is_the_same_to_the_bit(make_table: Callable[[], shardloss.Tabl
 def test_candidates_by_learned_counts_are_those_of_waiting_steps(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Labels of a step count before the next loss draws by them, overlapped as not."""
+    """The labels of a step are counted before the next loss draws by them, with and without overlap."""
     ends = []
     for overlap in (False, True):
         torch.manual_seed(3)
@@ -110,7 +110,7 @@ def test_candidates_by_learned_counts_are_those_of_waiting_steps(
 
 
 def test_zero_grad_does_not_give_up_a_step_that_is_to_be_sent_again(table: shardloss.Table, gate: Gate) -> None:
-    """A loss was begun and failed since; the step is applied all the same, once the server answers."""
+    """The step is applied once the server answers, even if a later loss was started and failed."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()
@@ -132,7 +132,7 @@ def test_zero_grad_does_not_give_up_a_step_that_is_to_be_sent_again(table: shard
 
 
 class Failing:
-    """A loss that nobody answers; the commit before it goes on then, and is lost, too."""
+    """A `send_loss` that opens the gate, so that the held commit fails, and then raises DeadlineExceeded itself."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -145,7 +145,7 @@ class Failing:
 def test_an_interrupt_while_waiting_loses_nothing(
     table: shardloss.Table, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C inside synchronize: the commit goes on, and the next call waits for it again."""
+    """After Ctrl-C inside synchronize() the commit continues, and the next call waits for it."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     hidden, labels = batch()
@@ -168,7 +168,7 @@ def test_an_interrupt_while_waiting_loses_nothing(
 def test_closing_the_client_waits_for_the_commit(
     local_server: Server, fresh_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step of a program is not lost with its connection."""
+    """close() returns after the last commit, so a program's last step is not lost."""
     client = shardloss.connect(local_server.address)
     table = client.create_table(fresh_name(), num_classes=V, dim=D)
     gate = Gate(table, monkeypatch)
@@ -183,7 +183,7 @@ def test_closing_the_client_waits_for_the_commit(
 
 
 def test_a_step_returns_while_its_commit_is_under_way(table: shardloss.Table, gate: Gate) -> None:
-    """The next loss waits for it; synchronize does so without one."""
+    """step() returns before its commit is applied, and synchronize() waits for it."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()
@@ -197,7 +197,7 @@ def test_a_step_returns_while_its_commit_is_under_way(table: shardloss.Table, ga
 
 
 def test_the_next_loss_waits_for_the_step_before(table: shardloss.Table, gate: Gate) -> None:
-    """It is scored at the version that the step made."""
+    """The next loss is scored at the version that the previous step produced."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     hidden, labels = batch()
@@ -215,7 +215,7 @@ def test_the_next_loss_waits_for_the_step_before(table: shardloss.Table, gate: G
 def test_an_error_of_the_commit_is_raised_by_what_comes_next(
     table: shardloss.Table, client: shardloss.LossClient, gate: Gate, asking: str
 ) -> None:
-    """By the next loss, the next step or synchronize; never lost."""
+    """The error of a failed commit is raised by the next loss, step() or synchronize()."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()
@@ -230,7 +230,7 @@ def test_an_error_of_the_commit_is_raised_by_what_comes_next(
 
 @pytest.mark.parametrize("asking", ["loss", "step", "synchronize"])
 def test_a_step_that_nobody_answered_is_sent_again(table: shardloss.Table, gate: Gate, asking: str) -> None:
-    """After a TransientError whatever comes next sends the same commit first; it is applied once."""
+    """After a TransientError the next loss, step() or synchronize() repeats the commit first; it is applied once."""
     again: dict[str, Callable[[Any, Any], object]] = {
         "loss": lambda _, head: head(*batch()),
         "step": lambda optimizer, _: optimizer.step(),
@@ -254,7 +254,7 @@ def test_a_step_that_nobody_answered_is_sent_again(table: shardloss.Table, gate:
 
 
 def test_a_refused_step_lets_go_of_the_loss_that_follows_it(table: shardloss.Table, gate: Gate) -> None:
-    """The loss is under way when the commit is refused: it ends with the commit's error, long before its deadline."""
+    """If the commit is refused, a loss already in progress fails with the commit's error, long before its deadline."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()
@@ -273,7 +273,7 @@ def test_a_refused_step_lets_go_of_the_loss_that_follows_it(table: shardloss.Tab
 
 
 def test_the_trainer_does_not_wait_for_the_step(table: shardloss.Table, gate: Gate) -> None:
-    """step() and zero_grad() return though the commit stands still."""
+    """step() and zero_grad() return while the commit is still held."""
     head = table.softmax()
     optimizer = head.optimizer(lr=RATE, overlap=True)
     head(*batch()).backward()

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both wheels, built from copies: a build writes into its source."""
+    """Both wheels, built from copies because a build writes into its source tree."""
     out = tmp_path_factory.mktemp("wheels")
     for package in ("client", "server"):
         source = tmp_path_factory.mktemp(package) / package
@@ -35,7 +35,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Run a program of an empty environment, in an empty folder, and return what it prints."""
+    """Return a function that runs a program of a new environment in an empty folder and returns its output."""
     folder = tmp_path_factory.mktemp("outside")
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=PATIENCE_S)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -61,7 +61,7 @@ def install(run: Run, wheels: Path, *what: str) -> None:
 
 @pytest.mark.parametrize("package", ["shardloss", "shardloss_server"])
 def test_a_wheel_says_what_an_index_shows(wheels: Path, package: str) -> None:
-    """Licence and its file, URLs, classifiers, a README of its own, and types."""
+    """A wheel has a licence and its file, URLs, classifiers, its own README, and type information."""
     (path,) = wheels.glob(f"{package}-*.whl")
     with zipfile.ZipFile(path) as wheel:
         names = wheel.namelist()
@@ -76,7 +76,7 @@ def test_a_wheel_says_what_an_index_shows(wheels: Path, package: str) -> None:
 
 
 def test_the_client_needs_neither_ray_nor_torch(run: Run, wheels: Path) -> None:
-    """Alone it imports; a head names the extra that installs torch."""
+    """The client imports without Ray and torch; a head's error names the extra that installs torch."""
     install(run, wheels, "shardloss")
     code = "import shardloss, importlib.util as u; assert not u.find_spec('ray') and not u.find_spec('torch')"
     run("python", "-c", code)
@@ -92,7 +92,7 @@ def test_the_client_needs_neither_ray_nor_torch(run: Run, wheels: Path) -> None:
 
 
 def test_the_trainer_of_the_readme_runs_and_type_checks(run: Run, wheels: Path) -> None:
-    """Against a server of the other wheel; mypy --strict sees that its loss is a Tensor."""
+    """The README's trainer runs against a server from the other wheel; mypy --strict infers its loss as a Tensor."""
     install(run, wheels, "shardloss[torch,cli]", "shardloss-server", "mypy")
     folder: Path = run.folder  # type: ignore[attr-defined]
     ready = folder / "ready"

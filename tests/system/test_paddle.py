@@ -1,4 +1,4 @@
-"""compat.paddle over the logits of a remote table trains as a local dense torch loop, and holds nothing of [N, V]."""
+"""compat.paddle over a remote table's logits trains as a local dense torch loop does, without storing [N, V] logits."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def make_table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> M
 
 
 def rows_of(table: shardloss.Table) -> tuple[Tensor, Tensor]:
-    """Rows [V, D] and biases [V], which are 0 where the table has none."""
+    """Return rows [V, D] and biases [V]; the biases are 0 if the table has none."""
     rows = table.read_rows(np.arange(table.spec.num_classes))
     biases = np.zeros(len(rows.rows)) if rows.biases is None else rows.biases
     return torch.tensor(rows.rows), torch.tensor(biases)
 
 
 def soft_of(labels: Tensor) -> Tensor:
-    """Soft labels [N, V] that depend on the class ids [N]."""
+    """Return soft labels [N, V] that depend on the class ids [N]."""
     return F.one_hot(labels, NUM_CLASSES).double() * 0.7 + 0.3 / NUM_CLASSES
 
 
 def columns_of(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's own samples [N, 1 + 6] after its label, some of them hits, and a Q of each."""
+    """Return each row's label and its 6 own samples [N, 1 + 6], some of them hits, and the Q of each."""
     samples = (labels[:, None] * 3 + torch.arange(7)) % NUM_CLASSES
     samples[:, 0] = labels
     return samples, 0.1 + samples.double() / NUM_CLASSES
@@ -55,7 +55,7 @@ def columns_of(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 WEIGHT = torch.linspace(0.5, 2.0, NUM_CLASSES, dtype=torch.float64)
 
-# name, the loss of compat.paddle, the loss of torch alone (of logits [N, V])
+# name, loss of compat.paddle, loss of torch alone (from logits [N, V])
 LOOPS: list[tuple[str, Loss, Loss]] = [
     ("cross_entropy", paddle.cross_entropy, F.cross_entropy),
     (
@@ -83,7 +83,7 @@ LOOPS: list[tuple[str, Loss, Loss]] = [
 
 
 def arcface(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """The additive angular margin 0.5 by torch alone, mean."""
+    """Return the mean loss with an additive angular margin of 0.5, by torch alone."""
     moved = torch.cos(torch.acos(cosines) + 0.5)
     is_label = F.one_hot(labels, cosines.shape[1]).bool()
     return F.cross_entropy(scale * torch.where(is_label, moved, cosines), labels)
@@ -93,7 +93,7 @@ def arcface(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:
 def test_a_loop_over_a_table_is_the_loop_over_a_local_weight(
     make_table: Make, name: str, remote: Loss, local: Loss
 ) -> None:
-    """Over 60 steps of SGD the losses, the rows and the encoder agree to 1e-9."""
+    """The losses, rows and encoder agree to 1e-9 over all steps of SGD."""
     table = make_table(bias=name != "margin")
     normalize = name == "margin"
     transform = LogitTransform(normalize=True) if normalize else None
@@ -124,7 +124,7 @@ def test_a_loop_over_a_table_is_the_loop_over_a_local_weight(
 
 
 def test_float32_losses_of_a_batch_of_sequences_are_those_of_the_dense_logits(make_table: Make) -> None:
-    """hidden [B, L, D], labels [B, L] or [B, L, 1], in every function that takes more than two axes."""
+    """hidden [B, L, D] with labels [B, L] or [B, L, 1] works in every function that takes more than two axes."""
     table = make_table(dtype="float32", bias=True)
     hidden, labels = torch.randn(2, 3, DIM), torch.randint(0, NUM_CLASSES, (2, 3))
     weights, biases = (value.float() for value in rows_of(table))
@@ -144,7 +144,7 @@ def test_float32_losses_of_a_batch_of_sequences_are_those_of_the_dense_logits(ma
     ids=["scale", "cap", "cosine"],
 )
 def test_a_transform_makes_the_logits_of_every_loss(make_table: Make, transform: LogitTransform) -> None:
-    """Scale, soft cap and cosines, in the exact and the sampled loss."""
+    """Scale, soft cap and cosines apply to the exact loss, the sampled loss and the probabilities."""
     table = make_table()
     hidden, labels = torch.randn(BATCH, DIM, dtype=torch.float64), torch.randint(0, NUM_CLASSES, (BATCH,))
     rows, dense = rows_of(table)[0], hidden
@@ -160,7 +160,7 @@ def test_a_transform_makes_the_logits_of_every_loss(make_table: Make, transform:
 
 
 def test_probabilities_are_those_of_the_table_when_asked(make_table: Make) -> None:
-    """Of chosen classes, shared or each row's own, and of all of them in chunks; a softmax is asked alike."""
+    """Logits and softmax return the current probabilities of chosen classes, or of all classes in chunks."""
     table = make_table(bias=True)
     hidden, labels = torch.randn(2, 3, DIM, dtype=torch.float64), torch.randint(0, NUM_CLASSES, (2, 3))
     weights, biases = rows_of(table)
@@ -183,7 +183,7 @@ def test_probabilities_are_those_of_the_table_when_asked(make_table: Make) -> No
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_softmax_of_a_margin_is_asked_in_chunks(make_table: Make, normalize: bool) -> None:
-    """Of the margined, scaled cosines; chosen classes may be the row's label or not."""
+    """The softmax is that of the scaled cosines with margin, for all classes in chunks and for chosen classes."""
     table = make_table()
     hidden, rows = F.normalize(torch.randn(BATCH, DIM, dtype=torch.float64), dim=-1) / 2, rows_of(table)[0]
     cosines = F.normalize(hidden, dim=-1) @ F.normalize(rows, dim=-1).T if normalize else hidden @ rows.T
@@ -197,7 +197,7 @@ def test_the_softmax_of_a_margin_is_asked_in_chunks(make_table: Make, normalize:
 
 
 def test_losses_of_a_step_are_one_commit(make_table: Make) -> None:
-    """Two functions over one table, micro-batches included, are one step of its optimizer."""
+    """Losses of two functions and two micro-batches over one table are one step of its optimizer."""
     table = make_table(bias=True)
     weights, biases = (value.requires_grad_() for value in rows_of(table))
     optimizer = paddle.optimizer(table, 0.5)
@@ -211,7 +211,7 @@ def test_losses_of_a_step_are_one_commit(make_table: Make) -> None:
 
 
 def test_under_no_grad_the_table_is_left_alone(make_table: Make) -> None:
-    """No ticket is opened, and the next step commits nothing."""
+    """A loss under no_grad opens no ticket, and the next step commits nothing."""
     table = make_table()
     optimizer = paddle.optimizer(table, 0.5)
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_under_no_grad_the_table_is_left_alone(make_table: Make) -> None:
 
 
 def test_the_service_draws_where_samples_are_not_given(make_table: Make) -> None:
-    """One log-uniform draw a step, by (seed, step), shared by its losses; a new one after the step."""
+    """The losses of a step share one log-uniform draw of (seed, step); the next step has a new one."""
     table = make_table(bias=True)
     optimizer = paddle.optimizer(table, 0.0)
     hidden, labels = torch.randn(BATCH, DIM, dtype=torch.float64), torch.randint(0, NUM_CLASSES, (BATCH, 2))
@@ -267,14 +267,14 @@ def test_the_service_draws_where_samples_are_not_given(make_table: Make) -> None
     ],
 )
 def test_what_would_hold_all_logits_is_refused_by_name(make_table: Make, call: Callable[[object], object]) -> None:
-    """The message says what to call instead."""
+    """An operation that would materialise all logits raises NotSupported, and the message names probability_chunks."""
     logits = make_table().logits(torch.randn(2, DIM))
     with pytest.raises(NotSupported, match=r"probability_chunks\(size\)"):
         call(logits)
 
 
 def test_a_tensors_methods_are_missing_with_a_hint(make_table: Make) -> None:
-    """hasattr stays true to what can be called."""
+    """A missing tensor method raises AttributeError with a hint, so hasattr is False for it."""
     logits = make_table().logits(torch.randn(2, DIM))
     with pytest.raises(AttributeError, match="probabilities"):
         logits.softmax(-1)  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def test_a_tensors_methods_are_missing_with_a_hint(make_table: Make) -> None:
 
 @pytest.mark.parametrize("hidden", [torch.zeros(2, DIM + 1), torch.zeros(2, DIM).long(), torch.tensor(1.0), [[0.0]]])
 def test_hidden_that_does_not_fit_is_refused(make_table: Make, hidden: Tensor) -> None:
-    """Before anything is sent."""
+    """InvalidArgument names hidden if its width, dtype, rank or type is wrong; nothing is sent."""
     with pytest.raises(InvalidArgument) as refusal:
         make_table().logits(hidden)
     assert refusal.value.field == "hidden"
@@ -312,7 +312,7 @@ LABEL = torch.zeros(2, dtype=torch.int64)
 def test_what_lazy_logits_cannot_do_is_a_named_error(
     make_table: Make, error: type[Exception], call: Callable[[LazyLogits], object]
 ) -> None:
-    """And the table stays as it was."""
+    """A call that lazy logits do not support raises NotSupported or InvalidArgument, and the table is unchanged."""
     table = make_table()
     with pytest.raises(error):
         call(table.logits(torch.randn(2, DIM)))
@@ -321,7 +321,7 @@ def test_what_lazy_logits_cannot_do_is_a_named_error(
 
 @pytest.mark.parametrize("num_classes", [NUM_CLASSES, 1025], ids=["labels", "a distribution"])
 def test_soft_labels_that_do_not_sum_to_1_have_paddles_gradient(make_table: Make, num_classes: int) -> None:
-    """softmax - label, for hidden and for the rows, over lazy logits as over dense ones; rows of zeros have none."""
+    """The logits' gradient is softmax - label over lazy and dense logits alike, and 0 for a label row of zeros."""
     table = make_table(num_classes=num_classes)
     weights = rows_of(table)[0].requires_grad_()
     label = torch.rand(4, num_classes, dtype=torch.float64)
@@ -341,7 +341,7 @@ def test_soft_labels_that_do_not_sum_to_1_have_paddles_gradient(make_table: Make
 
 
 def test_soft_labels_of_more_classes_than_a_row_has_labels_stream(make_table: Make) -> None:
-    """Above max_num_true classes they are a label distribution: the loss, hidden's gradient and a step are the same."""
+    """Above max_num_true classes they are sent as a label distribution; loss, gradient and step are the same."""
     num_classes = 1025
     table = make_table(num_classes=num_classes)
     rows, _ = rows_of(table)
@@ -362,7 +362,7 @@ def test_soft_labels_of_more_classes_than_a_row_has_labels_stream(make_table: Ma
 
 @pytest.mark.parametrize("transform", [LogitTransform(scale=2.0), LogitTransform(soft_cap=3.0)])
 def test_a_margin_takes_cosines_alone(make_table: Make, transform: LogitTransform) -> None:
-    """A scale or cap of the logits' own, or biases, make them something else."""
+    """Logits with a scale, a soft cap or biases are not cosines, and a margin over them raises InvalidArgument."""
     with pytest.raises(InvalidArgument, match="not cosines"):
         paddle.margin_cross_entropy(make_table().logits(torch.randn(2, DIM), transform), LABEL)
     with pytest.raises(InvalidArgument, match="without biases"):

@@ -1,4 +1,4 @@
-"""The pages are true: their examples run and print what they show, and what they name exists."""
+"""The pages are correct: their examples run and print the output shown, and everything they name exists."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(code: str, server: Server) -> str:
 
 
 def assert_same_output(printed: str, shown: str, tolerance: float) -> None:
-    """Texts are equal, and numbers differ by at most the tolerance: rounding differs between processors."""
+    """Assert that texts are equal and numbers differ by at most `tolerance`: rounding differs between processors."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
         assert float(found) == pytest.approx(float(expected), abs=tolerance), printed
@@ -42,14 +42,14 @@ def assert_same_output(printed: str, shown: str, tolerance: float) -> None:
 
 @pytest.fixture
 def without(client: shardloss.LossClient) -> None:
-    """No table of an earlier run has an example's name."""
+    """Delete the tables that earlier runs created under the examples' names."""
     for name in ("words", "tour"):
         if name in {table.name for table in client.list_tables()}:
             client.delete_table(name)
 
 
 def test_the_trainer_of_the_readme_prints_what_it_shows(local_server: Server, without: None) -> None:
-    """In at most 20 lines of code."""
+    """The README's trainer has at most 20 lines of code and prints the output shown."""
     (code,) = [text for language, text in blocks("README.md") if language == "python"]
     shown = [text for language, text in blocks("README.md") if language == "text"][1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
@@ -57,7 +57,7 @@ def test_the_trainer_of_the_readme_prints_what_it_shows(local_server: Server, wi
 
 
 def test_the_tour_prints_what_it_shows(local_server: Server, without: None) -> None:
-    """And is at most 60 lines long."""
+    """The tour's example prints the output shown, and the page has at most 60 lines."""
     assert len((ROOT / "docs/tour.md").read_text().splitlines()) <= 60
     (_, code), (_, shown) = blocks("docs/tour.md")
     assert_same_output(run(code, local_server), shown, tolerance=0)
@@ -73,7 +73,7 @@ def test_every_file_of_the_tour_exists() -> None:
 
 
 def test_the_table_of_the_demo_is_what_it_prints() -> None:
-    """The README shows the columns and rows of the demo's report."""
+    """Each column and row of the README's table is in the source of the demo's report."""
     shown = next(text for language, text in blocks("README.md") if language == "text")
     source = (ROOT / "examples/cities/report.py").read_text() + (ROOT / "examples/cities/demo.py").read_text()
     for word in ("nats", "hit@1", "hit@10", "MRR", "sampled - exact", "before", "after", "held-out names"):
@@ -83,7 +83,7 @@ def test_the_table_of_the_demo_is_what_it_prints() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md", "client/README.md", "server/README.md"])
 def test_every_shell_line_names_what_exists(page: str) -> None:
-    """make targets are known to make; programs of .venv, their commands and options exist; packages are ours."""
+    """Every make target, program, script and package in a page's shell lines exists."""
     for line in "".join(text for language, text in blocks(page) if language == "sh").splitlines():
         words = shlex.split(line, comments=True)
         if words[0] == "make":
@@ -95,26 +95,26 @@ def test_every_shell_line_names_what_exists(page: str) -> None:
             assert "worker:" in services, line
         elif words[:2] == ["pip", "install"]:
             assert re.fullmatch(r"shardloss(-server)?(\[\w+\])?", words[2]), line
-        else:  # a program of ours: tests/architecture/test_names.py checks its commands and options
+        else:  # the project's programs: tests/architecture/test_names.py checks their commands and options
             assert words[0].removeprefix(".venv/bin/") in ("shardloss-server", "shardloss", "python"), line
             assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
 
 
 def test_the_first_example_learns(local_server: Server, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """examples/train.py runs against a server, approaches the best possible loss, and finds the words it was taught."""
+    """examples/train.py approaches the lowest possible loss and predicts the words of its training data."""
     monkeypatch.setenv("SHARDLOSS_ADDRESS", local_server.address)
     runpy.run_path(str(ROOT / "examples/train.py"))
     *steps, last = capsys.readouterr().out.splitlines()
     exact = [float(NUMBER.findall(line)[-1]) for line in steps]
     assert exact[0] == pytest.approx(9.9, abs=0.3)
-    assert exact[-1] < 2.0  # log(3) = 1.10 is the best possible
+    assert exact[-1] < 2.0  # the lowest possible loss is log(3) = 1.10
     found, expected = re.findall(r"\[.*?\]", last)
     assert found == expected
     assert len((ROOT / "examples/train.py").read_text().splitlines()) <= 60
 
 
 def test_the_examples_for_tensorflow_users_run_as_they_stand(local_server: Server) -> None:
-    """One after the other, as a reader would type them."""
+    """The examples of docs/tensorflow.md run in order, as a reader would type them."""
     examples = [text for language, text in blocks("docs/tensorflow.md") if language == "python"]
     assert len(examples) == 2
     assert len(run("".join(examples), local_server).splitlines()) == 2
@@ -126,7 +126,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 def test_every_golden_family_is_in_the_docs() -> None:
-    """docs/frameworks.md has a line for each, and the files it names load it."""
+    """docs/frameworks.md has one line for each golden family, and the test files it names load that family."""
     index = json.loads((ROOT / "tests/golden/data/index.json").read_text())
     lines = re.findall(r"^\| `(\w+)` \| .* \| (`test_\w+\.py`.*?) \|", (ROOT / "docs/frameworks.md").read_text(), re.M)
     assert sorted(family for family, _ in lines) == sorted({case["family"] for case in index})

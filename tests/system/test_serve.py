@@ -1,4 +1,4 @@
-"""`shardloss-server serve` as an operator runs it."""
+"""`shardloss-server serve`, run as an operator would run it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import shardloss
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-START_S = 300.0  # far above what a busy machine needs
+START_S = 300.0  # far more than a busy machine needs
 STOP_S = 120.0
 
 
 @contextmanager
 def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server process of our own and its address; ended by pid whatever happens."""
+    """Start a server process and yield it with its address; it is terminated in any case."""
     ready = tmp_path / "ready"
     command = [
         sys.executable,
@@ -44,7 +44,7 @@ def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[by
             deadline = time.monotonic() + START_S
             while not ready.exists():
                 assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline, "the server did not come up"
+                assert time.monotonic() < deadline, "the server did not start in time"
                 time.sleep(0.05)
             yield process, ready.read_text()
         finally:
@@ -54,7 +54,7 @@ def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[by
 
 
 def children_of(pid: int) -> set[int]:
-    """All living descendants of a process."""
+    """Return the pids of all running descendants of a process."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -73,7 +73,7 @@ def children_of(pid: int) -> set[int]:
 
 
 def wait_gone(pids: set[int], timeout_s: float) -> set[int]:
-    """Those of pids that still live after at most timeout_s."""
+    """Wait until all pids have ended, at most timeout_s; return those that still run."""
     deadline = time.monotonic() + timeout_s
     while True:
         alive = {pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)}
@@ -95,7 +95,7 @@ def is_zombie(pid: int) -> bool:
     ids=["SIGTERM", "Ctrl-C"],
 )
 def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) -> None:
-    """It writes its address once ready, answers, and exits 0 on a signal."""
+    """The server writes its address when it is ready, answers calls, and exits with 0 on a signal."""
     with serving(tmp_path, "--local", "--workers", "1") as (process, address):
         with shardloss.connect(address) as client:
             table = client.create_table("t", num_classes=11, dim=3)
@@ -110,7 +110,7 @@ def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) ->
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
-    """After SIGTERM neither workers nor Ray's own processes, nor its files, are left."""
+    """After SIGTERM no worker, no process of Ray and no temporary file is left."""
     before = {path.name for path in Path("/tmp").glob("shardloss-*")}
     with serving(tmp_path, "--workers", "2") as (process, address):
         with shardloss.connect(address) as client:
@@ -127,19 +127,19 @@ def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM in the middle of Ray's start: it comes to its end in order, and so do Ray's processes and files."""
+    """On SIGTERM during Ray's start the server exits with 0, and no process or file of Ray is left."""
     before = {path.name for path in Path("/tmp").glob("shardloss-*")}
     command = [sys.executable, "-m", "shardloss_server", "serve", "--port", "0", "--admin-port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + START_S
         while not (children := children_of(process.pid)):
             assert process.poll() is None
-            assert time.monotonic() < deadline, "Ray did not start"
+            assert time.monotonic() < deadline, "Ray did not start in time"
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         while process.poll() is None:
             children |= children_of(process.pid)
-            assert time.monotonic() < deadline, "the server did not end"
+            assert time.monotonic() < deadline, "the server did not exit in time"
             time.sleep(0.01)
         assert process.returncode == 0
     assert wait_gone(children, STOP_S) == set()
@@ -148,7 +148,7 @@ def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
-    """A call in flight holds the drain; the second signal does not wait for it."""
+    """A call in flight keeps the server draining; a second signal ends it without waiting for the call."""
     with serving(tmp_path, "--local", "--drain-s", "600") as (process, address), shardloss.connect(address) as client:
         table = client.create_table("t", num_classes=5, dim=2)
         session = table.session()
@@ -167,7 +167,7 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
 
 
 def wait_until_in_flight(client: shardloss.LossClient) -> None:
-    """Poll until the waiting call holds its ticket."""
+    """Poll until the waiting call has a ticket."""
     deadline = time.monotonic() + STOP_S
     while client.table("t").spec.num_open_tickets == 0:
         assert time.monotonic() < deadline
@@ -175,7 +175,7 @@ def wait_until_in_flight(client: shardloss.LossClient) -> None:
 
 
 def wait_not_serving(address: str) -> None:
-    """Poll until no new call is taken."""
+    """Poll until the server accepts no new calls."""
     deadline = time.monotonic() + STOP_S
     while time.monotonic() < deadline:
         try:
@@ -187,7 +187,7 @@ def wait_not_serving(address: str) -> None:
 
 
 def test_health_and_reflection_answer_on_both_ports(local_server: object) -> None:
-    """Standard tools find the services and their state without our stubs."""
+    """Standard gRPC tools find the services and their health without the project's stubs."""
     for address in (local_server.address, local_server.admin_address):
         with grpc.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -200,7 +200,7 @@ def test_health_and_reflection_answer_on_both_ports(local_server: object) -> Non
 
 
 def test_a_taken_port_is_refused_in_one_line(local_server: object, tmp_path: Path) -> None:
-    """Two servers never share a port silently."""
+    """A second server on the same port exits with 1 and a one-line error."""
     port = local_server.address.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "shardloss_server", "serve", "--local", "--port", port, "--admin-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
@@ -216,7 +216,7 @@ def test_nobody_at_the_address_is_a_named_error() -> None:
 
 
 def test_a_unix_socket_serves_its_owner(tmp_path: Path) -> None:
-    """Beside the data port, for nobody else; gone with the server."""
+    """The socket has mode 0600, serves in addition to the data port, and is removed when the server stops."""
     path = tmp_path / "shardloss"
     with serving(tmp_path, "--local", "--workers", "1", "--socket", str(path)):
         assert path.stat().st_mode & 0o777 == 0o600

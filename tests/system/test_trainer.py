@@ -1,4 +1,4 @@
-"""A trainer that replaces its local head by the remote one sees the same curve and leaves the same table."""
+"""A trainer that replaces its local head with a remote one gets the same loss curve and the same final table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..extent import scaled
 STEPS = scaled(40, 200)
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
-# name, table optimizer, sampled loss?, learning rate, torch's optimizer
+# name, table optimizer, sampled loss or not, learning rate, torch's optimizer
 CASES: list[tuple[str, shardloss.types.Optimizer, bool, float, Make]] = [
     ("sgd", shardloss.Sgd(), False, 0.5, lambda p: torch.optim.SGD(p, 0.5)),
     (
@@ -97,7 +97,7 @@ def test_float32_is_as_close_to_float64_as_torch_itself(
 
 
 def test_three_uneven_micro_batches_are_one_batch(make_table: Callable[..., shardloss.Table]) -> None:
-    """Accumulated parts of 1, 2 and 4 rows give the step that the 7 rows give at once, sampled loss included."""
+    """Accumulated parts of 1, 2 and 4 rows of a sampled loss give the same step as all 7 rows at once."""
     tables = [make_table(optimizer=shardloss.Adam()) for _ in range(2)]
     (_, labels), *_ = batches(1, torch.float64)
     hidden = torch.randn(BATCH, DIM, dtype=torch.float64)
@@ -239,7 +239,7 @@ def test_zero_grad_drops_a_backward_and_keeps_a_fresh_loss(make_table: Callable[
 
 
 def test_a_head_with_its_own_learning_rate_commits_in_backward(make_table: Callable[..., shardloss.Table]) -> None:
-    """The shortcut for plain loops: no optimizer, one commit a backward."""
+    """A head with a learning rate needs no optimizer and commits once per backward."""
     table = make_table()
     weights, biases = (value.clone().requires_grad_() for value in table_of(table))
     head = table.softmax(learning_rate=0.5)
@@ -254,7 +254,7 @@ def test_a_head_with_its_own_learning_rate_commits_in_backward(make_table: Calla
 def test_hidden_in_half_precision_gets_its_gradient_in_its_own_dtype(
     make_table: Callable[..., shardloss.Table], dtype: torch.dtype
 ) -> None:
-    """The loss is that of the rounded hidden in float32; the gradient comes back in hidden's dtype."""
+    """The loss is computed in float32 from the rounded hidden, and the gradient has hidden's dtype."""
     table = make_table("float32")
     weights, biases = table_of(table)
     hidden = torch.randn(BATCH, DIM).to(dtype).requires_grad_()
@@ -278,7 +278,7 @@ def test_hidden_in_half_precision_gets_its_gradient_in_its_own_dtype(
 def test_ray_workers_give_the_curve_of_torch_alone(
     ray_client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """The same promise over worker processes, on a sampled loss with Adagrad."""
+    """With Ray worker processes, a sampled loss with Adagrad agrees with a local torch trainer to 1e-9."""
     table = ray_client.create_table(
         fresh_name(), num_classes=NUM_CLASSES, dim=DIM, dtype="float64", optimizer=shardloss.Adagrad()
     )

@@ -1,4 +1,4 @@
-"""What a trainer may do beside a plain loop: autograd.grad, cleared gradients, deepcopy, odd shapes, failures."""
+"""Trainers that do more than a plain loop: autograd.grad, cleared gradients, deepcopy, odd shapes and failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardl
 
 @pytest.fixture
 def batch() -> Batch:
-    """hidden [N, D] that wants a gradient, and labels [N]."""
+    """hidden [N, D] that requires a gradient, and labels [N]."""
     hidden = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
     return hidden, torch.randint(0, NUM_CLASSES, (BATCH,))
 
@@ -62,7 +62,7 @@ def test_a_gradient_that_somebody_cleared_is_not_committed(table: shardloss.Tabl
 
 
 def test_two_losses_of_one_step_are_one_commit(table: shardloss.Table, batch: Batch) -> None:
-    """The sum of two losses trains the table with both, whatever their factors."""
+    """The weighted sum of two losses trains the table with both, in one commit."""
     weights, biases = (value.clone().requires_grad_() for value in table_of(table))
     head = table.softmax()
     optimizer = head.optimizer(0.5)
@@ -77,7 +77,7 @@ def test_two_losses_of_one_step_are_one_commit(table: shardloss.Table, batch: Ba
 
 
 def test_a_copied_head_takes_steps_of_its_own(table: shardloss.Table, batch: Batch) -> None:
-    """copy.deepcopy of a model that holds a head, as for an average of weights, shares the table and nothing else."""
+    """copy.deepcopy of a model with a head, as used for weight averaging, shares the table and nothing else."""
     model = torch.nn.ModuleDict({"head": table.softmax()})
     twin = copy.deepcopy(model)
     hidden, labels = batch
@@ -90,7 +90,7 @@ def test_a_copied_head_takes_steps_of_its_own(table: shardloss.Table, batch: Bat
 
 
 def test_a_shortcut_head_refuses_a_gradient_that_is_not_finite(table: shardloss.Table, batch: Batch) -> None:
-    """It raises, the rows stay, and the next step is taken."""
+    """InvalidArgument is raised, the rows are unchanged, and the next step is committed."""
     head = table.softmax(learning_rate=0.1)
     hidden, labels = batch
     before = table_of(table)[0]
@@ -102,7 +102,7 @@ def test_a_shortcut_head_refuses_a_gradient_that_is_not_finite(table: shardloss.
 
 
 def test_a_refused_commit_does_not_stop_the_trainer(table: shardloss.Table, batch: Batch) -> None:
-    """After a refusal the whole step is given up, with the losses that wait for their backward; the next one counts."""
+    """After a refusal the step and its losses without a backward are discarded; the next step is committed."""
     head = table.softmax()
     optimizer = head.optimizer(0.1)
     hidden, labels = batch
@@ -120,7 +120,7 @@ def test_a_refused_commit_does_not_stop_the_trainer(table: shardloss.Table, batc
 
 
 def test_a_session_passes_a_step_that_was_committed_behind_its_back(table: shardloss.Table, batch: Batch) -> None:
-    """As when every reply of a commit was lost: one StepTooOld says so, and the next loss belongs to a new step."""
+    """If every reply of a commit is lost, one loss raises StepTooOld, and the one after it starts a new step."""
     hidden, labels = batch[0].detach().numpy(), batch[1].numpy()
     session = table.session()
     result = session.compute_loss(hidden, labels, shardloss.FullSoftmax())
@@ -135,7 +135,7 @@ def test_a_session_passes_a_step_that_was_committed_behind_its_back(table: shard
 def test_an_abort_that_fails_still_ends_the_step(
     client: shardloss.LossClient, table: shardloss.Table, batch: Batch
 ) -> None:
-    """Whatever became of it, the session goes on with a step of its own."""
+    """The session moves on to a new step even if the server's abort fails."""
     session = table.session()
     session.compute_loss(batch[0].detach().numpy(), batch[1].numpy(), shardloss.FullSoftmax())
     client.delete_table(table.name)
@@ -147,7 +147,7 @@ def test_an_abort_that_fails_still_ends_the_step(
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("num_true", [None, 2], ids=["one label", "two labels"])
 def test_hidden_of_any_rank_is_flattened(table: shardloss.Table, shape: tuple[int, ...], num_true: int | None) -> None:
-    """hidden [..., D] with labels [...] or [..., T] gives losses [...], equal to those of single rows."""
+    """hidden [..., D] with labels [...] or [..., T] gives losses [...], equal to those of the flattened rows."""
     hidden = torch.randn(*shape, DIM, dtype=torch.float64)
     labels = torch.randint(0, NUM_CLASSES, shape if num_true is None else (*shape, num_true))
     values = (torch.arange(6), torch.rand(labels.shape).double() + 0.1, torch.rand(6).double() + 0.1)
@@ -177,7 +177,7 @@ def test_hidden_of_any_rank_is_flattened(table: shardloss.Table, shape: tuple[in
 def test_shapes_that_do_not_fit_are_refused_by_name(
     table: shardloss.Table, hidden: torch.Tensor, labels: torch.Tensor, field: str
 ) -> None:
-    """The error names the argument."""
+    """InvalidArgument names the argument whose shape or dtype is wrong."""
     for head in (table.softmax(), table.sampled_softmax(4)):
         with pytest.raises(InvalidArgument) as refused:
             head(hidden, labels)
@@ -185,7 +185,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(
 
 
 def test_numpy_shapes_that_do_not_fit_are_refused_by_name(table: shardloss.Table) -> None:
-    """The same without torch."""
+    """`Table.compute_loss` names hidden if its shape is wrong."""
     for hidden in (np.zeros(()), np.zeros(DIM)):
         with pytest.raises(InvalidArgument) as refused:
             table.compute_loss(hidden, np.zeros(1, int), shardloss.FullSoftmax())
@@ -207,7 +207,7 @@ def test_numpy_shapes_that_do_not_fit_are_refused_by_name(table: shardloss.Table
 def test_rows_are_checked_before_the_first_page_is_written(
     table: shardloss.Table, class_ids: list[int], rows: np.ndarray, biases: np.ndarray | None, field: str
 ) -> None:
-    """A write of many pages is refused whole."""
+    """If any row of a write is invalid, nothing is written."""
     before = table.info().version
     with pytest.raises(InvalidArgument) as refused:
         table.write_rows(np.array(class_ids), rows, biases)
@@ -218,7 +218,7 @@ def test_rows_are_checked_before_the_first_page_is_written(
 def test_tensorflow_losses_find_their_table_by_name(
     client: shardloss.LossClient, table: shardloss.Table, batch: Batch
 ) -> None:
-    """Two handles of one table share their steps; a table made anew with another shape does not get the old ones."""
+    """Two handles of one table share their steps; a table recreated with another shape does not get the old ones."""
     hidden, labels = batch
     optimizer = tensorflow.optimizer(client.table(table.name), 0.1)
     again = client.table(table.name)
@@ -237,7 +237,7 @@ def test_tensorflow_losses_find_their_table_by_name(
 
 
 def test_losses_that_nobody_differentiates_leave_no_ticket(table: shardloss.Table, batch: Batch) -> None:
-    """A validation loop that forgot no_grad: each forward gives up what the one before it left."""
+    """In a validation loop without no_grad, each forward releases the ticket of the one before it."""
     head = table.softmax()
     optimizer = head.optimizer(0.1)
     hidden, labels = batch
@@ -250,7 +250,7 @@ def test_losses_that_nobody_differentiates_leave_no_ticket(table: shardloss.Tabl
 
 
 def test_a_forgotten_no_grad_never_fills_the_server(table: shardloss.Table, batch: Batch) -> None:
-    """Where the last loss is still named while the next is computed, some tickets stay, and no more than some."""
+    """If the previous loss is still referenced while the next is computed, at most 20 tickets stay open."""
     head = table.softmax()
     optimizer = head.optimizer(0.1)
     hidden, labels = batch
@@ -265,7 +265,7 @@ def test_a_forgotten_no_grad_never_fills_the_server(table: shardloss.Table, batc
 
 
 def test_a_shortcut_head_takes_the_batch_after_a_skipped_one(table: shardloss.Table, batch: Batch) -> None:
-    """A loss that was computed and not differentiated is given up with the next step."""
+    """A loss that was computed but not differentiated is discarded by the next step."""
     head = table.softmax(learning_rate=0.1)
     hidden, labels = batch
     for is_bad in (True, False, True, True, False):
@@ -276,7 +276,7 @@ def test_a_shortcut_head_takes_the_batch_after_a_skipped_one(table: shardloss.Ta
 
 
 def test_a_loss_that_still_lives_keeps_its_step(table: shardloss.Table, batch: Batch) -> None:
-    """Two losses are computed before either is differentiated: both belong to one commit."""
+    """Two losses that are computed before either is differentiated belong to one commit."""
     head = table.softmax()
     optimizer = head.optimizer(0.1)
     hidden, labels = batch
@@ -289,7 +289,7 @@ def test_a_loss_that_still_lives_keeps_its_step(table: shardloss.Table, batch: B
 
 
 def test_a_forward_that_failed_leaves_no_step_open(table: shardloss.Table, batch: Batch) -> None:
-    """zero_grad gives the tickets back also after a refused forward."""
+    """zero_grad() releases the open tickets even after a refused forward."""
     head = table.softmax()
     optimizer = head.optimizer(0.1)
     hidden, labels = batch
@@ -305,7 +305,7 @@ def test_a_forward_that_failed_leaves_no_step_open(table: shardloss.Table, batch
 def test_the_mean_is_over_the_rows_that_count(
     table: shardloss.Table, batch: Batch, ignored: int, weighted: bool
 ) -> None:
-    """As torch: nan where every row is ignored, with a gradient of 0 that leaves hidden and the table as they were."""
+    """If every row is ignored, the mean is nan and all gradients are 0, as in torch; the table is unchanged."""
     weights, biases = (value.clone().requires_grad_() for value in table_of(table))
     head = table.softmax()
     optimizer = head.optimizer(0.5)
@@ -328,7 +328,7 @@ def test_the_mean_is_over_the_rows_that_count(
 
 
 def test_a_shortcut_head_refuses_two_losses_in_one_step(table: shardloss.Table, batch: Batch) -> None:
-    """It cannot tell which backward is the last; the step is given up and the next one is taken."""
+    """The head cannot know which backward is the last, so the step is refused; the next one is committed."""
     head = table.softmax(learning_rate=0.1)
     hidden, labels = batch
     with pytest.raises(InvalidArgument, match="two losses"):
@@ -339,7 +339,7 @@ def test_a_shortcut_head_refuses_two_losses_in_one_step(table: shardloss.Table, 
 
 
 def test_a_copied_head_has_hooks_of_its_own(table: shardloss.Table, batch: Batch) -> None:
-    """What is registered on the copy does not run on the original."""
+    """A hook registered on the copy does not run on the original."""
     head = table.softmax()
     twin = copy.deepcopy(head)
     calls: list[str] = []
@@ -350,10 +350,10 @@ def test_a_copied_head_has_hooks_of_its_own(table: shardloss.Table, batch: Batch
     assert calls == ["twin"]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at what is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo reads the .grad of non-leaf tensors
 @pytest.mark.parametrize("kind", ["labels", "distribution", "compat"])
 def test_a_compiled_model_trains_a_table(table: shardloss.Table, batch: Batch, kind: str) -> None:
-    """torch.compile of a step with a remote loss in it gives the loss and the commit of the step as it is."""
+    """A step with a remote loss, compiled with torch.compile, gives the same loss and one commit."""
     hidden, labels = batch
     head = table.softmax()
     optimizer = tensorflow.optimizer(table, 0.1) if kind == "compat" else head.optimizer(0.1)
@@ -376,7 +376,7 @@ def test_a_compiled_model_trains_a_table(table: shardloss.Table, batch: Batch, k
 
 
 def test_what_holds_a_connection_is_not_pickled(table: shardloss.Table, batch: Batch) -> None:
-    """A named error that says what to do, not gRPC's; a model saves by its state_dict, where a head has no entry."""
+    """Pickling raises NotSupported with what to do instead; a head has no entry in a model's state_dict."""
     model = torch.nn.ModuleDict({"net": torch.nn.Linear(2, DIM), "head": table.softmax()})
     for held in (table.client, table, table.session(), table.logits(batch[0]), table.embeddings([1]), model):
         with pytest.raises(NotSupported, match="connect"):
@@ -388,7 +388,7 @@ def test_what_holds_a_connection_is_not_pickled(table: shardloss.Table, batch: B
 
 
 def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardloss.Table) -> None:
-    """Both are refused by name rather than silently without effect."""
+    """Copying, pickling and add_param_group raise NotSupported instead of having no effect."""
     optimizer = table.softmax().optimizer(0.1)
     for misuse in (copy.deepcopy, pickle.dumps):
         with pytest.raises(NotSupported):
@@ -403,7 +403,7 @@ def test_an_optimizer_is_neither_copied_nor_given_other_parameters(table: shardl
 
 @pytest.mark.parametrize("field", ["hidden", "labels", "label_weights", "scale"])
 def test_what_is_no_tensor_is_refused_by_name(table: shardloss.Table, batch: Batch, field: str) -> None:
-    """An array of NumPy's, or a number as scale; a head is torch's, `Table.compute_loss` is NumPy's."""
+    """A head names the argument that is a NumPy array or a number; `Table.compute_loss` is the API for NumPy."""
     given: dict[str, object] = dict(zip(("hidden", "labels"), batch, strict=True))
     given[field] = 2.0 if field == "scale" else np.ones((BATCH, DIM))
     with pytest.raises(InvalidArgument) as caught:
@@ -428,7 +428,7 @@ def test_what_is_no_tensor_is_refused_by_name(table: shardloss.Table, batch: Bat
 def test_draws_that_are_none_are_refused_by_name(
     table: shardloss.Table, batch: Batch, field: str, given: dict[str, object]
 ) -> None:
-    """Three tensors are a draw; hit ids have the labels' shape."""
+    """A draw must be three tensors, and hit ids must be tensors of the labels' shape."""
     draw = (torch.arange(2), torch.ones(BATCH), torch.ones(2))
     with pytest.raises(InvalidArgument) as caught:
         table.sampled_softmax()(*batch, **{"sampled_values": draw, **given})
@@ -436,7 +436,7 @@ def test_draws_that_are_none_are_refused_by_name(
 
 
 def test_values_of_another_type_are_refused_by_compute_loss(table: shardloss.Table) -> None:
-    """A text or a class as the loss, a number as its transform, no learning rate."""
+    """A string or a class as the loss, a number as its transform, or no learning rate raises InvalidArgument."""
     hidden, labels = np.zeros((BATCH, DIM)), np.zeros(BATCH, np.int64)
     for loss in ("softmax", shardloss.FullSoftmax, None):
         with pytest.raises(InvalidArgument) as caught:
@@ -451,7 +451,7 @@ def test_values_of_another_type_are_refused_by_compute_loss(table: shardloss.Tab
 def test_names_that_are_none_are_refused_when_the_head_is_made(
     client: shardloss.LossClient, table: shardloss.Table, fresh_name: Callable[[], str]
 ) -> None:
-    """An unknown sampler, removal, reduction, optimizer or initializer, and numbers that no field holds."""
+    """An unknown sampler, removal, reduction, optimizer or initializer is refused, as is a number out of range."""
     for make in (
         lambda: table.sampled_softmax(4, sampler="zipf"),
         lambda: table.sampled_softmax(4, hit_removal="first"),
@@ -468,7 +468,7 @@ def test_names_that_are_none_are_refused_when_the_head_is_made(
 def test_a_table_tells_its_optimizer_and_its_first_values(
     client: shardloss.LossClient, fresh_name: Callable[[], str]
 ) -> None:
-    """Every default is filled in."""
+    """The table's spec has its optimizer and initializer, with defaults filled in."""
     for optimizer in (
         shardloss.Sgd(momentum=0.5, nesterov=True),
         shardloss.Adagrad(eps=1e-6),
@@ -485,7 +485,7 @@ def test_a_table_tells_its_optimizer_and_its_first_values(
 
 
 def test_a_client_closed_by_another_thread_says_so(local_server: Server) -> None:
-    """Calls under way or later raise ClientClosed, never an error of gRPC."""
+    """Calls in progress and later ones raise ClientClosed, never a gRPC error."""
     client = shardloss.connect(local_server.address)
     errors: list[Exception] = []
 
@@ -506,7 +506,7 @@ def test_a_client_closed_by_another_thread_says_so(local_server: Server) -> None
 
 
 def test_another_default_device_does_not_matter(table: shardloss.Table, batch: Batch) -> None:
-    """The head's own tensors live on the CPU."""
+    """The head's own tensors are on the CPU, whatever torch's default device."""
     hidden, labels = batch
     with torch.device("meta"):
         head = table.sampled_softmax(4)
@@ -518,7 +518,7 @@ def test_another_default_device_does_not_matter(table: shardloss.Table, batch: B
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_the_bytes_may_cross_the_wire(table: shardloss.Table, batch: Batch, dtype: torch.dtype) -> None:
-    """With a wire_dtype hidden and its gradient are rounded once each, and carried in two bytes an element."""
+    """With a 16-bit wire_dtype, hidden and its gradient are rounded once each and sent as two bytes per element."""
     hidden, labels = batch
     head, plain = table.softmax(reduction="sum"), table.softmax(reduction="sum")
     head.wire_dtype = dtype
@@ -540,7 +540,7 @@ def test_half_the_bytes_may_cross_the_wire(table: shardloss.Table, batch: Batch,
 
 
 def test_a_gradient_too_large_for_the_wire_is_refused_by_name(table: shardloss.Table, batch: Batch) -> None:
-    """Nothing is passed on as inf; the step goes on."""
+    """A gradient that overflows the wire dtype raises InvalidArgument instead of becoming inf."""
     table.write_rows(np.arange(2), np.array([[1e6] * DIM, [-1e6] * DIM]), np.zeros(2))
     head = table.softmax()
     head.wire_dtype = torch.float16

@@ -1,4 +1,4 @@
-"""A worker dies: its tables say so by name, and the service goes on."""
+"""A worker dies: calls on its tables raise RowsLost, and the service continues."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from test_serve import STOP_S, children_of, serving, wait_gone
 
 
 def shard_workers(server_pid: int) -> list[int]:
-    """Pids of the Ray actors below a server."""
+    """Return the pids of the Ray worker actors that a server has started."""
     return [pid for pid in children_of(server_pid) if b"ray::WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def repeat_for(seconds: float, call: Callable[[], object]) -> None:
-    """Call again and again until it raises or the time is over."""
+    """Repeat the call until it raises or the time is over."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         call()
@@ -29,9 +29,9 @@ def repeat_for(seconds: float, call: Callable[[], object]) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("path", ["--links", pytest.param("--no-links", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_a_named_error_new_tables_work_and_the_server_stops(tmp_path: Path, path: str) -> None:
-    """ROWS_LOST, never a wrong number; a table created afterwards works; SIGTERM then leaves no process and no file.
+    """Calls raise RowsLost and never return a wrong result; new tables work; SIGTERM leaves no process and no file.
 
-    This holds over links, which the new worker makes again, and over plain calls.
+    This is true with links, which the new worker opens again, and with plain Ray calls.
     """
     before = {path.name for path in Path("/tmp").glob("shardloss-*")}
     hidden, labels = np.ones((3, 4), np.float32), np.array([0, 5, 10])

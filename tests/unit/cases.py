@@ -1,4 +1,4 @@
-"""Every loss with every combination of options that the front end takes, and what the reference says of each."""
+"""Every loss with every combination of options that the front end accepts, and the reference's answer to each."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .front import request_of
 
-V, D, N, S = 23, 5, 7, 11  # V is prime: seven shards have four rows or three; N and D fit no vector register
+V, D, N, S = 23, 5, 7, 11  # V is prime: seven shards have three or four rows; N and D are no multiple of a vector width
 STEP = 4
-RESERVED = 2  # classes that the unigram never draws, so no label
+RESERVED = 2  # classes that the unigram never draws, so none is a label
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 WRITTEN = torch.arange(1, V + 1, **DOUBLE) % 7 + 0.5  # class counts
 SEEN = torch.arange(40) ** 2 % V  # labels that commits have seen
@@ -61,7 +61,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def labels_of(num_true: int) -> Tensor:
-    """Labels [N, T] below 12, that most draws hit, with padding, a row that is ignored, and a label given twice."""
+    """Return labels [N, T] below 12, which most draws hit, with padding, an ignored row, and a label given twice."""
     labels = torch.randint(RESERVED, 12, (N, num_true))
     labels[5] = -1
     if num_true > 1:
@@ -74,7 +74,7 @@ def labels_of(num_true: int) -> Tensor:
 
 
 def full_softmax_cases() -> Iterator[Case]:
-    """Transform x smoothing x class weights x label weights x z-loss, without the soft cap of smoothed labels."""
+    """Yield transform x smoothing x class weights x label weights x z-loss; smoothed labels have no soft cap."""
     class_weights = torch.rand(V, **DOUBLE) + 0.5
     labels = labels_of(3)
     class_weights[labels[0, 0]] = class_weights[labels[2]] = 0.0
@@ -91,14 +91,14 @@ def full_softmax_cases() -> Iterator[Case]:
 
 
 def margin_cases() -> Iterator[Case]:
-    """Margin x z-loss, over all classes; a table without biases."""
+    """Yield margin x z-loss over all classes, for a table without biases."""
     for (name, margin), z_loss in product(MARGINS.items(), (0.0, 0.01)):
         objective = Objective("softmax", TRANSFORMS["normalised"], margin, 0.0, z_loss)
         yield Case(f"{name} z {z_loss}", request_of(randn(N, D), labels_of(1), objective=objective))
 
 
 def sigmoid_cases() -> Iterator[Case]:
-    """Transform x label weights."""
+    """Yield transform x label weights."""
     label_weights = torch.rand(N, 3, **DOUBLE) * 2
     label_weights[6] = 0.0
     for (name, transform), of_labels in product(TRANSFORMS.items(), (None, label_weights)):
@@ -111,7 +111,7 @@ def sigmoid_cases() -> Iterator[Case]:
 
 
 def values(labels: Tensor, sampled: Tensor) -> SampledValues:
-    """A draw whose Q, between 1e-2 and 3, differ even between copies of an id: it matters which copy stays."""
+    """Return a draw whose Q, between 1e-2 and 3, differ even between copies of an id: it matters which copy stays."""
     counts = (10 ** torch.empty(shape, **DOUBLE).uniform_(-2, 0.5) for shape in (labels.shape, sampled.shape))
     return SampledValues(sampled, *counts)
 
@@ -137,13 +137,13 @@ CANDIDATES = {
     "corrected in_batch": lambda labels: InBatch(True),
     "partial_fc": lambda labels: PartialFc(S, 3),
 }
-UNDER_EVERY_TRANSFORM = ("repeated values", "a row's own values")  # once a draw is made, its kind does not matter
+UNDER_EVERY_TRANSFORM = ("repeated values", "a row's own values")  # the kind of a draw does not matter once it is made
 FAMILIES = {"softmax": ("softmax", 0, True), "3 hardest": ("softmax", 3, True), "nce": ("logistic", 0, True)}
 FAMILIES["negative sampling"] = ("logistic", 0, False)
 
 
 def sampled_cases(kind: str) -> Iterator[Case]:
-    """Hit removal x hit ids x family x transform x z-loss x margin, of one kind of candidates."""
+    """Yield hit removal x hit ids x family x transform x z-loss for one kind of candidates."""
     takes_hit_ids = "values" in kind or kind == "in_batch"
     transforms = TRANSFORMS if kind in UNDER_EVERY_TRANSFORM else ("plain", "transformed")
     grid = product(("none", "every", "last"), (False, True)[: 1 + takes_hit_ids], FAMILIES, transforms, (0.0, 0.01))
@@ -151,7 +151,7 @@ def sampled_cases(kind: str) -> Iterator[Case]:
         if with_ids and (hit_removal == "none" or ("in_batch" in kind and hit_removal == "last")):
             continue
         if hit_removal == "none" and "in_batch" in kind:
-            continue  # a batch without the row's own label is "last"
+            continue  # in-batch candidates without the row's own label are "last"
         name, num_hard, is_corrected = FAMILIES[family]
         if (name == "logistic" and z_loss) or (num_hard and "row's own" in kind):
             continue
@@ -167,7 +167,7 @@ def sampled_cases(kind: str) -> Iterator[Case]:
 
 
 def sampled_margin_cases(kind: str) -> Iterator[Case]:
-    """Margin x hard negatives x z-loss, of one kind of candidates; a table without biases."""
+    """Yield margin x hard negatives x z-loss for one kind of candidates and a table without biases."""
     for (name, margin), num_hard, z_loss in product(MARGINS.items(), (0, 3), (0.0, 0.01)):
         if num_hard and "row's own" in kind:
             continue
@@ -179,7 +179,7 @@ def sampled_margin_cases(kind: str) -> Iterator[Case]:
 
 
 def hit_ids_of(labels: Tensor, draw: Any) -> HitIds:
-    """Classes in pairs are one item, and now and then an id is of no pair."""
+    """Return hit ids by which two adjacent classes are one item; the first row's labels belong to no pair."""
     of_labels = labels.clamp(min=0) // 2
     of_labels[0] = 40
     if isinstance(draw, InBatch):
@@ -187,12 +187,12 @@ def hit_ids_of(labels: Tensor, draw: Any) -> HitIds:
     return HitIds(of_labels, draw.sampled // 2)
 
 
-# What the reference says
+# The reference's answers
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Losses [N], their gradients in hidden [N, D] and scale [N], and d sum(g loss) / d table [V, D], [V]."""
+    """Losses [N], their gradients in hidden [N, D] and scale [N], and d sum(g loss) / d weights [V, D], biases [V]."""
 
     loss: Tensor
     hidden_grad: Tensor
@@ -202,7 +202,7 @@ class Expected:
 
 
 def expected(weights: Tensor, biases: Tensor, request: LossRequest, counts: ClassCounts, g: Tensor) -> Expected:
-    """The reference's losses and their autograd."""
+    """Return the reference's losses and their gradients by autograd."""
     weights, biases, hidden = (x.detach().clone().requires_grad_() for x in (weights, biases, request.hidden))
     scale = torch.full((len(hidden), 1), request.objective.transform.scale, dtype=weights.dtype, requires_grad=True)
     loss = losses(weights, biases, hidden, scale, request, counts)
@@ -215,7 +215,7 @@ def expected(weights: Tensor, biases: Tensor, request: LossRequest, counts: Clas
 def losses(
     weights: Tensor, biases: Tensor, hidden: Tensor, scale: Tensor, request: LossRequest, counts: ClassCounts
 ) -> Tensor:
-    """Per-example losses [N] of a request, differentiable; scale [N, 1] is one for each row."""
+    """Return differentiable per-example losses [N] of a request; scale [N, 1] has one value per row."""
     objective, labels = request.objective, request.labels
     transform = objective.transform
     logits = reference.logits_of(weights, biases, hidden, scale, transform.soft_cap, transform.normalize)
@@ -236,7 +236,7 @@ def losses(
 
 
 def weights_of(request: LossRequest) -> Tensor:
-    """y [N, T]: given, or even over a row's labels in a softmax, or 1 in a sigmoid loss; 0 on padding."""
+    """Return y [N, T]: given, or uniform over a row's labels in a softmax, or 1 in a sigmoid loss; 0 on padding."""
     counted = request.labels >= 0
     if request.label_weights is not None:
         return torch.where(counted, request.label_weights, 0.0)
@@ -246,7 +246,7 @@ def weights_of(request: LossRequest) -> Tensor:
 
 
 def row_loss(logits: Tensor, draw: reference.Draw, scale: Tensor, request: LossRequest) -> Tensor:
-    """Loss [] of one row of a sampled loss."""
+    """Return the loss [] of one row of a sampled loss."""
     assert request.sampled is not None
     objective = request.objective
     if len(draw.labels) == 0:
@@ -260,7 +260,7 @@ def row_loss(logits: Tensor, draw: reference.Draw, scale: Tensor, request: LossR
 
 
 def draws_of(request: LossRequest, num_classes: int, counts: ClassCounts) -> Iterator[reference.Draw]:
-    """What each row of a request draws."""
+    """Yield the draw of each row of a request."""
     sampled, labels = request.sampled, request.labels
     assert sampled is not None
     for n, own in enumerate(labels):
@@ -282,7 +282,7 @@ def draws_of(request: LossRequest, num_classes: int, counts: ClassCounts) -> Ite
 
 
 def drawn_by_row(request: LossRequest, n: int, num_classes: int, counts: ClassCounts) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [S] that row n draws, Q [S] of them, and Q [T] of its labels (anything on padding)."""
+    """Return the ids [S] that row n draws, their Q [S], and Q [T] of the row's labels (arbitrary on padding)."""
     assert request.sampled is not None
     draw, labels = request.sampled.candidates, request.labels
     ones = torch.ones(labels.shape[1], **DOUBLE)
@@ -311,7 +311,7 @@ def drawn_by_row(request: LossRequest, n: int, num_classes: int, counts: ClassCo
 
 
 def probabilities(draw: SamplerSpec, num_classes: int) -> Tensor:
-    """p [V] by its formula, of the counts above."""
+    """Return p [V] by its formula, from the counts above."""
     ids = torch.arange(num_classes, **DOUBLE)
     if draw.kind == "uniform":
         return torch.full((num_classes,), 1.0 / num_classes, **DOUBLE)
@@ -329,12 +329,12 @@ def probabilities(draw: SamplerSpec, num_classes: int) -> Tensor:
 
 
 def finer(request: LossRequest, learned_scale: bool, g: Tensor) -> LossRequest:
-    """The request with an upstream gradient, which the scale's gradient may be wanted of."""
+    """Return the request with an upstream gradient, which the gradient of a learned scale requires."""
     return replace(request, upstream=g, objective=replace(request.objective, learned_scale=learned_scale))
 
 
 def assert_close(actual: Tensor | None, wanted: Tensor, what: str, tolerance: float = 1e-10) -> None:
-    """Within a tolerance of the largest magnitude."""
+    """Assert equality to within a tolerance of the largest magnitude."""
     assert actual is not None
     atol = tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 0.0)
     torch.testing.assert_close(actual, wanted, rtol=0, atol=atol, msg=lambda text: f"{what}\n{text}")

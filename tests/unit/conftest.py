@@ -1,4 +1,4 @@
-"""A table cut over in-process workers, without a server: what the tests of the numerics score and train."""
+"""A table sharded over in-process workers, without a server, for the tests that score and train."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "table"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a trainer sees of a scored part."""
+    """The values that a trainer sees of a scored part."""
 
     loss: Tensor
     hidden_grad: Tensor
@@ -36,7 +36,7 @@ class Answer:
 
 
 class Cut:
-    """Given weights [V, D] and biases [V] as a table of K shards, hosted by two workers."""
+    """A table of K shards on two workers, with the given weights [V, D] and biases [V]."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Cut:
         self.write(weights, biases)
 
     def ask(self, verb: str, *args: Any, table: str | None = NAME) -> list[Any]:
-        """Answers of one verb of every worker, in shard order."""
+        """Call one method of every worker and return the answers in shard order."""
         head = () if table is None else (table,)
         answers: dict[int, Any] = {}
         for worker in self.workers:
@@ -80,7 +80,7 @@ class Cut:
         sampled: SampledSoftmax | None = None,
         step: int = 0,
     ) -> Part:
-        """The part of a batch; label -1 is ignored."""
+        """Return the part of a batch; label -1 is ignored."""
         request = LossRequest(
             table=NAME,
             session="",
@@ -101,13 +101,13 @@ class Cut:
         return plan(request, self.spec, ClassCounts(self.spec.num_classes, self.spec.count_labels))
 
     def score(self, part: Part) -> Answer:
-        """Loss [N], gradient of hidden [N, D] and lse [N]."""
+        """Return loss [N], gradient of hidden [N, D] and lse [N]."""
         scores = self.ask("score", True, True, part)
         merged, mass = merge(scores), part.batch.mass
         return Answer(per_example_loss(merged, mass), hidden_gradient(merged, mass), merged.statistics.lse)
 
     def gradient(self, part: Part, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of sum(g * loss) in all weights [V, D] and biases [V]."""
+        """Return the gradient of sum(g * loss) in all weights [V, D] and biases [V]."""
         dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
         weights = torch.zeros(self.spec.num_classes, self.spec.dim, dtype=dtype)
         biases = torch.zeros(self.spec.num_classes, dtype=dtype)
@@ -117,7 +117,7 @@ class Cut:
         return weights, biases
 
     def apply(self, parts: list[Part], gs: list[Tensor], learning_rate: float) -> None:
-        """One optimizer step over all parts."""
+        """Apply one optimizer step over all parts."""
         dtype: torch.dtype = getattr(torch, self.spec.compute_dtype)
         upstreams = tuple(Upstream(self.score(p).lse, g.to(dtype)) for p, g in zip(parts, gs, strict=True))
         self.version += 1
@@ -126,7 +126,7 @@ class Cut:
         self.ask("apply", Order(self.version, key, learning_rate, 0, upstreams), *parts)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All weights [V, D] in storage dtype and biases [V], in class order."""
+        """Return all weights [V, D] in storage dtype and biases [V], in class order."""
         pieces = self.ask("read", torch.arange(self.spec.num_classes))
         order = torch.argsort(torch.cat([piece.class_ids for piece in pieces]))
         return torch.cat([piece.rows for piece in pieces])[order], torch.cat([piece.biases for piece in pieces])[order]
@@ -134,13 +134,13 @@ class Cut:
 
 @pytest.fixture(scope="session")
 def make_cut() -> Callable[..., Any]:
-    """Makes a `Cut`."""
+    """Return the class `Cut`."""
     return Cut
 
 
 @pytest.fixture(scope="session")
 def front() -> Iterator[Front]:
-    """A front end whose tables are never trained by two tests."""
+    """A front end in which no two tests train the same table."""
     front = Front()
     yield front
     front.close()

@@ -1,4 +1,4 @@
-"""The whole way of a request, from validation to committed rows, without a server: what the losses are proven on."""
+"""The whole path of a request, from validation to committed rows, without a server, for the tests of the losses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Front:
         dtype: str = "float64",
         count_labels: bool = False,
     ) -> Table:
-        """Given weights [V, D] and biases [V] as a table that plain SGD trains."""
+        """Create a table with the given weights [V, D] and biases [V] that plain SGD trains."""
         num_classes, dim = weights.shape
         spec = TableSpec(
             f"table-{next(self._names)}",
@@ -78,26 +78,26 @@ class Table:
         self.owner.write(torch.arange(self.spec.num_classes), weights, biases, soon())
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All weights [V, D] in storage dtype and biases [V], in class order."""
+        """Return all weights [V, D] in storage dtype and biases [V], in class order."""
         rows = self.owner.read(torch.arange(self.spec.num_classes), soon())
         return rows.rows, rows.biases
 
     def loss(self, request: LossRequest) -> LossReply:
-        """The answer to a request, which is of this table."""
+        """Return the answer to a request, which is addressed to this table."""
         return self.front.pipeline.loss(replace(request, table=self.spec.name), soon())
 
     def open(self, request: LossRequest, step: int, part: int = 0) -> str:
-        """The ticket of a scored part."""
+        """Score a part and return its ticket."""
         return self.loss(replace(request, session="session", step=step, part=part, want=Want())).ticket
 
     def commit(self, step: int, parts: list[tuple[str, Tensor]], learning_rate: float) -> CommitReply:
-        """One step over tickets with their g."""
+        """Commit one step over tickets, each with its g."""
         given = tuple(CommitPart(ticket, g) for ticket, g in parts)
         request = CommitRequest(self.spec.name, "session", step, given, learning_rate, 1.0, None, b"%d" % step)
         return self.front.pipeline.commit(request, soon())
 
     def dense(self, gradient: RowGradient) -> tuple[Tensor, Tensor]:
-        """A gradient as weights [V, D] and biases [V]."""
+        """Return a gradient as dense weights [V, D] and biases [V]."""
         weights = torch.zeros(self.spec.num_classes, self.spec.dim, dtype=gradient.rows.dtype)
         biases = torch.zeros(self.spec.num_classes, dtype=gradient.rows.dtype)
         weights[gradient.class_ids], biases[gradient.class_ids] = gradient.rows, gradient.biases
@@ -109,7 +109,7 @@ def soon() -> Deadline:
 
 
 def request_of(hidden: Tensor, labels: Tensor, **options: Any) -> LossRequest:
-    """A request without a session that wants every gradient; label -1 is ignored."""
+    """Return a request without a session that wants every gradient; label -1 is ignored."""
     plain: dict[str, Any] = {
         "table": "",
         "session": "",

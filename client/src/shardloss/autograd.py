@@ -34,7 +34,7 @@ def to_wire(tensor: Tensor, field: str) -> wire.Encoded:
     """Encode a float tensor on any device in its own dtype; the content of a contiguous CPU tensor is not copied.
 
     Raises:
-        InvalidArgument: the contract does not have the tensor's dtype.
+        InvalidArgument: the contract does not support the tensor's dtype.
     """
     if tensor.dtype not in FLOAT_DTYPES:
         raise InvalidArgument(f"{field} is {tensor.dtype}; one of {FLOAT_DTYPES} is needed", field=field)

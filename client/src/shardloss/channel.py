@@ -152,7 +152,7 @@ class Channel:
     def stream(
         self, method: Callable[..., Iterable[R]], requests: Callable[[], Iterator[Q]], timeout_s: float | None
     ) -> list[R]:
-        """Call a bidirectional stream as `unary` does and return its replies; each try calls requests() again."""
+        """Call a bidirectional stream, with the retries of `unary`; return its replies. Each try calls requests()."""
         attempt: Attempt[list[R]] = lambda left, named: list(method(requests(), timeout=left, **named))  # noqa: E731
         return self._repeat(method, attempt, timeout_s, True, True)
 
@@ -207,7 +207,7 @@ def single(replies: list[Spliced[Any]], kind: str) -> Any:
     """Return the header at the start of a reply stream.
 
     Raises:
-        BadReply: the stream is empty or starts with another kind of message.
+        BadReply: the stream is empty or starts with a different kind of message.
     """
     if not replies or replies[0].message.WhichOneof("piece") != kind:
         raise BadReply("the reply stream does not begin with a header")

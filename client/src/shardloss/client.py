@@ -190,7 +190,7 @@ class LossClient:
         rows.
 
         Raises:
-            TableExists: a table of this name exists with another spec.
+            TableExists: a table of this name exists with a different spec.
             InvalidArgument, LimitExceeded: the spec is invalid or too large.
         """
         spec = messages.table_spec(

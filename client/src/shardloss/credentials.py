@@ -39,16 +39,16 @@ class Credentials:
         """Raise `InvalidArgument` if arguments conflict or a token would be sent over a network in plaintext.
 
         Raises:
-            InvalidArgument: one of these is the case; the message says how to fix it.
+            InvalidArgument: the arguments conflict, or a token would be exposed; the message says how to fix it.
         """
         if self.token is not None and self.token_file is not None:
-            raise InvalidArgument("give token or token_file, not both", field="token")
+            raise InvalidArgument("pass token or token_file, not both", field="token")
         if (self.client_cert_file is None) != (self.client_key_file is None):
-            raise InvalidArgument("give client_cert_file and client_key_file together", field="client_cert_file")
+            raise InvalidArgument("pass client_cert_file and client_key_file together", field="client_cert_file")
         has_token = self.token is not None or self.token_file is not None
         if has_token and not (self.is_tls or self.allow_plaintext_token or is_local(address)):
             message = (
-                f"a token would be sent to {address} in plaintext, where others could read it: give ca_file (or "
+                f"a token would be sent to {address} in plaintext, where others could read it: pass ca_file (or "
                 "tls=True), or allow_plaintext_token=True if another layer encrypts or the network is private"
             )
             raise InvalidArgument(message, field="token")
@@ -174,7 +174,7 @@ def is_local(address: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return True if only this machine can reach host: localhost or a loopback address, but no wildcard address."""
+    """Return True if only this machine can reach host: localhost or a loopback address, but not a wildcard address."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:

@@ -6,9 +6,9 @@
     │   ├── LimitExceeded           LIMIT_EXCEEDED      larger than this server accepts
     │   ├── NotSupported            NOT_SUPPORTED       reserved in the contract, not implemented
     │   ├── TableNotFound           TABLE_NOT_FOUND
-    │   ├── TableExists             TABLE_EXISTS        with another spec
+    │   ├── TableExists             TABLE_EXISTS        with a different spec
     │   ├── SessionExpired          SESSION_EXPIRED     unknown or forgotten
-    │   ├── StepReused              STEP_REUSED         the key was used with another payload
+    │   ├── StepReused              STEP_REUSED         the key was used with a different payload
     │   ├── StepTooOld              STEP_TOO_OLD        a later step was applied or given up
     │   ├── TicketUnknown           TICKET_UNKNOWN
     │   ├── TicketExpired           TICKET_EXPIRED
@@ -97,7 +97,7 @@ class TableNotFound(RequestError, LookupError):
 
 
 class TableExists(RequestError):
-    """A table of this name exists with another spec."""
+    """A table of this name exists with a different spec."""
 
     reason, status = "TABLE_EXISTS", "ALREADY_EXISTS"
 
@@ -109,7 +109,7 @@ class SessionExpired(RequestError):
 
 
 class StepReused(RequestError):
-    """The key (session, step, part) was used with another payload."""
+    """The key (session, step, part) was used with a different payload."""
 
     reason = "STEP_REUSED"
 

@@ -131,15 +131,15 @@ class Evaluation:
 
     @property
     def mean_sigmoid(self) -> float:
-        """Mean sigmoid cross-entropy over all classes in nats; raises as `EvaluationSummary.mean_sigmoid`."""
+        """Mean sigmoid cross-entropy over all classes in nats; see `EvaluationSummary.mean_sigmoid`."""
         return self.summary().mean_sigmoid
 
     def hit_rate(self, k: int) -> float:
-        """Return the share of counted rows whose true class is among the k best, as `EvaluationSummary.hit_rate`."""
+        """Return the share of counted rows whose true class is among the k best; see `EvaluationSummary.hit_rate`."""
         return self.summary().hit_rate(k)
 
     def mrr(self, k: int | None = None) -> float:
-        """Return the mean reciprocal rank, ranks beyond k counting as 0, as `EvaluationSummary.mrr`."""
+        """Return the mean reciprocal rank, ranks beyond k counting as 0; see `EvaluationSummary.mrr`."""
         return self.summary().mrr(k)
 
 
@@ -147,8 +147,8 @@ class Evaluation:
 class SamplingGap:
     """The sampled and the exact loss of the same rows, each [N] in nats; counted [N] is False for ignored rows.
 
-    The sampled loss is of `version`, the exact one of exact_version to exact_last_version. If `is_one_version` is
-    False, the table was trained in between, which accounts for part of the gap.
+    The sampled loss was computed at `version`, the exact one at exact_version to exact_last_version. If
+    `is_one_version` is False, the table was trained in between, which accounts for part of the gap.
     """
 
     sampled: Array

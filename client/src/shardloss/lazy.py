@@ -18,7 +18,7 @@ TENSOR_METHODS = frozenset(dir(Tensor))
 
 
 class Unheld:
-    """A value [..., V] that is never materialised; operations that would need all of it raise a specific error."""
+    """A value [..., V] that is never materialised; an operation that would need all of it raises an error."""
 
     shape: torch.Size
 
@@ -81,7 +81,7 @@ class LazyLogits(Unheld):
         The call costs one pass over the table. The result is float64 for a float64 table, otherwise float32.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `Table.score`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `Table.score`.
         """
         log_probs = asked(self, class_ids, want_log_probs=True)[1]
         assert log_probs is not None
@@ -94,7 +94,7 @@ class LazyLogits(Unheld):
         softmax denominator of the first chunk, which no longer matches if the table is trained in between.
 
         Raises:
-            InvalidArgument: size is not positive; otherwise as `probabilities`.
+            InvalidArgument: size is not positive; otherwise as in `probabilities`.
         """
         lse = None
         for class_ids in ranges(self.shape[-1], size):
@@ -113,11 +113,11 @@ class LazySoftmax(Unheld):
         self.logits, self.shape = logits, logits.shape
 
     def probabilities(self, class_ids: Sequence[int] | Tensor) -> Tensor:
-        """Return the probabilities of chosen classes, as `LazyLogits.probabilities`."""
+        """Return the probabilities of chosen classes; see `LazyLogits.probabilities`."""
         return self.logits.probabilities(class_ids)
 
     def probability_chunks(self, size: int) -> Iterator[tuple[range, Tensor]]:
-        """Yield the probabilities of all classes in chunks, as `LazyLogits.probability_chunks`."""
+        """Yield the probabilities of all classes in chunks; see `LazyLogits.probability_chunks`."""
         return self.logits.probability_chunks(size)
 
 

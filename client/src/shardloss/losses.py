@@ -81,7 +81,7 @@ class Losses(Questions):
         """Send a request as one message, or in chunks if the request or its reply is too large for one message.
 
         Raises:
-            ShardlossError: as `compute_loss`.
+            ShardlossError: as in `compute_loss`.
         """
         channel, limits = self.client.channel, self.client.info.limits
         limit, chunk = int(limits["max_message_bytes"]), int(limits["max_chunk_bytes"])
@@ -110,14 +110,14 @@ class Losses(Questions):
             return messages.loss_result(header, assembler.contents())
 
     def _checked_distribution(self, request: loss_pb2.ComputeLossRequest, distribution: Array | None) -> Array:
-        """Return a label distribution [N, V] as an array, each column of which fits in one piece of a stream.
+        """Return a label distribution [N, V] as an array after checking that each column fits in one piece of a stream.
 
         Raises:
             InvalidArgument: the distribution is missing, is given in addition to labels, or has a wrong dtype or shape.
             LimitExceeded: a column is too large because there are too many rows.
         """
         if distribution is None or not request.label_columns:
-            raise InvalidArgument("give either labels or a label_distribution", field="labels")
+            raise InvalidArgument("pass either labels or a label_distribution", field="labels")
         distribution, shape = np.asarray(distribution), [*request.hidden.shape[:1], self.spec.num_classes]
         if list(distribution.shape) != shape or distribution.dtype.kind != "f":
             raise InvalidArgument(
@@ -194,7 +194,7 @@ class Losses(Questions):
         GAP_TRIES tries in total; the result reports the versions of both losses.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `compute_loss`.
         """
         hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
         tries = (self._sampling_gap(hidden, labels, loss, step, ignore_index) for _ in range(GAP_TRIES))

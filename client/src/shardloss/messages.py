@@ -51,7 +51,7 @@ def beside(array: Numbers, field: str) -> wire.Encoded:
 
 @contextmanager
 def writing_request() -> Iterator[None]:
-    """Convert errors raised while a request is written to `InvalidArgument`: the caller's value fits no field.
+    """Convert errors raised while a request is written to `InvalidArgument`: the caller's value does not fit a field.
 
     Raises:
         InvalidArgument: a value has the wrong type or is outside a field's range.
@@ -119,7 +119,7 @@ def table_spec(
     )
     if optimizer is not None:
         if type(optimizer) not in OPTIMIZER_FIELDS:
-            raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; give one such as shardloss.Sgd()")
+            raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; pass one such as shardloss.Sgd()")
         one = getattr(spec.optimizer, OPTIMIZER_FIELDS[type(optimizer)])
         one.SetInParent()
         for field, value in asdict(optimizer).items():
@@ -132,7 +132,7 @@ def table_spec(
         elif isinstance(initializer, types.Zeros):
             spec.initializer.zeros.SetInParent()
         else:
-            raise InvalidArgument(f"initializer is a {type(initializer).__name__}; give Normal, Uniform or Zeros")
+            raise InvalidArgument(f"initializer is a {type(initializer).__name__}; pass Normal, Uniform or Zeros")
         spec.initializer.seed = initializer.seed
     return spec
 
@@ -181,7 +181,7 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
 def sampler(loss: types.SampledSoftmax | types.SampledLogistic) -> loss_pb2.Sampler:
     """Return the message of a loss's sampler."""
     if isinstance(loss.sampler, (types.InBatch, types.PartialFc)):
-        raise InvalidArgument(f"{type(loss.sampler).__name__} needs a batch; give another sampler", field="sampler")
+        raise InvalidArgument(f"{type(loss.sampler).__name__} needs a batch; pass another sampler", field="sampler")
     message = distribution(loss.sampler)
     message.num_sampled, message.unique, message.seed = loss.num_sampled, loss.unique, loss.seed
     return message
@@ -201,7 +201,7 @@ def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.
         )
         return loss_pb2.Sampler(kind=loss_pb2.Sampler.KIND_MIXTURE, mixture=mixture)
     if not isinstance(sampler, str):
-        raise InvalidArgument(f"sampler is a {type(sampler).__name__}; give a name, FixedUnigram or Mixture")
+        raise InvalidArgument(f"sampler is a {type(sampler).__name__}; pass a name, FixedUnigram or Mixture")
     return loss_pb2.Sampler(kind=choose(SAMPLER_KINDS, sampler, "sampler"))
 
 
@@ -209,7 +209,7 @@ def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.
 def set_loss(message: loss_pb2.ComputeLossRequest, loss: types.Loss) -> None:
     """Write a loss into a request."""
     if not isinstance(loss, types.Loss):
-        raise InvalidArgument(f"loss is a {type(loss).__name__}; give shardloss.FullSoftmax(), ...", field="loss")
+        raise InvalidArgument(f"loss is a {type(loss).__name__}; pass shardloss.FullSoftmax(), ...", field="loss")
     transform = logit_transform(None if loss.logits == types.LogitTransform() else loss.logits)
     if transform is not None:
         message.logits.CopyFrom(transform)

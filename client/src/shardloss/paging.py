@@ -58,7 +58,7 @@ def asked(ask: Callable[[slice], T], page: slice) -> T:
 
 
 def from_row(row: int, ask: Callable[[], T]) -> T:
-    """Return the answer to a request about rows from `row` on; the index of an error counts from row 0."""
+    """Return the answer to a request about the rows from index `row`; the index of an error counts from row 0."""
     try:
         return ask()
     except InvalidArgument as error:

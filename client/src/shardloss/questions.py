@@ -53,7 +53,7 @@ class Questions:
         their loss and rank are 0.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `compute_loss`; index counts over all pages.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `compute_loss`; index counts over all pages.
         """
         hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
         check_length(labels, hidden, "labels")
@@ -94,13 +94,13 @@ class Questions:
         ignore_index: int | None = -100,
         logits: types.LogitTransform | None = None,
     ) -> types.EvaluationSummary:
-        """Evaluate a data set in batches of hidden [N, D] and labels [N], as `evaluate`, and return its summary.
+        """Evaluate a data set in batches of hidden [N, D] and labels [N], with `evaluate`, and return its summary.
 
         Each batch is read after the previous one is answered. Only sums and the number of rows per rank are kept, no
         batch or row. progress(rows so far) is called after each batch.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts over all batches.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`; index counts over all batches.
         """
 
         def ask(hidden: Array, labels: Array) -> types.EvaluationSummary:
@@ -131,10 +131,10 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.TopK:
-        """Return the k best classes of each row of hidden [N, D], by descending logit and then by lower id; in pages.
+        """Return the k best classes of each row of hidden [N, D], by descending logit and then by lower id.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         hidden, transform = of_rank(hidden, 2, "hidden"), messages.logit_transform(logits)
 
@@ -169,10 +169,10 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.Scores:
-        """Return the logits [N, S] of class_ids [S] (shared) or [N, S] under hidden [N, D]; in pages.
+        """Return the logits [N, S] of class_ids [S] (shared) or [N, S] under hidden [N, D].
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         hidden, class_ids = of_rank(hidden, 2, "hidden"), np.asarray(class_ids)
         if class_ids.ndim != 1:
@@ -201,10 +201,10 @@ class Questions:
     def probabilities(self, hidden: Array, class_ids: Array, *, logits: types.LogitTransform | None = None) -> Array:
         """Return the probabilities [N, S], over all classes, of class_ids [S] (shared) or [N, S].
 
-        They are the exp of the log_probs of `score`.
+        They equal exp(log_probs) of `score`.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         log_probs = self.score(hidden, class_ids, want_log_probs=True, logits=logits).log_probs
         if log_probs is None:
@@ -223,7 +223,7 @@ class Questions:
         logits: types.LogitTransform | None = None,
         want_cost: bool = False,
     ) -> types.ClassSamples:
-        """Draw num_samples S independent classes for each row of hidden [N, D] from its exact softmax; in pages.
+        """Draw num_samples S independent classes for each row of hidden [N, D] from its exact softmax.
 
         A draw is a function of the table, the row, and (seed, number of the row, number of the draw). Rows are numbered
         from first_row, so that a data set split into batches gives the same draws. top_k draws only from the k best
@@ -231,7 +231,7 @@ class Questions:
         generates N S V random numbers, or N S k with top_k, at about 10^8 per second per core.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         hidden, transform = of_rank(hidden, 2, "hidden"), messages.logit_transform(logits)
 

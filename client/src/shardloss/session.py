@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def log_name(session: str) -> str:
-    """Return what the server's log calls a session: a digest, since the name itself allows commits."""
+    """Return the name of a session in the server's log: a digest, because the name itself would allow commits."""
     return hashlib.blake2b(session.encode("utf-8", "replace"), digest_size=6).hexdigest()
 
 
@@ -51,11 +51,11 @@ class Session:
         grad_dtype: str | None = None,
         want_cost: bool = False,
     ) -> types.LossResult:
-        """Score the next part of the current step, as `Table.compute_loss`, and leave its ticket open for `commit`.
+        """Score the next part of the current step, like `Table.compute_loss`, and leave its ticket open for `commit`.
 
         Raises:
             StepTooOld: the server has already finished this step; the next call starts a new step.
-            RequestError, TransientError: as `Table.compute_loss`; the part is lost but the step continues.
+            RequestError, TransientError: as in `Table.compute_loss`; the part is lost but the step continues.
         """
         request = messages.loss_request(
             self.table.name,
@@ -174,7 +174,7 @@ class Session:
         Raises:
             TransientError: the same call may be repeated; it is applied once.
             SessionExpired: the server has forgotten the session; start a new one.
-            RequestError: as `Table.compute_loss` and `commit`; nothing was changed.
+            RequestError: as in `Table.compute_loss` and `commit`; nothing was changed.
         """
         request = messages.loss_request(
             self.table.name,

@@ -37,7 +37,7 @@ class Spliced(Generic[M]):
     content: Buffer | None = None
 
     def ByteSize(self) -> int:  # noqa: N802  (named as in protobuf)
-        """Return the number of bytes on the wire, or up to KEY_BYTES more."""
+        """Return the number of bytes on the wire, or at most KEY_BYTES more than that."""
         return self.message.ByteSize() + (0 if self.content is None else len(self.content) + KEY_BYTES)
 
 
@@ -153,7 +153,7 @@ def read_varint(content: bytes, start: int, end: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
             return number, start + place + 1
-    raise Unreadable("a number has no end")
+    raise Unreadable("a varint has no end")
 
 
 def varint(number: int) -> bytes:

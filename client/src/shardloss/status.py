@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker; if it is not up, all fields except index, device and num_restarts are 0 or empty."""
+    """The status of one worker; if it is not up, all fields except index, device and num_restarts are 0 or empty."""
 
     index: int
     up: bool
@@ -33,7 +33,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class TableStatus:
-    """One table; num_bytes is the size of its rows, biases, state and label counts together."""
+    """The status of one table; num_bytes is the size of its rows, biases, state and label counts together."""
 
     name: str
     num_classes: int
@@ -61,7 +61,7 @@ class PlacesStatus:
 
 @dataclass(frozen=True, slots=True)
 class MethodStatus:
-    """One method: calls, and errors by reason, since the start; calls per second and durations of the last minute."""
+    """Statistics of one method: calls and errors (by reason) since the start; rate and durations in the last minute."""
 
     name: str
     num_calls: int

@@ -55,7 +55,7 @@ class Table(Trainable, Losses):
         """Return the rows [M, D] and biases [M] of class_ids [M], read in pages; `version` is that of the last page.
 
         Raises:
-            InvalidArgument, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, TransientError, RowsLost: as in `evaluate`.
         """
         class_ids = of_rank(class_ids, 1, "class_ids")
 
@@ -100,7 +100,7 @@ class Table(Trainable, Losses):
         """Return the rows and all state of a range of at most `page_rows` classes, at one version and bit for bit.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         class_ids = np.arange(first_class, first_class + num_classes)
         request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids, "class_ids"), want_state=True)
@@ -113,7 +113,7 @@ class Table(Trainable, Losses):
         step; the num_commits and version of page are ignored.
 
         Raises:
-            InvalidArgument, LimitExceeded, TransientError, RowsLost: as `evaluate`; index counts within the page.
+            InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`; index counts within the page.
         """
         class_ids = np.arange(first_class, first_class + len(page.rows))
         bfloat16 = self.spec.dtype == "bfloat16"
@@ -130,7 +130,7 @@ class Table(Trainable, Losses):
         """Overwrite the written [M] or learned [M] int64 class counts of a range, or both; None leaves them unchanged.
 
         Raises:
-            InvalidArgument, LimitExceeded: as `write_class_counts`; index counts within the range.
+            InvalidArgument, LimitExceeded: as in `write_class_counts`; index counts within the range.
         """
         request = table_pb2.WriteClassCountsRequest(table=self.name, first_class=first_class)
         if written is not None:
@@ -140,7 +140,7 @@ class Table(Trainable, Losses):
         self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
 
     def write_class_counts(self, counts: Array) -> None:
-        """Write the class counts [V], each >= 0, that `FixedUnigram` samplers use; in pages.
+        """Write, in pages, the class counts [V], each >= 0, that `FixedUnigram` samplers use.
 
         Raises:
             InvalidArgument, LimitExceeded: the counts are invalid or too many; nothing was written.

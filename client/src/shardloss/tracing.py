@@ -1,4 +1,7 @@
-"""One span per call if the application sets up OpenTelemetry before it connects; otherwise nothing, at no cost."""
+"""Tracing of calls: one span per call if the application sets up OpenTelemetry before it connects.
+
+Otherwise no span is created, at no cost.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Trainable:
         head commits in backward; without one, `head.optimizer(lr)` commits.
 
         Raises:
-            InvalidArgument: an unknown reduction, or class_weights that are not V finite floats >= 0.
+            InvalidArgument: reduction is unknown, or class_weights are not V finite floats >= 0.
         """
         require_torch()
         from shardloss.heads import SoftmaxHead
@@ -82,14 +82,14 @@ class Trainable:
         """Return a torch.nn.Module of the sampled softmax loss; see `shardloss.heads.Head`.
 
         Each step draws num_sampled candidates from sampler (see `shardloss.SampledSoftmax`; "log_uniform" is for ids
-        sorted by falling frequency), without repeats if unique, keyed by (seed, step). With seed None, torch's
+        sorted by descending frequency), without repeats if unique, keyed by (seed, step). With seed None, torch's
         generator draws the seed. remove_accidental_hits removes from a row the candidates that are its labels:
         hit_removal "every" removes each copy, "last" only the last as TensorFlow does. num_hard_negatives > 0 keeps
         only that many of the best candidates of each row. num_sampled 0 is for a head that is always given
         sampled_values, and for samplers that need no number. Other arguments are as in `softmax`.
 
         Raises:
-            InvalidArgument: an unknown sampler, hit_removal or reduction.
+            InvalidArgument: sampler, hit_removal or reduction is unknown.
         """
         require_torch()
         from shardloss.autograd import fresh_seed
@@ -132,7 +132,7 @@ class Trainable:
         sampling. Other arguments are as in `sampled_softmax`.
 
         Raises:
-            InvalidArgument: an unknown sampler, hit_removal or reduction.
+            InvalidArgument: sampler, hit_removal or reduction is unknown.
         """
         require_torch()
         from shardloss.autograd import fresh_seed
@@ -167,7 +167,7 @@ class Trainable:
         Arguments are as in `softmax`.
 
         Raises:
-            InvalidArgument: an unknown reduction.
+            InvalidArgument: reduction is unknown.
         """
         require_torch()
         from shardloss.heads import SigmoidHead
@@ -198,7 +198,7 @@ class Trainable:
         keyed by (seed, step). The table must have no biases. Other arguments are as in `softmax`.
 
         Raises:
-            InvalidArgument: an unknown reduction.
+            InvalidArgument: reduction is unknown.
         """
         require_torch()
         from shardloss.autograd import fresh_seed

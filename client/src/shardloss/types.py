@@ -73,7 +73,7 @@ Optimizer: TypeAlias = Sgd | Adagrad | RowAdagrad | Adam | AdamW | SparseAdam
 
 
 def state_widths(optimizer: Optimizer, dim: int) -> dict[str, int]:
-    """Return the width of each state of an optimizer for a row of dim D (a bias: dim 1), by name in ascending order."""
+    """Return the width of each state of an optimizer for a row of dim D (a bias: dim 1), ordered by name."""
     if isinstance(optimizer, Sgd):
         return {"momentum": dim} if optimizer.momentum else {}
     if isinstance(optimizer, (Adagrad, RowAdagrad)):
@@ -164,8 +164,8 @@ class Mixture:
 class InBatch:
     """Candidates that are the labels of the other rows of the batch; T = 1.
 
-    correct_log_q corrects logits by how often commits have seen each class, for which the table needs count_labels. The
-    row's own label was not drawn and is not corrected (arXiv:2507.09331).
+    correct_log_q corrects logits by the frequency of each class in commits, which the table counts if it was created
+    with count_labels. The row's own label was not drawn and is not corrected (arXiv:2507.09331).
     """
 
     correct_log_q: bool = False

@@ -55,7 +55,7 @@ def encode(array: Array, field: str | None = None, *, bfloat16: bool = False) ->
     """Return an array as an inline Tensor message; arguments are as in `encode_beside`.
 
     Raises:
-        InvalidArgument: the contract does not have the array's dtype.
+        InvalidArgument: the contract does not support the array's dtype.
     """
     return encode_beside(array, field, bfloat16=bfloat16).whole()
 
@@ -66,7 +66,7 @@ def encode_beside(array: Array, field: str | None = None, *, bfloat16: bool = Fa
     field is the name of the array in an error.
 
     Raises:
-        InvalidArgument: the contract does not have the array's dtype.
+        InvalidArgument: the contract does not support the array's dtype.
     """
     name = "bfloat16" if bfloat16 else array.dtype.name
     if name not in WIRE_DTYPES or (bfloat16 and array.dtype != np.uint16):
@@ -103,7 +103,7 @@ def expected_bytes(tensor: tensor_pb2.Tensor, field: str) -> int:
 
 
 def decode(tensor: tensor_pb2.Tensor, field: str, contents: Contents | None = None) -> Array:
-    """Return an array over the tensor's bytes (bfloat16 as uint16), which are copied only if they are not aligned.
+    """Return an array that shares the tensor's bytes (bfloat16 as uint16); unaligned bytes are copied.
 
     contents maps the id of a chunk, or the field of a tensor without storage, to content outside the message.
 

@@ -42,10 +42,12 @@ class Listening:
     admin_port: Annotated[int, a("Port for health, status and reflection; 0 picks a free one.", ge=0, le=65535)] = 7071
     socket: Annotated[str, a("Path of a Unix socket to listen on as well; clients connect to unix:PATH.")] = ""
     # Every call (arriving, in flight, stream or commit) holds a thread from its first byte; refusals need threads, too.
-    num_threads: Annotated[int, a("Threads that serve calls; a call holds one from its first byte on.", ge=4)] = 192
-    drain_s: Annotated[float, a("Seconds that calls in flight have to finish at shutdown.", ge=0, le=LONGEST_S)] = 10.0
+    num_threads: Annotated[int, a("Threads that serve calls; each call holds one from its first byte.", ge=4)] = 192
+    drain_s: Annotated[
+        float, a("Seconds that calls in flight are given to finish at shutdown.", ge=0, le=LONGEST_S)
+    ] = 10.0
     ready_file: Annotated[
-        Path | None, a("File to write host:port of the data port to, once the server is serving.")
+        Path | None, a("File to which host:port of the data port is written once the server is serving.")
     ] = None
 
 
@@ -166,7 +168,7 @@ class Watching:
 
     metrics_port: Annotated[
         int | None,
-        a("Port for Prometheus metrics, at /metrics; 0 picks a free one; if absent, they are off.", ge=0, le=65535),
+        a("Port of the Prometheus metrics (/metrics); 0 picks a free one; if absent, there are none.", ge=0, le=65535),
     ] = None
     metrics_host: Annotated[str, a("Address of the metrics port.")] = "127.0.0.1"
     log_format: Annotated[Literal["text", "json"], a("Format of log lines.")] = "text"

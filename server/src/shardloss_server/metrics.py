@@ -123,7 +123,7 @@ TABLE_COMMITS = counter("table_commits", "commits", "Optimizer steps applied to 
 TABLE_IN_DOUBT = gauge(
     "table_in_doubt",
     "1 or 0",
-    "1 if the outcome of a change is unknown, as when a worker does not answer; calls wait until it is settled.",
+    "1 if the outcome of a change is unknown, such as when a worker does not answer; calls wait until it is settled.",
     "table",
 )
 TABLE_ROWS_LOST = gauge(
@@ -244,7 +244,7 @@ class Metrics:
 
 @dataclass(slots=True)
 class Sizes:
-    """The number of values in each bucket of a histogram, the last for all larger ones, and their sum."""
+    """The number of values in each bucket of a histogram (the last is unbounded), and the sum of all values."""
 
     counts: list[int]
     total: float = 0.0

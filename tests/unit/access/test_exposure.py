@@ -1,4 +1,4 @@
-"""Off this machine nobody is served without being asked who he is, and no token crosses a network in plaintext."""
+"""On a non-loopback address callers must authenticate, and no token is sent over a network in plaintext."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENS, TLS = Security(tokens_file=FILE), Security(tls_cert_file=FILE, tls_key_f
 
 @pytest.mark.parametrize("host", LOOPBACK + EXPOSED)
 def test_loopback_is_what_only_this_machine_reaches(host: str) -> None:
-    """Every address at once, and any name but localhost, are not."""
+    """Loopback addresses and localhost are local; wildcard addresses and all other names are not."""
     assert is_loopback(host) == (host in LOOPBACK)
 
 
@@ -52,7 +52,7 @@ def test_loopback_is_what_only_this_machine_reaches(host: str) -> None:
     ],
 )
 def test_exposure_is_refused_by_the_settings_name(security: Security, needs: str | None) -> None:
-    """Off this machine alone."""
+    """The error names the setting that would allow it; loopback addresses are never refused."""
     for host in LOOPBACK:
         refuse_exposed(host, security)
     for host in EXPOSED:
@@ -64,7 +64,7 @@ def test_exposure_is_refused_by_the_settings_name(security: Security, needs: str
 
 
 def test_serve_ends_with_one_line() -> None:
-    """Before any worker is started."""
+    """`serve` on an exposed address exits with 1 and an error without a traceback, before any worker is started."""
     done = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0", "--local", "--port", "0"])
     assert done.exit_code == 1
     assert "allow_anonymous" in done.output
@@ -84,7 +84,7 @@ REMOTE += [
 
 @pytest.mark.parametrize("address", LOCAL + REMOTE)
 def test_a_client_sends_no_token_in_plaintext_off_this_machine(address: str, tmp_path: Path) -> None:
-    """Unless asked by name, or over TLS; it is refused before anything is sent."""
+    """A token for a remote address is refused before anything is sent, unless TLS or allow_plaintext_token is set."""
     assert is_local(address) == (address in LOCAL)
     (tmp_path / "t").write_text("secret")
     for credentials in (Credentials("secret"), Credentials(token_file=tmp_path / "t")):
@@ -111,19 +111,19 @@ def test_a_client_sends_no_token_in_plaintext_off_this_machine(address: str, tmp
     ],
 )
 def test_what_is_no_token_is_refused_at_once(credentials: dict[str, str], words: str) -> None:
-    """With the field's name, and without what was found."""
+    """InvalidArgument names the field and does not quote the token."""
     with pytest.raises(InvalidArgument, match=words) as caught:
         shardloss.connect("localhost:1", **credentials)  # type: ignore[arg-type]
     assert "a b" not in str(caught.value)
 
 
 def test_credentials_do_not_show_their_token() -> None:
-    """Wherever they are printed."""
+    """The repr of credentials does not contain the token."""
     assert "secret" not in repr(Credentials("secret"))
 
 
 def test_a_token_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
-    """Half written, it changes nothing."""
+    """A changed token file is read again; an empty or missing one leaves the previous token in use."""
     path = tmp_path / "t"
     path.write_text("one\n")
     bearer = Bearer(Credentials(token_file=path))

@@ -1,4 +1,4 @@
-"""Tokens files: what they may hold, who writes them, and what is read when they change."""
+"""Tokens files: their valid content, the commands that write them, and reading them again when they change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def entry(name: str = '"a"', role: str = '"reader"', sha256: str = f'"{DIGEST}"'
 
 
 def test_a_whole_file_is_read() -> None:
-    """Both kinds of entries; times with any offset."""
+    """Token and certificate entries are read, and expiry times may have any UTC offset."""
     certificate = '[[certificate]]\nname = "x.example.org"\nrole = "admin"\n'
     text = entry() + entry('"b"', '"admin"', f'"{OTHER}"', "expires = 2030-01-01T02:00:00+02:00") + certificate
     grants = parse(text)
@@ -72,14 +72,14 @@ def test_what_is_wrong_is_named_by_its_entry(text: str, words: str) -> None:
 
 
 def test_a_token_pasted_for_its_digest_is_not_shown() -> None:
-    """An easy mistake: it would be in the log."""
+    """A token pasted in place of its digest, an easy mistake, does not appear in the error, which is logged."""
     with pytest.raises(BadTokens) as caught:
         parse(entry(sha256='"my-very-secret"'))
     assert "my-very-secret" not in str(caught.value)
 
 
 def test_a_token_ends_at_its_time() -> None:
-    """Not a moment later."""
+    """A token is accepted before its expiry time and refused from that time on."""
     expires = datetime(2030, 1, 1, tzinfo=UTC)
     grants = parse(entry(more="expires = 2030-01-01T00:00:00Z"))
     assert caller_by_token(["Bearer secret"], grants, lambda: expires - timedelta(seconds=1)).role is Role.READER
@@ -90,7 +90,7 @@ def test_a_token_ends_at_its_time() -> None:
 
 
 def test_every_entry_is_compared_whatever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In constant time each: how long it takes tells nothing."""
+    """All digests are compared even after a match, each in constant time, so the duration reveals nothing."""
     grants, compared = parse(entry() + entry('"b"', sha256=f'"{OTHER}"')), []
     real = token_files.secrets.compare_digest
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append(a) or real(a, b))
@@ -105,7 +105,7 @@ def tokens(*arguments: object) -> Result:
 
 
 def test_init_makes_its_folder(tmp_path: Path) -> None:
-    """As docs/security.md names one that no machine has at first; nobody else looks into it."""
+    """init creates the folder with mode 0700; if it cannot, it exits with 1 and a one-line error."""
     assert tokens("init", "--dir", tmp_path / "etc" / "shardloss").exit_code == 0
     assert stat.S_IMODE((tmp_path / "etc" / "shardloss").stat().st_mode) == 0o700
     (tmp_path / "file").touch()
@@ -126,7 +126,7 @@ def test_a_token_lasts_no_longer_than_dates_do(tmp_path: Path) -> None:
 
 
 def test_init_makes_one_token_a_role_once(tmp_path: Path) -> None:
-    """0600 all of them; a repeat changes nothing, and what was revoked stays so."""
+    """All files have mode 0600; repeating init changes nothing, and a revoked token stays revoked."""
     assert tokens("init", "--dir", tmp_path).exit_code == 0
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(files) == {"tokens.toml", "reader.token", "trainer.token", "admin.token"}
@@ -146,7 +146,7 @@ def test_init_makes_one_token_a_role_once(tmp_path: Path) -> None:
 
 
 def test_an_init_that_was_cut_off_is_finished(tmp_path: Path) -> None:
-    """The tokens file comes last, and holds the tokens that were there."""
+    """init writes the tokens file last and keeps a token that an interrupted run created."""
     write(tmp_path / "admin.token", "of-before\n", replace=False)
     assert len(init(tmp_path)) == 3
     found = read_grants(tmp_path / "tokens.toml").token(b"of-before")
@@ -155,7 +155,7 @@ def test_an_init_that_was_cut_off_is_finished(tmp_path: Path) -> None:
 
 
 def test_create_list_and_revoke(tmp_path: Path) -> None:
-    """A token's way through the commands; nobody prints it."""
+    """A token can be created, listed and revoked, and no command prints it."""
     file, out = tmp_path / "t.toml", tmp_path / "x.token"
     made = tokens(
         "create", "--name", "x", "--role", "trainer", "--expires-days", 2, "--tokens-file", file, "--out", out
@@ -203,7 +203,7 @@ def test_a_command_that_cannot_says_why_and_changes_nothing(tmp_path: Path, argu
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
-    """A token of somebody else's."""
+    """`tokens create` refuses an output file that exists, which may hold another token."""
     out = tmp_path / "x.token"
     out.write_text("mine")
     done = tokens("create", "--name", "x", "--role", "reader", "--tokens-file", tmp_path / "t.toml", "--out", out)
@@ -213,7 +213,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_an_entry_is_not_written_where_its_token_cannot_be(tmp_path: Path) -> None:
-    """And no token without its entry."""
+    """Without a writable tokens file, neither an entry nor a token is written."""
     absent = tmp_path / "absent" / "t.toml"
     done = tokens("create", "--name", "x", "--role", "reader", "--tokens-file", absent, "--out", tmp_path / "x")
     assert done.exit_code == 1
@@ -221,14 +221,14 @@ def test_an_entry_is_not_written_where_its_token_cannot_be(tmp_path: Path) -> No
 
 
 def test_any_name_of_a_certificate_survives_a_revocation() -> None:
-    """The file is written anew: what was in quotes stays the same."""
+    """A rewritten file keeps every quoted name, including quotes, backslashes, newlines and non-ASCII characters."""
     name = 'a"b\\c\n\u00e9\U0001f600'
     grants = parse(f'[[certificate]]\nname = "{escaped(name)}"\nrole = "reader"\n')
     assert parse(text_of(grants)).certificate([name]) is Role.READER
 
 
 def test_a_world_readable_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In the log; its digests still count."""
+    """A tokens file that others can read is reported in the log, and its tokens stay valid."""
     init(tmp_path)
     os.chmod(tmp_path / "tokens.toml", 0o644)
     assert len(watched_grants(tmp_path / "tokens.toml").value().tokens) == 3
@@ -242,7 +242,7 @@ def test_an_empty_file_lets_nobody_in(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_file_is_looked_at_no_more_than_its_interval_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second for tokens: calls cost no look each."""
+    """A watched file is checked at most once per interval, not on every call."""
     path, now = tmp_path / "f", [100.0]
     monkeypatch.setattr("shardloss_server.access.watched.time.monotonic", lambda: now[0])
     path.write_text("1")
@@ -254,7 +254,7 @@ def test_a_file_is_looked_at_no_more_than_its_interval_says(tmp_path: Path, monk
 
 
 def test_a_file_that_goes_away_or_is_wrong_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The log says so once, until it changes again."""
+    """A file that disappears or is malformed leaves the previous content in use, and is logged once per change."""
     path = tmp_path / "f"
 
     def read() -> int:
@@ -277,7 +277,7 @@ def test_a_file_that_goes_away_or_is_wrong_changes_nothing(tmp_path: Path, caplo
 
 
 def test_offsets_are_written_as_utc() -> None:
-    """A file says the same time after it was written anew."""
+    """Expiry times are written in UTC, so a rewritten file gives the same time."""
     there = datetime(2030, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
     text = text_of(parse(entry(more=f"expires = {there.isoformat()}")))
     assert "expires = 2030-01-01T00:00:00Z" in text

@@ -1,4 +1,4 @@
-"""The benchmark counts, merges and reports as it says; nothing here measures."""
+"""The benchmark counts, merges and reports as documented; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = {"N": 7, "D": 5, "V": 11, "S": None, "K": 2, "dtype": "float32"}
 
 
 class Fixed:
-    """Steps that always take as long, and a diary of the turns of both sides."""
+    """A side whose steps all take the same time, and which records its turns in a shared diary."""
 
     def __init__(self, name: str, ms: float, diary: list[tuple[str, int]], **extra: float) -> None:
         self.name, self.ms, self.diary, self.extra = name, ms, diary, extra
@@ -28,12 +28,12 @@ class Fixed:
 
 
 def test_sides_take_turns_after_their_warm_steps():
-    """ABAB, each turn about turn_ms long; warm steps are not counted."""
+    """The sides alternate in turns of about turn_ms, and warm steps are not counted."""
     diary: list[tuple[str, int]] = []
     plan = Plan(warm=3, counted=6, counted_s=0.0, turn_ms=100.0)
     found = interleave(Fixed("a", 40.0, diary), Fixed("b", 400.0, diary), plan)
     assert diary[:2] == [("a", 3), ("b", 3)]
-    assert diary[2:] == [("a", 2), ("b", 1)] * 6  # b needs six turns of one
+    assert diary[2:] == [("a", 2), ("b", 1)] * 6  # b needs six turns of one step each
     assert (len(found.ours.ms), len(found.rival.ms)) == (12, 6)
     assert found.ratio == pytest.approx(0.1)
     assert found.note == ""
@@ -52,7 +52,7 @@ def test_a_turn_has_at_least_one_step():
 
 
 def test_short_steps_are_counted_for_longer():
-    """Twenty steps of a millisecond say little: they go on until the time or the most steps are reached."""
+    """Twenty steps of a millisecond are too few: steps are counted until counted_s or max_counted is reached."""
     plan = Plan(counted=20, counted_s=1.0, max_counted=100)
     assert not has_enough(Steps([1.0] * 20), plan)
     assert has_enough(Steps([1.0] * 100), plan)
@@ -92,7 +92,7 @@ def test_what_a_side_tells_beside_its_times_goes_into_the_row():
 
 
 def test_a_full_run_names_every_goal_without_a_row():
-    """A row that was dropped, or whose name no goal knows, does not go unseen."""
+    """A goal without a row, because a row was dropped or its name matches no goal, is listed in the report."""
     assert len(report.absent([])) == len(GOALS)
     lines = report.absent([row(0.9), row(0.9, "full-lce", "another name")])
     assert len(lines) == len(GOALS) - 1
@@ -131,7 +131,7 @@ def test_the_page_says_what_was_missed_and_by_how_much():
 
 def test_a_soak_counts_the_slope_of_its_last_four_fifths():
     steps = list(range(100, 1100, 100))
-    grows = [900_000_000, 0, *(2000 * step for step in steps[2:])]  # what the first fifth does is not counted
+    grows = [900_000_000, 0, *(2000 * step for step in steps[2:])]  # growth in the first fifth is not counted
     assert soak.slope(steps, grows) == pytest.approx(2000.0)
     samples = {"steps": steps, "/dev/shm": [3, 3] + [10] * 8, "client": [5] * 10, "worker 0": [900 * n for n in steps]}
     assert soak.judged(samples)["met"] is True

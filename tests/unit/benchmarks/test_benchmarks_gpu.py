@@ -1,4 +1,4 @@
-"""The comparison for a GPU runs, on the CPU at a tiny shape; nothing here measures."""
+"""The GPU comparison runs on the CPU at a tiny shape; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICK = [name for name in CONTENDERS if name != COMPILED]
 
 
 def torch_losses(dtype: str) -> list[float]:
-    """Losses of the first two SGD steps in float64, of the same batch."""
+    """Return the losses of the first two SGD steps on one batch, in float64."""
     given = problem(N, D, V, dtype, "cpu")
     rows = given.rows.double().requires_grad_()
     first = F.cross_entropy(given.hidden.double() @ rows.T, given.labels)
@@ -53,7 +53,7 @@ def test_bfloat16_runs_too():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, by itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's compiler
 def test_the_compiled_contender_runs_too():
     (row,) = gpu.compare(N, D, V, "float32", "cpu", names=[COMPILED], warm=1, counted=2)
     assert row.reason is None

@@ -1,4 +1,4 @@
-"""The profile's timers and sums add up; nothing here measures."""
+"""The profile's timers and sums add up; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_timer_leaves_out_what_a_timer_inside_it_counts():
     timers = Timers()
     inner = timers._timed(lambda: time.sleep(0.02), "inner")
     outer = timers._timed(lambda: (time.sleep(0.005), inner()), "outer")
-    inner()  # of no call: not counted
+    inner()  # outside a counted call, so it is not counted
     began = time.perf_counter()
     timers._counted(outer, "loss")()
     took = 1e3 * (time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""A rival that computes something else proves nothing: the parameter server draws and steps as it says."""
+"""The parameter-server rival draws and steps as documented, so that the comparison is fair."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ V, D, S = 23, 5, 11  # small enough that nearly every draw repeats an id
 
 
 class Recorded:
-    """A generator that keeps what it gave."""
+    """A generator that records the numbers it returned."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng, self.given = rng, np.empty(0)
@@ -38,7 +38,7 @@ def test_a_step_is_torch_adagrad_with_repeated_rows_summed():
     table, ids = Table(V, D), torch.tensor([3, 7, 3, 0])
     reference = torch.nn.Parameter(table.rows.clone())
     optimizer = torch.optim.Adagrad([reference], lr=LEARNING_RATE)
-    for _ in range(2):  # the second step meets an accumulator that is not 0
+    for _ in range(2):  # the second step starts from an accumulator that is not 0
         rows = torch.randn(len(ids), D)
         reference.grad = torch.zeros(V, D).index_add(0, ids, rows)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Settings: flag > environment > file > default, one definition each, and nothing that is not one."""
+"""Settings: flag > environment > file > default, one definition each; anything else is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_environment_names_the_file(file: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_empty_variable_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a compose file leaves it."""
+    """An empty environment variable, as a compose file may set it, is treated as absent."""
     monkeypatch.setenv("SHARDLOSS_SERVER_TOKENS_FILE", "")
     assert Settings.load({}).values["tokens_file"] is None
 
@@ -90,7 +90,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_no_name_stands_for_two_settings() -> None:
-    """Sections share one namespace."""
+    """All sections share one namespace, so each setting's name is unique."""
     assert len(ALL) == sum(len(fields(group)) for group in SECTIONS.values())
 
 
@@ -102,7 +102,7 @@ def test_every_setting_has_a_meaning_and_a_flag_of_serve() -> None:
 
 
 def test_the_page_documents_the_code() -> None:
-    """docs/configuration.md is what `make docs` writes."""
+    """docs/configuration.md equals the output of `make docs`."""
     assert (ROOT / "docs/configuration.md").read_text() == "\n".join(page()) + "\n"
 
 
@@ -127,7 +127,7 @@ def test_config_show_says_what_is_wrong_as_json_too(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting_ends_serve_with_two(tmp_path: Path) -> None:
-    """Before anything is started."""
+    """A bad setting ends `serve` with exit code 2 before anything is started."""
     done = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "none.toml")])
     assert done.exit_code == 2
     assert "cannot read" in done.output

@@ -1,4 +1,4 @@
-"""How many workers a server starts that is not told a number."""
+"""The number of workers that a server starts if none is configured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardloss_server.config import Workers
 
 
 def test_without_a_number_there_is_one_worker_a_core_and_each_tells_of_itself() -> None:
-    """workers = 0; the server can ask each of them how it is."""
+    """workers = 0 starts one worker per core, and the stats of each worker can be queried."""
     num_threads = torch.get_num_threads()
     group = make_group(Workers(workers=0, local=True))
     try:

@@ -1,4 +1,4 @@
-"""What a user sees of the package in help(), in reprs, and where torch is missing."""
+"""The package as a user sees it: help(), reprs, and errors if torch is missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ for call in (table.softmax, table.sampled_softmax, table.nce, table.sigmoid, tab
 
 
 def test_what_needs_torch_names_the_extra_that_installs_it() -> None:
-    """Each head, lazy logits and shardloss.compat, in a process where torch cannot be found."""
+    """Each head, lazy logits and shardloss.compat name the extra in a process in which torch cannot be found."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=300, check=False
     )
@@ -43,7 +43,7 @@ def test_what_needs_torch_names_the_extra_that_installs_it() -> None:
 
 
 def test_help_shows_the_public_api() -> None:
-    """Every class by the name under which users import it, and no method that only the library calls."""
+    """help() lists every public class under the name that users import, and no internal method."""
     page = pydoc.plain(pydoc.render_doc(shardloss))
     classes = page.split("\nCLASSES\n")[1].split("\nFUNCTIONS\n")[0]
     listed = set(re.findall(r"^    class (\w+)\(", classes, re.M))
@@ -56,7 +56,7 @@ def test_help_shows_the_public_api() -> None:
 
 
 def test_reprs_say_server_name_and_version(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> None:
-    """Of a session only the digest that the server's log uses: its name would let others commit its steps."""
+    """A session's repr shows the digest from the server's log, not its name, with which others could commit steps."""
     table = client.create_table(fresh_name(), num_classes=11, dim=3)
     session = table.session()
     assert repr(client) == f"<LossClient {client.address}, server {client.info.version}>"

@@ -1,4 +1,4 @@
-"""A tensor beside its message is, on the wire, the plain message; and what is read so is what protobuf reads."""
+"""A message with its tensor kept outside has the plain message's bytes, and splitting bytes agrees with protobuf."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 def whole(content: bytes = ROWS.tobytes()) -> loss_pb2.ComputeLossRequest:
-    """A request as protobuf alone would send it."""
+    """Return a request as protobuf alone would send it."""
     hidden = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT32, shape=[3, 4], inline=content)
     return loss_pb2.ComputeLossRequest(table="t", session="s", step=1 << 40, hidden=hidden, want_hidden_grad=True)
 
 
 def beside() -> Spliced[loss_pb2.ComputeLossRequest]:
-    """The same, its content beside it."""
+    """Return the same request with its tensor content outside the message."""
     message = whole()
     message.hidden.ClearField("inline")
     return Spliced(message, memoryview(ROWS.tobytes()))
@@ -40,7 +40,7 @@ def put_back(spliced: Spliced[loss_pb2.ComputeLossRequest]) -> loss_pb2.ComputeL
 
 
 def test_what_is_joined_is_the_plain_message() -> None:
-    """Any reader of the contract reads it, and it may be as large as is said."""
+    """The joined bytes parse as the plain message and are no longer than ByteSize() says."""
     content = LOSS_REQUEST.join(beside())
     assert loss_pb2.ComputeLossRequest.FromString(content) == whole()
     assert len(content) <= beside().ByteSize()
@@ -48,7 +48,7 @@ def test_what_is_joined_is_the_plain_message() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.binary(max_size=300), st.text(max_size=5))
 def test_what_is_split_is_what_was_joined(step: int, content: bytes, name: str) -> None:
-    """Both ways of writing are read, whatever stands around the content."""
+    """Bytes written by protobuf or by join() are split into the same request, whatever fields surround the content."""
     request = whole(content)
     request.step, request.table, request.margin.m1 = step, name, 2.0
     assert put_back(SMALL.split(request.SerializeToString())) == request
@@ -59,7 +59,7 @@ def test_what_is_split_is_what_was_joined(step: int, content: bytes, name: str) 
 
 @given(st.data())
 def test_mutated_bytes_are_read_as_protobuf_reads_them(data: st.DataObject) -> None:
-    """The same message, or the same refusal; never another error."""
+    """Mutated bytes give the same message as protobuf, or its DecodeError, and never another error."""
     content = bytearray(whole().SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content)))
@@ -84,7 +84,7 @@ def test_mutated_bytes_are_read_as_protobuf_reads_them(data: st.DataObject) -> N
 
 @pytest.mark.parametrize("rival", ["inline", "chunk", "shared_memory"])
 def test_a_second_storage_is_left_to_protobuf(rival: str) -> None:
-    """Which of two counts is protobuf's to say: the last."""
+    """If a message has two storages, it is parsed by protobuf, and the last one counts."""
     other = tensor_pb2.Tensor()
     if rival == "inline":
         other.inline = b"abcd"
@@ -100,7 +100,7 @@ def test_a_second_storage_is_left_to_protobuf(rival: str) -> None:
 
 @pytest.mark.parametrize("num_bytes", [2, 5, 6, 10])
 def test_overlong_keys_are_what_protobuf_says(num_bytes: int) -> None:
-    """A key of up to five bytes is one; a longer one is refused."""
+    """A field key of up to five bytes is accepted, and a longer one is refused, as in protobuf."""
     hidden = whole().hidden.SerializeToString()
     key = bytes([0xB2, *[0x80] * (num_bytes - 2), 0x00])
     content = key + varint(len(hidden)) + hidden
@@ -112,7 +112,7 @@ def test_overlong_keys_are_what_protobuf_says(num_bytes: int) -> None:
 
 
 def test_a_piece_that_is_replaced_by_another_kind_is_left_to_protobuf() -> None:
-    """The last of a oneof counts, and nothing of the one before stays."""
+    """The last member of a oneof counts, and nothing of the member before it remains."""
     chunk = loss_pb2.StreamLossRequest(chunk=tensor_pb2.Chunk(id=0, content=b"abc")).SerializeToString()
     header = loss_pb2.StreamLossRequest(header=whole()).SerializeToString()
     found = SMALL_CHUNK.split(chunk + header)
@@ -122,13 +122,13 @@ def test_a_piece_that_is_replaced_by_another_kind_is_left_to_protobuf() -> None:
 
 
 def test_many_fields_are_left_to_protobuf() -> None:
-    """A message made of millions of them is not looked through in Python."""
+    """A message with many fields is parsed by protobuf, because searching millions of them in Python would be slow."""
     content = b"\x18\x01" * 100 + whole().SerializeToString()
     assert SMALL.split(content) == Spliced(loss_pb2.ComputeLossRequest.FromString(content))
 
 
 def test_what_is_small_stays_inside() -> None:
-    """Protobuf holds it in less time than it takes to look for it."""
+    """Small content stays inside the message, because copying it takes less time than finding it."""
     assert LOSS_REQUEST.split(whole().SerializeToString()) == Spliced(whole())
     large = whole(bytes(LARGE_BYTES))
     found = LOSS_REQUEST.split(large.SerializeToString())
@@ -137,7 +137,7 @@ def test_what_is_small_stays_inside() -> None:
 
 
 def test_a_reply_goes_the_same_way() -> None:
-    """The gradient of hidden beside a reply."""
+    """A reply whose hidden gradient is kept outside is joined to bytes that protobuf parses."""
     encoded = wire.encode_beside(ROWS)
     reply = loss_pb2.ComputeLossResponse(ticket="t", hidden_grad=encoded.header)
     read = loss_pb2.ComputeLossResponse.FromString(LOSS_REPLY.join(Spliced(reply, encoded.content)))
@@ -145,7 +145,7 @@ def test_a_reply_goes_the_same_way() -> None:
 
 
 def test_pieces_of_a_stream() -> None:
-    """A chunk is a chunk to any reader; and a piece is read from either."""
+    """A joined piece parses as a plain chunk, and a piece is read with its content inside or outside the message."""
     message = chunks.spliced(chunks.Piece(3, b"abc"), loss_pb2.StreamLossRequest)
     plain = loss_pb2.StreamLossRequest(chunk=tensor_pb2.Chunk(id=3, content=b"abc"))
     assert loss_pb2.StreamLossRequest.FromString(STREAM_REQUEST.join(message)) == plain
@@ -154,7 +154,7 @@ def test_pieces_of_a_stream() -> None:
 
 
 def test_content_that_is_not_aligned_is_copied() -> None:
-    """NumPy and torch are given memory they may read at full width."""
+    """Unaligned content is copied, so that NumPy and torch always get aligned memory."""
     encoded = wire.encode_beside(ROWS)
     shifted = memoryview(b"x" + ROWS.tobytes())[1:]
     array = wire.decode(encoded.header, "hidden", {"hidden": shifted})

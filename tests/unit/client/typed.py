@@ -1,4 +1,4 @@
-"""What a type checker sees of a trainer; `make types` checks this file, nothing runs it."""
+"""A trainer with the types that a checker must infer; `make types` checks this file, and it is never run."""
 
 from typing import assert_type
 

@@ -1,4 +1,4 @@
-"""Links: calls in order, parts kept while they are needed, no stranger admitted, a worker that goes is noticed."""
+"""Links: calls keep their order, parts are kept while needed, strangers are refused, and a lost worker is noticed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    """Poll until it holds."""
+    """Poll until the condition is true."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, what
@@ -35,7 +35,7 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
 
 
 def part_of(num_rows: int = 3, dim: int = 5) -> Part:
-    """Any part; 40 kB of hidden and more go beside the pickle."""
+    """Return an arbitrary part; a hidden of 40 kB or more is sent outside the pickle."""
     hidden, labels = torch.randn(num_rows, dim), torch.arange(num_rows)[:, None]
     batch = Batch(hidden, labels, torch.ones(num_rows, 1), torch.ones(num_rows))
     none = torch.zeros(0, dtype=torch.int64)
@@ -43,7 +43,7 @@ def part_of(num_rows: int = 3, dim: int = 5) -> Part:
 
 
 class Worker:
-    """A linked worker of a test: answers by `answers`, and notes what it was called with."""
+    """A linked worker of a test that answers by the name of the method and records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -65,7 +65,7 @@ class Worker:
 
 
 class Unsendable(Exception):
-    """An error that no pickle can hold."""
+    """An error that cannot be pickled."""
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def worker(links: Links) -> Worker:
 
 
 def ask(links: Links, method: str, *args: Any) -> Any:
-    """The answer of worker 0."""
+    """Return the answer of worker 0."""
     return links.call([0], method, *args)[0].result(PATIENCE_S)[0]
 
 
@@ -94,7 +94,7 @@ def ask(links: Links, method: str, *args: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7,), (33, 65)])
 def test_a_tensor_comes_as_it_went(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Bits, dtype and shape; also in another memory order, as a view, and empty."""
+    """Bits, dtype and shape are preserved, also in another memory order, in a view, and in an empty tensor."""
     tensor = (torch.randn(shape) * 9).to(dtype)
     for sent in (tensor, tensor.T if tensor.dim() == 2 else tensor, tensor[1:] if tensor.dim() else tensor):
         came = round_trip(sent)
@@ -105,7 +105,7 @@ def test_a_tensor_comes_as_it_went(dtype: torch.dtype, shape: tuple[int, ...]) -
 
 @given(st.lists(st.integers(0, 5000), max_size=9))
 def test_values_of_any_size_come_whole(sizes: list[int]) -> None:
-    """Tensors below and above the size that goes beside the pickle, in one value."""
+    """One value may have tensors below and above the size that is sent outside the pickle."""
     sent = {n: torch.arange(size) for n, size in enumerate(sizes)}
     came = round_trip(sent)
     assert sorted(came) == sorted(sent)
@@ -113,12 +113,12 @@ def test_values_of_any_size_come_whole(sizes: list[int]) -> None:
 
 
 def round_trip(value: Any) -> Any:
-    """Through the pieces of a body, as a socket would join them."""
+    """Encode a value and decode it from its joined pieces, as a socket would deliver them."""
     return frames.decode(memoryview(bytearray(b"".join(bytes(piece) for piece in frames.encode(value)))))
 
 
 def test_what_came_can_be_written_to() -> None:
-    """Tensors of a frame own their memory, large or small."""
+    """Tensors of a frame own their memory, whether they are large or small."""
     for size in (3, 9000):
         round_trip(torch.zeros(size)).add_(1)
 
@@ -127,7 +127,7 @@ def test_what_came_can_be_written_to() -> None:
 
 
 def test_calls_are_answered_in_order(links: Links, worker: Worker) -> None:
-    """A hundred calls started at once, large and small; each gets its own answer."""
+    """A hundred calls started at once, large and small, each get their own answer."""
     pending = [links.call([0], "echo", n, torch.full((n * 50,), n))[0] for n in range(100)]
     for n, answer in enumerate(pending):
         number, tensor = answer.result(PATIENCE_S)[0]
@@ -138,7 +138,7 @@ def test_calls_are_answered_in_order(links: Links, worker: Worker) -> None:
 
 @pytest.mark.parametrize(("method", "error"), [("missing", ShardMissing), ("memory", OutOfMemory)])
 def test_errors_of_a_worker_keep_their_kind(links: Links, worker: Worker, method: str, error: type[Exception]) -> None:
-    """With the worker's trace as a note, and the link goes on."""
+    """The error has the worker's traceback as a note, and the link stays usable."""
     with pytest.raises(error) as raised:
         ask(links, method)
     assert "Traceback" in "".join(raised.value.__notes__)
@@ -146,13 +146,13 @@ def test_errors_of_a_worker_keep_their_kind(links: Links, worker: Worker, method
 
 
 def test_an_error_that_cannot_be_sent_is_told_by_its_trace(links: Links, worker: Worker) -> None:
-    """Whatever it holds, its caller is told."""
+    """The caller gets WorkerFailed with the traceback, even if the error cannot be pickled."""
     with pytest.raises(WorkerFailed, match="Unsendable"):
         ask(links, "strange")
 
 
 def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links) -> None:
-    """One that runs goes on; what waits behind it and is abandoned is never called."""
+    """A running call continues; a call that is abandoned while it waits behind it never runs."""
     worker = Worker()
     linked = linked_worker.LinkedWorker(worker.call, linked_worker.connect(links.invitation, 0))
     threading.Thread(target=linked.run, daemon=True).start()
@@ -176,7 +176,7 @@ def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links) -> No
 
 
 def test_a_part_is_sent_once_and_stays_the_same_object(links: Links, worker: Worker) -> None:
-    """So what a score kept for it is found by its step."""
+    """A step therefore finds what a score kept for the part."""
     kept = links.keep(part_of(100, 101))
     ask(links, "score", kept)
     ask(links, "apply", kept)
@@ -186,7 +186,7 @@ def test_a_part_is_sent_once_and_stays_the_same_object(links: Links, worker: Wor
 
 
 def test_a_part_goes_when_nobody_needs_it(links: Links, worker: Worker) -> None:
-    """Without another call: the link sweeps by itself."""
+    """The link frees an unused part by itself, without another call."""
     kept: KeptPart | None = links.keep(part_of())
     ask(links, "score", kept)
     theirs = weakref.ref(worker.calls.pop()[1][0])
@@ -199,7 +199,7 @@ def test_a_part_goes_when_nobody_needs_it(links: Links, worker: Worker) -> None:
 
 
 def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: Links) -> None:
-    """Calls to a worker that is away wait for it; a part it does not have is sent again."""
+    """Calls to an absent worker wait for it, and a part that it lacks is sent again."""
     gone, kept = Worker(), links.keep(part_of())
     sock = linked_worker.connect(links.invitation, 0)
     threading.Thread(target=linked_worker.LinkedWorker(gone.call, sock).run, daemon=True).start()
@@ -221,7 +221,7 @@ def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: 
 
 
 def test_calls_that_need_rows_miss_them_at_once_where_the_worker_is_known_to_have_died(links: Links) -> None:
-    """Those that wait for it and those that come; what makes a table or drops one waits until it is back."""
+    """Waiting and new calls fail alike; calls that create or drop a table wait until the worker is back."""
     sock = linked_worker.connect(links.invitation, 0)
     threading.Thread(target=linked_worker.LinkedWorker(Worker().call, sock).run, daemon=True).start()
     assert links.wait(PATIENCE_S)
@@ -242,7 +242,7 @@ def test_calls_that_need_rows_miss_them_at_once_where_the_worker_is_known_to_hav
 
 
 def test_a_death_that_is_heard_of_late_is_none_of_the_next_life(links: Links, worker: Worker) -> None:
-    """The worker has come back meanwhile, and may have gone again: its link broke, and nothing died."""
+    """A late report of a death fails no call if the worker has reconnected since, even after another broken link."""
     link = links.links[0]
     heard, sock = link.lives, link._sock
     assert sock is not None
@@ -255,7 +255,7 @@ def test_a_death_that_is_heard_of_late_is_none_of_the_next_life(links: Links, wo
 
 
 def test_a_link_that_breaks_is_made_anew_by_its_worker(links: Links, worker: Worker) -> None:
-    """The rows are still there: only calls under way are lost."""
+    """The worker keeps its rows, and only calls in progress are lost."""
     assert ask(links, "echo", 1) == (1,)
     sock = links.links[0]._sock
     assert sock is not None
@@ -265,7 +265,7 @@ def test_a_link_that_breaks_is_made_anew_by_its_worker(links: Links, worker: Wor
 
 
 def test_a_closed_group_answers_at_once(links: Links) -> None:
-    """Calls that wait for a worker which never came, and calls after the end."""
+    """Calls that wait for a worker which never came, and calls after close, raise WorkerLost."""
     early = links.call([0], "echo")[0]
     links.close()
     for pending in (early, links.call([0], "echo")[0]):
@@ -274,7 +274,7 @@ def test_a_closed_group_answers_at_once(links: Links) -> None:
 
 
 def test_a_stranger_is_not_admitted(links: Links, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    """Who does not know the key gets no frame read, and the worker that is there stays."""
+    """No frame is read from a peer without the key, and the connected worker stays."""
     address = links.invitation.address
     assert isinstance(address, str)
     for answer in (b"", b"x", bytes(8) + bytes(handshake.CHALLENGE_BYTES) * 2):
@@ -291,14 +291,14 @@ def test_a_stranger_is_not_admitted(links: Links, worker: Worker, caplog: pytest
 
 
 def test_a_worker_does_not_serve_a_listener_without_the_key(links: Links) -> None:
-    """The proof is asked of both sides."""
+    """Both sides must prove that they know the key."""
     forged = linked_worker.Invitation(links.invitation.address, b"another key".ljust(32))
     with pytest.raises((handshake.NotOurs, LinkClosed, OSError)):
         linked_worker.connect(forged, 0)
 
 
 def test_a_frame_cut_short_is_a_closed_link() -> None:
-    """Half a header, half a body."""
+    """LinkClosed is raised if only half of a header or of a body arrives."""
     for content in (b"\x01" * 5, frames.HEADER.pack(1, 1, 100) + b"only so much"):
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -309,7 +309,7 @@ def test_a_frame_cut_short_is_a_closed_link() -> None:
 
 
 def test_large_values_are_sent_whole_over_a_slow_socket() -> None:
-    """More pieces and bytes than one sendmsg takes."""
+    """A value may have more pieces and bytes than one sendmsg accepts."""
     ours, theirs = socket.socketpair()
     value: list[Tensor] = [torch.full((3000,), n) for n in range(200)]
     with ours, theirs:

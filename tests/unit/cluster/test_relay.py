@@ -1,4 +1,4 @@
-"""Relays: what a node's workers are all asked crosses the network once; nothing else can be told from direct links."""
+"""Relays: a broadcast crosses the network once per node; in all other respects relays behave like direct links."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from shardloss_server.shard.record import Batch, OutOfMemory, Part, Score, StepK
 from ...conformance.relayed import PATIENCE_S, RelayedGroup, eventually
 
 NUM_CLASSES, N, D = 37, 7, 65
-NODES = [range(1, 3), range(3, 5)]  # of five workers; the first is the front end's neighbour
+NODES = [range(1, 3), range(3, 5)]  # of five workers; worker 0 is linked to the front end directly
 
 
 class Noting:
-    """A worker that answers with what it was asked, and notes it."""
+    """A worker that answers with the arguments of each call and records them."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -58,12 +58,12 @@ class Noting:
 
 
 class Unsendable(Exception):
-    """An error that no pickle can hold."""
+    """An error that cannot be pickled."""
 
 
 @pytest.fixture
 def make_group() -> Iterator[Callable[..., RelayedGroup]]:
-    """Groups that are closed after the test, whose threads have then ended."""
+    """Create groups that are closed after the test, and wait until their threads have ended."""
     before, made = set(threading.enumerate()), []
 
     def make(*args: Any) -> RelayedGroup:
@@ -91,7 +91,7 @@ def group(make_group: Callable[..., RelayedGroup], noting: list[Noting]) -> Rela
 
 @pytest.fixture
 def frames_to_relays(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
-    """Every frame that a relay gets from the front end; to be asked for before the group."""
+    """Every frame that a relay receives from the front end; request this fixture before the group."""
     came: list[Frame] = []
     take = relay.Passage._take
 
@@ -104,7 +104,7 @@ def frames_to_relays(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
 
 
 def answers(group: RelayedGroup, workers: range, method: str, *args: Any) -> dict[int, Any]:
-    """The answer of each worker."""
+    """Return the answer of each worker."""
     found: dict[int, Any] = {}
     for pending in group.start_on(workers, method, *args):
         found.update(pending.result(PATIENCE_S))
@@ -144,7 +144,7 @@ def bits(merged: Merged) -> list[torch.Tensor]:
         (2, [range(2)], 2, [range(2)]),
         (4, [range(2), range(2, 4)], 4, [range(2), range(2, 4)]),
         (4, [range(2), range(2, 4)], 9, [range(4), range(4, 8), range(8, 9)]),
-        (3, [range(1, 3)], 3, [range(1), range(1, 2), range(2, 3)]),  # what is not aligned goes back as it is
+        (3, [range(1, 3)], 3, [range(1), range(1, 2), range(2, 3)]),  # unaligned scores return unmerged
         (3, [range(1, 3)], 7, [range(1), range(1, 2), range(2, 4), range(4, 7)]),
         (5, NODES, 5, [range(1), range(1, 2), range(2, 3), range(3, 4), range(4, 5)]),
         (5, NODES, 3, [range(1), range(1, 2), range(2, 3)]),  # fewer shards than workers
@@ -153,7 +153,7 @@ def bits(merged: Merged) -> list[torch.Tensor]:
 def test_scores_through_relays_are_the_bits_of_direct_ones(
     make_group: Callable[..., RelayedGroup], num_workers: int, behind: list[range], num_shards: int, runs: list[range]
 ) -> None:
-    """Each relay merges its aligned runs of shards and no others, and the whole is what one node's workers give."""
+    """Each relay merges only its aligned runs of shards, and the total equals that of all workers on one node."""
     local, part = LocalGroup(num_workers), part_of()
     try:
         expected, _ = merged_by(local, num_shards, part)
@@ -165,7 +165,7 @@ def test_scores_through_relays_are_the_bits_of_direct_ones(
 
 
 def test_scores_of_two_versions_go_back_apart(make_group: Callable[..., RelayedGroup]) -> None:
-    """The front end sees that they differ, as over direct links."""
+    """The front end sees that the versions differ, as over direct links."""
     group, part = make_group(2, [range(2)]), part_of()
     found, scores = merged_by(group, 2, part)
     order = Order(1, StepKey("s", 1, b""), 0.1, 0, (Upstream(found.statistics.lse, torch.ones(N)),))
@@ -180,7 +180,7 @@ def test_scores_of_two_versions_go_back_apart(make_group: Callable[..., RelayedG
 def test_parts_and_calls_cross_the_network_once_a_relay(
     frames_to_relays: list[Frame], group: RelayedGroup, noting: list[Noting]
 ) -> None:
-    """A part with the first call that has it, a call in one frame for all of a relay's workers."""
+    """A part is sent with the first call that needs it, and a call in one frame for all workers of a relay."""
     part = part_of(100)
     kept = group.stage(part)
     answers(group, range(5), "score", kept)
@@ -198,7 +198,7 @@ def test_parts_and_calls_cross_the_network_once_a_relay(
 def test_an_echo_crosses_once_a_relay_and_comes_from_every_worker(
     frames_to_relays: list[Frame], group: RelayedGroup
 ) -> None:
-    """What it is to measure goes the way of every other call."""
+    """An echo takes the same route as every other call, so that it measures that route."""
     tensor = torch.arange(5000.0)
     echoed = group.echo(tensor).result(PATIENCE_S)
     assert len(echoed) == 5
@@ -207,7 +207,7 @@ def test_an_echo_crosses_once_a_relay_and_comes_from_every_worker(
 
 
 def test_a_part_goes_when_nobody_needs_it(group: RelayedGroup, noting: list[Noting]) -> None:
-    """At the relay and at its workers, without another call."""
+    """The relay and its workers free an unused part without another call."""
     kept: Any = group.stage(part_of())
     answers(group, range(5), "score", kept)
     theirs = [weakref.ref(worker.calls.pop()[1][0]) for worker in noting]
@@ -219,7 +219,10 @@ def test_a_part_goes_when_nobody_needs_it(group: RelayedGroup, noting: list[Noti
 def test_what_a_call_brought_goes_without_the_garbage_collector(
     group: RelayedGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answered, failed or abandoned: megabytes an answer must not wait for it; and no note of freed parts piles up."""
+    """The data of an answered, failed or abandoned call, often megabytes, is freed at once.
+
+    The list of freed parts that a link has yet to report does not grow either.
+    """
     held: list[weakref.ref[Any]] = []
     make = relay.Gathering
 
@@ -246,7 +249,7 @@ def test_what_a_call_brought_goes_without_the_garbage_collector(
 
 
 def test_each_worker_gets_its_calls_in_the_order_they_were_started(group: RelayedGroup, noting: list[Noting]) -> None:
-    """Calls of one worker, of some and of all, large and small, without waiting in between."""
+    """Calls of one worker, of some and of all, large and small, are started without waiting in between."""
     asked = [range(5), range(1, 2), range(2, 4), range(5), range(3, 5), range(1)] * 10
     pending = [p for n, workers in enumerate(asked) for p in group.start_on(workers, "note", n, torch.ones(n * 50))]
     for answer in pending:
@@ -263,14 +266,14 @@ def test_each_worker_gets_its_calls_in_the_order_they_were_started(group: Relaye
     ("method", "error"), [("missing", ShardMissing), ("memory", OutOfMemory), ("strange", WorkerFailed)]
 )
 def test_errors_of_a_worker_keep_their_kind(group: RelayedGroup, method: str, error: type[Exception]) -> None:
-    """And the next call is answered."""
+    """The caller gets the worker's error, and the next call is answered."""
     with pytest.raises(error):
         group.start(2, method).result(PATIENCE_S)
     assert answers(group, range(1, 3), "echo", 1) == {1: (1,), 2: (1,)}
 
 
 def test_a_failure_is_told_before_the_other_workers_are_done(group: RelayedGroup, noting: list[Noting]) -> None:
-    """As it would be over direct links: whoever waits is let go."""
+    """The caller gets the error while another worker is still busy, as over direct links."""
     group.start(1, "wait")
     assert noting[1].entered.wait(PATIENCE_S)
     (pending,) = group.start_on(range(1, 3), "missing")
@@ -282,7 +285,7 @@ def test_a_failure_is_told_before_the_other_workers_are_done(group: RelayedGroup
 def test_a_worker_that_dies_behind_a_relay_is_lost_and_the_next_one_is_asked(
     group: RelayedGroup, noting: list[Noting]
 ) -> None:
-    """Its neighbour goes on; what is asked meanwhile waits for it; a part that it lacks comes again."""
+    """The other worker continues; new calls wait for the lost one, and a part that it lacks is sent again."""
     part = part_of()
     kept = group.stage(part)
     answers(group, range(5), "score", kept)
@@ -305,7 +308,7 @@ def test_a_worker_that_dies_behind_a_relay_is_lost_and_the_next_one_is_asked(
 
 
 def test_a_relay_that_dies_costs_the_calls_under_way_alone(make_group: Callable[..., RelayedGroup]) -> None:
-    """Its workers keep their rows, and come to the next relay by themselves."""
+    """The relay's workers keep their rows and connect to the next relay by themselves."""
     group, part = make_group(4, [range(2), range(2, 4)]), part_of()
     kept = group.stage(part)
     before, _ = merged_by(group, 4, part)
@@ -321,7 +324,7 @@ def test_a_relay_that_dies_costs_the_calls_under_way_alone(make_group: Callable[
 
 
 def test_a_relay_that_dies_fails_what_is_under_way(group: RelayedGroup, noting: list[Noting]) -> None:
-    """At once, as lost; workers of other nodes are not concerned."""
+    """Calls in progress raise WorkerLost at once; workers of other nodes are not affected."""
     (running,), (other,) = group.start_on(range(1, 3), "wait"), group.start_on(range(3, 5), "wait")
     assert all(noting[w].entered.wait(PATIENCE_S) for w in range(1, 5))
     group.kill_relay(0)
@@ -335,7 +338,7 @@ def test_a_relay_that_dies_fails_what_is_under_way(group: RelayedGroup, noting: 
 
 
 def test_a_broken_link_between_relay_and_front_end_is_made_anew(group: RelayedGroup, noting: list[Noting]) -> None:
-    """What had not begun is taken back; parts are sent again; the workers did not notice."""
+    """Calls that had not begun are withdrawn, parts are sent again, and the workers notice nothing."""
     kept = group.stage(part_of())
     answers(group, range(1, 3), "score", kept)
     (running,) = group.start_on(range(1, 3), "wait")
@@ -356,7 +359,7 @@ def test_a_broken_link_between_relay_and_front_end_is_made_anew(group: RelayedGr
 
 
 def test_an_abandoned_call_that_has_not_begun_is_passed_over(group: RelayedGroup, noting: list[Noting]) -> None:
-    """The relay passes that on; what runs goes on, and its answer comes."""
+    """The relay forwards the cancellation; a running call continues and is answered."""
     (running,) = group.start_on(range(1, 3), "wait")
     assert all(noting[w].entered.wait(PATIENCE_S) for w in (1, 2))
     (given_up,), (wanted,) = group.start_on(range(1, 3), "given up"), group.start_on(range(1, 3), "wanted")
@@ -372,7 +375,7 @@ def test_an_abandoned_call_that_has_not_begun_is_passed_over(group: RelayedGroup
 
 
 def test_a_relay_waits_until_the_one_before_has_left_its_name() -> None:
-    """A process that dies may still hold it when Ray starts the next one."""
+    """A dying process may still hold the name when Ray starts the next relay."""
     post = relay.Post("node", range(2), relay.invitation())
     before, taken = relay.take(post), []
     taking = threading.Thread(target=lambda: taken.append(relay.take(post)))
@@ -384,11 +387,11 @@ def test_a_relay_waits_until_the_one_before_has_left_its_name() -> None:
     taken[0].close()
 
 
-# Workers that Ray starts on another node than their relay's
+# Workers that Ray starts on another node than their relay
 
 
 def test_a_worker_that_comes_by_itself_is_asked_directly(group: RelayedGroup, noting: list[Noting]) -> None:
-    """What waited for it behind the relay is lost at once, and its neighbour is asked through the relay as before."""
+    """A call that waited for it behind the relay is lost at once; its neighbour is still called through the relay."""
     group.workers[1].stop()
     (early,) = group.start_on(range(1, 3), "early")
     with pytest.raises(TimeoutError):
@@ -407,7 +410,7 @@ def test_a_worker_that_comes_by_itself_is_asked_directly(group: RelayedGroup, no
     assert back.methods() == ["echo"]
 
 
-# Who stands where
+# Placement of workers and relays
 
 
 @pytest.mark.parametrize(
@@ -417,14 +420,14 @@ def test_a_worker_that_comes_by_itself_is_asked_directly(group: RelayedGroup, no
         ({}, 1, 0, 0),
         ({"CPU": 8.0, "GPU": 2.0}, 1, 1.0, 2),
         ({"CPU": 3.0, "GPU": 2.0}, 1, 1 / 3, 3),
-        ({"CPU": 8.0, "GPU": 2.0}, 1, 2 / 3, 2),  # a third worker would need parts of both
+        ({"CPU": 8.0, "GPU": 2.0}, 1, 2 / 3, 2),  # a third worker would need parts of both GPUs
         ({"CPU": 8.0}, 1, 1.0, 0),
     ],
 )
 def test_a_node_has_room_for_as_many_workers_as_its_cpus_and_gpus(
     resources: dict[str, float], num_cpus: float, num_gpus: float, expected: int
 ) -> None:
-    """Whichever is less of both, where a worker needs both."""
+    """If a worker needs both, the scarcer resource decides."""
     assert relay.room(resources, num_cpus, num_gpus) == expected
 
 
@@ -432,16 +435,16 @@ def test_a_node_has_room_for_as_many_workers_as_its_cpus_and_gpus(
     ("num_workers", "rooms", "seated", "behind"),
     [
         (4, {"front": 0, "b": 2, "c": 2}, "bbcc", [range(2), range(2, 4)]),
-        (4, {"front": 1, "b": 2, "c": 2}, ["front", "b", "b", "c"], [range(1, 3)]),  # one alone needs none
+        (4, {"front": 1, "b": 2, "c": 2}, ["front", "b", "b", "c"], [range(1, 3)]),  # a single worker needs no relay
         (3, {"front": 8, "b": 8}, ["front"] * 3, []),
-        (5, {"front": 1, "b": 2}, ["front", "b", "b", None, None], [range(1, 3)]),  # more than there is room for
+        (5, {"front": 1, "b": 2}, ["front", "b", "b", None, None], [range(1, 3)]),  # more than fit
         (2, {}, [None, None], []),
     ],
 )
 def test_neighbours_share_a_node_and_those_of_another_node_a_relay(
     num_workers: int, rooms: dict[str, int], seated: Any, behind: list[range]
 ) -> None:
-    """The front end's own node first, then the others as they come, each as full as it may be."""
+    """The front end's own node is filled first, then the others in the given order."""
     found = relay.seats(num_workers, rooms)
     assert found == list(seated)
     posts = relay.posts(found, "front")
@@ -454,17 +457,17 @@ def test_neighbours_share_a_node_and_those_of_another_node_a_relay(
     [(2, 0, 0.0), (2, 4, 1.0), (4, 4, 1.0), (3, 2, 0.5), (4, 3, 0.5), (6, 1, 1 / 6)],
 )
 def test_shares_of_a_gpu_find_a_place(num_workers: int, num_gpus: int, share: float) -> None:
-    """As many workers as are asked for, none of which needs parts of two."""
+    """All requested workers fit, and none of them needs parts of two GPUs."""
     assert relay.share_of_gpu(num_workers, num_gpus) == share
     if num_gpus:
         assert relay.room({"CPU": 64.0, "GPU": float(num_gpus)}, 1, share) >= num_workers
 
 
-# What nobody waits for
+# Calls and drops that no caller waits for
 
 
 def test_a_call_that_failed_is_taken_back_from_a_worker_that_is_away(group: RelayedGroup, noting: list[Noting]) -> None:
-    """Nothing of it is held, and the worker's next life does not do it."""
+    """Nothing of the call is kept, and the worker does not run it after it reconnects."""
     group.workers[1].stop()
     eventually(lambda: not group.relays[0].links[1].linked.is_set(), "the relay sees it")
     for _ in range(3):
@@ -480,7 +483,7 @@ def test_a_call_that_failed_is_taken_back_from_a_worker_that_is_away(group: Rela
 
 
 def test_a_table_is_freed_wherever_its_drop_was_lost(group: RelayedGroup, noting: list[Noting]) -> None:
-    """A worker that outlives the link over which it was told is told again."""
+    """If a worker outlives the link over which the drop was sent, the drop is sent again."""
     catalog = Catalog(group, Limits())
     catalog.create(spec_of(5), Deadline.after(PATIENCE_S))
     group.start_on([2], "wait")
@@ -498,7 +501,7 @@ def test_a_table_is_freed_wherever_its_drop_was_lost(group: RelayedGroup, noting
 
 
 def test_a_worker_that_finds_no_relay_comes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After its patience, and not before somebody is there."""
+    """If no relay answers within PATIENCE_S, the worker connects to the front end as soon as that listens."""
     monkeypatch.setattr(linked_worker, "PATIENCE_S", 0.05)
     links, worker = Links(1), Noting(0)
     nobody = relay.invitation()
@@ -511,7 +514,7 @@ def test_a_worker_that_finds_no_relay_comes_by_itself(monkeypatch: pytest.Monkey
 
 
 def test_links_reach_a_node_by_ipv6() -> None:
-    """Where Ray knows its nodes by such addresses."""
+    """Links work if Ray knows its nodes by IPv6 addresses."""
     try:
         links = Links(1, "::1")
     except OSError as error:

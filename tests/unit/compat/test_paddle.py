@@ -1,4 +1,4 @@
-"""compat.paddle over dense tensors: what the golden cases leave open, by formulas written out and by torch."""
+"""compat.paddle over dense tensors: cases that the golden files lack, against written-out formulas and torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def soft_of(*shape: int) -> Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_every_axis_gives_what_the_last_one_gives(axis: int, soft: bool, weighted: bool, smoothing: float) -> None:
-    """Moving the classes of logits and labels moves the losses."""
+    """Moving the class axis of logits and labels moves the same axis of the losses and leaves their mean unchanged."""
     logits, weight = logits_of(N, S, V), torch.rand(V).double() if weighted else None
     label = soft_of(N, S, V) if soft else labels_of(N, S, 1)
     options = {"weight": weight, "soft_label": soft, "label_smoothing": smoothing}
@@ -75,7 +75,7 @@ def test_a_smoothed_class_id_is_its_smoothed_one_hot_label(weighted: bool, reduc
 
 
 def test_the_mean_counts_all_rows_unless_ignore_index_is_a_class() -> None:
-    """Paddle divides by N where ignore_index < 0, by the rows that count where it is >= 0, and 0 / 0 is 0."""
+    """The mean divides by N if ignore_index < 0 and by the counted rows if it is >= 0, as in Paddle; 0 / 0 is 0."""
     logits, label = logits_of(N, V), torch.tensor([1, 2, -100, 2, 3])
     each = paddle.cross_entropy(logits, label, reduction="none")
     assert each[2] == 0
@@ -88,7 +88,7 @@ def test_the_mean_counts_all_rows_unless_ignore_index_is_a_class() -> None:
 
 
 def test_the_weighted_mean_divides_by_the_weights_of_the_rows_that_count() -> None:
-    """As torch's; where they sum to 0 the loss is 0."""
+    """The weighted mean equals torch's; if the weights sum to 0, the loss is 0."""
     logits, label, weight = logits_of(N, V), torch.tensor([1, 2, -100, 2, 3]), torch.rand(V).double()
     torch.testing.assert_close(paddle.cross_entropy(logits, label, weight), F.cross_entropy(logits, label, weight))
     assert paddle.cross_entropy(logits, label, torch.zeros(V).double()) == 0
@@ -96,7 +96,7 @@ def test_the_weighted_mean_divides_by_the_weights_of_the_rows_that_count() -> No
 
 @pytest.mark.parametrize("shape", [(N,), (N, 1)])
 def test_unreduced_losses_have_the_labels_shape(shape: tuple[int, ...]) -> None:
-    """cross_entropy keeps it; softmax_with_cross_entropy always has 1 on the axis of the classes."""
+    """cross_entropy keeps the labels' shape; softmax_with_cross_entropy always has size 1 on the class axis."""
     logits, label = logits_of(N, V), labels_of(*shape)
     assert paddle.cross_entropy(logits, label, reduction="none").shape == shape
     assert paddle.softmax_with_cross_entropy(logits, label).shape == (N, 1)
@@ -104,7 +104,7 @@ def test_unreduced_losses_have_the_labels_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_probabilities_of_zero_do_no_harm_where_they_do_not_count() -> None:
-    """An ignored row, and a class whose soft label is 0, have finite losses and gradients."""
+    """A probability of 0 gives finite losses and gradients in an ignored row and for a class with soft label 0."""
     probs = torch.eye(V, dtype=torch.float64)[:N].requires_grad_()
     label = torch.tensor([0, 1, -100, 3, 4])
     loss = paddle.cross_entropy(probs, label, use_softmax=False, reduction="none")
@@ -122,7 +122,7 @@ def test_probabilities_of_zero_do_no_harm_where_they_do_not_count() -> None:
 
 
 def test_the_gradient_of_soft_labels_is_softmax_minus_label() -> None:
-    """Also where they do not sum to 1, as in Paddle; where they do it is the slope of the loss. Rows of zeros: 0."""
+    """The gradient is g * (softmax - label), as in Paddle, even if a row does not sum to 1; a row of zeros gets 0."""
     label = torch.rand(N, V, dtype=torch.float64)
     label[2] = 0
     logits = logits_of(N, V).requires_grad_()
@@ -141,7 +141,7 @@ def test_the_gradient_of_soft_labels_is_softmax_minus_label() -> None:
 
 
 def test_every_class_as_a_sample_is_the_full_softmax() -> None:
-    """With Q = 1 and hits removed."""
+    """Sampling every class, with Q = 1 and hits removed, gives the full softmax loss."""
     logits, label = logits_of(N, V), labels_of(N, 1)
     samples = torch.cat([label, torch.arange(V).expand(N, V)], 1)
     loss = paddle.sampled_softmax_with_cross_entropy(
@@ -151,7 +151,7 @@ def test_every_class_as_a_sample_is_the_full_softmax() -> None:
 
 
 def test_a_seed_draws_the_same_and_seed_0_draws_by_torchs_generator() -> None:
-    """Distinct log-uniform samples, shared by the batch."""
+    """Equal seeds draw equal samples; seed 0 draws new ones each time, reproducible with torch.manual_seed."""
     logits, label = logits_of(N, 50), labels_of(N, 2)
     one, two, three = (paddle.sampled_softmax_with_cross_entropy(logits, label, S, 2, seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one, two)
@@ -165,7 +165,7 @@ def test_a_seed_draws_the_same_and_seed_0_draws_by_torchs_generator() -> None:
 
 
 def test_the_draw_is_that_of_the_samplers() -> None:
-    """shardloss.sampling's distinct log-uniform draw of (seed, step 0), with its expected counts."""
+    """The samples are shardloss.sampling's distinct log-uniform draw of (seed, step 0), with its expected counts."""
     logits, label = logits_of(N, 50), labels_of(N, 1)
     zipf = sampling.log_uniform(50)
     drawn = sampling.draw(zipf, S, True, 9, 0)
@@ -182,7 +182,7 @@ def test_the_draw_is_that_of_the_samplers() -> None:
 
 @pytest.mark.parametrize("margins", [(1.0, 0.5, 0.0), (1.0, 0.0, 0.35), (1.35, 0.0, 0.0), (0.9, 0.4, 0.15)])
 def test_the_gradient_of_a_margin_is_that_of_the_loss(margins: tuple[float, float, float]) -> None:
-    """By finite differences."""
+    """The gradient of a margin loss agrees with finite differences."""
     cosines = (torch.rand(N, V, dtype=torch.float64) * 1.8 - 0.9).requires_grad_()
     label = labels_of(N)
     assert torch.autograd.gradcheck(lambda c: paddle.margin_cross_entropy(c, label, *margins, scale=4.0), cosines)
@@ -190,7 +190,7 @@ def test_the_gradient_of_a_margin_is_that_of_the_loss(margins: tuple[float, floa
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0, 1.0 + 1e-7])
 def test_the_gradient_of_a_margin_stays_finite_at_the_poles(cosine: float) -> None:
-    """Where the angle has no derivative, and where rounding put a cosine outside [-1, 1]."""
+    """Gradients are finite where the angle has no derivative, and if rounding put a cosine outside [-1, 1]."""
     cosines = torch.full((1, V), cosine, dtype=torch.float64).requires_grad_()
     loss = paddle.margin_cross_entropy(cosines, torch.tensor([2]))
     loss.backward()
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_margin_stays_finite_at_the_poles(cosine: float) -> No
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", None])
 def test_margin_reductions(reduction: str | None) -> None:
-    """Without margins and at scale 1 it is the cross entropy of the cosines; labels are [N] or [N, 1]."""
+    """Without margins and at scale 1 the loss is the cross entropy of the cosines; labels may be [N] or [N, 1]."""
     cosines, label = torch.rand(N, V, dtype=torch.float64), labels_of(N)
     expected = F.cross_entropy(cosines, label, reduction=reduction or "none")
     for given in (label, label[:, None]):
@@ -214,7 +214,7 @@ def test_margin_reductions(reduction: str | None) -> None:
 
 
 def test_class_centers_come_from_torchs_generator() -> None:
-    """torch.manual_seed decides the negatives; the labels come first, whatever is drawn."""
+    """torch.manual_seed determines the negatives; the labels always come first."""
     label = torch.tensor([40, 3, 3, 17])
     torch.manual_seed(1)
     first, second = (paddle.class_center_sample(label, 1000, 20)[1] for _ in range(2))
@@ -291,20 +291,20 @@ BAD: list[tuple[str | None, Call]] = [
 
 @pytest.mark.parametrize("field, call", BAD)
 def test_what_does_not_fit_is_refused_by_its_field(field: str | None, call: Call) -> None:
-    """A named error instead of a wrong number or torch's."""
+    """InvalidArgument names the argument, instead of a wrong result or an error from torch."""
     with pytest.raises(InvalidArgument) as refusal:
         call()
     assert refusal.value.field == field
 
 
 def test_a_bad_label_is_named_by_its_place() -> None:
-    """In the label's own shape."""
+    """The error gives the label's index in the shape that the caller passed."""
     with pytest.raises(InvalidArgument, match=r"label\[3\] = 7 is outside \[0, 7\)"):
         paddle.cross_entropy(L, torch.tensor([0, 1, 2, 7, 9]))
 
 
 def test_a_bad_probability_is_named_by_its_place() -> None:
-    """The first one, by row and column."""
+    """The error names the first bad probability by its row and column."""
     wrong = Q.clone()
     wrong[2, 1] = float("inf")
     with pytest.raises(InvalidArgument, match=r"customized_probabilities\[2, 1\] = inf must be finite and > 0"):
@@ -313,7 +313,7 @@ def test_a_bad_probability_is_named_by_its_place() -> None:
 
 @pytest.mark.parametrize("group", [0, object()])
 def test_a_group_of_ranks_is_refused(group: object) -> None:
-    """None and False are one process."""
+    """A group of ranks raises NotSupported; None and False mean a single process."""
     for call in (
         lambda: paddle.margin_cross_entropy(L, Y, group=group),
         lambda: paddle.class_center_sample(Y, V, S, group),

@@ -1,4 +1,4 @@
-"""TensorFlow's sampler functions: its state, its checks, on torch tensors."""
+"""TensorFlow's sampler functions on torch tensors: their state and their checks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LABELS = torch.tensor([[3, 0], [7, 3], [10, 3]])
 
 
 def uniform_draws(num: int, seed: int | None, range_max: int = 173) -> list[list[int]]:
-    """num calls of the function."""
+    """Return the samples of `num` calls of uniform_candidate_sampler."""
     calls = [tensorflow.uniform_candidate_sampler(LABELS, 2, 9, True, range_max, seed) for _ in range(num)]
     return [call.sampled_candidates.tolist() for call in calls]
 
 
 def test_the_kth_call_draws_step_k_from_0() -> None:
-    """The draw is the one that the service makes for the same seed and step."""
+    """Call k of a sampler is the draw that the service makes for the same seed and step k, counted from 0."""
     expected = [sampling.draw(sampling.uniform(173), 9, True, 401, step).sampled.tolist() for step in range(3)]
     sampler = tensorflow.UniformCandidateSampler(2, 9, True, 173, seed=401)
     assert [sampler(LABELS).sampled_candidates.tolist() for _ in range(3)] == expected
@@ -36,7 +36,7 @@ def test_the_kth_call_draws_step_k_from_0() -> None:
 
 
 def test_equal_attributes_share_a_sampler_and_others_do_not() -> None:
-    """Another seed or range has a stream of its own; NumPy's and torch's numbers are the numbers they hold."""
+    """Equal seeds and ranges share one stream, whether the seed is a Python, NumPy or torch integer; others do not."""
     stream = [sampling.draw(sampling.uniform(173), 9, True, 402, step).sampled.tolist() for step in range(4)]
     assert uniform_draws(1, seed=402) == stream[:1]
     assert uniform_draws(1, seed=403) != stream[:1]
@@ -47,7 +47,7 @@ def test_equal_attributes_share_a_sampler_and_others_do_not() -> None:
 
 
 def test_no_seed_is_drawn_from_torchs_generator_once() -> None:
-    """torch.manual_seed decides an object's seed; one made after it has another."""
+    """torch.manual_seed determines a sampler's seed; the next sampler has another, and calls without a seed differ."""
     torch.manual_seed(5)
     first = tensorflow.UniformCandidateSampler(2, 9, True, 173)
     second = tensorflow.UniformCandidateSampler(2, 9, True, 173)
@@ -58,12 +58,12 @@ def test_no_seed_is_drawn_from_torchs_generator_once() -> None:
 
 
 def test_a_negative_seed_is_a_seed() -> None:
-    """Modulo 2^64, as it is 64 bits in the contract."""
+    """A negative seed is taken modulo 2^64, because seeds have 64 bits on the wire."""
     assert tensorflow.UniformCandidateSampler(2, 9, True, 173, seed=-1).seed == 2**64 - 1
 
 
 def test_a_refused_call_counts_for_nothing() -> None:
-    """Neither a step nor anything learned."""
+    """A refused call uses no step and adds nothing to the learned counts."""
     sampler = tensorflow.LearnedUnigramCandidateSampler(2, 9, False, 11, seed=3)
     with pytest.raises(InvalidArgument):
         sampler(torch.tensor([[3, 11]]))
@@ -76,7 +76,7 @@ def test_a_refused_call_counts_for_nothing() -> None:
 
 
 def test_the_learned_function_learns_over_calls() -> None:
-    """Calls of equal attributes learn into one set of counts, after they have sampled."""
+    """Calls with equal attributes share one set of learned counts, which each call updates after it has sampled."""
     counts = []
     for _ in range(3):
         values = tensorflow.learned_unigram_candidate_sampler(torch.tensor([[3, 3]]), 2, 9, False, 11, seed=404)
@@ -85,7 +85,7 @@ def test_the_learned_function_learns_over_calls() -> None:
 
 
 def test_threads_take_steps_of_their_own() -> None:
-    """64 calls of 4 threads draw steps 0 to 63, each once, and all that they saw is learned."""
+    """64 calls from 4 threads draw steps 0 to 63, each once, and all their labels are learned."""
     sampler = tensorflow.LearnedUnigramCandidateSampler(1, 5, False, 11, seed=3)
     stream = tensorflow.UniformCandidateSampler(1, 5, False, 1_000_003, seed=3)
     drawn: list[tuple[int, ...]] = []
@@ -112,11 +112,11 @@ def test_int32_labels_are_labels_and_no_rows_are_no_counts() -> None:
     assert empty.true_expected_count.shape == (0, 2)
 
 
-# Fixed unigram: where the counts come from
+# Fixed unigram: the source of the counts
 
 
 def expected_counts(range_max: int, **arguments: Any) -> list[float]:
-    """Q / S of every class."""
+    """Return Q / S of every class."""
     ids = torch.arange(range_max)[:, None]
     values = tensorflow.fixed_unigram_candidate_sampler(ids, 1, 4, False, range_max, **arguments)
     return [count / 4 for count in values.true_expected_count[:, 0].tolist()]
@@ -124,7 +124,7 @@ def expected_counts(range_max: int, **arguments: Any) -> list[float]:
 
 @pytest.fixture
 def vocab_file(tmp_path: Path) -> str:
-    """Seven words; the last of one, two or three columns is the count."""
+    """A file of seven words in lines of one, two or three columns; the last column is the count."""
     path = tmp_path / "words.csv"
     path.write_text('the,1\nof,2.5\n"a, b",x,4\n\n0\nword , 8\n1e1\r\nend,0.5')
     return str(path)
@@ -134,7 +134,7 @@ COUNTS = [1, 2.5, 4, 0, 8, 10, 0.5]
 
 
 def test_a_vocabulary_file_is_its_last_column(vocab_file: str) -> None:
-    """In order, empty lines left out, after the reserved ids; the same as the list of counts."""
+    """The counts are read in order after the reserved ids, without empty lines, and equal those given as a list."""
     weights = np.array([0, 0, *COUNTS]) ** 0.5
     expected = (weights / weights.sum()).tolist()
     arguments = {"distortion": 0.5, "num_reserved_ids": 2}
@@ -144,7 +144,7 @@ def test_a_vocabulary_file_is_its_last_column(vocab_file: str) -> None:
 
 
 def test_a_shard_has_its_own_ids(vocab_file: str) -> None:
-    """Local id i of shard k is i * num_shards + k; the counts of the others are not even read."""
+    """Local id i of shard k is id i * num_shards + k, and the counts of other shards are not read."""
     for shard in range(3):
         own = np.array(COUNTS[shard::3])
         arguments: dict[str, Any] = {"num_shards": 3, "shard": shard}
@@ -154,7 +154,7 @@ def test_a_shard_has_its_own_ids(vocab_file: str) -> None:
 
 
 def test_reserved_ids_are_cut_into_shards_as_tensorflow_does() -> None:
-    """4 reserved ids over 3 shards: 2, 1 and 1; words are counted from there on each shard, as in its kernel."""
+    """4 reserved ids over 3 shards are 2, 1 and 1, and each shard's words follow them, as in TensorFlow's kernel."""
     for shard, (num_reserved, words) in enumerate([(2, [2.5, 8]), (1, [1, 0, 0.5]), (1, [2.5, 8])]):
         weights = np.array([0.0] * num_reserved + words)
         arguments: dict[str, Any] = {"num_reserved_ids": 4, "num_shards": 3, "shard": shard, "unigrams": COUNTS}
@@ -162,7 +162,7 @@ def test_reserved_ids_are_cut_into_shards_as_tensorflow_does() -> None:
 
 
 def test_distortion_0_makes_all_words_equal() -> None:
-    """TensorFlow documents it as uniform: a word of count 0 is one of them, a reserved id is not."""
+    """Distortion 0 is uniform, as TensorFlow documents: it includes words of count 0, but not reserved ids."""
     arguments: dict[str, Any] = {"distortion": 0.0, "num_reserved_ids": 1, "unigrams": COUNTS}
     assert expected_counts(8, **arguments) == pytest.approx([0, *[1 / 7] * 7])
 
@@ -171,7 +171,7 @@ def test_distortion_0_makes_all_words_equal() -> None:
 
 
 def sample(**changes: Any) -> object:
-    """A good call of the fixed unigram sampler, with changes."""
+    """Call the fixed unigram sampler with valid arguments, except for the changes."""
     arguments: dict[str, Any] = {
         "true_classes": LABELS, "num_true": 2, "num_sampled": 3, "unique": True, "range_max": 12,
         "num_reserved_ids": 5, "unigrams": COUNTS, "seed": 1,
@@ -201,7 +201,7 @@ def test_the_call_that_the_refusals_change_is_good() -> None:
         ({"range_max": "12"}, "range_max"),
         ({"seed": 0.5}, "seed"),
         ({"unigrams": ()}, "unigrams"),
-        ({"vocab_file": "words.csv"}, "vocab_file"),  # beside unigrams
+        ({"vocab_file": "words.csv"}, "vocab_file"),  # in addition to unigrams
         ({"vocab_file": "/no/such/file", "unigrams": ()}, "vocab_file"),
         ({"unigrams": [*COUNTS[:-1], -1.0]}, "unigrams"),
         ({"unigrams": [*COUNTS[:-1], float("nan")]}, "unigrams"),
@@ -244,7 +244,7 @@ def test_more_distinct_ids_than_classes_are_refused(make: Callable[..., object])
 
 
 def test_a_hopeless_distinct_draw_is_refused() -> None:
-    """All of three classes, the last of p = 5e-13."""
+    """Drawing all of three classes is refused if the last one has p = 5e-13."""
     sampler = tensorflow.FixedUnigramCandidateSampler(1, 3, True, 3, unigrams=[1.0, 1.0, 1e-12], seed=0)
     with pytest.raises(InvalidArgument) as refused:
         sampler(torch.tensor([[0]]))
@@ -255,14 +255,14 @@ def test_a_hopeless_distinct_draw_is_refused() -> None:
 
 
 def naive_hits(labels: Tensor, sampled: Tensor) -> list[tuple[int, int]]:
-    """By the kernel's loops: a map of ids to their last place, then rows and columns in order."""
+    """Return hits as the kernel's loops do: map ids to their last place, then go through rows and columns in order."""
     last = {int(k): place for place, k in enumerate(sampled)}
     return [(n, last[int(y)]) for n, row in enumerate(labels) for y in row if int(y) in last]
 
 
 @pytest.mark.parametrize("num_sampled", [0, 1, 9, 40])
 def test_hits_are_the_last_places_of_true_classes(num_sampled: int, rng: np.random.Generator) -> None:
-    """Repeated labels hit each time, repeated samples are hit at their last place, and no sample is no hit."""
+    """A repeated label hits each time, a repeated sample is hit at its last place, and no samples give no hits."""
     labels = torch.from_numpy(rng.integers(0, 13, (7, 3)))
     sampled = torch.from_numpy(rng.integers(0, 13, num_sampled))
     hits = tensorflow.compute_accidental_hits(labels, sampled, 3)
@@ -285,17 +285,17 @@ INF, NAN = float("inf"), float("nan")
     "row, target, expected",
     [
         ([0.5, 2.0, 1.0, 0.0], 2, [False, True, True, True]),
-        ([1.0, 2.0, 1.0, 1.0], 3, [False, True, True, True]),  # three tie at the border of 2: all are in
+        ([1.0, 2.0, 1.0, 1.0], 3, [False, True, True, True]),  # three tie for the second place: all are in
         ([2.0, 2.0, 2.0, 2.0], 0, [True, True, True, True]),
         ([0.5, 2.0, 1.0, 0.0], 4, [False] * 4),
         ([0.5, 2.0, 1.0, 0.0], -1, [False] * 4),
         ([0.5, INF, 1.0, 0.0], 1, [False] * 4),
         ([0.5, 2.0, NAN, 0.0], 2, [False] * 4),
-        ([0.5, 2.0, 1.0, -INF], 1, [False] * 4),  # as its kernel: a row that is not finite says nothing
+        ([0.5, 2.0, 1.0, -INF], 1, [False] * 4),  # as in the kernel, a row that is not finite is never in
     ],
 )
 def test_in_top_k_is_tensorflows(row: list[float], target: int, expected: list[bool]) -> None:
-    """For k = 1, 2, 3, 4; for k = 0 nothing is in."""
+    """in_top_k agrees with TensorFlow for k = 1 to 4, and is False for k = 0."""
     predictions, targets = torch.tensor([row, [3.0, 0.0, 0.0, 0.0]]), torch.tensor([target, 0], dtype=torch.int32)
     for k, is_in in enumerate([False, *expected]):
         assert tensorflow.in_top_k(targets, predictions, k).tolist() == [is_in, k > 0]
@@ -303,7 +303,7 @@ def test_in_top_k_is_tensorflows(row: list[float], target: int, expected: list[b
 
 
 def test_in_top_k_of_nothing_is_nothing() -> None:
-    """No rows, or no classes."""
+    """in_top_k of no rows is empty, and of no classes is False."""
     assert tensorflow.in_top_k(torch.zeros(0).long(), torch.zeros(0, 3), 1).shape == (0,)
     assert tensorflow.in_top_k(torch.zeros(2).long(), torch.zeros(2, 0), 1).tolist() == [False, False]
 
@@ -336,7 +336,7 @@ def test_in_top_k_refuses_what_fits_no_predictions(targets: Tensor, predictions:
     ids=["learned", "all", "uniform"],
 )
 def test_what_does_not_fit_in_memory_is_refused_by_name(draw: Callable[[], object], field: str) -> None:
-    """A petabyte of ids or counts."""
+    """A request for a petabyte of ids or counts raises LimitExceeded with the argument's name."""
     with pytest.raises(LimitExceeded) as refused:
         draw()
     assert refused.value.field == field

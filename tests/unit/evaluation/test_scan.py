@@ -1,4 +1,4 @@
-"""Exact top-k, rank and log-sum-exp over any cut and any slices, ties broken by class id, against float64."""
+"""Top-k, rank and log-sum-exp are exact for any sharding and slicing, with ties broken by class id, against float64."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and biases that any storage dtype holds exactly, with groups of equal rows all over the table."""
+    """Rows and biases that any storage dtype represents exactly, with groups of equal rows all over the table."""
 
     weights: Tensor
     biases: Tensor
     hidden: Tensor
 
     def order(self, row: int) -> list[int]:
-        """Class ids by logit descending, then id ascending, with NumPy in float64."""
+        """Return class ids by logit descending, then id ascending, computed by NumPy in float64."""
         return sorted(range(len(self.weights)), key=lambda c: (-self.logits()[row, c], c))
 
     def logits(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Exact: every product and sum below fits in 53 bits."""
+        """Return exact logits: every product and sum below fits in 53 bits."""
         weights, biases, hidden = (x.numpy().astype(np.float64) for x in (self.weights, self.biases, self.hidden))
         return np.asarray(hidden @ weights.T + biases)
 
 
 @pytest.fixture
 def table(rng: np.random.Generator) -> Table:
-    """Values on a grid of 1/16 in [-4, 4]: sums are exact in any order, so ties are ties by arithmetic.
+    """A table of values on a grid of 1/16 in [-4, 4]: sums are exact in any order, and so are ties.
 
-    Classes 1, 50 and 96 are one row, the best one of hidden 0; 3 and 4 are another; class 60 ties with 1 for hidden 2,
-    which does not see where they differ; hidden 1 sees only the 17 different biases.
+    Classes 1, 50 and 96 share one row, the best for hidden 0; 3 and 4 share another; class 60 ties with 1 for hidden 2,
+    which is 0 in the columns that differ; for hidden 1 only the 17 different biases matter.
     """
     weights = rng.integers(-64, 65, (V, D)) / 16.0
     biases = rng.integers(-8, 9, V) / 4.0
@@ -62,7 +62,7 @@ def table(rng: np.random.Generator) -> Table:
 
 
 def ask(cut: Any, num_pieces: int, question: Question) -> list[ScanAnswer]:
-    """All answers, slice by slice and in each in shard order."""
+    """Return all answers, slice by slice, and in shard order within a slice."""
     return [answer for piece in range(num_pieces) for answer in cut.ask("scan", question, piece, num_pieces)]
 
 
@@ -71,7 +71,7 @@ def hidden_for(cut: Any, hidden: Tensor) -> Tensor:
 
 
 def asked(cut: Any, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
-    """Logits and keys of class_ids [N, S], summed over shards."""
+    """Return logits and keys of class_ids [N, S], summed over shards."""
     answers = cut.ask("asked_logits", hidden, class_ids)
     logits, keys = (torch.stack([getattr(a, name) for a in answers]).sum(0) for name in ("logits", "keys"))
     return AskedLogits(logits, keys, answers[0].version)
@@ -83,7 +83,7 @@ def asked(cut: Any, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
 def test_top_k_is_exact_with_ties_by_id(
     make_cut: MakeCut, table: Table, num_shards: int, strategy: str, num_pieces: int, dtype: str, k: int
 ) -> None:
-    """The k best of all slices are logit descending, then id ascending, wherever equal rows live."""
+    """The k best of all slices are in order of logit descending, then id ascending, wherever equal rows are stored."""
     cut = make_cut(table.weights, table.biases, num_shards=num_shards, strategy=strategy, dtype=dtype)
     answers = ask(cut, num_pieces, Question(hidden_for(cut, table.hidden), None, None, k, False))
     assert all(answer.best.class_ids.shape[1] <= k for answer in answers)
@@ -98,7 +98,7 @@ def test_top_k_is_exact_with_ties_by_id(
 def test_rank_counts_what_stands_before_the_label(
     make_cut: MakeCut, table: Table, num_shards: int, strategy: str, num_pieces: int, dtype: str
 ) -> None:
-    """rank - 1 = #{z > z_y} + #{z = z_y, id < y}: for every class as label, ties included, each place is taken once."""
+    """rank - 1 = #{z > z_y} + #{z = z_y, id < y}: over all classes as labels, ties included, each rank occurs once."""
     cut = make_cut(table.weights, table.biases, num_shards=num_shards, strategy=strategy, dtype=dtype)
     for row in range(N):
         labels = torch.arange(V)
@@ -115,7 +115,7 @@ def test_rank_counts_what_stands_before_the_label(
 def test_lse_is_that_of_all_classes(
     make_cut: MakeCut, num_shards: int, strategy: str, num_pieces: int, dtype: str, scale: float
 ) -> None:
-    """The log-sum-exp of the slices' log-sum-exps is the float64 one, to a few roundings in the table's dtype."""
+    """The log-sum-exp of the slices' log-sum-exps is the float64 value, up to a few roundings in the table's dtype."""
     weights, biases, hidden = scale * torch.randn(V, D).double(), torch.randn(V).double(), torch.randn(N, D).double()
     if dtype == "float32":
         weights, biases, hidden = (x.float().double() for x in (weights, biases, hidden))
@@ -132,7 +132,7 @@ def test_lse_is_that_of_all_classes(
 def test_asked_logits_add_up_over_shards(
     make_cut: MakeCut, table: Table, num_shards: int, strategy: str, num_pieces: int, dtype: str
 ) -> None:
-    """Each shard answers its own classes and 0 for others and for padding: the sum is the logit."""
+    """Each shard returns its own classes' logits and 0 for others and for padding, so their sum is the logit."""
     cut = make_cut(table.weights, table.biases, num_shards=num_shards, strategy=strategy, dtype=dtype)
     class_ids = torch.stack([torch.randperm(V)[:4] for _ in range(N)])
     class_ids[3, 1] = -1
@@ -144,7 +144,7 @@ def test_asked_logits_add_up_over_shards(
 
 @pytest.mark.parametrize("strategy", ["div", "mod"])
 def test_a_slice_does_not_see_the_rest(make_cut: MakeCut, table: Table, strategy: str) -> None:
-    """Slices of a shard are disjoint and complete, more slices than rows and empty shards included."""
+    """Slices of a shard are disjoint and complete, even with more slices than rows or with empty shards."""
     few = 5
     cut = make_cut(table.weights[:few], table.biases[:few], num_shards=7, strategy=strategy)
     hidden = table.hidden.double()
@@ -162,7 +162,7 @@ def test_a_slice_does_not_see_the_rest(make_cut: MakeCut, table: Table, strategy
 def test_equal_rows_tie_whatever_their_values(
     make_cut: MakeCut, dtype: str, strategy: str, seed: int, scale: float, num_shards: int
 ) -> None:
-    """Rows of arbitrary values: copies of a class stand in id order behind each other, wherever they live."""
+    """In rows of arbitrary values, copies of a class are adjacent in id order, wherever they are stored."""
     cut, hidden, copies = with_copies(make_cut, dtype, strategy, seed, scale, num_shards, orthogonal=False)
     assert_copies_tie(cut, hidden, copies)
 
@@ -170,7 +170,7 @@ def test_equal_rows_tie_whatever_their_values(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @given(seed=st.integers(0, 2**32), num_shards=st.sampled_from([1, 2, 3, 7]))
 def test_equal_rows_tie_where_terms_cancel(make_cut: MakeCut, dtype: str, seed: int, num_shards: int) -> None:
-    """The same for a hidden orthogonal to the row, whose logit is what rounding left of the sum."""
+    """Copies also tie for a hidden orthogonal to their row, whose logit is only the rounding error of the sum."""
     cut, hidden, copies = with_copies(make_cut, dtype, "mod", seed, 1.0, num_shards, orthogonal=True)
     assert_copies_tie(cut, hidden, copies)
 
@@ -178,7 +178,7 @@ def test_equal_rows_tie_where_terms_cancel(make_cut: MakeCut, dtype: str, seed: 
 def with_copies(
     make_cut: MakeCut, dtype: str, strategy: str, seed: int, scale: float, num_shards: int, orthogonal: bool
 ) -> tuple[Any, Tensor, list[int]]:
-    """A table with the same row as every fifth class, and hidden."""
+    """Return a table in which every fifth class has the same row, with its hidden and the ids of the copies."""
     generator = torch.Generator().manual_seed(seed)
     weights, hidden = (torch.randn(n, 10, dtype=torch.float64, generator=generator) for n in (V, N))
     weights *= scale
@@ -193,7 +193,7 @@ def with_copies(
 
 
 def assert_copies_tie(cut: Any, hidden: Tensor, copies: list[int]) -> None:
-    """In the whole order the copies are neighbours by id, and their ranks follow each other."""
+    """Assert that the copies are adjacent by id in the whole order, and that their ranks are consecutive."""
     found, _ = best_of(ask(cut, 2, Question(hidden, None, None, V, False)), V)
     for row in found.class_ids.tolist():
         first = row.index(copies[0])

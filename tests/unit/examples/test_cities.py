@@ -1,4 +1,4 @@
-"""The city finder's parts, each against a slow and obvious version of itself. No service is started."""
+"""The parts of the city finder, each compared with a slow and obvious version; no service is started."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from examples.cities.encoder import Encoder, RowAdagrad
 from examples.cities.settings import Settings
 from examples.cities.train import Curve, batches
 
-NUM_BUCKETS = 97  # few and prime: names share buckets
+NUM_BUCKETS = 97  # few and prime, so that names share buckets
 COUNTRIES = {"CA": {"name": "Canada"}, "CL": {"name": "Chile"}}
 
-# Names of cities: one, two, three, three of which two are one name, three that all are one, and seven.
+# Cities with one, two and three names, three of which two are the same, three that are all the same, and seven.
 NAMES = [
     ["a"],
     ["a", "b"],
@@ -43,7 +43,7 @@ NAMES = [
 
 
 def slow_bucket(gram: str, num_buckets: int) -> int:
-    """The hash in Python's own integers: a multiplication and a fold a code point, then the bits above the 17th."""
+    """Return the bucket with Python integers: multiply and fold per code point, then use the bits above the 17th."""
     state = 0
     for n, character in enumerate(gram, 1):
         state = (state ^ (ord(character) + n)) * 0x9E3779B97F4A7C15 % 2**64
@@ -52,14 +52,14 @@ def slow_bucket(gram: str, num_buckets: int) -> int:
 
 
 def slow_bag(name: str, num_buckets: int = NUM_BUCKETS) -> list[int]:
-    """Buckets of all substrings of 1 to 4 code points of the name between two blanks; a blank alone is none."""
+    """Return the buckets of all substrings of 1 to 4 code points of " name ", except single blanks."""
     marked = f" {name} " if name else ""
     spans = ((start, start + n) for start in range(len(marked)) for n in (1, 2, 3, 4) if start + n <= len(marked))
     return [slow_bucket(marked[start:end], num_buckets) for start, end in spans if marked[start:end] != " "]
 
 
 def lists_of(bags: ngrams.Bags) -> list[list[int]]:
-    """Each bag's buckets in ascending order: a bag has no order."""
+    """Return each bag's buckets in ascending order, because a bag has no order."""
     return [sorted(bags.gram_ids[slice(*span)].tolist()) for span in zip(bags.offsets, bags.offsets[1:], strict=False)]
 
 
@@ -68,14 +68,14 @@ def lists_of(bags: ngrams.Bags) -> list[list[int]]:
 @example(["", ""])
 @example(["東京", "\U00020bb7", "\U0001f3d9\ufe0f x", "\U0010ffff"])
 def test_a_bag_holds_every_gram_of_one_to_four_code_points(texts: list[str]) -> None:
-    """Blanks at both ends of every word count, no gram crosses into the next name, an empty name is an empty bag."""
+    """The blanks around words count, no gram crosses into the next name, and an empty name has an empty bag."""
     found = ngrams.bags(texts, NUM_BUCKETS)
     assert len(found) == len(texts)
     assert lists_of(found) == [sorted(slow_bag(text)) for text in texts]
 
 
 def test_one_word_has_the_grams_of_the_documentation() -> None:
-    """Of "köln": 4 letters, 5 pairs, 4 triples and 3 quadruples, blanks at its ends counted."""
+    """The word "köln" has 4 letters, 5 pairs, 4 triples and 3 quadruples, including the blanks at its ends."""
     expected = ["k", "ö", "l", "n", " k", "kö", "öl", "ln", "n ", " kö", "köl", "öln", "ln ", " köl", "köln", "öln "]
     (bag,) = lists_of(ngrams.bags(["köln"], 2**17))
     assert bag == sorted(slow_bucket(gram, 2**17) for gram in expected)
@@ -83,7 +83,7 @@ def test_one_word_has_the_grams_of_the_documentation() -> None:
 
 @pytest.mark.parametrize("index", [[], [3], [1, 1, 0], [4, 3, 2, 1, 0]])
 def test_bags_are_taken_in_the_order_asked_for(index: list[int]) -> None:
-    """Any names, with repeats, the empty one too."""
+    """`take` returns the bags in the order of the index, with repeats and empty names."""
     texts = ["lima", "", "la paz", "x", "\U00020bb7"]
     taken = ngrams.bags(texts, NUM_BUCKETS).take(np.array(index, np.int64))
     assert lists_of(taken) == [sorted(slow_bag(texts[place])) for place in index]
@@ -106,12 +106,12 @@ def test_bags_are_taken_in_the_order_asked_for(index: list[int]) -> None:
     ],
 )
 def test_names_are_compared_without_case_width_and_spacing(written: str, expected: str) -> None:
-    """However a name is typed or encoded, it is the same name."""
+    """Names that differ only in case, width, spacing or Unicode encoding are normalised to the same name."""
     assert names.normalised(written) == expected
 
 
 def city(population: int, geonameid: int, name: str, *alternates: str, country: str = "CA") -> dict[str, Any]:
-    """A city as the package has it."""
+    """Return a city in the format of the package."""
     return {
         "population": population,
         "geonameid": geonameid,
@@ -123,19 +123,19 @@ def city(population: int, geonameid: int, name: str, *alternates: str, country: 
 
 @pytest.fixture
 def gazetteer() -> names.Gazetteer:
-    """300 cities: each of NAMES fifty times."""
+    """A gazetteer of 300 cities: each entry of NAMES fifty times."""
     cities = [city(0, number, *NAMES[number % len(NAMES)]) for number in range(300)]
     return names.gazetteer(cities, {})
 
 
 def num_names(class_ids: NDArray[np.integer]) -> NDArray[np.int64]:
-    """How many names each city has."""
+    """Return the number of names of each city."""
     return np.bincount(class_ids)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_city_of_three_names_gives_one_away_and_keeps_two(gazetteer: names.Gazetteer, seed: int) -> None:
-    """None of a city of fewer; never one that training sees in another spelling of the same name."""
+    """A city of fewer names gives none away; a name that is held out never occurs in training in another spelling."""
     held_out = names.hold_out(gazetteer.class_ids, gazetteer.may_hold_out, seed)
     of_city: dict[int, list[tuple[str, bool]]] = {}
     for class_id, name, held in zip(gazetteer.class_ids, gazetteer.names, held_out, strict=True):
@@ -151,7 +151,7 @@ def test_a_city_of_three_names_gives_one_away_and_keeps_two(gazetteer: names.Gaz
 
 
 def test_what_is_held_out_depends_on_the_seed_alone(gazetteer: names.Gazetteer) -> None:
-    """The same seed gives the same names; over seeds, every name that may be held out is."""
+    """Equal seeds hold out equal names; over many seeds, every name that may be held out is."""
     drawn = [names.hold_out(gazetteer.class_ids, gazetteer.may_hold_out, seed) for seed in range(120)]
     assert np.array_equal(drawn[7], names.hold_out(gazetteer.class_ids, gazetteer.may_hold_out, 7))
     assert not np.array_equal(drawn[7], drawn[8])
@@ -160,7 +160,7 @@ def test_what_is_held_out_depends_on_the_seed_alone(gazetteer: names.Gazetteer) 
 
 @pytest.fixture
 def small_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of five cities, in no order."""
+    """A package of five cities in arbitrary order."""
     cities = [
         city(20, 9, "Iquique", "Ikike", country="CL"),
         city(50, 4, "Banff"),
@@ -174,7 +174,7 @@ def small_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_package")
 def test_class_ids_go_by_population_and_then_by_age() -> None:
-    """The most populous city is class 0; a name written twice is one; a country without a name keeps its code."""
+    """The most populous city is class 0; repeated names of a city are merged; an unnamed country keeps its code."""
     found = names.load()
     assert found.places == ["Calgary, Canada", "Banff, Canada", "Arica, Chile", "Iquique, Chile", "Nowhere, ??"]
     of_arica = {name for name, class_id in zip(found.names, found.class_ids, strict=True) if class_id == 2}
@@ -185,7 +185,7 @@ def test_class_ids_go_by_population_and_then_by_age() -> None:
 
 @pytest.mark.usefixtures("small_package")
 def test_a_second_run_reads_the_same_names_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are hashed once, whatever the seed; training and held-out names part them all."""
+    """Names are hashed once for all seeds, and each name is either a training name or held out."""
     settings = Settings(num_buckets=NUM_BUCKETS)
     first = dataset.load(settings, tmp_path / "new")
     monkeypatch.delattr(names, "load")
@@ -204,7 +204,7 @@ def test_a_second_run_reads_the_same_names_from_its_file(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_the_installed_package_has_the_cities_that_the_demo_promises() -> None:
-    """234,908 cities, Shanghai first, and 1,202,818 names, of which no city loses more than one, nor its last two."""
+    """There are 234,908 cities, Shanghai first, and 1,202,818 names; no city loses more than one, nor its last two."""
     found = names.load()
     assert (len(found.places), len(found.names), len(found.class_ids)) == (234_908, 1_202_818, 1_202_818)
     assert found.places[0] == "Shanghai, China"
@@ -219,15 +219,15 @@ def test_the_installed_package_has_the_cities_that_the_demo_promises() -> None:
 
 
 def slow_hidden(weight: Tensor, texts: list[str]) -> Tensor:
-    """A sum and a square root for each name."""
+    """Return hidden for each name: the sum of its grams' rows divided by the square root of their number."""
     bags = [slow_bag(text, len(weight)) for text in texts]
     return torch.stack([sum((weight[b] for b in bag), 0 * weight[0]) / math.sqrt(max(1, len(bag))) for bag in bags])
 
 
 @pytest.mark.parametrize("texts", [["la paz", "", "aaaa", "lima"], ["", ""], ["x"]])
 def test_a_name_becomes_the_scaled_sum_of_its_grams(texts: list[str]) -> None:
-    """Also where a gram comes twice; an empty name becomes 0; the gradient is sparse and names each row once."""
-    encoder = Encoder(13, 5, 0.3)  # 13 buckets: grams of one name collide
+    """Repeated grams count twice, an empty name becomes 0, and the sparse gradient contains each row once."""
+    encoder = Encoder(13, 5, 0.3)  # with 13 buckets, grams of one name collide
     weight = encoder.weight.detach().double().requires_grad_()
     upstream = torch.randn(len(texts), 5)
     hidden, expected = encoder(ngrams.bags(texts, 13)), slow_hidden(weight, texts)
@@ -244,7 +244,7 @@ def test_a_name_becomes_the_scaled_sum_of_its_grams(texts: list[str]) -> None:
 
 
 def test_row_adagrad_divides_by_the_root_of_a_rows_mean_squares() -> None:
-    """One accumulator a row, from its first value on; the learning rate of each step; other rows stay to the bit."""
+    """There is one accumulator per row, each step uses its own learning rate, and other rows keep their bits."""
     weight = torch.nn.Parameter(torch.randn(7, 3))
     first, rows, sums = weight.detach().clone(), weight.detach().double(), torch.full((7,), 0.2, dtype=torch.float64)
     optimizer = RowAdagrad(weight, lr=0.5, initial_accumulator=0.2, eps=0.1)
@@ -263,7 +263,7 @@ def test_row_adagrad_divides_by_the_root_of_a_rows_mean_squares() -> None:
 
 @pytest.mark.parametrize("batch", [7, 23, 50], ids=["smaller", "all", "larger"])
 def test_every_name_is_trained_on_before_any_comes_again(batch: int) -> None:
-    """All batches are full; every 23 names in a row are all 23 names, in an order of their own."""
+    """All batches are full, and each round of 23 draws contains all 23 names in a new order."""
     training = 100 + 2 * np.arange(23)
     settings = Settings(batch=batch, num_steps=15, seed=3)
     drawn = list(batches(training, settings))
@@ -275,14 +275,14 @@ def test_every_name_is_trained_on_before_any_comes_again(batch: int) -> None:
 
 
 def test_the_order_of_training_is_the_seeds() -> None:
-    """The same seed gives the same batches, another seed others."""
+    """Equal seeds give equal batches, and another seed gives other ones."""
     orders = [np.concatenate(list(batches(np.arange(23), Settings(batch=4, num_steps=9, seed=s)))) for s in (5, 5, 6)]
     assert np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0], orders[2])
 
 
 def test_figures_are_means_over_names() -> None:
-    """Rank 1 is the first place and rank 10 still among the first ten; what ranks far counts little in the MRR."""
+    """Figures are means over names of the loss, rank 1 (hit@1), ranks up to 10 (hit@10) and 1 / rank (MRR)."""
     answers = shardloss.Evaluation(np.array([0.5, 1.0, 3.0, 7.5]), np.array([1, 10, 16, 200]), 1, 1)
     mrr = (1 + 1 / 10 + 1 / 16 + 1 / 200) / 4
     expected = evaluate.Figures(nll=3.0, hit_at_1=0.25, hit_at_10=0.5, mrr=mrr, gap=-0.5)
@@ -290,14 +290,14 @@ def test_figures_are_means_over_names() -> None:
 
 
 def dataset_of(class_ids: list[int], held_out: list[int]) -> Dataset:
-    """A data set whose bags nobody reads."""
+    """Return a data set whose bags are not used."""
     training = np.setdiff1d(np.arange(len(class_ids)), held_out)
     bags = ngrams.bags([""] * len(class_ids), NUM_BUCKETS)
     return Dataset([f"{i}" for i in range(max(class_ids) + 1)], bags, np.array(class_ids), training, np.array(held_out))
 
 
 def test_the_baseline_knows_populations_and_how_often_cities_are_named() -> None:
-    """It ranks by population: class 0 first, class 10 eleventh; its likelihood is the share of the training names."""
+    """The baseline ranks by population, class 0 first; its probability of a city is its share of training names."""
     cities = dataset_of([0, 0, 0, *range(1, 10), 10, 10, 10], held_out=[0, 14])
     found = evaluate.baseline(cities, cities.held_out)
     expected = evaluate.Figures(nll=math.log(13 / 2), hit_at_1=0.5, hit_at_10=0.5, mrr=(1 + 1 / 11) / 2)
@@ -306,7 +306,7 @@ def test_the_baseline_knows_populations_and_how_often_cities_are_named() -> None
 
 @pytest.mark.parametrize(("num_eval", "expected"), [(None, 40), (40, 40), (41, 40), (9, 9)])
 def test_evaluated_names_are_held_out_ones_drawn_by_the_seed(num_eval: int | None, expected: int) -> None:
-    """As many as asked for, or all there are; none twice."""
+    """num_eval distinct held-out names are drawn by the seed, or all of them if there are fewer."""
     cities = dataset_of([0] * 60, held_out=list(range(20, 60)))
     drawn = evaluate.sample(cities, Settings(num_eval=num_eval, seed=4))
     assert len(set(drawn.tolist())) == len(drawn) == expected
@@ -326,14 +326,14 @@ def test_evaluated_names_are_held_out_ones_drawn_by_the_seed(num_eval: int | Non
     ],
 )
 def test_options_overrule_the_settings(arguments: str, expected: dict[str, object]) -> None:
-    """What is not given keeps its default, or that of --small."""
+    """Options override the settings; the others keep their default, or that of --small."""
     settings = cli.settings_of(cli.parser().parse_args(["train", *arguments.split()]))
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("arguments", ["--steps 0", "--steps -3", "--steps x", "--eval-names 0", "--seed -1"])
 def test_numbers_that_cannot_be_are_refused_before_any_work(arguments: str, capsys) -> None:
-    """Exit status 2 and the option's name, instead of a failure after minutes of training."""
+    """The exit status is 2 and the message names the option, instead of a failure after minutes of training."""
     with pytest.raises(SystemExit) as stopped:
         cli.parser().parse_args(["train", *arguments.split()])
     assert stopped.value.code == 2
@@ -341,7 +341,7 @@ def test_numbers_that_cannot_be_are_refused_before_any_work(arguments: str, caps
 
 
 def test_the_result_file_has_every_figure(tmp_path: Path) -> None:
-    """before, after and baseline with their figures each, speed, time, seed and the number of names."""
+    """The file has the figures of before, after and baseline, the speed, the time, the seed and the number of names."""
     gaps = {"before": 0.125, "after": -0.25, "baseline": None}
     figures = {name: evaluate.Figures(n + 0.5, 0.25, 1.0, 0.5, gap) for n, (name, gap) in enumerate(gaps.items())}
     curve = Curve([3.0, 2.0, 1.0], [0.5, 1.0, 2.0], batch=8)
@@ -359,7 +359,7 @@ def test_the_result_file_has_every_figure(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Encoder, Tensor]:
-    """A model of three places in tmp_path, its encoder, and rows with their biases as a last column."""
+    """The folder of a model of three places, its encoder, and its rows with the biases as the last column."""
     encoder, rows = Encoder(13, 5, 0.3), torch.randn(3, 6)
     table: Any = SimpleNamespace(
         read_rows=lambda class_ids: shardloss.types.Rows(rows[class_ids, :5].numpy(), rows[class_ids, 5].numpy(), 1)
@@ -370,7 +370,7 @@ def saved(tmp_path: Path) -> tuple[Path, Encoder, Tensor]:
 
 @pytest.mark.parametrize("name", ["La  PAZ", "\U00020bb7", "-"])
 def test_a_saved_model_answers_as_the_softmax_over_its_rows(saved: tuple[Path, Encoder, Tensor], name: str) -> None:
-    """All places with their probabilities, the best first; k gives as many of them."""
+    """The answers are all places with their softmax probabilities, the best first; k limits their number."""
     directory, encoder, rows = saved
     hidden = slow_hidden(encoder.weight.detach().double(), [names.normalised(name)])[0]
     expected = (rows.double() @ torch.cat([hidden, torch.ones(1)])).softmax(0).sort(descending=True)
@@ -383,7 +383,7 @@ def test_a_saved_model_answers_as_the_softmax_over_its_rows(saved: tuple[Path, E
 
 @pytest.fixture
 def _own_signals() -> Iterator[None]:
-    """What `main` does to SIGTERM is undone."""
+    """Restore the SIGTERM handler that `main` replaces."""
     previous = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, previous)
@@ -392,7 +392,7 @@ def _own_signals() -> Iterator[None]:
 @pytest.mark.usefixtures("_own_signals")
 @pytest.mark.parametrize("name", ["Koeln", "[/x]", "[bold]", ":smile:"])
 def test_a_name_is_shown_as_it_was_typed(saved: tuple[Path, Encoder, Tensor], name: str, capsys) -> None:
-    """Brackets and colons in names and places are no commands to the terminal."""
+    """Brackets and colons in names and places are printed literally, not as terminal markup."""
     assert cli.main(["ask", name, "--out", str(saved[0])]) == 0
     shown = capsys.readouterr().out
     assert f"│ {name} " in shown
@@ -402,6 +402,6 @@ def test_a_name_is_shown_as_it_was_typed(saved: tuple[Path, Encoder, Tensor], na
 @pytest.mark.usefixtures("_own_signals")
 @pytest.mark.parametrize("name", ["", "  ", "\u3000\t"])
 def test_a_blank_name_is_no_question(saved: tuple[Path, Encoder, Tensor], name: str, capsys) -> None:
-    """Exit status 2 and what to type, model or not."""
+    """The exit status is 2 and the output shows what to type, even if a model exists."""
     assert cli.main(["ask", name, "--out", str(saved[0])]) == 2
     assert "make demo-ask NAME=" in capsys.readouterr().out

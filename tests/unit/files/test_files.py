@@ -1,4 +1,4 @@
-"""A table goes to a file and comes back as it was, whatever the cut; bad files change nothing."""
+"""A table exported to a file and imported again is the same with any number of shards; bad files change nothing."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ OPTIMIZERS: dict[str, types.Optimizer] = {
     "adamw": shardloss.AdamW(),
     "sparse_adam": shardloss.SparseAdam(),
 }
-# Of 7 commits; losses are 4 to 8 nats. Rows of bfloat16 without biases also multiply in bfloat16, whose logits depend
-# on the cut by 2^-8 of their size: there two cuts of one table differ as much without any file between.
+# Tolerances after 7 commits, with losses of 4 to 8 nats. bfloat16 rows without biases are multiplied in bfloat16, and
+# their logits depend on the number of shards by 2^-8 of their size, even if no file is involved.
 TOLERANCE = {("float32", True): 1e-5, ("float64", True): 1e-12, ("bfloat16", True): 1e-4, ("bfloat16", False): 0.05}
 CURVES = [
     *(("adam", dtype, True, "safetensors") for dtype in ("float32", "float64", "bfloat16")),
@@ -50,7 +50,7 @@ Make = Callable[..., shardloss.Table]
 
 @pytest.fixture
 def make(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Make:
-    """Makes a table of 3 shards, dealt out in turn."""
+    """Return a function that creates a table of 3 shards with placement "mod"."""
 
     def make(**options: Any) -> shardloss.Table:
         return client.create_table(
@@ -61,7 +61,7 @@ def make(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> Make:
 
 
 def train(table: shardloss.Table, rng: np.random.Generator, num_steps: int = 7) -> np.ndarray:
-    """Losses [num_steps, N] of steps of both kinds; the sampled ones draw by learned counts."""
+    """Train for num_steps and return the losses [num_steps, N]; if labels are counted, every other step is sampled."""
     session, losses = table.session(), []
     sampled = shardloss.SampledSoftmax(num_sampled=20, sampler="learned_unigram", seed=3)
     for step in range(num_steps):
@@ -79,7 +79,7 @@ def export_path(tmp_path: Path, format: str) -> Path:
 def test_a_table_goes_on_training_with_the_same_curve_on_another_cut(
     client: shardloss.LossClient, make: Make, tmp_path: Path, optimizer: str, dtype: str, bias: bool, format: str
 ) -> None:
-    """Trained, exported, imported on 5 shards in ranges, and both trained on by the same batches."""
+    """A trained table and its copy, imported into 5 contiguous shards, have the same losses on the same batches."""
     table = make(dtype=dtype, bias=bias, optimizer=OPTIMIZERS[optimizer], count_labels=True)
     train(table, np.random.default_rng(1))
     path = export_path(tmp_path, format)
@@ -93,7 +93,7 @@ def test_a_table_goes_on_training_with_the_same_curve_on_another_cut(
 
 
 def test_a_curve_without_its_state_is_another(client: shardloss.LossClient, make: Make, tmp_path: Path) -> None:
-    """What the test above compares does see state: rows alone go on otherwise."""
+    """A table imported without its optimizer state has another curve, so the test above does depend on the state."""
     table = make(optimizer=OPTIMIZERS["adam"], count_labels=True)
     train(table, np.random.default_rng(1))
     files.export_table(table, tmp_path / "t.safetensors")
@@ -113,7 +113,7 @@ def test_a_curve_without_its_state_is_another(client: shardloss.LossClient, make
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_client_and_server_agree_on_what_an_optimizer_holds(make: Make, name: str) -> None:
-    """Names and widths of state, of rows and of biases, as the wire answers them."""
+    """The client and the server expect the same names and widths of state for rows and biases."""
     spec = OPTIMIZERS[name]
     table = make(optimizer=spec)
     page = table.read_state(0, V)
@@ -126,7 +126,7 @@ def test_client_and_server_agree_on_what_an_optimizer_holds(make: Make, name: st
 
 @pytest.mark.parametrize("format", ["safetensors", "numpy"])
 def test_class_counts_come_along(client: shardloss.LossClient, make: Make, tmp_path: Path, format: str) -> None:
-    """Those written, and those learned from commits."""
+    """Written class counts and those learned from commits are exported and imported with the table."""
     table = make(count_labels=True)
     train(table, np.random.default_rng(1))
     table.write_class_counts(np.arange(V) * 0.5)
@@ -141,7 +141,7 @@ def test_class_counts_come_along(client: shardloss.LossClient, make: Make, tmp_p
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_the_library_reads_what_we_write(make: Make, tmp_path: Path, dtype: str) -> None:
-    """Every tensor and the metadata, by safetensors' own reader."""
+    """The safetensors library reads every tensor and the metadata of an exported file."""
     table = make(dtype=dtype, optimizer=OPTIMIZERS["adam"], count_labels=True)
     train(table, np.random.default_rng(1))
     path = tmp_path / "t.safetensors"
@@ -164,7 +164,7 @@ def test_the_library_reads_what_we_write(make: Make, tmp_path: Path, dtype: str)
 
 
 def test_numpy_reads_what_we_write(make: Make, tmp_path: Path) -> None:
-    """A folder of plain arrays."""
+    """An export in NumPy format is a folder of plain .npy arrays."""
     table = make(optimizer=OPTIMIZERS["row_adagrad"])
     train(table, np.random.default_rng(1))
     files.export_table(table, tmp_path / "t")
@@ -174,7 +174,7 @@ def test_numpy_reads_what_we_write(make: Make, tmp_path: Path) -> None:
 
 
 def test_bfloat16_rows_keep_every_bit(make: Make) -> None:
-    """Denormal numbers, minus zero and the largest ones too."""
+    """bfloat16 rows are written and read bit by bit, including denormals, minus zero and the largest numbers."""
     table = make(dtype="bfloat16")
     bits = np.arange(V * D, dtype=np.uint16).reshape(V, D)
     bits[0] = (0x8000, 0x7F7F, 0xFF7F, 0x0001, 0x8001)
@@ -186,7 +186,7 @@ def test_bfloat16_rows_keep_every_bit(make: Make) -> None:
 def test_an_older_server_is_refused(
     client: shardloss.LossClient, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would leave the state out without a word."""
+    """Export and import refuse a server that would silently omit the optimizer state."""
     table = make()
     files.export_table(table, tmp_path / "t.safetensors")
     monkeypatch.setattr(client, "info", replace(client.info, features=("evaluate",)))
@@ -198,11 +198,11 @@ def test_an_older_server_is_refused(
             call()
 
 
-# Others train meanwhile; it breaks off
+# Concurrent training and interrupted transfers
 
 
 def wide(make: Make) -> shardloss.Table:
-    """A table of three pages."""
+    """Return a table of three pages."""
     table = make(num_classes=1500, dim=64, optimizer=OPTIMIZERS["adam"])
     assert 1500 / 3 <= table.page_rows < 1500 / 2
     return table
@@ -210,7 +210,7 @@ def wide(make: Make) -> shardloss.Table:
 
 @pytest.mark.parametrize("format", ["safetensors", "numpy"])
 def test_a_table_that_moves_is_no_export(make: Make, tmp_path: Path, format: str) -> None:
-    """The export says which versions it met, and leaves no file; allowed, it says so in the file."""
+    """If the table changes, export raises TableMoved and leaves no file; with allow_moving it writes both versions."""
     table, path = wide(make), export_path(tmp_path, format)
 
     def step(done: int, _of: int) -> None:
@@ -229,7 +229,7 @@ def test_a_table_that_moves_is_no_export(make: Make, tmp_path: Path, format: str
 def test_an_import_that_breaks_off_is_never_taken_for_a_table(
     client: shardloss.LossClient, make: Make, tmp_path: Path
 ) -> None:
-    """It stays under another name, which the error says with what to do; resumed, it is whole."""
+    """An incomplete import stays under NAME.part, the error says how to continue, and a resumed import is complete."""
     table, path = wide(make), tmp_path / "t.safetensors"
     train(table, np.random.default_rng(1))
     files.export_table(table, path)
@@ -245,7 +245,7 @@ def test_an_import_that_breaks_off_is_never_taken_for_a_table(
         files.import_table(client, path, name, progress=cut)
     with pytest.raises(errors.TableNotFound):
         client.table(name)
-    with pytest.raises(errors.TableExists, match=r"broke off.*--resume"):
+    with pytest.raises(errors.TableExists, match=r"interrupted.*--resume"):
         files.import_table(client, path, name)
     with pytest.raises(KeyboardInterrupt) as interrupted:
         files.import_table(client, path, name, resume=True, progress=interrupt)
@@ -263,7 +263,7 @@ def test_an_import_that_breaks_off_is_never_taken_for_a_table(
 def test_a_resumed_import_keeps_nothing_of_the_one_that_broke_off(
     client: shardloss.LossClient, make: Make, tmp_path: Path
 ) -> None:
-    """Of another file, on another cut: the class counts of the first are not the second's."""
+    """Resuming with another file and another number of shards keeps no class counts of the first file."""
     first, second = make(), make()
     first.write_class_counts(np.arange(1.0, first.spec.num_classes + 1))
     for table in (first, second):
@@ -281,7 +281,7 @@ def test_a_resumed_import_keeps_nothing_of_the_one_that_broke_off(
 
 
 def test_no_more_than_a_page_is_held(client: shardloss.LossClient, make: Make, tmp_path: Path) -> None:
-    """Of a table of 24 MB, both ways."""
+    """Export and import of a table of 24 MB allocate less than 8 MiB at a time."""
     table = make(num_classes=15_000, dim=128, optimizer=OPTIMIZERS["adam"], bias=False)
     path = tmp_path / "t.safetensors"
     tracemalloc.start()
@@ -296,7 +296,7 @@ def test_no_more_than_a_page_is_held(client: shardloss.LossClient, make: Make, t
 
 
 def test_an_export_replaces_only_what_it_is_told_to(make: Make, tmp_path: Path) -> None:
-    """A file that is there stays; so does a folder in which others have files."""
+    """An existing file is kept unless overwrite is set, and a folder that contains other files is never replaced."""
     table = make()
     for name in ("t.safetensors", "t"):
         files.export_table(table, tmp_path / name)
@@ -311,18 +311,18 @@ def test_an_export_replaces_only_what_it_is_told_to(make: Make, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "t.safetensors"]
 
 
-# Files of others
+# Files from other sources
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_rows_come_from_any_checkpoint(
     client: shardloss.LossClient, fresh_name: Callable[[], str], tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    """A tensor of any name and float dtype, among others that are not ours."""
+    """Rows are imported from a named tensor of any float dtype in a checkpoint with other tensors."""
     rows = torch.randn(V, D).to(dtype)
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"lm_head.weight": rows, "mask": torch.ones(3, dtype=torch.bool)}, path)
-    with pytest.raises(errors.BadFile, match=r"lm_head\.weight"):  # says what there is
+    with pytest.raises(errors.BadFile, match=r"lm_head\.weight"):  # lists the tensors that exist
         files.import_table(client, path, fresh_name())
     table = files.import_table(client, path, fresh_name(), weights_name="lm_head.weight")
     assert table.spec.dtype == {torch.float16: "float32"}.get(dtype, str(dtype).removeprefix("torch."))
@@ -334,7 +334,7 @@ def test_rows_come_from_any_checkpoint(
 def test_rows_come_from_a_npy_file_in_another_dtype(
     client: shardloss.LossClient, fresh_name: Callable[[], str], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    """With the optimizer and the biases of the new table."""
+    """Rows from a .npy file are converted to the new table's dtype; the caller chooses optimizer and biases."""
     rows = rng.normal(size=(V, D)).astype(np.float32)
     np.save(tmp_path / "w.npy", rows)
     adam = OPTIMIZERS["adam"]
@@ -349,7 +349,7 @@ def test_rows_come_from_a_npy_file_in_another_dtype(
 def test_rows_that_cannot_be_stored_leave_no_table(
     client: shardloss.LossClient, fresh_name: Callable[[], str], tmp_path: Path
 ) -> None:
-    """The error names the row."""
+    """A value that is not finite raises InvalidArgument with its row and column, and no table remains."""
     rows = np.zeros((V, D), np.float32)
     rows[17, 2] = np.nan
     np.save(tmp_path / "w.npy", rows)
@@ -363,7 +363,7 @@ def test_rows_that_cannot_be_stored_leave_no_table(
 
 
 def header(raw: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A safetensors file with another header."""
+    """Return the safetensors file `raw` with its header changed."""
     length = struct.unpack("<Q", raw[:8])[0]
     entries = json.loads(raw[8 : 8 + length])
     change(entries)
@@ -372,7 +372,7 @@ def header(raw: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
 
 
 def facts(raw: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A safetensors file that says something else of its table."""
+    """Return the safetensors file `raw` with its table's metadata changed."""
 
     def rewrite(entries: dict[str, Any]) -> None:
         metadata = entries["__metadata__"]
@@ -416,7 +416,7 @@ SGD = {"kind": "sgd", "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
 def test_a_bad_file_is_refused_before_anything_is_made(
     client: shardloss.LossClient, make: Make, tmp_path: Path, kind: str
 ) -> None:
-    """A named error that says which file and what is wrong; no table, whole or not."""
+    """BadFile names the file and what is wrong with it, and no complete or partial table exists."""
     table, path = make(optimizer=OPTIMIZERS["adam"]), tmp_path / "t.safetensors"
     files.export_table(table, path)
     spoil, complaint = HOSTILE[kind]
@@ -429,14 +429,14 @@ def test_a_bad_file_is_refused_before_anything_is_made(
 
 
 def saved(array: Any, **options: Any) -> bytes:
-    """The content of a .npy file."""
+    """Return the content of a .npy file."""
     stream = io.BytesIO()
     np.save(stream, array, **options)
     return stream.getvalue()
 
 
 class Bomb:
-    """What must never be unpickled."""
+    """An object that fails the test if it is unpickled."""
 
     def __reduce__(self) -> Any:
         return pytest.fail, ("unpickled",)
@@ -466,7 +466,7 @@ HOSTILE_NPY: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_bad_npy_file_is_refused_and_never_unpickled(
     client: shardloss.LossClient, fresh_name: Callable[[], str], tmp_path: Path, kind: str
 ) -> None:
-    """As a safetensors file."""
+    """A malformed or pickled .npy file raises BadFile, and no pickle is ever loaded."""
     content, complaint = HOSTILE_NPY[kind]
     (tmp_path / "w.npy").write_bytes(content())
     with pytest.raises(errors.BadFile, match=complaint):
@@ -474,7 +474,7 @@ def test_a_bad_npy_file_is_refused_and_never_unpickled(
 
 
 def test_a_bad_folder_is_refused(client: shardloss.LossClient, make: Make, tmp_path: Path) -> None:
-    """Without its spec, with a file too many, too few, or of another dtype."""
+    """A folder with a bad or missing spec, an extra or missing array, or an array of another dtype raises BadFile."""
     table, path = make(), tmp_path / "t"
     files.export_table(table, path)
     weights, spec = (path / "weights.npy").read_bytes(), (path / "spec.json").read_text()
@@ -499,7 +499,7 @@ def test_a_bad_folder_is_refused(client: shardloss.LossClient, make: Make, tmp_p
 
 
 def test_a_full_disk_shows_before_the_first_page(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says how much is needed; no file is left."""
+    """If the disk is too small, the error says how many bytes are needed, and no file is left."""
 
     def full(_file: int, _offset: int, _length: int) -> None:
         raise OSError(28, "No space left on device")
@@ -512,7 +512,7 @@ def test_a_full_disk_shows_before_the_first_page(make: Make, tmp_path: Path, mon
 
 
 def test_a_header_keeps_its_length_when_it_is_sealed(tmp_path: Path) -> None:
-    """Its numbers may grow to 19 digits."""
+    """The header's length allows its numbers to grow to 19 digits."""
     spec = files.importing.types.TableInfo(
         "t", 1, 1, "float32", False, 1, "mod", types.Zeros(), types.Sgd(), False, 0, 0, 0
     )
@@ -546,7 +546,7 @@ def changed(page: types.TableRows, **changes: Any) -> types.TableRows:
     ],
 )
 def test_bad_state_is_refused_whole(make: Make, change: dict[str, Any], field: str, complaint: str) -> None:
-    """The error names the field; neither rows nor state nor version change."""
+    """InvalidArgument names the field, and neither rows nor state nor version change."""
     table = make(optimizer=OPTIMIZERS["adam"])
     train(table, np.random.default_rng(1), 2)
     before = table.read_state(0, V)
@@ -561,7 +561,7 @@ def test_bad_state_is_refused_whole(make: Make, change: dict[str, Any], field: s
 
 
 def test_state_that_is_not_given_stays(make: Make) -> None:
-    """Rows alone, state alone, the step alone: each a version of its own."""
+    """Rows, state and step can be written separately; each write adds a version and leaves the rest unchanged."""
     table = make(optimizer=OPTIMIZERS["adam"])
     train(table, np.random.default_rng(1), 2)
     before = table.read_state(0, V)
@@ -591,7 +591,7 @@ def test_a_table_without_biases_takes_none_of_their_state(make: Make) -> None:
 
 
 def test_learned_counts_are_checked(make: Make) -> None:
-    """Whole numbers from 1, of a table that counts its labels, whose sum stays in 64 bits."""
+    """Learned counts must be integers of at least 1 whose sum is in range, for a table that counts its labels."""
     table = make(count_labels=True)
     train(table, np.random.default_rng(1), 3)
     before = table.read_class_counts(0, V).learned
@@ -622,7 +622,7 @@ def test_too_many_rows_with_state_are_refused_before_they_are_read(make: Make) -
 
 
 def test_a_renamed_table_is_the_same_table(client: shardloss.LossClient, make: Make) -> None:
-    """Rows and step stay, its old name is free; a name that is taken, or is none, is refused."""
+    """A renamed table keeps its rows and step, and its old name is free; a taken or invalid new name is refused."""
     table, other = make(), make()
     train(table, np.random.default_rng(1), 2)
     rows = table.read_rows(np.arange(V)).rows

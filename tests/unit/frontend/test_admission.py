@@ -1,4 +1,4 @@
-"""Places and hints: nobody holds so many that others find none, and who is refused comes back in a line."""
+"""Admission and retry hints: no caller can occupy every place, and refused calls return one after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardloss_server.frontend.hints import LEAST_S, MOST_S, Hints
 
 
 def take(places: Admission, stack: ExitStack, caller: str, num_bytes: int = 1) -> int:
-    """Places that a caller gets before it is refused."""
+    """Return the number of places that a caller gets before it is refused."""
     for count in range(100):
         try:
             stack.enter_context(places.admit(num_bytes, caller))
@@ -22,7 +22,7 @@ def take(places: Admission, stack: ExitStack, caller: str, num_bytes: int = 1) -
 
 
 def test_a_caller_leaves_as_many_places_as_it_holds() -> None:
-    """Alone it gets half of them and one; the next gets half of the rest; all are free again afterwards."""
+    """Each caller gets just over half of the places that are left (8, 4 and 2 of 15), and all are freed at the end."""
     places = Admission(15, 1000, "max")
     with ExitStack() as stack:
         assert [take(places, stack, caller) for caller in "abc"] == [8, 4, 2]
@@ -39,14 +39,14 @@ def test_bytes_are_shared_as_places_are() -> None:
 
 
 def test_one_call_may_be_larger_than_all_bytes() -> None:
-    """Where nothing else is inside: its own limit is another one."""
+    """If no other call is admitted, a call may exceed the total; the size of a single call has its own limit."""
     places = Admission(4, 10, "max")
     with places.admit(50, "a"):
         assert places.num_bytes == 50
 
 
 def test_hints_stand_in_a_line() -> None:
-    """Each refused call is told to come after the one before, as fast as places become free, until MOST_S."""
+    """Each refused call is told to return after the one before it, as fast as places become free, up to MOST_S."""
     now = 50.0
     hints = Hints(lambda: now, lambda _low, _high: 1.0)
     for _ in range(200):
@@ -60,7 +60,7 @@ def test_hints_stand_in_a_line() -> None:
 
 
 def test_equal_hints_are_spread() -> None:
-    """Also at the end of the line, where the hint is bounded."""
+    """Hints are spread even if the queue is so long that they reach their upper limit."""
     hints = Hints(lambda: 0.0)
     given = [hints.next() for _ in range(2000)]
     assert len(set(given[-100:])) == 100
@@ -69,7 +69,7 @@ def test_equal_hints_are_spread() -> None:
 
 @pytest.mark.parametrize("num_streams, after_s", [(1, 8.5), (4, 1.0)])
 def test_a_silent_stream_is_dropped_sooner_where_places_are_few(num_streams: int, after_s: float) -> None:
-    """After nearly all of idle_s while most places are free; after a tenth of it where none is."""
+    """It is dropped after nearly all of idle_s if most places are free, and after a tenth of it if none is."""
     streams, dropped = LiveStreams(4, 10.0, "max"), []
     with ExitStack() as stack:
         for number in range(num_streams):
@@ -81,9 +81,9 @@ def test_a_silent_stream_is_dropped_sooner_where_places_are_few(num_streams: int
 
 
 def test_unread_replies_are_bounded() -> None:
-    """Their bytes are free as the calls end; a call that has ended already is not counted; nobody takes them all.
+    """Unread bytes are freed as calls end, calls that have already ended do not count, and no caller can use all bytes.
 
-    Refused is who has done nothing yet: a reply that is made is always handed over.
+    Only new calls are refused: a reply that has been computed is always handed over.
     """
     unsent, ends = Unsent(100, 1.0), []
 

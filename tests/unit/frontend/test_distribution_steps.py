@@ -1,4 +1,4 @@
-"""Steps over a label distribution that end badly, or meet others: the table goes on, and a repeat is one step."""
+"""Steps over a label distribution that fail or overlap others leave the table usable, and a repeat is one step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATE = 0.3
 
 
 def step_of(hidden: Tensor, pieces: Iterator[LabelColumns], step: int = 1, grad_scale: float = 1.0) -> LossRequest:
-    """The one-call form of a step over a distribution."""
+    """Return the one-call form of a step over a distribution."""
     return replace(
         request_of(hidden, torch.zeros(N, 0, dtype=torch.int64), ignore_index=None, label_columns=pieces),
         session="session",
@@ -38,12 +38,12 @@ def step_of(hidden: Tensor, pieces: Iterator[LabelColumns], step: int = 1, grad_
 
 
 def pieces_of(y: Tensor) -> Iterator[LabelColumns]:
-    """y [N, V], two classes at a time."""
+    """Return y [N, V] in pieces of two classes."""
     return (LabelColumns(start, y[:, start : start + 2]) for start in range(0, V, 2))
 
 
 def stepped(table: Table, hidden: Tensor, y: Tensor, g: float = 1.0) -> Tensor:
-    """Rows after one SGD step on g * sum(cross_entropy), dense."""
+    """Return the rows after one SGD step on g * sum(cross_entropy), computed densely."""
     rows = table.read()[0].requires_grad_()
     loss = (torch.logsumexp(hidden @ rows.T, 1) * y.sum(1) - (y * (hidden @ rows.T)).sum(1)).sum()
     return (rows - RATE * g * torch.autograd.grad(loss, rows)[0]).detach()
@@ -52,7 +52,7 @@ def stepped(table: Table, hidden: Tensor, y: Tensor, g: float = 1.0) -> Tensor:
 def test_a_step_that_ran_out_of_time_before_its_commit_is_applied_by_its_repeat(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the shards had collected is freed by then: the repeat collects it anew."""
+    """The shards free what they had collected, and the repeat collects it again."""
     table = front.table(randn(V, D))
     hidden, y = randn(N, D), torch.rand(N, V, dtype=torch.float64)
     wanted = stepped(table, hidden, y)
@@ -72,7 +72,7 @@ def test_a_step_that_ran_out_of_time_before_its_commit_is_applied_by_its_repeat(
 
 
 def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
-    """Sent in the wrong order: step 3 waits for step 2 and holds nothing that step 2 needs."""
+    """If step 3 is sent before step 2, it waits and holds nothing that step 2 needs."""
     table = front.table(randn(V, D))
     hidden, y = randn(N, D), torch.rand(N, V, dtype=torch.float64)
     table.loss(step_of(hidden, pieces_of(y)))
@@ -96,7 +96,7 @@ def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0], ids=["logits", "scaled hidden"])
 def test_whatever_stands_in_a_row_that_does_not_count_is_left_out(front: Front, scale: float) -> None:
-    """It overflows float32; its loss and gradient are 0 all the same, and the step is that of the others."""
+    """A row of weight 0 may overflow float32: its loss and gradient are 0, and the step is that of the other rows."""
     table = front.table(torch.ones(V, D), dtype="float32")
     hidden, y = torch.ones(N, D), torch.rand(N, V)
     hidden[2], y[2] = 3e38, 0.0
@@ -115,7 +115,7 @@ def test_whatever_stands_in_a_row_that_does_not_count_is_left_out(front: Front, 
 
 
 def test_only_the_product_of_upstream_and_grad_scale_must_fit_the_table(front: Front) -> None:
-    """1e-50 and 1e50 are 0 and infinite in float32, 1 is not."""
+    """1e-50 and 1e50 are 0 and infinite in float32, but their product of 1 is accepted."""
     table = front.table(randn(V, D).float(), dtype="float32")
     hidden, y = randn(N, D).float(), torch.rand(N, V)
     wanted = stepped(table, hidden, y)
@@ -125,7 +125,7 @@ def test_only_the_product_of_upstream_and_grad_scale_must_fit_the_table(front: F
 
 
 def test_what_the_shards_answer_to_a_piece_is_bounded(front: Front) -> None:
-    """A row of D for each row of the batch from every shard, also where no gradient of hidden is wanted."""
+    """Every shard returns D values per row of the batch, and these count even if no gradient of hidden is requested."""
     table = front.table(randn(V, D), num_shards=7)
     limits = Limits(max_reply_bytes=7 * N * (32 + 8 * D) // 4)
     request = replace(step_of(randn(N, D), iter(())), max_reply_bytes=1 << 40)
@@ -136,7 +136,7 @@ def test_what_the_shards_answer_to_a_piece_is_bounded(front: Front) -> None:
 
 
 def test_what_was_collected_of_one_distribution_is_no_gradient_of_another(front: Front) -> None:
-    """A shard refuses instead: whoever orders the work mixed two of them up, or nothing was collected."""
+    """A shard raises LookupError if it collected nothing or another distribution, which is a bug of the caller."""
     table = front.table(randn(V, D))
     part = unlabelled(step_of(randn(N, D), iter(())), table.spec, "second")
     rows, biases = randn(V, D), randn(V)

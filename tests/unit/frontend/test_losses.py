@@ -1,4 +1,4 @@
-"""Every loss with every combination of options is the reference's, with its gradients, however the table is cut."""
+"""Every loss under every combination of options equals the reference, with its gradients, for any sharding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CUTS = [(1, "div"), (7, "mod"), (2, "mod"), (3, "div"), (3, "mod"), (7, "div"), 
 
 @dataclass(frozen=True)
 class Cuts:
-    """One table, cut in every way."""
+    """One table, sharded in every way."""
 
     weights: Tensor
     biases: Tensor
@@ -49,7 +49,7 @@ class Cuts:
     def check(self, cases: Iterable[Case]) -> int:
         """Check every case on two of the cuts, one with a learned scale, one without; return the number of cases.
 
-        The two cuts rotate, so each is met by a quarter of the cases. A full run checks every case on all of them.
+        The two cuts rotate, so each cut checks a quarter of the cases. A full run checks every case on all of them.
         """
         num_cases = 0
         for place, case in enumerate(cases):
@@ -95,25 +95,26 @@ def unbiased(front: Front) -> Cuts:
 
 
 def test_full_softmax(biased: Cuts) -> None:
-    """Transform, smoothing, class weights, label weights and z-loss in every combination."""
+    """Transform, smoothing, class weights, label weights and z-loss are right in every combination."""
     assert biased.check(full_softmax_cases()) == 88
 
 
 def test_margins(unbiased: Cuts) -> None:
-    """ArcFace, CosFace and the combined margin over all classes."""
+    """ArcFace, CosFace and the combined margin over all classes equal the reference."""
     assert unbiased.check(margin_cases()) == 6
 
 
 def test_full_sigmoid(biased: Cuts) -> None:
-    """Several labels a row, weighted or not, under every transform."""
+    """Several labels per row, weighted or not, are right under every transform."""
     assert biased.check(sigmoid_cases()) == 10
 
 
 @pytest.mark.parametrize("kind", CANDIDATES)
 def test_sampled_losses(biased: Cuts, kind: str) -> None:
-    """Hit removal, hit ids, family, transform and z-loss, over one kind of candidates.
+    """Hit removal, hit ids, family, transform and z-loss are right for one kind of candidates.
 
-    Every combination in a full run, else every second one: the odd ones of one kind, the even ones of the next.
+    A full run checks every combination, any other run every second one: the odd ones of one kind, the even ones of the
+    next.
     """
     first = list(CANDIDATES).index(kind) % 2
     cases = sampled_cases(kind) if EVERYTHING else islice(sampled_cases(kind), first, None, 2)
@@ -122,13 +123,16 @@ def test_sampled_losses(biased: Cuts, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CANDIDATES)
 def test_margins_over_candidates(unbiased: Cuts, kind: str) -> None:
-    """The true column alone has the margin."""
+    """Only the true column has the margin."""
     assert unbiased.check(sampled_margin_cases(kind)) >= 6
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_a_unit_mass_has_the_gradients_of_softmax_minus_weights(biased: Cuts, z_loss: float) -> None:
-    """In hidden, rows, biases and scale, whatever a row's weights sum to; its loss stays, and an ignored row is 0."""
+    """Gradients of hidden, rows, biases and scale are right for any sum of a row's weights; the loss is unchanged.
+
+    An ignored row has loss and gradients of 0.
+    """
     labels, weights, g = torch.randint(0, V, (N, 2)), 3.0 * torch.rand(N, 2).double(), randn(N)
     labels[2], weights[2] = -1, 0.0
     objective = Objective(transform=Transform(1.7), z_loss=z_loss, learned_scale=True, unit_mass_gradient=True)
@@ -157,7 +161,7 @@ def test_a_unit_mass_has_the_gradients_of_softmax_minus_weights(biased: Cuts, z_
 def test_the_reference_is_torch_cross_entropy(
     label_smoothing: float, with_class_weights: bool, with_weights: bool
 ) -> None:
-    """Of one label a row, and of weights that make a whole distribution; torch ignores a row by its label alone."""
+    """They agree for one label per row and for weights that sum to 1; torch ignores a row by its label only."""
     logits = randn(N, V)
     class_weights = torch.rand(V).double() if with_class_weights else None
     if class_weights is not None:

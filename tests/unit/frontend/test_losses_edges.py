@@ -1,4 +1,4 @@
-"""Losses at the edges: huge logits, one class, no rows, no candidates, cosines of 1, rows of 0; and their rounding."""
+"""Losses at the edges: huge logits, one class, no rows, no candidates, cosines of 1, rows of zeros, and rounding."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def table_of(front: Front, weights: Tensor, biases: Tensor | None, **options: An
 
 
 def compare(table: Table, request: LossRequest, tolerance: float = 1e-10, slopes: float | None = None) -> LossReply:
-    """The answer, which is the reference's; slopes is the tolerance of gradients."""
+    """Assert that the answer equals the reference and return it; slopes is the tolerance of gradients."""
     (weights, biases), g = table.read(), randn(len(request.hidden))
     slopes = tolerance if slopes is None else slopes
     wanted = expected(weights, biases, request, table.owner.counts, g)
@@ -84,7 +84,7 @@ def compare(table: Table, request: LossRequest, tolerance: float = 1e-10, slopes
 
 
 def learns_nothing(table: Table, request: LossRequest) -> bool:
-    """Losses and every gradient are 0, and a commit leaves each bit of the table."""
+    """Return True if losses and every gradient are 0 and a commit leaves every bit of the table."""
     reply = table.loss(finer(request, True, randn(len(request.hidden))))
     before = table.read()
     table.commit(1, [(table.open(request, 1), torch.ones(len(request.hidden)))], 0.3)
@@ -98,7 +98,7 @@ def learns_nothing(table: Table, request: LossRequest) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_smoothed_labels_are_the_same_on_one_shard_and_two(front: Front, dtype: str) -> None:
-    """With logits x 1000, where the losses are differences of thousands: the sum of all logits is of no shard's own."""
+    """With logits x 1000, losses are differences of thousands; the sum of all logits is split over the shards."""
     weights, biases = 1000 * randn(V, D), 1000 * randn(V)
     tables = [table_of(front, weights, biases, num_shards=k, dtype=dtype) for k in (1, 2)]
     labels = torch.randint(0, V, (N, 1))
@@ -112,7 +112,7 @@ def test_smoothed_labels_are_the_same_on_one_shard_and_two(front: Front, dtype: 
 
 @every_loss
 def test_logits_of_ten_thousand(front: Front, loss: str) -> None:
-    """Far outside the range of exp: losses and gradients are the reference's. Logits there are right to 1e-12."""
+    """Losses and gradients far outside the range of exp equal the reference; logits there are right to 1e-12."""
     bias = "margins" not in loss
     table = table_of(front, 3000 * randn(V, D), 3000 * randn(V) if bias else None)
     for case in some(loss, 5):
@@ -122,7 +122,7 @@ def test_logits_of_ten_thousand(front: Front, loss: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_soft_cap_holds_huge_logits(front: Front, dtype: str) -> None:
-    """Logits of 1e35 are +-cap, their gradients 0; where they overflow, +-inf is capped and inf - inf refused."""
+    """Logits of 1e35 become +-cap with gradient 0; if they overflow, +-inf is capped and inf - inf is refused."""
     weights = torch.full((V, D), 1e35).double()
     weights[::2] *= -1
     table = table_of(front, weights, torch.zeros(V), dtype=dtype)
@@ -144,7 +144,7 @@ def test_a_soft_cap_holds_huge_logits(front: Front, dtype: str) -> None:
 
 @pytest.mark.parametrize("num_hard", [0, 3])
 def test_logits_that_overflow_are_refused_by_name(front: Front, num_hard: int) -> None:
-    """inf - inf is no number that candidates could be ranked by; the first such row is named."""
+    """Candidates cannot be ranked by inf - inf, so the error names the first row that has it."""
     table = table_of(front, torch.full((V, D), 1e37), None, dtype="float32")
     hidden = torch.ones(N, D)
     hidden[4] = torch.tensor([100.0, -100.0, 100.0, -100.0, 1.0])
@@ -172,7 +172,7 @@ OVERFLOWS = {
 
 @pytest.mark.parametrize("what", OVERFLOWS)
 def test_a_step_whose_gradient_would_overflow_is_refused(front: Front, what: str) -> None:
-    """Finite numbers whose products are not finite in float32: g is named, and no bit of the table moves."""
+    """If finite numbers have a product that overflows float32, the error names g and no bit of the table changes."""
     bias, size, g, objective = OVERFLOWS[what]
     table = table_of(front, torch.zeros(V, D), torch.zeros(V) if bias else None, dtype="float32")
     request = request_of(size * torch.ones(N, D), torch.arange(N)[:, None], objective=objective)
@@ -185,12 +185,12 @@ def test_a_step_whose_gradient_would_overflow_is_refused(front: Front, what: str
     assert not table.read()[0].any()
 
 
-# Few of everything
+# Few rows, classes or candidates
 
 
 @every_loss
 def test_a_batch_whose_rows_are_all_ignored_costs_nothing(front: Front, loss: str) -> None:
-    """Losses and gradients are 0, not nan, and the table stays, whatever stands in hidden."""
+    """Losses and gradients are 0, not nan, and the table is unchanged, whatever hidden contains."""
     bias = "margins" not in loss
     for case in some(loss, 7):
         table = table_of(front, randn(V, D), randn(V) if bias else None)
@@ -208,7 +208,7 @@ def test_a_batch_without_rows_is_legal(front: Front, loss: str) -> None:
 
 
 def without_rows(request: LossRequest) -> LossRequest:
-    """The request with N = 0."""
+    """Return the request with N = 0."""
     sampled = request.sampled
     if sampled is not None and isinstance(sampled.candidates, SampledValues):
         draw = sampled.candidates
@@ -227,7 +227,7 @@ def without_rows(request: LossRequest) -> LossRequest:
 
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_table_of_one_class(front: Front, num_shards: int) -> None:
-    """A softmax over one class is certain; z-loss, margins and sigmoids still have something to say."""
+    """A softmax over one class has loss 0; with z-loss, margins or sigmoids the loss equals the reference."""
     weights, biases, labels = randn(1, D), randn(1), torch.zeros(N, 1, dtype=torch.int64)
     table = table_of(front, weights, biases, num_shards=num_shards)
     assert compare(table, request_of(randn(N, D), labels)).loss.abs().max() < CERTAIN
@@ -250,7 +250,7 @@ def test_a_table_of_one_class(front: Front, num_shards: int) -> None:
 
 @every_loss
 def test_all_labels_on_one_shard(front: Front, loss: str) -> None:
-    """The other shards own no label, and merge as nothing."""
+    """The other shards own no label and contribute nothing to the merged target."""
     bias = "margins" not in loss
     table = table_of(front, randn(V, D), randn(V) if bias else None, num_shards=7, strategy="div")
     for case in some(loss, 7):
@@ -262,7 +262,7 @@ def test_all_labels_on_one_shard(front: Front, loss: str) -> None:
 @pytest.mark.parametrize("family", ["softmax", "logistic"])
 @pytest.mark.parametrize("num_hard", [0, 2])
 def test_candidates_that_are_all_hits(front: Front, own: bool, family: str, num_hard: int) -> None:
-    """A softmax is certain of its only column; a logistic loss is that of the true columns."""
+    """A softmax has loss 0, as one column is left; a logistic loss is that of the true columns."""
     if num_hard and (own or family == "logistic"):
         return
     table = table_of(front, randn(V, D), randn(V))
@@ -280,7 +280,7 @@ def test_candidates_that_are_all_hits(front: Front, own: bool, family: str, num_
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", [*MARGINS, "sphereface"])
 def test_cosines_of_one_have_finite_margins(front: Front, name: str, sign: float, dtype: str) -> None:
-    """Where hidden is +-row, losses are the formula's and gradients small: along the row there is none."""
+    """If hidden is +-row, losses equal the formula and gradients are small: the cosine has no slope along the row."""
     margin = MARGINS.get(name, Margin(1.35, 0.0, 0.0))
     weights = randn(V, D)
     table = table_of(front, weights, None, dtype=dtype)
@@ -289,7 +289,7 @@ def test_cosines_of_one_have_finite_margins(front: Front, name: str, sign: float
     request = request_of(sign * 3.7 * weights[:N], labels, objective=objective)
     wanted = expected(weights, torch.zeros(V).double(), request, table.owner.counts, torch.ones(N).double())
     reply = table.loss(finer(request, True, torch.ones(N)))
-    tolerance = 1e-6 if dtype == "float64" else 3e-3  # acos takes the root of a rounding
+    tolerance = 1e-6 if dtype == "float64" else 3e-3  # acos turns a rounding error into its square root
     torch.testing.assert_close(reply.loss.double(), wanted.loss, rtol=tolerance, atol=tolerance)
     for gradient in (reply.hidden_grad, reply.table_grad.rows, reply.scale_grad):
         assert torch.isfinite(gradient).all()
@@ -298,10 +298,10 @@ def test_cosines_of_one_have_finite_margins(front: Front, name: str, sign: float
 
 @pytest.mark.parametrize("loss", ["full softmax", "sigmoid", "shared candidates", "a row's own candidates"])
 def test_rows_and_hidden_of_zeros_have_cosine_zero(front: Front, loss: str) -> None:
-    """As torch.nn.functional.normalize, with its gradient: that of v / 1e-12."""
+    """Zeros are normalised as by torch.nn.functional.normalize, with the gradient of v / 1e-12."""
     weights = randn(V, D)
     weights[[3, 8, 22]] = 0.0
-    weights[9] *= 2e-13  # shorter than the bound, and not 0
+    weights[9] *= 2e-13  # shorter than the bound, but not 0
     table = table_of(front, weights, randn(V))
     for case in [c for c in some(loss, 1) if c.request.objective.transform.normalize][::5]:
         hidden = randn(N, D)
@@ -356,7 +356,7 @@ def test_float32_is_about_as_exact_as_the_naive_float32(front: Front, loss: str)
 
 @pytest.mark.slow
 def test_more_logits_than_32_bits_count(front: Front) -> None:
-    """4097 rows x 2^20 classes: right losses and gradient in little memory beside what workers may keep."""
+    """4097 rows x 2^20 classes give right losses and gradients in little memory beyond what workers may keep."""
     num_classes, num_rows = 1 << 20, 4097
     biases = torch.linspace(-1, 1, num_classes)
     table = front.table(torch.zeros(num_classes, 2), biases, num_shards=2, dtype="float32")

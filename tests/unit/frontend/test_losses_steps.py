@@ -1,4 +1,4 @@
-"""Gradients are slopes of the served losses, and a commit applies exactly them, whatever the losses of its parts."""
+"""Gradients are slopes of the served losses, and a commit applies exactly these, whatever the losses of its parts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EPS = 1e-5  # central differences err by EPS^2 + rounding / EPS, about 1e-10
 
 
 def table_of(front: Front, place: int, bias: bool = True) -> Table:
-    """A random table, cut in one of three ways, with class counts."""
+    """Return a random table, sharded in one of three ways, with class counts."""
     num_shards, strategy = [(1, "div"), (3, "mod"), (7, "div")][place % 3]
     biases = randn(V) if bias else None
     table = front.table(0.7 * randn(V, D), biases, num_shards=num_shards, strategy=strategy, count_labels=True)
@@ -51,7 +51,7 @@ def table_of(front: Front, place: int, bias: bool = True) -> Table:
 
 
 def groups() -> dict[str, tuple[bool, Iterator[Case]]]:
-    """(True if the table has biases, cases) by loss: every seventh sampled loss, every third other one."""
+    """Return (True if the table has biases, cases) per loss: every seventh sampled case, every third of most others."""
     every = 1 if EVERYTHING else 3
     every_draw = {
         kind: (True, islice(sampled_cases(kind), place % 5, None, 7)) for place, kind in enumerate(CANDIDATES)
@@ -70,7 +70,7 @@ every_group = pytest.mark.parametrize("group", list(groups()))
 
 @every_group
 def test_gradients_are_slopes_of_the_loss(front: Front, group: str) -> None:
-    """Along a random direction of hidden, rows, biases and scale at once."""
+    """Central differences agree along a random direction of hidden, rows, biases and scale at once."""
     bias, cases = groups()[group]
     table = table_of(front, 1, bias)
     weights, biases = table.read()
@@ -97,7 +97,7 @@ def test_gradients_are_slopes_of_the_loss(front: Front, group: str) -> None:
 
 @every_group
 def test_a_commit_of_two_losses_is_one_step_at_the_version_before_it(front: Front, group: str) -> None:
-    """Two parts of different losses are scored, often rows are written meanwhile, and then committed as one step."""
+    """Two parts of different losses, often with row writes between scoring and commit, are committed as one step."""
     bias, cases = groups()[group]
     several = list(cases)
     for place, pair in enumerate(zip(several, several[1:] + several[:1], strict=True)):
@@ -105,7 +105,7 @@ def test_a_commit_of_two_losses_is_one_step_at_the_version_before_it(front: Fron
         gs = [randn(N), randn(N)]
         tickets = [table.open(case.request, STEP, part) for part, case in enumerate(pair)]
         keeps_its_negatives = any(c.request.sampled and c.request.sampled.num_hard_negatives for c in pair)
-        staleness = 0 if keeps_its_negatives else place % 4  # mined candidates are those of the version scored
+        staleness = 0 if keeps_its_negatives else place % 4  # mined candidates stay those of the version scored
         for _ in range(staleness):
             table.write(0.7 * randn(V, D), randn(V) if bias else None)
         weights, biases = table.read()
@@ -120,7 +120,7 @@ def test_a_commit_of_two_losses_is_one_step_at_the_version_before_it(front: Fron
 
 
 def test_mined_candidates_stay_those_of_the_version_scored(front: Front) -> None:
-    """Where rows moved between scoring and commit, the step is over the candidates that were the best when scored."""
+    """If rows move between scoring and commit, the step is over the candidates that were the best when scored."""
     table = table_of(front, 1)
     labels = torch.randint(0, V, (N, 1))
     draw = values(labels, torch.randperm(V)[:11])
@@ -139,7 +139,7 @@ def test_mined_candidates_stay_those_of_the_version_scored(front: Front) -> None
 
 
 def pieces_of(request: LossRequest, sizes: list[int]) -> list[LossRequest]:
-    """A batch in micro-batches over the same draw."""
+    """Split a batch into micro-batches over the same draw."""
     pieces, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -159,7 +159,7 @@ def pieces_of(request: LossRequest, sizes: list[int]) -> list[LossRequest]:
 
 @pytest.mark.parametrize("kind", ["full", "a row's own values", "repeated values", "log_uniform", "uniform", "all"])
 def test_micro_batches_make_the_step_of_the_whole_batch(front: Front, kind: str) -> None:
-    """Four rows, none and three in one commit are the seven at once: the draw is that of the step, not of the part."""
+    """Parts of 4, 0 and 3 rows in one commit equal all 7 at once: a draw belongs to the step, not the part."""
     source = full_softmax_cases() if kind == "full" else sampled_cases(kind)
     for case in [c for c in source if " ids " not in c.name][::9]:
         whole, cut = (front.table(*rows) for rows in [(0.7 * randn(V, D), randn(V))] for _ in range(2))
@@ -174,13 +174,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch(front: Front, kind: str)
 
 
 def counts_of(table: Table) -> np.ndarray:
-    """How often each class has been counted, of a table that began without."""
+    """Return the learned count of each class, relative to that of class 0."""
     frequency = table.owner.counts.learned_frequency(np.arange(V))
-    return np.rint(frequency / frequency.min()).astype(int)  # class 0 is never a label here: 1
+    return np.rint(frequency / frequency.min()).astype(int)  # class 0 is never a label here, so its count is 1
 
 
 def test_commits_count_the_labels_that_count(front: Front) -> None:
-    """Each label of each part once, padding not; scoring, refused commits and aborts count nothing."""
+    """Each label of each part is counted once, padding is not; scoring, refused commits and aborts count nothing."""
     table = front.table(randn(V, D), randn(V), count_labels=True)
     labels = torch.randint(1, V, (N, 3))
     labels[2, 1] = labels[5] = -1
@@ -209,13 +209,13 @@ def test_commits_count_the_labels_that_count(front: Front) -> None:
     [*[(kind, "every") for kind in CANDIDATES], ("in_batch", "last"), ("corrected in_batch", "last")],
 )
 def test_a_label_is_a_column_of_its_row(front: Front, kind: str, hit_removal: str) -> None:
-    """Where the logit of the one label is far above all others the loss is 0; without its column it were -60."""
+    """If the logit of the only label is far above all others, the loss is 0; without its column it would be -60."""
     for label in (3, V - 1):
         biases = torch.zeros(V).double()
         biases[label] = 60.0
         table = front.table(torch.zeros(V, D).double(), biases, num_shards=3, strategy="mod", count_labels=True)
         table.owner.counts.write(0, WRITTEN.numpy())
-        labels = torch.full((1, 1), label)  # one row: in a batch, a draw of nothing but its own label
+        labels = torch.full((1, 1), label)  # with one row, an in-batch draw is its own label alone
         draw = CANDIDATES[kind](labels)
         if isinstance(draw, SampledValues) and draw.sampled.dim() == 2:
             draw = values(labels, draw.sampled[:1])
@@ -227,7 +227,7 @@ def test_a_label_is_a_column_of_its_row(front: Front, kind: str, hit_removal: st
 
 
 def test_every_label_of_a_batch_is_a_column_of_partial_fc(front: Front) -> None:
-    """Also where the batch has more labels than num_sampled: each row's loss is over all of them."""
+    """Even if the batch has more labels than num_sampled, each row's loss is over all of them."""
     table = table_of(front, 2)
     labels = torch.arange(N)[:, None] + 5
     request = request_of(randn(N, D), labels, sampled=SampledSoftmax(PartialFc(3, 1), "every"))
@@ -239,7 +239,7 @@ def test_every_label_of_a_batch_is_a_column_of_partial_fc(front: Front) -> None:
 
 
 def test_a_loss_and_its_gradient_need_no_other_gradient(front: Front) -> None:
-    """What is wanted does not change what it is: the scale's gradient also where hidden's is not asked for."""
+    """The loss and the scale's gradient have the same bits if the gradient of hidden is not requested."""
     table = table_of(front, 0)
     request = request_of(randn(N, D), torch.randint(0, V, (N, 1)), sampled=SampledSoftmax(sampler("uniform"), "every"))
     whole = table.loss(finer(request, True, randn(N)))
@@ -251,7 +251,7 @@ def test_a_loss_and_its_gradient_need_no_other_gradient(front: Front) -> None:
 
 
 def test_a_ticket_accounts_for_its_hard_negatives(front: Front) -> None:
-    """Each row has them of its own, more than were drawn; max_ticket_bytes bounds what tickets keep."""
+    """Each row has its own, in total more than were drawn, and their bytes count towards max_ticket_bytes."""
     table, num_rows, num_hard = table_of(front, 1), 40, 15
     sampled = SampledSoftmax(sampler("uniform", V), "every", None, num_hard)
     before = front.catalog.budget.num_bytes
@@ -261,7 +261,7 @@ def test_a_ticket_accounts_for_its_hard_negatives(front: Front) -> None:
 
 
 def test_a_refused_repeat_leaves_the_kept_reply(front: Front) -> None:
-    """Another payload under the key of an applied step is refused; the step's own repeat still has its tensors."""
+    """Another payload under the key of an applied step is refused; a true repeat of the step still gets its tensors."""
     table = table_of(front, 1)
     now = CommitNow(RATE, 1.0, 0)
     request = replace(request_of(randn(N, D), torch.full((N, 1), 3)), session="session", step=1, commit_now=now)

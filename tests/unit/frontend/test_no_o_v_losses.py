@@ -1,4 +1,4 @@
-"""No sampled loss and no draw costs anything that grows with V, after the class counts were written."""
+"""Once the class counts are written, the cost of a sampled loss or a draw does not grow with V."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shardloss_server.shard.record import Record, StepKey, Upstream
 from ..front import request_of
 from ..shard.test_no_o_v import LARGE, SMALL, D, N, S, Watch, make_table
 
-LABELS = SMALL - 1 - torch.arange(N)[:, None]  # distinct and rare: no draw below hits them, whatever V is
+LABELS = SMALL - 1 - torch.arange(N)[:, None]  # distinct and rare: no draw below hits them, for any V
 ONES = torch.ones(N, 1)
 
 
@@ -54,7 +54,7 @@ SAMPLERS = {
 
 
 def values(*shape: int) -> SampledValues:
-    """Ids below 60 with repeats; in a row's own draw, each row's."""
+    """Return a draw of ids below 60 with repeats, one per row if the shape is [N, S]."""
     ids = torch.randint(0, 60, shape, generator=torch.Generator().manual_seed(5))
     return SampledValues(ids, ONES, torch.ones(shape))
 
@@ -77,7 +77,7 @@ def counts() -> dict[int, ClassCounts]:
     made = {}
     for num_classes in (SMALL, LARGE):
         one = made[num_classes] = ClassCounts(num_classes, True)
-        written = 1.0 / (2.0 + np.arange(num_classes))  # so steep that a draw is the same small ids for any V
+        written = 1.0 / (2.0 + np.arange(num_classes))  # so steep that a draw has the same small ids for any V
         one.write(0, written)
     return made
 
@@ -88,7 +88,7 @@ def request(sampled: SampledSoftmax, objective: Objective) -> LossRequest:
 
 
 def watched(num_classes: int, asked: LossRequest, counts: ClassCounts) -> Iterator[tuple[str, Watch]]:
-    """Each stage of one step under a watch."""
+    """Run each stage of one step under a watch."""
     table = make_table(num_classes, "adagrad", "mod", "float32")
     own = [table.weights, table.biases, *table.weight_state.values(), *table.bias_state.values()]
 
@@ -121,7 +121,7 @@ def watched(num_classes: int, asked: LossRequest, counts: ClassCounts) -> Iterat
 def test_a_step_of_any_sampled_loss_does_not_know_how_many_classes_there_are(
     counts: dict[int, ClassCounts], name: str
 ) -> None:
-    """With V = 1e5 and a larger V the same operations of the same sizes run, none over V elements but gathers."""
+    """With V = 1e5 and a larger V, the same operations of the same sizes run, and only gathers read V elements."""
     asked = request(*STEPS[name])
     small, large = (dict(watched(num_classes, asked, counts[num_classes])) for num_classes in (SMALL, LARGE))
     for stage, watch in small.items():
@@ -131,7 +131,7 @@ def test_a_step_of_any_sampled_loss_does_not_know_how_many_classes_there_are(
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """The fastest of many calls."""
+    """Return the duration of the fastest of 30 calls."""
     times = []
     for _ in range(30):
         began = time.perf_counter()
@@ -142,13 +142,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_draw_does_not_know_how_many_classes_there_are(counts: dict[int, ClassCounts], name: str) -> None:
-    """With the larger V it takes no memory of that size, and not half as much longer as V is larger."""
+    """A draw from the larger V takes no memory of that size, and its slowdown is below half of the ratio of sizes."""
 
     def draw(num_classes: int) -> Callable[[], object]:
         sampled, table_spec = SampledSoftmax(SAMPLERS[name], "every"), SPECS[num_classes]
         return lambda: drawn(sampled, LABELS, table_spec, 1, counts[num_classes])
 
-    draw(LARGE)()  # two unigrams are kept prepared; a third is made anew, once
+    draw(LARGE)()  # two unigrams stay prepared; a third is prepared again, once
     tracemalloc.start()
     draw(LARGE)()
     _, peak_bytes = tracemalloc.get_traced_memory()
@@ -164,7 +164,7 @@ SPECS = {num_classes: make_table(num_classes, "sgd", "div", "float32").spec for 
 def test_counting_a_label_does_not_know_how_many_classes_there_are(
     counts: dict[int, ClassCounts], num_classes: int
 ) -> None:
-    """A commit's labels are added to the counts without memory for each class."""
+    """A commit's labels are added to the counts without allocating memory for each class."""
     labels = torch.arange(N)
     tracemalloc.start()
     counts[num_classes].learn(labels.numpy())

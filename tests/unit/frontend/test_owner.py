@@ -1,4 +1,4 @@
-"""What an owner and its workers keep and give back."""
+"""Replies that an owner keeps, and memory that its workers release."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SPEC = TableSpec("t", 4, 2, "float32", True, Placement("div", 4, 1), Initializer
 
 
 def reply_of(num_floats: int) -> LossReply:
-    """A reply that takes 4 bytes a float."""
+    """Return a reply that takes 4 bytes per float."""
     return LossReply(torch.zeros(num_floats), None, None, None, "", 1, False, Cost(0, 0, 0))
 
 
 def test_last_replies_keep_a_bounded_number() -> None:
-    """The oldest goes first."""
+    """The oldest reply is dropped first."""
     replies = LastReplies()
     for step in range(KEPT_REPLIES + 3):
         replies.keep(("a", step), reply_of(1))
@@ -32,7 +32,7 @@ def test_last_replies_keep_a_bounded_number() -> None:
 
 
 def test_last_replies_keep_a_bounded_number_of_bytes() -> None:
-    """A large reply pushes older ones out; one above the whole bound is not kept, nor one without tensors."""
+    """A large reply displaces older ones; a reply above the whole limit, or without tensors, is not kept."""
     replies = LastReplies(max_bytes=100)
     for step, num_floats in enumerate((10, 10, 20, 26)):
         replies.keep(("a", step), reply_of(num_floats))
@@ -43,7 +43,7 @@ def test_last_replies_keep_a_bounded_number_of_bytes() -> None:
 
 
 def test_a_first_reply_is_not_replaced() -> None:
-    """A repeat under the same key keeps what was answered first."""
+    """A repeat under the same key keeps the first reply."""
     replies = LastReplies()
     first = reply_of(1)
     replies.keep(("a", 1), first)
@@ -63,7 +63,7 @@ def test_a_first_reply_is_not_replaced() -> None:
 def test_a_table_without_room_is_told_from_a_bug(
     monkeypatch: pytest.MonkeyPatch, error: Exception, named: type[Exception]
 ) -> None:
-    """Only a failed allocation is OutOfMemory, and the worker holds no such table afterwards."""
+    """Only a failed allocation is OutOfMemory, and the worker has no such table afterwards."""
 
     def fail(*_: object) -> None:
         raise error

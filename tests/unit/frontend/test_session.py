@@ -1,4 +1,4 @@
-"""A ticket is OPEN -> COMMITTED | ABORTED | EXPIRED, its session's steps only grow, and every byte is given back."""
+"""A ticket is OPEN -> COMMITTED | ABORTED | EXPIRED, its session's steps only grow, and every byte is released."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOW = 1000.0
 
 
 class World:
-    """Sessions of one table with a budget and a clock that only the test moves."""
+    """Sessions of one table with a budget and a clock that only the test advances."""
 
     def __init__(self, max_sessions: int = 8, max_tickets: int = 64, max_bytes: int = 1 << 20) -> None:
         self.budget = TicketBudget(max_tickets, max_bytes)
@@ -38,7 +38,7 @@ class World:
     def open(
         self, session: str = "a", step: int = 1, part: int = 0, digest: bytes = b"x", committed: int = 0
     ) -> Ticket:
-        """A scored ticket."""
+        """Return a scored ticket."""
         ticket, is_new = self.sessions.begin(session, step, part, digest, BYTES, committed, self.now)
         assert is_new
         ticket.ready.set()
@@ -57,7 +57,7 @@ def world() -> World:
 
 
 def test_a_repeat_gets_the_same_ticket(world: World) -> None:
-    """The same key with the same payload opens nothing new, as often as it comes."""
+    """The same key with the same payload opens nothing new, however often it is sent."""
     ticket = world.open()
     again, is_new = world.sessions.begin("a", 1, 0, b"x", BYTES, 0, world.now)
     assert again is ticket
@@ -66,7 +66,7 @@ def test_a_repeat_gets_the_same_ticket(world: World) -> None:
 
 
 def test_another_payload_under_the_same_key_is_refused(world: World) -> None:
-    """STEP_REUSED, and the open ticket stays."""
+    """StepReused is raised, and the open ticket stays."""
     ticket = world.open()
     with pytest.raises(StepReused, match="step 1, part 0"):
         world.open(digest=b"y")
@@ -75,13 +75,13 @@ def test_another_payload_under_the_same_key_is_refused(world: World) -> None:
 
 
 def test_parts_steps_and_sessions_are_different_keys(world: World) -> None:
-    """Micro-batches, later steps and other trainers each have their own ticket with a name of its own."""
+    """Micro-batches, later steps and other trainers each have their own ticket with a different name."""
     tickets = [world.open(), world.open(part=1), world.open(step=2), world.open(session="b")]
     assert len({ticket.name for ticket in tickets}) == world.sessions.num_open == 4
 
 
 def test_callers_at_the_same_time_share_one_ticket(world: World) -> None:
-    """Of 16 threads that begin one key at once exactly one is told to score."""
+    """If 16 threads begin one key at once, exactly one of them is told to score."""
     num_threads, rounds = 16, 50
     barrier = threading.Barrier(num_threads)
     interval = sys.getswitchinterval()
@@ -106,7 +106,7 @@ def test_callers_at_the_same_time_share_one_ticket(world: World) -> None:
 
 
 def test_committed_tickets_are_closed_and_their_step_is_done(world: World) -> None:
-    """After the commit the step cannot be begun again, and the next one can."""
+    """After the commit the step cannot begin again, and the next one can."""
     tickets = [world.open(part=0), world.open(part=1)]
     assert world.find(*tickets) == tickets
     world.sessions.commit(tickets)
@@ -120,7 +120,7 @@ def test_committed_tickets_are_closed_and_their_step_is_done(world: World) -> No
 
 
 def test_a_commit_gives_up_what_it_left_out(world: World) -> None:
-    """Parts of this and earlier steps that the commit did not name are aborted; later ones stay open."""
+    """Parts of this and earlier steps that the commit does not name are aborted; parts of later steps stay open."""
     early, named, left_out, later = world.open(), world.open(step=2), world.open(step=2, part=1), world.open(step=3)
     other = world.open(session="b")
     world.sessions.commit([named])
@@ -134,7 +134,7 @@ def test_a_commit_gives_up_what_it_left_out(world: World) -> None:
 
 
 def test_a_step_below_what_the_ledger_holds_is_too_old(world: World) -> None:
-    """The highest applied step comes from the ledger, also where this process never saw it."""
+    """The highest applied step is taken from the ledger, even if this process has never seen that step."""
     for step in (1, 4, 5):
         with pytest.raises(StepTooOld, match="not above 5"):
             world.open(step=step, committed=5)
@@ -142,7 +142,7 @@ def test_a_step_below_what_the_ledger_holds_is_too_old(world: World) -> None:
 
 
 def test_a_commit_names_the_first_part_at_fault(world: World) -> None:
-    """TICKET_UNKNOWN, and InvalidArgument for a ticket of another step, say which part it is."""
+    """TicketUnknown, and InvalidArgument for a ticket of another step, say which part is at fault."""
     ticket, of_step_2 = world.open(), world.open(step=2)
     with pytest.raises(TicketUnknown) as unknown:
         world.sessions.find("a", 1, [ticket.name, "no such ticket"], world.now)
@@ -154,7 +154,7 @@ def test_a_commit_names_the_first_part_at_fault(world: World) -> None:
 
 
 def test_a_ticket_belongs_to_its_session(world: World) -> None:
-    """Another session cannot commit it."""
+    """A session cannot commit a ticket of another session."""
     ticket = world.open()
     world.open(session="b")
     with pytest.raises(TicketUnknown):
@@ -162,7 +162,7 @@ def test_a_ticket_belongs_to_its_session(world: World) -> None:
 
 
 def test_a_ticket_that_is_still_being_scored_cannot_be_committed(world: World) -> None:
-    """Its name is not known to anybody yet."""
+    """The ticket's name is not published before its scoring has ended."""
     ticket, _ = world.sessions.begin("a", 1, 0, b"x", BYTES, 0, world.now)
     with pytest.raises(TicketUnknown):
         world.find(ticket)
@@ -171,7 +171,7 @@ def test_a_ticket_that_is_still_being_scored_cannot_be_committed(world: World) -
 
 
 def test_an_unknown_session_is_expired(world: World) -> None:
-    """SESSION_EXPIRED for a commit and an abort of a session never seen, which both leave unknown."""
+    """Committing or aborting a session never seen raises SessionExpired and leaves the session unknown."""
     with pytest.raises(SessionExpired, match="'a' is unknown"):
         world.sessions.find("a", 1, ["ticket"], world.now)
     with pytest.raises(SessionExpired):
@@ -183,7 +183,7 @@ def test_an_unknown_session_is_expired(world: World) -> None:
 
 
 def test_aborted_steps_are_done_with(world: World) -> None:
-    """An abort closes the tickets up to its step and says how many; later tickets and other sessions go on."""
+    """An abort closes its session's tickets up to its step and returns their number; all others stay open."""
     doomed = [world.open(), world.open(part=1), world.open(step=2)]
     later, other = world.open(step=3), world.open(session="b")
     assert world.sessions.abort("a", 2, world.now) == 3
@@ -198,7 +198,7 @@ def test_aborted_steps_are_done_with(world: World) -> None:
 
 
 def test_an_abort_wakes_who_waits_for_the_reply(world: World) -> None:
-    """A ticket aborted while it was being scored is ready, closed and without a reply."""
+    """A ticket that is aborted during scoring is ready, closed and without a reply."""
     ticket, _ = world.sessions.begin("a", 1, 0, b"x", BYTES, 0, world.now)
     world.sessions.abort("a", 1, world.now)
     assert ticket.ready.is_set()
@@ -207,7 +207,7 @@ def test_an_abort_wakes_who_waits_for_the_reply(world: World) -> None:
 
 
 def test_a_failed_scoring_leaves_no_trace(world: World) -> None:
-    """A discarded ticket's key can be begun anew; its old name is unknown, not aborted."""
+    """The key of a discarded ticket can begin again; its old name is unknown, not aborted."""
     failed = world.open()
     world.sessions.discard(failed)
     assert world.budget.num_tickets == world.budget.num_bytes == 0
@@ -218,7 +218,7 @@ def test_a_failed_scoring_leaves_no_trace(world: World) -> None:
 
 
 def test_closing_twice_gives_back_once(world: World) -> None:
-    """Discard after abort, abort after commit: the budget counts each ticket once, and the first fate stays."""
+    """After discard on abort, or abort on commit, the budget has counted a ticket once and its first outcome stays."""
     aborted, committed = world.open(), world.open(session="b")
     world.sessions.abort("a", 1, world.now)
     world.sessions.discard(aborted)
@@ -232,7 +232,7 @@ def test_closing_twice_gives_back_once(world: World) -> None:
 
 
 def test_only_a_silent_session_expires(world: World) -> None:
-    """Tickets expire when nothing was heard of their session for longer than the time to live."""
+    """Tickets expire if their session makes no call for longer than the time to live."""
     ticket = world.open()
     world.open(session="b")
     assert world.sessions.expire(NOW + TTL_S) == 0
@@ -247,7 +247,7 @@ def test_only_a_silent_session_expires(world: World) -> None:
 
 @pytest.mark.parametrize("call", ["begin", "repeat", "find", "abort"])
 def test_any_call_of_a_session_renews_its_tickets(world: World, call: str) -> None:
-    """begin, find and abort each start the time to live anew."""
+    """begin, find and abort each restart the time to live."""
     ticket = world.open(step=2)
     world.now += TTL_S
     if call == "begin":
@@ -264,7 +264,7 @@ def test_any_call_of_a_session_renews_its_tickets(world: World, call: str) -> No
 
 
 def test_a_ticket_does_not_expire_while_it_is_scored(world: World) -> None:
-    """However long the scoring takes."""
+    """The ticket stays open, however long its scoring takes."""
     ticket, _ = world.sessions.begin("a", 1, 0, b"x", BYTES, 0, world.now)
     assert world.sessions.expire(NOW + 10 * TTL_S) == 0
     ticket.ready.set()
@@ -283,7 +283,7 @@ def test_an_expired_step_may_be_scored_again(world: World) -> None:
 
 
 def test_the_budget_refuses_one_ticket_too_many() -> None:
-    """Overloaded says when to come back; a closed ticket makes room."""
+    """Overloaded carries a retry delay, and a closed ticket makes room."""
     world = World(max_tickets=2)
     first = world.open()
     world.open(part=1)
@@ -296,7 +296,7 @@ def test_the_budget_refuses_one_ticket_too_many() -> None:
 
 
 def test_the_budget_refuses_one_byte_too_many() -> None:
-    """Kept bytes have a limit of their own."""
+    """Kept bytes have their own limit."""
     world = World(max_bytes=2 * BYTES + BYTES // 2)
     world.open()
     world.open(part=1)
@@ -306,7 +306,7 @@ def test_the_budget_refuses_one_byte_too_many() -> None:
 
 
 def test_an_idle_session_makes_room_and_a_busy_one_does_not() -> None:
-    """At max_sessions the session heard of longest ago that holds no ticket is forgotten; if all hold some, refuse."""
+    """At max_sessions the least recent session without tickets is forgotten; if none is, the call is refused."""
     world = World(max_sessions=2)
     world.open("a")
     idle = world.open("b")
@@ -318,7 +318,7 @@ def test_an_idle_session_makes_room_and_a_busy_one_does_not() -> None:
 
 
 def test_a_refused_ticket_changes_nothing() -> None:
-    """Where the budget refuses, the asking session is as unknown as before, and no idle one was forgotten for it."""
+    """If the budget refuses a ticket, its session stays unknown and no idle session is forgotten for it."""
     world = World(max_sessions=2, max_tickets=1)
     world.open("idle", step=3)
     world.sessions.abort("idle", 3, world.now)
@@ -331,7 +331,7 @@ def test_a_refused_ticket_changes_nothing() -> None:
 
 
 def test_one_budget_serves_all_tables() -> None:
-    """Tickets of two tables count together, and the names of their tickets differ."""
+    """Tickets of two tables count towards the same budget, and their names differ."""
     budget = TicketBudget(1, 1 << 20)
     one, other = (Sessions(name, budget, 8, TTL_S) for name in ("one", "other"))
     ticket, _ = one.begin("a", 1, 0, b"x", BYTES, 0, NOW)
@@ -343,7 +343,7 @@ def test_one_budget_serves_all_tables() -> None:
 
 
 def test_clearing_gives_everything_back(world: World) -> None:
-    """A deleted table closes all its tickets."""
+    """Deleting a table closes all of its tickets and frees their budget."""
     tickets = [world.open(session, step) for session in "abc" for step in (1, 2)]
     world.sessions.clear()
     assert world.budget.num_tickets == world.budget.num_bytes == world.sessions.num_open == 0
@@ -351,7 +351,7 @@ def test_clearing_gives_everything_back(world: World) -> None:
 
 
 class TicketMachine(RuleBasedStateMachine):
-    """Random calls of three trainers against a model that holds open keys and finished steps."""
+    """Random calls of three trainers, compared with a model of open keys and finished steps."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Turns at the workers: who is next, by what callers were served. The clock is the test's."""
+"""Turns at the workers: the time for which callers were served decides who is next. The test controls the clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TURN_S = 0.01
 
 
 class Clock:
-    """Seconds that pass where the test says so."""
+    """A clock that advances only if the test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -34,7 +34,7 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
 
 
 class Line:
-    """Calls in threads of their own that ask for a turn, and the order in which they got one."""
+    """Calls in separate threads that each request a turn, and the order in which they got one."""
 
     def __init__(self, max_at_once: int = 1) -> None:
         self.clock = Clock()
@@ -44,7 +44,7 @@ class Line:
         self._threads: list[threading.Thread] = []
 
     def ask(self, caller: str, *, goes_first: bool = False) -> None:
-        """One more call, which stands in the line, or at the workers, when this returns."""
+        """Start one more call, and return when it is in the line or at the workers."""
         end = threading.Event()
         self._ends.setdefault(caller, []).append(end)
 
@@ -61,7 +61,7 @@ class Line:
         eventually(lambda: len(self.order) > num or self.turns.num_waiting > 0, "the call at the workers")
 
     def serve(self, seconds: float = TURN_S) -> None:
-        """End the last granted turn after so many seconds."""
+        """End the last granted turn after the given number of seconds."""
         num, is_last = len(self.order), self.turns.num_waiting == 0
         self.clock.now += seconds
         self._ends[self.order[-1]].pop(0).set()
@@ -75,7 +75,7 @@ class Line:
         eventually(lambda: self.turns.num_held + self.turns.num_waiting < held, "the end of a turn")
 
     def serve_all(self) -> list[str]:
-        """The callers in the order of their turns, each of TURN_S."""
+        """Serve every call for TURN_S, and return the callers in the order of their turns."""
         while self.turns.num_held:
             self.serve()
         return self.order
@@ -98,7 +98,7 @@ def line(max_at_once: int = 1) -> Iterator[Line]:
 
 
 def test_a_light_caller_waits_for_one_turn_not_for_the_line() -> None:
-    """Six calls of a heavy caller wait; one of a light caller is next."""
+    """While six calls of a heavy caller wait, a call of a light caller is next."""
     with line() as made:
         for _ in range(7):
             made.ask("heavy")
@@ -107,7 +107,7 @@ def test_a_light_caller_waits_for_one_turn_not_for_the_line() -> None:
 
 
 def test_callers_that_always_wait_take_turns() -> None:
-    """Whoever has most calls in the line is served no more often than the others."""
+    """The caller with the most calls in the line is served no more often than the others."""
     with line() as made:
         for caller, count in (("a", 9), ("b", 3), ("c", 3)):
             for _ in range(count):
@@ -128,7 +128,7 @@ def test_what_counts_is_time_not_calls() -> None:
 
 
 def test_a_pause_saves_up_no_time() -> None:
-    """Who comes back is next, but then takes turns like the others, whatever they were served meanwhile."""
+    """A caller that returns is next, but then takes turns like the others, however much they were served before."""
     with line() as made:
         for _ in range(30):
             made.ask("there")
@@ -151,7 +151,7 @@ def test_a_lock_holder_that_others_wait_for_is_next() -> None:
 
 
 def test_a_turn_that_hangs_does_not_hold_up_the_others() -> None:
-    """Held for longer than STALLED_S it does not count any more."""
+    """A turn held for longer than STALLED_S no longer counts."""
     with line() as made:
         made.ask("hanging")
         made.ask("next")
@@ -162,7 +162,7 @@ def test_a_turn_that_hangs_does_not_hold_up_the_others() -> None:
 
 
 def test_a_call_that_cannot_be_in_time_is_refused_at_once() -> None:
-    """With how long the line takes as a hint, which grows with the line."""
+    """The retry hint is the time that the line takes, and grows with the line."""
     hints = []
     with line() as made:
         made.ask("a")
@@ -176,7 +176,7 @@ def test_a_call_that_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_who_goes_away_leaves_the_line() -> None:
-    """Its call ends, and nothing of it waits or is held."""
+    """The call of a caller that disconnects ends, and it neither waits nor holds a turn."""
     with line() as made:
         made.ask("a")
         deadline = Deadline.after(PATIENCE_S, "b")
@@ -190,7 +190,7 @@ def test_who_goes_away_leaves_the_line() -> None:
 
 
 def test_there_are_few_at_the_workers_only_beside_a_light_caller() -> None:
-    """Callers of equal demand may be many there; once one comes that was served little, the next wait until few are."""
+    """Callers of equal demand may fill the workers; once a less-served caller arrives, others wait."""
     with line(max_at_once=3) as made:
         for caller in "abc":
             made.ask(caller)

@@ -1,4 +1,4 @@
-"""Races: the noise is a function of its keys, exponential, and the winner of the winners is the winner."""
+"""Sampling by races: the noise is exponential and a function of its keys, and pieces race to the same winner."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from scipy import stats
 from shardloss_server.numerics.gumbel import class_keys, draw_keys, exponentials, race
 from torch import Tensor
 
-P_VALUE = 1e-4  # fixed seeds: a failure is a change of the bits, not bad luck
+P_VALUE = 1e-4  # fixed seeds: a failure means that the bits changed, not bad luck
 
 
 def noise(seed: int, num_rows: int, num_samples: int, num_classes: int) -> Tensor:
-    """[N, S, V]."""
+    """Return exponential noise [N, S, V]."""
     draws = draw_keys(seed, 0, num_rows, num_samples)
     return exponentials(draws[:, :, None], class_keys(torch.arange(num_classes)))
 
@@ -21,7 +21,7 @@ def noise(seed: int, num_rows: int, num_samples: int, num_classes: int) -> Tenso
 @pytest.mark.parametrize("sizes", [(1, 1, 40_000), (1, 40_000, 1), (40_000, 1, 1), (30, 40, 35)])
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 def test_noise_is_exponential_along_every_key(sizes: tuple[int, int, int], seed: int) -> None:
-    """Kolmogorov-Smirnov over rows, draws and classes: neighbouring keys are no nearer than others."""
+    """The noise passes a Kolmogorov-Smirnov test along rows, draws and classes, and adjacent keys are uncorrelated."""
     found = noise(seed, *sizes).flatten().numpy()
     assert stats.kstest(found, "expon").pvalue > P_VALUE
     neighbours = np.corrcoef(stats.norm.ppf(stats.expon.cdf(found)).reshape(-1, 2).T)[0, 1]
@@ -29,13 +29,13 @@ def test_noise_is_exponential_along_every_key(sizes: tuple[int, int, int], seed:
 
 
 def test_seeds_rows_draws_and_classes_each_have_noise_of_their_own() -> None:
-    """No two of 10,000 keys share a value, nor do two seeds."""
+    """10,000 keys under each of two seeds give 20,000 different values."""
     both = torch.cat([noise(seed, 10, 20, 50).flatten() for seed in (1, 2)])
     assert len(both.unique()) == len(both)
 
 
 def test_noise_is_positive_and_finite_for_any_bits() -> None:
-    """Also where the upper bits are all ones, or all zeros: an exponential of 0 or inf would win, or lose, always."""
+    """Noise of 0 or inf would always win or lose; upper bits of all ones or all zeros give neither."""
     draws = torch.arange(-200_000, 200_000)
     found = exponentials(draws, torch.tensor(0))
     assert torch.isfinite(found).all()
@@ -50,7 +50,7 @@ def test_noise_is_positive_and_finite_for_any_bits() -> None:
 @pytest.mark.parametrize("num_samples", [1, 3, 1000])
 @pytest.mark.parametrize("pieces", [1, 2, 7])
 def test_the_winner_of_the_winners_is_the_winner(num_samples: int, pieces: int) -> None:
-    """However the classes are split: the same class, at the score that logit + noise has."""
+    """However the classes are split, the same class wins, with the score logit + noise."""
     logits = 3 * torch.randn(5, 97, dtype=torch.float64)
     draws = draw_keys(11, 4, 5, num_samples)
     ids = torch.arange(97)[None]
@@ -67,7 +67,7 @@ def test_the_winner_of_the_winners_is_the_winner(num_samples: int, pieces: int) 
 
 
 def test_classes_of_their_own_a_row_race_as_shared_ones() -> None:
-    """class_ids [N, R] in any order: the class wins, not the column."""
+    """With class_ids [N, R] in any order, the noise belongs to the class and not to its column."""
     logits, draws = torch.randn(4, 9, dtype=torch.float64), draw_keys(2, 0, 4, 50)
     _, columns = race(logits, torch.arange(9)[None], draws)
     order = torch.stack([torch.randperm(9) for _ in range(4)])
@@ -76,7 +76,7 @@ def test_classes_of_their_own_a_row_race_as_shared_ones() -> None:
 
 
 def test_far_logits_neither_overflow_nor_win() -> None:
-    """-inf never wins, 1e4 always wins against -1e4, and nan shows."""
+    """A logit of -inf never wins, 1e4 always beats -1e4, and a nan logit gives a nan score."""
     logits = torch.tensor(
         [[1e4, -1e4, -torch.inf], [-torch.inf, -1e4, -1e4], [0.0, torch.nan, 1.0]], dtype=torch.float64
     )

@@ -1,4 +1,4 @@
-"""Losses, gradients and steps of a cut table equal autograd of the slow, obvious reference."""
+"""Losses, gradients and steps of a sharded table equal autograd of the slow, obvious reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardloss_server.numerics.margin import Margin, with_margin
 from shardloss_server.numerics.partial import Partial
 from torch import Tensor
 
-V, D, N = 211, 5, 7  # V is prime: its three shards have 71, 70 and 70 rows; D and N fit no vector register
+V, D, N = 211, 5, 7  # V is prime: its three shards have 71, 70 and 70 rows; D and N are no multiple of a vector width
 TOLERANCE = 1e-12
 LEARNING_RATE = 0.3
 MakeCut = Callable[..., Any]
@@ -22,7 +22,7 @@ MakeCut = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of a loss: labels are -1 where ignored; sampled None is the full softmax."""
+    """A batch for a loss: labels are -1 if ignored; sampled None is the full softmax."""
 
     hidden: Tensor
     labels: Tensor
@@ -30,7 +30,7 @@ class Batch:
     sampled: SampledSoftmax | None = None
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """The same batch with hidden in another dtype."""
+        """Return the same batch with hidden in another dtype."""
         return replace(self, hidden=self.hidden.to(dtype))
 
     def arguments(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def hidden(num_rows: int = N) -> Tensor:
 
 
 def reference_loss(weights: Tensor, biases: Tensor, batch: Batch) -> Tensor:
-    """Per-example losses [N] by `numerics.reference` in the dtype given; a row without a label has loss 0."""
+    """Return per-example losses [N] of `numerics.reference` in the given dtype; a row without a label has loss 0."""
     if batch.sampled is not None:
         return sampled_reference(weights, biases, batch)
     label_weights = batch.label_weights
@@ -66,7 +66,7 @@ def reference_loss(weights: Tensor, biases: Tensor, batch: Batch) -> Tensor:
 
 
 def sampled_reference(weights: Tensor, biases: Tensor, batch: Batch) -> Tensor:
-    """Row by row, each with its own labels only: the reference knows no padding."""
+    """Compute the loss row by row, with only that row's labels, because the reference does not support padding."""
     assert batch.sampled is not None
     draw = batch.sampled.candidates
     assert isinstance(draw, SampledValues)
@@ -89,7 +89,7 @@ def sampled_reference(weights: Tensor, biases: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """Losses [N], d sum(loss) / d hidden [N, D], and d sum(g loss) / d table [V, D], [V]."""
+    """Losses [N], d sum(loss) / d hidden [N, D], and d sum(g loss) / d weights [V, D] and biases [V]."""
 
     loss: Tensor
     hidden_grad: Tensor
@@ -106,7 +106,7 @@ def autograd(weights: Tensor, biases: Tensor, batch: Batch, g: Tensor) -> Expect
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Within 1e-12 of the largest magnitude."""
+    """Assert equality to within 1e-12 of the largest magnitude."""
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * scale)
 
@@ -121,7 +121,7 @@ def full_batches() -> dict[str, Batch]:
     padded[5] = -1
     twice = labels.clone()
     twice[:, 2] = twice[:, 0]
-    weighted = torch.rand(N, 3, dtype=torch.float64) * 2  # sums differ from 1
+    weighted = torch.rand(N, 3, dtype=torch.float64) * 2  # row sums differ from 1
     weighted[2, 1] = 0.0
     weighted[4] = 0.0
     ignored = labels[:, :1].clone()
@@ -140,10 +140,10 @@ def full_batches() -> dict[str, Batch]:
 
 
 def sampled_batches() -> dict[str, Batch]:
-    """hit_removal is set by the test. Q differs even between copies of an id, so that it matters which copy stays."""
+    """Return batches whose hit_removal each test sets. Copies of an id differ in Q, so it matters which copy stays."""
     distinct = torch.randperm(V)[:23]
     repeats = torch.randint(0, 9, (23,))  # 23 draws of 9 ids: every id has copies
-    labels = torch.randint(0, 12, (N, 3))  # near the repeated ids: most labels are hit, some never
+    labels = torch.randint(0, 12, (N, 3))  # close to the repeated ids: most labels are hits, some never are
     padded = labels.clone()
     padded[1, 2] = padded[3, 0] = padded[3, 1] = -1
     padded[5] = -1
@@ -164,7 +164,7 @@ def sampled_batches() -> dict[str, Batch]:
 
 
 def sampled(labels: Tensor, ids: Tensor, hit_removal: str = "every") -> Batch:
-    """A batch with a given draw and random expected counts, between 1e-3 and 3."""
+    """Return a batch with the given draw and random expected counts between 1e-3 and 3."""
     true_count, count = (torch.empty(shape, dtype=torch.float64) for shape in (labels.shape, ids.shape))
     for x in (true_count, count):
         x.uniform_(-3, 0.5)
@@ -228,7 +228,7 @@ def test_a_commit_subtracts_the_scaled_gradient(make_cut: MakeCut, name: str, hi
 
 
 def test_a_commit_of_several_parts_is_one_step_over_their_sum(make_cut: MakeCut) -> None:
-    """Full and sampled parts with their own g make one step with the sum of their gradients, shared rows merged."""
+    """Full and sampled parts, each with its own g, make one step with the sum of their gradients, row by row."""
     weights, biases = table()
     batches = [batch_of("three labels", None), batch_of("three labels", "every"), batch_of("padded labels", None)]
     gs = [torch.randn(N, dtype=torch.float64) for _ in batches]
@@ -242,7 +242,7 @@ def test_a_commit_of_several_parts_is_one_step_over_their_sum(make_cut: MakeCut)
 
 @pytest.mark.parametrize("hit_removal", [None, "every"])
 def test_a_table_without_biases_has_none_and_learns_none(make_cut: MakeCut, hit_removal: str | None) -> None:
-    """Scores as with biases 0, and a commit leaves them 0."""
+    """Scores are those of zero biases, and a commit leaves the biases at 0."""
     weights, _ = table()
     batch = batch_of("three labels", hit_removal)
     g = torch.randn(N, dtype=torch.float64)
@@ -290,10 +290,10 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("hit_removal", [None, "every"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_float32_is_as_exact_as_the_naive_float32(make_cut: MakeCut, hit_removal: str | None, scale: float) -> None:
-    """In a float32 table the error against float64 is at most that of autograd of the reference in float32.
+    """A float32 table's error against float64 is at most twice that of autograd of the reference in float32.
 
-    Root mean squares over 40 batches: single roundings may fall either way, their size may not. Twice the naive error
-    is allowed, as the merges of K = 3 shards add roundings of their own.
+    Errors are root mean squares over 40 batches, because single roundings may fall either way. The factor of two allows
+    for the roundings that merging K = 3 shards adds.
     """
     ours: dict[str, list[Tensor]] = {name: [] for name in ("loss", "hidden_grad", "weights_grad", "biases_grad")}
     naive: dict[str, list[Tensor]] = {name: [] for name in ours}
@@ -328,9 +328,9 @@ def test_large_logits_stay_finite_and_right(make_cut: MakeCut, hit_removal: str 
     cut = make_cut(weights, biases, num_shards=3)
     part = cut.plan(**batch.arguments())
     answer, (weights_grad, biases_grad) = cut.score(part), cut.gradient(part, g)
-    assert expected.loss.max() > scale / 3  # the case is what its name says
+    assert expected.loss.max() > scale / 3  # the loss is as large as the case's name says
     assert_close(answer.loss, expected.loss)
-    # a probability is exp of a difference of logits: its relative error is their absolute one
+    # a probability is exp of a difference of logits: its relative error is the difference's absolute error
     for actual, wanted in ((answer.hidden_grad, expected.hidden_grad), (weights_grad, expected.weights_grad)):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=TOLERANCE * scale * float(wanted.abs().max()))
     torch.testing.assert_close(biases_grad, expected.biases_grad, rtol=0, atol=TOLERANCE * scale)
@@ -361,7 +361,7 @@ def test_an_empty_batch_is_legal(make_cut: MakeCut, hit_removal: str | None) -> 
     "hit_removal, by", [(None, "ignored labels"), (None, "zero weights"), ("every", "ignored labels")]
 )
 def test_a_batch_without_a_label_costs_nothing(make_cut: MakeCut, hit_removal: str | None, by: str) -> None:
-    """All rows ignored: losses and gradients are 0, not nan, and the table stays."""
+    """If all rows are ignored, losses and gradients are 0, not nan, and the table is unchanged."""
     weights, biases = table()
     batch = batch_of("three labels", hit_removal)
     if by == "ignored labels":
@@ -381,7 +381,7 @@ def test_a_batch_without_a_label_costs_nothing(make_cut: MakeCut, hit_removal: s
 
 @pytest.mark.parametrize("hit_removal", [None, "every"])
 def test_an_ignored_row_contributes_nothing_whatever_its_hidden(make_cut: MakeCut, hit_removal: str | None) -> None:
-    """An ignored row of finite garbage, whose logits overflow float32, changes neither losses nor any gradient."""
+    """An ignored row of arbitrary finite values, whose logits overflow float32, changes no loss and no gradient."""
     weights, biases = (x.float() for x in table())
     clean = batch_of("three labels", hit_removal).to(torch.float32)
     clean.labels[2] = -1
@@ -397,9 +397,9 @@ def test_an_ignored_row_contributes_nothing_whatever_its_hidden(make_cut: MakeCu
 
 
 def test_float32_probabilities_sum_to_one_at_logits_of_hundreds(make_cut: MakeCut) -> None:
-    """To 1e-6, what float32 logits alone miss; an lse that float32 held would miss it by 1.5e-5.
+    """They do to 1e-6, the error of float32 logits alone; an lse stored in float32 would be off by 1.5e-5.
 
-    Seen in the biases of one row at a time, whose gradients are p - y.
+    The sum is read from the gradients of the biases, p - y, for one row at a time.
     """
     weights, biases = (x.float() for x in table(num_classes=2011, scale=0.3))
     batch = batch_of("one label", None).to(torch.float32)
@@ -410,7 +410,7 @@ def test_float32_probabilities_sum_to_one_at_logits_of_hundreds(make_cut: MakeCu
 
 
 def test_a_label_without_weight_may_have_a_logit_below_every_number(make_cut: MakeCut) -> None:
-    """0 times a logit of -inf, which float32 makes of -3e39, is 0 in the loss."""
+    """A label of weight 0 adds 0 to the loss, even if float32 turns its logit of -3e39 into -inf."""
     weights, biases = (x.float() for x in table(num_classes=11))
     weights[3] = -3e38
     batch = Batch(torch.full((2, D), 10.0), torch.tensor([[5, 3], [3, 7]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -422,7 +422,7 @@ def test_a_label_without_weight_may_have_a_logit_below_every_number(make_cut: Ma
 
 
 def test_softplus_is_exact_where_it_is_nearly_its_argument() -> None:
-    """log(1 + exp(z)) = z + log1p(exp(-z)) at any z, also above torch's threshold of 20."""
+    """log(1 + exp(z)) = z + log1p(exp(-z)) for any z, including those above torch's threshold of 20."""
     logits = torch.tensor([-800.0, -30.0, 0.0, 19.9, 20.1, 25.0, 30.0, 800.0], dtype=torch.float64)
     exact = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
     torch.testing.assert_close(kernel.softplus(logits), exact, rtol=2.0**-52, atol=0)
@@ -430,12 +430,12 @@ def test_softplus_is_exact_where_it_is_nearly_its_argument() -> None:
 
 @pytest.mark.parametrize("margin", [Margin(1.0, 0.5, 0.0), Margin(1.35, 0.0, 0.1), Margin(0.9, 0.4, 0.15)])
 def test_a_cosine_that_rounding_puts_beyond_1_has_no_slope(margin: Margin) -> None:
-    """Values and slopes of a margin are the reference's by autograd: those of a clamped cosine are 0 beyond +-1."""
+    """Margins and their slopes equal autograd of the reference; a cosine beyond +-1 is clamped and has slope 0."""
     scale = 16.0
     logits = scale * torch.tensor([-1.0 - 1e-9, -0.999, -0.3, 0.0, 0.7, 0.999, 1.0 + 1e-9], dtype=torch.float64)
     wanted = reference.with_margin(logits.requires_grad_(), margin, scale)
     (wanted_slope,) = torch.autograd.grad(wanted.sum(), logits)
-    wanted_slope = torch.where(logits.abs() > scale, 0.0, wanted_slope)  # of the clamp; acos there makes it inf times 0
+    wanted_slope = torch.where(logits.abs() > scale, 0.0, wanted_slope)  # the clamp's slope; acos gives inf * 0 there
     moved, slope = with_margin(logits.detach(), margin, scale)
     torch.testing.assert_close(moved, wanted.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(slope, wanted_slope, rtol=1e-12, atol=1e-12)
@@ -443,7 +443,10 @@ def test_a_cosine_that_rounding_puts_beyond_1_has_no_slope(margin: Margin) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocks_add_up_to_one_softmax(dtype: torch.dtype) -> None:
-    """However columns are cut, and whether their largest logit rises or falls: rows of -inf, empty blocks, a start."""
+    """Any split of the columns gives the same sums, with rising or falling maxima, rows of -inf or empty blocks.
+
+    The sums can also continue from a partial.
+    """
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 40, generator=generator, dtype=dtype) * 20
     logits[1] = -torch.inf

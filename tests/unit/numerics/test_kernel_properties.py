@@ -1,4 +1,4 @@
-"""What a loss must not depend on: the cut of the table, the rest of the batch, the size of the chunks."""
+"""A loss does not depend on the sharding of the table, the rest of the batch, or the chunk size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeCut = Callable[..., Any]
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """A table and a batch: V below and above the shard counts, ignored labels, and every kind of candidates."""
+    """Draw a table and a batch: V below and above the shard counts, ignored labels, and every kind of candidates."""
     num_classes, num_rows, num_true = draw(st.integers(1, 40)), draw(st.integers(1, 9)), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 
@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def answers(cut: Any, problem: dict[str, Any]) -> list[Tensor]:
-    """Loss, hidden gradient, table gradient and the table after a commit."""
+    """Return the loss, hidden gradient, table gradient and the table after a commit."""
     part = cut.plan(**problem["batch"])
     answer = cut.score(part)
     out = [answer.loss, answer.hidden_grad, *cut.gradient(part, problem["g"])]
@@ -60,7 +60,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_the_cut_of_the_table_does_not_show(
     make_cut: MakeCut, problem: dict[str, Any], num_shards: int, strategy: str
 ) -> None:
-    """K shards, "div" or "mod", some of them empty, answer and learn what one shard does."""
+    """K shards, "div" or "mod", some of them empty, give the same losses, gradients and commits as one shard."""
     table = problem["weights"], problem["biases"]
     whole, cut = make_cut(*table, num_shards=1), make_cut(*table, num_shards=num_shards, strategy=strategy)
     assert_all_close(answers(cut, problem), answers(whole, problem))
@@ -69,7 +69,7 @@ def test_the_cut_of_the_table_does_not_show(
 @given(problems())
 @settings(max_examples=50)
 def test_a_row_does_not_feel_its_batch_companions(make_cut: MakeCut, problem: dict[str, Any]) -> None:
-    """Each row alone has the loss and hidden gradient that it has in its batch."""
+    """A row scored alone has the same loss and hidden gradient as in its batch."""
     cut = make_cut(problem["weights"], problem["biases"], num_shards=3)
     batch = problem["batch"]
     together = cut.score(cut.plan(**batch))
@@ -86,7 +86,7 @@ def test_a_row_does_not_feel_its_batch_companions(make_cut: MakeCut, problem: di
 @given(problems(), st.randoms(use_true_random=False))
 @settings(max_examples=30)
 def test_permuting_rows_permutes_the_answers(make_cut: MakeCut, problem: dict[str, Any], random: Any) -> None:
-    """Losses follow their rows, and the table's gradient does not know the order."""
+    """Losses follow their rows, and the table's gradient does not depend on the order of rows."""
     cut = make_cut(problem["weights"], problem["biases"], num_shards=3)
     batch, g = problem["batch"], problem["g"]
     order = torch.tensor(random.sample(range(len(g)), len(g)))
@@ -104,7 +104,7 @@ def test_permuting_rows_permutes_the_answers(make_cut: MakeCut, problem: dict[st
 def test_the_size_of_the_chunks_does_not_show(
     make_cut: MakeCut, monkeypatch: pytest.MonkeyPatch, chunk_logits: int
 ) -> None:
-    """A full softmax over 407 classes in chunks of 64 and 128 rows, and in one piece, is the reference's."""
+    """A full softmax over 407 classes equals the reference in chunks of 64 and 128 rows and in one piece."""
     weights, biases = (torch.randn(407, D).double(), torch.randn(407).double())
     hidden, labels, g = torch.randn(7, D).double(), torch.randint(0, 407, (7, 2)), torch.randn(7).double()
     w, b, h = (x.clone().requires_grad_() for x in (weights, biases, hidden))
@@ -122,7 +122,7 @@ def test_the_size_of_the_chunks_does_not_show(
 def test_the_size_of_the_ranges_of_candidates_does_not_show(
     make_cut: MakeCut, monkeypatch: pytest.MonkeyPatch, hit_removal: str
 ) -> None:
-    """A wide sampled loss, 400 draws and hits in all of them, taken 64 candidates at a time is that in one piece."""
+    """A sampled loss with 400 draws and hits in every range is the same in ranges of 64 candidates as in one piece."""
     generator = torch.Generator().manual_seed(5)
     ids, labels = (torch.randint(0, 407, shape, generator=generator) for shape in ((400,), (7, 9)))
     values = SampledValues(ids, torch.rand(7, 9).double() + 0.1, torch.rand(400).double() + 0.1)
@@ -135,7 +135,7 @@ def test_the_size_of_the_ranges_of_candidates_does_not_show(
 
 @pytest.mark.parametrize("kind", ["full", "sampled"])
 def test_the_same_request_gives_the_same_bits(make_cut: MakeCut, kind: str) -> None:
-    """On the same K, loss, gradients and the committed table repeat bit for bit, in float32 as well."""
+    """With the same K, loss, gradients and the committed table repeat bit for bit, in float32 as well."""
     weights, biases = torch.randn(203, D), torch.randn(203)
     batch: dict[str, Any] = {"hidden": torch.randn(7, D), "labels": torch.randint(0, 203, (7, 2)), "step": 3}
     if kind == "sampled":
@@ -149,7 +149,7 @@ def test_the_same_request_gives_the_same_bits(make_cut: MakeCut, kind: str) -> N
 def test_every_class_as_candidate_is_the_exact_softmax(make_cut: MakeCut, num_true: int) -> None:
     """A distinct uniform sample of all V classes gives the full softmax's loss and gradients.
 
-    Its expected counts are equal for all classes and cancel; hits leave each class in the lse once.
+    Its expected counts are equal for all classes and cancel; hit removal leaves each class in the lse exactly once.
     """
     num_classes = 41
     weights, biases = torch.randn(num_classes, D).double(), torch.randn(num_classes).double()
@@ -180,7 +180,7 @@ def test_a_masked_candidate_has_no_probability_and_no_gradient(make_cut: MakeCut
 @given(st.integers(0, 2**32), st.sampled_from(["none", "every", "last"]))
 @settings(max_examples=30)
 def test_each_copy_of_a_candidate_counts(make_cut: MakeCut, seed: int, hit_removal: str) -> None:
-    """An id drawn twice weighs as two columns: probabilities of labels and candidates sum to 1, so dz sums to 0."""
+    """An id drawn twice counts as two columns: probabilities of labels and candidates sum to 1, so dz sums to 0."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(11, D, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 11, (3, 2), generator=generator)

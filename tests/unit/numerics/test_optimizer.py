@@ -1,4 +1,4 @@
-"""Optimizers over touched rows follow torch.optim step for step; a row that nothing touched stays as it is."""
+"""Optimizers over touched rows follow torch.optim step by step; rows that are not touched stay unchanged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def rate_at(step: int) -> float:
-    """A learning rate that changes, as under a scheduler."""
+    """Return a learning rate that changes with the step, as under a scheduler."""
     return RATE / (1 + 0.1 * step)
 
 
@@ -85,7 +85,7 @@ def randn(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", DENSE)
 def test_steps_equal_torch_optim(name: str) -> None:
-    """50 steps in float64 over all rows, with a changing learning rate, are torch's to 1e-12."""
+    """50 steps in float64 over all rows, with a changing learning rate, equal torch's to 1e-12."""
     spec, make = DENSE[name]
     rows = randn(V, D)
     parameter = torch.nn.Parameter(rows.clone())
@@ -102,7 +102,7 @@ def test_steps_equal_torch_optim(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_steps_equal_torch_optim(name: str) -> None:
-    """50 steps over changing subsets of rows are torch's over sparse gradients; the step count is the table's."""
+    """50 steps over changing subsets of rows equal torch's over sparse gradients; the step count is the table's."""
     spec, make = SPARSE[name]
     rows = randn(V, D)
     parameter = torch.nn.Parameter(rows.clone())
@@ -124,7 +124,7 @@ def test_sparse_steps_equal_torch_optim(name: str) -> None:
 
 @pytest.mark.parametrize("initial", [0.0, 0.1])
 def test_row_adagrad_holds_one_sum_a_row(initial: float) -> None:
-    """sum += mean over D of grad^2; row -= lr * grad / (sqrt(sum) + eps), as FBGEMM's exact_row_wise_adagrad."""
+    """As in FBGEMM's exact_row_wise_adagrad, sum += mean over D of grad^2; row -= lr * grad / (sqrt(sum) + eps)."""
     spec = OptimizerSpec("row_adagrad", initial_accumulator_value=initial, eps=1e-3)
     rows = randn(V, D)
     expected, sums = rows.tolist(), [initial] * V
@@ -146,7 +146,7 @@ LAZY = [*(spec for spec, _ in DENSE.values()), SPARSE["sparse_adam"][0], Optimiz
 
 
 def shards_of(cut: Any) -> list[Any]:
-    """The shard tables inside the workers, in shard order."""
+    """Return the shard tables of the workers, in shard order."""
     tables: dict[int, Any] = {}
     for worker in cut.workers:
         tables.update(worker._tables["table"])
@@ -154,7 +154,7 @@ def shards_of(cut: Any) -> list[Any]:
 
 
 def everything(cut: Any) -> list[Tensor]:
-    """Rows, biases and both states of all shards, one row a class ("div": shards in class order)."""
+    """Return rows, biases and both states of all shards, one row per class ("div": shards in class order)."""
     shards = shards_of(cut)
     found = [torch.cat([s.weights for s in shards]), torch.cat([s.biases for s in shards])]
     for state in ("weight_state", "bias_state"):
@@ -164,9 +164,9 @@ def everything(cut: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("spec", LAZY, ids=lambda spec: f"{spec.kind}-{spec.momentum}-{spec.weight_decay}")
 def test_untouched_rows_keep_every_bit(make_cut: MakeCut, spec: OptimizerSpec) -> None:
-    """A sampled step changes rows, biases and state of its candidates and labels, and of nothing else.
+    """A sampled step changes rows, biases and state of its candidates and labels only.
 
-    Weight decay and momentum too wait until a row is touched again.
+    Weight decay and momentum also wait until a row is touched again.
     """
     cut = make_cut(randn(V, D), randn(V), num_shards=3, optimizer=spec)
 
@@ -177,7 +177,7 @@ def test_untouched_rows_keep_every_bit(make_cut: MakeCut, spec: OptimizerSpec) -
         part = cut.plan(randn(len(labels), D), torch.tensor(labels)[:, None], sampled=sampled)
         cut.apply([part], [randn(len(labels))], RATE)
 
-    commit(list(range(V)), list(range(V)))  # every row gets a state
+    commit(list(range(V)), list(range(V)))  # gives every row a state
     before = everything(cut)
     commit([2, 10], [5, 7, 5])
     touched = torch.zeros(V, dtype=torch.bool)
@@ -189,7 +189,7 @@ def test_untouched_rows_keep_every_bit(make_cut: MakeCut, spec: OptimizerSpec) -
 
 @pytest.mark.parametrize("name", DENSE)
 def test_training_a_table_is_training_a_layer(make_cut: MakeCut, name: str) -> None:
-    """50 commits of the exact softmax leave what 50 steps of torch.optim on a linear layer leave, biases included."""
+    """50 commits of the exact softmax give the weights and biases of 50 torch.optim steps on a linear layer."""
     spec, make = DENSE[name]
     weights, biases = torch.nn.Parameter(randn(V, D)), torch.nn.Parameter(randn(V))
     optimizer = make([weights, biases])
@@ -209,7 +209,7 @@ def test_training_a_table_is_training_a_layer(make_cut: MakeCut, name: str) -> N
 
 @pytest.mark.parametrize("initial", [0.0, 0.1])
 def test_biases_of_a_row_wise_table_have_a_sum_of_their_own(make_cut: MakeCut, initial: float) -> None:
-    """Under row_adagrad a bias is a row of one column: plain Adagrad."""
+    """Under row_adagrad a bias is a row of one column, which is plain Adagrad."""
     spec = OptimizerSpec("row_adagrad", initial_accumulator_value=initial, eps=1e-10)
     weights, biases = randn(V, D), torch.nn.Parameter(randn(V))
     optimizer = torch.optim.Adagrad([biases], RATE, initial_accumulator_value=initial)
@@ -226,7 +226,7 @@ def test_biases_of_a_row_wise_table_have_a_sum_of_their_own(make_cut: MakeCut, i
 
 @pytest.mark.parametrize("name", ["adagrad", "adam", "sparse_adam"])
 def test_squares_that_overflow_or_vanish_leave_rows_finite(name: str) -> None:
-    """As in torch: a gradient whose square is inf moves nothing, and 0 and denormal squares are no trouble."""
+    """As in torch, a gradient whose square is inf moves nothing, and zero and denormal squares leave rows finite."""
     spec = OptimizerSpec(name, beta1=0.9, beta2=0.999, eps=1e-8)
     rows = torch.ones(4, 3)
     gradient = torch.tensor([1e30, 1e-30, 0.0, 1.0])[:, None].expand(4, 3).clone()
@@ -240,7 +240,7 @@ def test_squares_that_overflow_or_vanish_leave_rows_finite(name: str) -> None:
 
 
 def test_a_rate_near_the_largest_number_does_not_raise() -> None:
-    """Where bias correction would overflow it, the step goes through: rows without gradient stay."""
+    """The step succeeds even if bias correction would overflow the rate; rows without a gradient are unchanged."""
     spec = OptimizerSpec("adam", beta1=0.9, beta2=0.999, eps=1e-8)
     rows, state = torch.ones(2, 3), initial_state(spec, 2, 3, torch.float32)
     update_(spec, rows, torch.zeros(2, 3), state, 1e38, 1)

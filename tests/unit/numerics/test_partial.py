@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shardloss_server.numerics.partial import Partial, Target, add_all, merge, share
 from torch import Tensor
 
-N, D = 7, 5  # N no multiple of a vector register, D odd
+N, D = 7, 5  # N is no multiple of a vector width; D is odd
 TOLERANCE = 1e-12
 num_candidates = st.integers(0, 13)  # 0: a shard that owns no candidate
 seeds = st.integers(0, 2**32)
@@ -16,7 +16,7 @@ scales = st.sampled_from([0.1, 3.0, 300.0, 1e4])  # of logits: from flat to satu
 
 
 def scored(logits: Tensor, rows: Tensor) -> Partial:
-    """The partial of logits [N, C] over rows [C, D], by torch's own softmax."""
+    """Return the partial of logits [N, C] over rows [C, D], computed with torch's own softmax."""
     if logits.shape[1] == 0:
         return Partial.empty(len(logits), rows.shape[1], logits.dtype)
     weights = torch.nan_to_num(torch.softmax(logits, 1))  # a row without a finite logit has no weights
@@ -24,7 +24,7 @@ def scored(logits: Tensor, rows: Tensor) -> Partial:
 
 
 def random_set(generator: torch.Generator, num: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Logits [N, num] and rows [num, D]; about one candidate in five is masked, as accidental hits are."""
+    """Return logits [N, num] and rows [num, D]; about one candidate in five is masked, as accidental hits are."""
     logits = torch.randn(N, num, dtype=torch.float64, generator=generator) * scale
     masked = torch.rand(N, num, generator=generator) < 0.2
     return logits.masked_fill(masked, -torch.inf), torch.randn(num, D, dtype=torch.float64, generator=generator)
@@ -42,7 +42,7 @@ def assert_same(a: Partial, b: Partial) -> None:
 
 @given(seeds, num_candidates, num_candidates, scales)
 def test_merging_equals_scoring_the_union(seed: int, num_a: int, num_b: int, scale: float) -> None:
-    """merge(score(A), score(B)) = score(A and B), masked candidates and empty sets included."""
+    """merge(score(A), score(B)) equals score(A and B), including masked candidates and empty sets."""
     generator = torch.Generator().manual_seed(seed)
     logits_a, rows_a = random_set(generator, num_a, scale)
     logits_b, rows_b = random_set(generator, num_b, scale)
@@ -54,7 +54,7 @@ def test_merging_equals_scoring_the_union(seed: int, num_a: int, num_b: int, sca
 
 @given(seeds, num_candidates, num_candidates, scales)
 def test_merge_is_commutative(seed: int, num_a: int, num_b: int, scale: float) -> None:
-    """merge(a, b) = merge(b, a) bit for bit."""
+    """merge(a, b) equals merge(b, a) bit for bit."""
     a, b = random_partials(seed, (num_a, num_b), scale)
     one, other = merge(a, b), merge(b, a)
     assert torch.equal(one.lse, other.lse)
@@ -63,14 +63,14 @@ def test_merge_is_commutative(seed: int, num_a: int, num_b: int, scale: float) -
 
 @given(seeds, num_candidates, num_candidates, num_candidates)
 def test_merge_is_associative_to_rounding(seed: int, num_a: int, num_b: int, num_c: int) -> None:
-    """merge(merge(a, b), c) = merge(a, merge(b, c))."""
+    """merge(merge(a, b), c) equals merge(a, merge(b, c)) up to rounding."""
     a, b, c = random_partials(seed, (num_a, num_b, num_c), 3.0)
     assert_same(merge(merge(a, b), c), merge(a, merge(b, c)))
 
 
 @given(seeds, num_candidates, scales)
 def test_the_empty_partial_is_the_identity(seed: int, num: int, scale: float) -> None:
-    """A shard that owns no candidate changes nothing, not even a bit."""
+    """Merging with a shard that owns no candidate changes no bit."""
     (partial,) = random_partials(seed, (num,), scale)
     empty = Partial.empty(N, D, torch.float64)
     for merged in (merge(partial, empty), merge(empty, partial)):
@@ -79,7 +79,7 @@ def test_the_empty_partial_is_the_identity(seed: int, num: int, scale: float) ->
 
 
 def test_nothing_merged_with_nothing_is_nothing() -> None:
-    """-inf with -inf stays -inf with mean row 0: never nan."""
+    """Merging -inf with -inf gives -inf with mean row 0, never nan."""
     empty = Partial.empty(N, D, torch.float64)
     merged = merge(empty, empty)
     assert torch.equal(merged.lse, torch.full((N,), -torch.inf, dtype=torch.float64))
@@ -87,7 +87,7 @@ def test_nothing_merged_with_nothing_is_nothing() -> None:
 
 
 def test_a_set_that_holds_nothing_has_no_share() -> None:
-    """share = exp(lse - total): 0 for -inf, also of a whole that is -inf; all of it where a set is the whole."""
+    """share = exp(lse - total) is 0 for an lse of -inf, even if the total is -inf, and 1 for a finite lse = total."""
     none, some = torch.tensor([-torch.inf]), torch.tensor([-1e4])
     assert share(none, none).tolist() == [0.0]
     assert share(none, some).tolist() == [0.0]
@@ -95,7 +95,7 @@ def test_a_set_that_holds_nothing_has_no_share() -> None:
 
 
 def test_a_partial_without_mean_rows_merges_without() -> None:
-    """Where one side was scored for its lse alone, so is the whole; the lse is unchanged by that."""
+    """If one side was scored for its lse alone, the merged partial has no mean rows either; its lse is the same."""
     a, b = random_partials(3, (4, 2), 3.0)
     merged = merge(a, Partial(b.lse, None))
     assert merged.mean_row is None
@@ -118,7 +118,7 @@ def test_targets_add_up(seed: int, num_shards: int) -> None:
 
 @given(seeds, st.integers(1, 7))
 def test_targets_of_some_rows_add_up(seed: int, num_shards: int) -> None:
-    """Rows that name their places are summed there, as if each shard had said 0 of all others."""
+    """Targets given for some rows only are added at those rows, as if each shard had returned 0 for all others."""
     generator = torch.Generator().manual_seed(seed)
     zeros, sparse, dense = torch.zeros(N, dtype=torch.float64), [], torch.zeros(N, D, dtype=torch.float64)
     for _ in range(num_shards):

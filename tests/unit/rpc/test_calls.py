@@ -1,4 +1,4 @@
-"""What is remembered of calls: counts since the start, rates and quantiles of the last minute."""
+"""Statistics of calls: counts since the start, rates and quantiles of the last minute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shardloss_server.rpc.calls import KEPT, Method
 
 
 def test_quantiles_and_rate_are_of_the_last_minute() -> None:
-    """Older calls still count among all, and as errors."""
+    """Older calls still count in the totals and as errors."""
     method = Method()
     for _ in range(50):
         method.note(now=5.0, seconds=9.0, reason="OVERLOADED")
@@ -20,7 +20,7 @@ def test_quantiles_and_rate_are_of_the_last_minute() -> None:
 
 
 def test_a_young_server_has_the_rate_of_its_own_time() -> None:
-    """Ten calls in five seconds are two a second."""
+    """Ten calls in five seconds are two calls per second."""
     method = Method()
     for second in range(5):
         method.note(now=second, seconds=0.1, reason=None)
@@ -36,7 +36,7 @@ def test_a_method_that_rests_has_no_latency() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """A fast method's rate counts every call, its quantiles the last ones; nothing grows."""
+    """A fast method's rate counts every call and its quantiles only the latest ones, so its memory does not grow."""
     method = Method()
     for number in range(10 * KEPT):
         method.note(now=number / KEPT, seconds=float(number >= 9 * KEPT), reason=None)

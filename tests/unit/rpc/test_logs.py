@@ -1,4 +1,4 @@
-"""What the server logs of its calls, and how a call is found in the log."""
+"""The server's log of its calls, in which a call is found by its request id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RID = "x-request-id"
 
 
 class Logged:
-    """A server whose log is read."""
+    """A server whose log the test reads."""
 
     def __init__(self, log_format: Any = "json", **watching: Any) -> None:
         self.stream = io.StringIO()
@@ -68,7 +68,7 @@ def make() -> Iterator[Callable[..., Logged]]:
 
 
 def wrong(table: shardloss.Table) -> shardloss.ShardlossError:
-    """A call of a session that fails."""
+    """Make a call of a session that fails, and return its error."""
     with pytest.raises(shardloss.errors.InvalidArgument) as caught:
         table.session().compute_loss(np.ones((1, D + 1), np.float32), np.zeros(1, np.int64), shardloss.FullSoftmax())
     return caught.value
@@ -104,7 +104,7 @@ def test_a_slow_call_has_a_line(make: Callable[..., Logged]) -> None:
 
 
 def test_neither_the_session_nor_what_a_caller_sends_is_in_the_log(make: Callable[..., Logged]) -> None:
-    """By a session's name others could commit its steps."""
+    """The log has no session name, because others could use it to commit the session's steps."""
     logged = make(log_calls=True)
     session = logged.table.session()
     hidden = np.full((N, D), 0.123456789, np.float32)
@@ -118,7 +118,7 @@ def test_neither_the_session_nor_what_a_caller_sends_is_in_the_log(make: Callabl
 
 
 def test_what_a_caller_writes_stays_on_one_line(make: Callable[..., Logged]) -> None:
-    """Nobody forges lines of the log."""
+    """A caller cannot forge lines of the log."""
     logged = make("text")
     with pytest.raises(shardloss.errors.TableNotFound):
         logged.client.table("x\nlevel=error forged")
@@ -128,7 +128,7 @@ def test_what_a_caller_writes_stays_on_one_line(make: Callable[..., Logged]) -> 
 def test_lines_of_the_same_call_by_others_carry_its_name(
     make: Callable[..., Logged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the front end logs on the way is found by the request id."""
+    """Lines that the front end logs during a call have the call's request id."""
     logged = make()
     pipeline = logged.server.handlers.pipeline
 
@@ -153,7 +153,7 @@ def test_lines_of_the_same_call_by_others_carry_its_name(
 def test_a_callers_name_is_kept_where_it_is_short_and_printable(
     make: Callable[..., Logged], given: str, kept: bool
 ) -> None:
-    """It comes back in the trailing metadata, as one made for it would."""
+    """The trailing metadata has the caller's request id, or a generated one of the same kind."""
     logged = make()
     with grpc.insecure_channel(logged.server.address) as channel:
         stub = server_pb2_grpc.ServerServiceStub(channel)
@@ -165,7 +165,7 @@ def test_a_callers_name_is_kept_where_it_is_short_and_printable(
 
 
 def test_a_stream_and_a_refusal_before_any_handler_are_named(make: Callable[..., Logged]) -> None:
-    """Bytes that are no message end a call before its method sees it."""
+    """Both are logged with their request id, even if invalid bytes end the call before its method runs."""
     logged = make()
     with grpc.insecure_channel(logged.server.address) as channel:
         call = channel.unary_unary("/shardloss.v1.LossService/Commit")
@@ -181,7 +181,7 @@ def test_a_stream_and_a_refusal_before_any_handler_are_named(make: Callable[...,
 
 
 def test_errors_of_the_client_itself_are_named_too() -> None:
-    """A server that is not there."""
+    """If no server is reachable, the error still has a request id."""
     with pytest.raises(shardloss.ShardlossError) as caught:
         shardloss.connect("127.0.0.1:1", timeout_s=0.2)
     assert caught.value.details["request_id"]
@@ -191,11 +191,11 @@ def test_all_tries_of_a_call_have_one_name_and_no_two_calls_the_same(make: Calla
     logged = make()
     first, second = (wrong(logged.table).details["request_id"] for _ in range(2))
     assert first != second
-    assert first.split("-")[0] == second.split("-")[0]  # of one connection
+    assert first.split("-")[0] == second.split("-")[0]  # both calls use one connection
 
 
 def test_an_overload_does_not_drown_in_its_own_log() -> None:
-    """So many lines a second, and the next one says how many are missing."""
+    """The number of lines per second is limited, and the next line reports how many are missing."""
     pace = Pace()
     said = [pace.left_out(100.0) for _ in range(MAX_LINES_A_SECOND + 7)]
     assert said == [0] * MAX_LINES_A_SECOND + [None] * 7

@@ -1,4 +1,4 @@
-"""What a server counts of itself, and how it is read."""
+"""The metrics that a server exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Values = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait for what the server does beside its calls."""
+    """Wait for work that the server does in addition to its calls."""
     deadline = time.monotonic() + 20.0
     while not holds():
         assert time.monotonic() < deadline
@@ -40,13 +40,13 @@ class Watched:
         self.client = shardloss.connect(self.server.address, timeout_s=20.0)
 
     def scrape(self) -> str:
-        """What Prometheus would get."""
+        """Return the text that Prometheus would get."""
         assert self.server.exposition is not None
         with urllib.request.urlopen(f"http://{self.server.exposition.address}/metrics", timeout=10) as reply:
             return str(reply.read().decode())
 
     def values(self) -> Values:
-        """Every sample by name and labels."""
+        """Return every sample by name and labels."""
         return {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(self.scrape())
@@ -54,7 +54,7 @@ class Watched:
         }
 
     def value(self, name: str, **labels: str) -> float:
-        """One sample; 0 where there is none."""
+        """Return one sample, or 0 if there is none."""
         return self.values().get((f"shardloss_{name}", tuple(sorted(labels.items()))), 0.0)
 
 
@@ -79,7 +79,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_every_metric_is_exported_once_with_its_meaning(watched: Watched) -> None:
-    """The registry holds what metrics.py defines and what the library knows of the process; nothing else."""
+    """The registry has exactly the metrics that metrics.py defines and those of the library about the process."""
     families = {family.name: family for family in watched.server.metrics.registry.collect()}
     own = {name: family for name, family in families.items() if not name.startswith(OF_THE_LIBRARY)}
     assert set(own) == {metric.family for metric in metrics.ALL}
@@ -100,7 +100,7 @@ def test_every_reading_has_the_labels_of_its_metric(watched: Watched, table: sha
 
 
 def test_a_step_is_counted_wherever_it_leaves_a_trace(watched: Watched, table: shardloss.Table) -> None:
-    """Calls, bytes, rows, phases, tickets, versions."""
+    """Calls, bytes, rows, phases, tickets and versions are all counted."""
     before = watched.values()
     session = table.session()
     loss = session.compute_loss(*batch(), shardloss.FullSoftmax())
@@ -133,7 +133,7 @@ def test_a_step_is_counted_wherever_it_leaves_a_trace(watched: Watched, table: s
 
 
 def test_every_ticket_ends_in_one_way_or_is_open(watched: Watched, table: shardloss.Table) -> None:
-    """opened = committed + aborted + expired + open, at any moment."""
+    """opened = committed + aborted + expired + open is true at any moment."""
     session = table.session()
     session.compute_loss(*batch(), shardloss.FullSoftmax())
     session.abort()
@@ -152,7 +152,7 @@ def test_every_ticket_ends_in_one_way_or_is_open(watched: Watched, table: shardl
 def test_a_refusal_is_counted_by_its_limit_and_a_failure_by_its_reason(
     watched: Watched, table: shardloss.Table
 ) -> None:
-    """The third session that holds a ticket meets max_sessions = 2."""
+    """With max_sessions = 2, a third session with a ticket is counted as a refusal of that limit."""
     refused = watched.value("refusals_total", limit="max_sessions")
     sessions = [table.session() for _ in range(3)]
     for session in sessions[:2]:
@@ -179,7 +179,7 @@ def test_a_replay_is_counted(watched: Watched, table: shardloss.Table) -> None:
 
 
 def test_a_deleted_table_leaves_no_series(watched: Watched, fresh_name: Callable[[], str]) -> None:
-    """However many tables come and go, labels stay bounded by max_tables."""
+    """However many tables are created and deleted, max_tables limits the number of labels."""
     name = fresh_name()
     watched.client.create_table(name, num_classes=V, dim=D)
     assert f'table="{name}"' in watched.scrape()
@@ -190,7 +190,7 @@ def test_a_deleted_table_leaves_no_series(watched: Watched, fresh_name: Callable
 def test_a_scrape_does_not_wait_for_a_worker_that_does_not_answer(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads what was known before."""
+    """A scrape returns the values read before."""
     watch = watched.server.exposition._workers
     watch.ask()
     real = watched.group.start
@@ -206,7 +206,7 @@ def test_a_scrape_does_not_wait_for_a_worker_that_does_not_answer(
 
 
 class Lost:
-    """The answer of a worker that died."""
+    """The pending answer of a worker that died."""
 
     computed_s: Mapping[int, float] = {}
 
@@ -214,7 +214,7 @@ class Lost:
         raise WorkerLost("gone")
 
     def abandon(self) -> None:
-        """Nothing is under way."""
+        """Do nothing, because no call is in progress."""
 
 
 def test_a_worker_that_is_another_process_was_restarted(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_the_port_is_free_after_the_server() -> None:
 
 
 def test_two_servers_count_apart(watched: Watched) -> None:
-    """Each has a registry of its own."""
+    """Each server has its own registry."""
     other = Watched(Limits())
     other.client.list_tables()
     assert other.value("calls_total", method="ListTables", reason="OK") == 1
@@ -257,7 +257,7 @@ def test_two_servers_count_apart(watched: Watched) -> None:
 
 
 def test_a_method_that_there_is_not_makes_no_series(watched: Watched) -> None:
-    """Callers can make up names; labels are those of the contract."""
+    """Callers can invent method names, but labels only have those of the contract."""
     import grpc
 
     with grpc.insecure_channel(watched.server.address) as channel:

@@ -1,4 +1,4 @@
-"""Errors cross the wire whole, and small."""
+"""Errors cross the wire complete, and small."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardloss_server.rpc.status import status_of
 
 @pytest.mark.parametrize("leaf", errors.leaves(), ids=lambda leaf: leaf.__name__)
 def test_a_status_rebuilds_its_error(leaf: type[errors.ShardlossError]) -> None:
-    """Reason, message and details survive; the class is the same."""
+    """Class, reason, message and details are the same after the wire."""
     error = leaf("labels[3] = -7 is wrong", field="labels", index=3)
     status = status_of(error)
     info = error_info(status.SerializeToString())
@@ -31,18 +31,18 @@ LONG = ("x" * 100_000, "\u00e9" * 50_000, "\U0001f600" * 25_000, "%" * 100_000, 
 @pytest.mark.parametrize("text", LONG, ids=("ascii", "two-byte", "four-byte", "percent", "control", "surrogate"))
 @pytest.mark.parametrize("leaf", errors.leaves(), ids=lambda leaf: leaf.__name__)
 def test_status_details_stay_below_four_kilobytes(leaf: type[errors.ShardlossError], text: str) -> None:
-    """Above about 8 kB gRPC turns details into another error, whoever made them long."""
+    """Above about 8 kB gRPC replaces the details by another error, so long ones are cut, whatever their source."""
     error = leaf(text, field=text, index=text, table=text, retry_after_s=0.5)
     status = status_of(error)
     assert len(status.SerializeToString()) < 4096
-    assert len(quote(status.message)) < 4096  # as grpc-message carries it
+    assert len(quote(status.message)) < 4096  # encoded as in grpc-message
     info = error_info(status.SerializeToString())
     assert info is not None
     assert info.reason == leaf.reason
 
 
 def test_a_bad_field_is_a_bad_request() -> None:
-    """Clients of any language find the field where google.rpc puts it."""
+    """Clients of any language find the field where google.rpc defines it."""
     status = status_of(errors.InvalidArgument("labels[3] = -7 is wrong", field="labels", index=3))
     found = error_details_pb2.BadRequest()
     assert any(detail.Unpack(found) for detail in status.details if detail.Is(found.DESCRIPTOR))
@@ -51,7 +51,7 @@ def test_a_bad_field_is_a_bad_request() -> None:
     ]
 
 
-REASONS = {  # Clients of any version know these: add new ones here; rename, drop or move none.
+REASONS = {  # Clients of any version know these: add new ones here; never rename, remove or move one.
     "BAD_FILE": "FAILED_PRECONDITION",
     "BAD_REPLY": "INTERNAL",
     "CLIENT_CLOSED": "FAILED_PRECONDITION",
@@ -87,7 +87,7 @@ def test_reasons_are_stable() -> None:
 
 
 def test_the_table_of_errors_is_the_tree() -> None:
-    """docs/errors.md: reason, class and status of each; those that only a client raises say so."""
+    """docs/errors.md has the reason, class and status of each error, and marks those that only a client raises."""
     page = (Path(__file__).resolve().parents[3] / "docs/errors.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(\w+)` \| (\S+) \| (.+) \|$", page, re.M)
     assert {(reason, name) for reason, name, _, _ in rows} == {(leaf.reason, leaf.__name__) for leaf in errors.leaves()}
@@ -97,7 +97,7 @@ def test_the_table_of_errors_is_the_tree() -> None:
 
 
 def test_a_retry_hint_is_a_retry_info() -> None:
-    """Clients of any language find the hint where google.rpc puts it."""
+    """Clients of any language find the hint where google.rpc defines it."""
     status = status_of(errors.Overloaded("full", retry_after_s=0.25))
     hint = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(hint) for detail in status.details if detail.Is(hint.DESCRIPTOR))

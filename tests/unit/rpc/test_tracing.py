@@ -1,4 +1,4 @@
-"""What a trace of a call shows, from the client over the front end to the workers."""
+"""The trace of a call, from the client through the front end to the workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{}"
 
 
 class Traced:
-    """A server and a client whose spans are read."""
+    """A server and a client whose spans the test reads."""
 
     def __init__(self) -> None:
         self.memory = InMemorySpanExporter()
@@ -49,23 +49,23 @@ class Traced:
         self.server.start()
 
     def connect(self, provider: TracerProvider, patch: pytest.MonkeyPatch) -> shardloss.LossClient:
-        """A client of an application with this provider, which is set up but once a process otherwise."""
+        """Return a client of an application with this provider, which otherwise can be set only once per process."""
         with patch.context() as patched:
             patched.setattr(trace, "get_tracer_provider", lambda: provider)
             return shardloss.connect(self.server.address, timeout_s=20.0)
 
     def spans(self, name: str = "", kind: SpanKind | None = None) -> list[ReadableSpan]:
-        """Those that are over."""
+        """Return the finished spans, optionally of one name and kind."""
         every = self.memory.get_finished_spans()
         return [span for span in every if (not name or span.name == name) and kind in (None, span.kind)]
 
     def call(self, method: str) -> tuple[ReadableSpan, ReadableSpan]:
-        """Its one span of the client, and that of the server."""
+        """Return the only client span and the only server span of a method."""
         (client,), (server,) = self.spans(method, SpanKind.CLIENT), self.spans(method, SpanKind.SERVER)
         return client, server
 
     def inside(self, span: ReadableSpan) -> list[ReadableSpan]:
-        """The spans right below one."""
+        """Return the direct children of a span."""
         return [each for each in self.spans() if each.parent and each.parent.span_id == id_of(span)]
 
 
@@ -110,7 +110,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_loss_is_one_trace_from_the_client_to_the_workers(traced: Traced, table: shardloss.Table) -> None:
-    """Each span lies within the one that it is below."""
+    """Each internal span lies within the time of its parent."""
     table.compute_loss(*batch(), shardloss.FullSoftmax())
     client, server = traced.call("ComputeLoss")
     assert server.parent is not None
@@ -130,7 +130,7 @@ def test_a_loss_is_one_trace_from_the_client_to_the_workers(traced: Traced, tabl
 
 
 def test_a_call_says_what_it_was_about(traced: Traced, table: shardloss.Table) -> None:
-    """Neither rows nor the name of the session, by which others could commit."""
+    """Spans have no rows and no session name, which others could use to commit."""
     session = table.session()
     found = session.compute_loss(*batch(), shardloss.FullSoftmax(), want_cost=True)
     session.commit([(found, None)], learning_rate=0.1)
@@ -153,7 +153,7 @@ def test_a_call_says_what_it_was_about(traced: Traced, table: shardloss.Table) -
 
 
 def test_a_stream_is_traced(traced: Traced, table: shardloss.Table) -> None:
-    """A label distribution comes in columns: its fan-outs are below its plan."""
+    """A label distribution is sent in columns, and its fan-outs are children of its plan."""
     labels = np.full((N, V), 1 / V, np.float32)
     table.compute_loss(batch()[0], None, shardloss.FullSoftmax(), label_distribution=labels)
     client, server = traced.call("StreamLoss")
@@ -174,7 +174,7 @@ def test_a_trainer_s_span_holds_its_calls(traced: Traced, table: shardloss.Table
 def test_all_tries_of_a_call_are_one_span(
     traced: Traced, table: shardloss.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And each try has a span of the server below it."""
+    """Each try has a server span below the client's span."""
     real, refused = traced.server.handlers.pipeline.loss, []
 
     def loss(*arguments: Any) -> Any:
@@ -193,7 +193,7 @@ def test_all_tries_of_a_call_are_one_span(
 
 
 def test_a_failed_call_has_its_reason(traced: Traced, client: shardloss.LossClient) -> None:
-    """It is an error of the client's; the server did its work."""
+    """The span is an error in the client only, because the server did its work."""
     with pytest.raises(TableNotFound):
         client.table("nowhere")
     of_client, server = traced.call("GetTable")
@@ -217,14 +217,14 @@ def test_a_fault_of_the_server_is_an_error(
 def test_a_call_that_its_client_does_not_sample_has_no_span(
     traced: Traced, fresh_name: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parent's decision is followed."""
+    """The server follows the parent's sampling decision."""
     with traced.connect(TracerProvider(sampler=ParentBased(ALWAYS_OFF), shutdown_on_exit=False), monkeypatch) as client:
         client.create_table(fresh_name(), num_classes=V, dim=D)
     assert traced.spans() == []
 
 
 def test_a_client_without_tracing_sends_no_trace(traced: Traced) -> None:
-    """The server's span is then the first."""
+    """The server's span is then the root of the trace."""
     with shardloss.connect(traced.server.address) as client:
         client.list_tables()
     assert traced.spans(kind=SpanKind.CLIENT) == []
@@ -250,7 +250,7 @@ def test_a_traceparent_of_anybody_is_continued(traced: Traced, flags: str, num_s
 
 @pytest.mark.parametrize("bad", ["", "x", PARENT.format("zz"), f"00-{0:032}-{0:016}-01", 999 * "0"])
 def test_a_bad_traceparent_is_ignored(traced: Traced, bad: str, caplog: pytest.LogCaptureFixture) -> None:
-    """In silence: else whoever calls writes into the log."""
+    """Nothing is logged; otherwise any caller could write to the log."""
     for state in ("", "=,=", "a=1," * 99):
         ask(traced.server, traceparent=bad, tracestate=state)
     ask(traced.server, traceparent=PARENT.format("01"), tracestate="=,=")
@@ -267,7 +267,7 @@ def test_no_traceparent_breaks_a_call(server: Traced, parent: str, state: str) -
 
 
 def test_a_long_call_shows_its_first_phases_and_counts_the_others() -> None:
-    """Of a plan with many fan-outs, too."""
+    """The same is true of a plan with many fan-outs."""
     phases = Phases()
     meter = tracing_meter(phases)
     with meter.planning():
@@ -293,7 +293,7 @@ def tracing_meter(phases: Phases) -> Any:
 
 
 class Collector(collecting.TraceServiceServicer):
-    """Keeps what is exported to it."""
+    """A collector that keeps the spans exported to it."""
 
     def __init__(self) -> None:
         self.spans: dict[str, list[str]] = {}
@@ -321,7 +321,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 def test_a_collector_gets_the_spans_at_the_latest_when_the_server_stops(
     collector: Collector, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the standard variables, under our name where they give none."""
+    """The standard variables configure the export; the service name is shardloss-server if they give none."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", named)
     group = LocalGroup(1)
     server = Server(group, ServerConfig(watching=Watching(tracing=True)))
@@ -336,13 +336,13 @@ def test_tracing_without_its_packages_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tracing, "NEEDED", ("opentelemetry.exporter.of_no_kind.at_all",))
     with pytest.raises(CannotServe, match=r"pip install shardloss-server\[tracing\]"):
         Server(LocalGroup(1), ServerConfig(watching=Watching(tracing=True)))
-    tracing.refuse_missing(Watching())  # nobody asked for it
+    tracing.refuse_missing(Watching())  # tracing is off, so its packages are not needed
 
 
 def test_a_client_of_an_application_that_has_set_nothing_up_is_not_traced(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it import what takes its time."""
+    """The client does not import opentelemetry.trace either, because that takes time."""
     with shardloss.connect(traced.server.address) as client:
         assert client.channel._tracing is None
     monkeypatch.delitem(sys.modules, "opentelemetry.trace")

@@ -1,4 +1,4 @@
-"""What the samplers' parts promise one by one: alias tables, learned counts, mixtures, class centers, named errors."""
+"""The parts of the samplers one by one: alias tables, learned counts, mixtures, class centers and errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ counts_lists = st.lists(
     st.one_of(st.just(0.0), st.integers(1, 9).map(float), st.floats(1e-150, 1e150)), min_size=1, max_size=70
 ).filter(any)
 
-few_counts = st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9).filter(any)  # stretches that end together
+few_counts = st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9).filter(any)  # equal partial sums
 
 
 def reconstructed(fixed: sampling.FixedUnigram) -> Counts:
-    """p [V] as the alias table draws it: each slot is 1 / V, its own part kept and the rest given to its alias."""
+    """Return p [V] as drawn by the alias table: a slot of size 1 / V keeps its part and gives the rest to its alias."""
     given_away = np.bincount(fixed.alias, 1.0 - fixed.keep, minlength=len(fixed.keep))
     return np.asarray((fixed.keep + given_away) / len(fixed.keep))
 
@@ -29,7 +29,7 @@ def reconstructed(fixed: sampling.FixedUnigram) -> Counts:
 
 @given(st.one_of(counts_lists, few_counts), st.sampled_from([0.0, 0.5, 0.75, 1.0, 2.0]))
 def test_an_alias_table_draws_its_probabilities(counts: list[float], distortion: float) -> None:
-    """The table's p is counts**distortion over its sum, to 1e-12; a slot keeps between 0 and 1; p = 0 is not drawn."""
+    """The table draws p = counts**distortion / sum to 1e-12; slots keep between 0 and 1; p = 0 is never drawn."""
     fixed = sampling.fixed_unigram(counts, distortion)
     log_weights = distortion * np.log(np.array(counts) + (np.array(counts) == 0))
     weights = np.where((np.array(counts) > 0) | (distortion == 0), np.exp(log_weights - log_weights.max()), 0.0)
@@ -44,7 +44,7 @@ def test_an_alias_table_draws_its_probabilities(counts: list[float], distortion:
 @pytest.mark.parametrize("num_classes", [65_537, 1_000_003])
 @pytest.mark.parametrize("shape", ["zipf", "pareto", "one in 97", "one in 100 heavy", "half is zero", "equal"])
 def test_a_large_alias_table_draws_its_probabilities(num_classes: int, shape: str, rng: np.random.Generator) -> None:
-    """To 1e-12 also where a million roundings could add up, all of one sign."""
+    """Probabilities are exact to 1e-12 even if a million rounding errors of the same sign could add up."""
     ids = np.arange(num_classes)
     counts = {
         "zipf": lambda: 1.0 / (1 + ids),
@@ -61,22 +61,22 @@ def test_a_large_alias_table_draws_its_probabilities(num_classes: int, shape: st
 
 
 def test_a_tiny_probability_keeps_its_digits() -> None:
-    """p = 1e-30 beside 1: its slot keeps 1.5e-30, which one uniform number over all slots could not resolve."""
+    """With counts 1, 1e-30 and 1 a slot keeps 1.5e-30, which one uniform number over all slots could not resolve."""
     fixed = sampling.fixed_unigram([1.0, 1e-30, 1.0])
     assert fixed.keep[1] == pytest.approx(1.5e-30, rel=1e-12)
     assert fixed.p[1] == pytest.approx(0.5e-30, rel=1e-12)
 
 
 class ZeroBits(np.random.Generator):
-    """A generator whose every number is 0: each slot keeps what it can."""
+    """A generator whose deciding numbers are all 0, so that each slot keeps its own class if it can."""
 
     def random(self, size: tuple[int, int]) -> Counts:  # type: ignore[override]
-        """Slots one after the other, and 0 to decide."""
+        """Return a number for each slot in turn, with a deciding number of 0."""
         return np.stack([(np.arange(size[0]) + 0.5) / size[0], np.zeros(size[0])], axis=1)
 
 
 def test_a_count_of_zero_is_not_drawn_even_by_a_zero() -> None:
-    """The number 0 falls below every p > 0, and not below p = 0."""
+    """A deciding number of 0 is below every kept part > 0 and not below 0, so a class of p = 0 is not drawn."""
     fixed = sampling.fixed_unigram([0.0, 2.0, 0.0, 1.0, 4.0, 0.0, 0.0])
     drawn = fixed.draw(ZeroBits(np.random.Philox()), 7)
     assert set(drawn.tolist()) <= {1, 3, 4}
@@ -84,7 +84,7 @@ def test_a_count_of_zero_is_not_drawn_even_by_a_zero() -> None:
 
 
 def test_reserved_ids_are_ignored_whatever_stands_there() -> None:
-    """NaN and negative counts of reserved ids are no counts; the caller's array stays as it was."""
+    """Counts of reserved ids may be NaN or negative, and the caller's array is unchanged."""
     counts = np.array([np.nan, -1.0, 5.0, 15.0])
     fixed = sampling.fixed_unigram(counts, 1.0, num_reserved_ids=2)
     assert fixed.p.tolist() == [0.0, 0.0, 0.25, 0.75]
@@ -111,7 +111,7 @@ def test_reserved_ids_are_ignored_whatever_stands_there() -> None:
 def test_counts_without_a_distribution_are_refused(
     counts: list[float], distortion: float, num_reserved_ids: int, field: str, index: str | None
 ) -> None:
-    """The error names the argument, and the first count at fault."""
+    """InvalidArgument names the argument and the index of the first invalid count."""
     with pytest.raises(InvalidArgument) as refused:
         sampling.fixed_unigram(counts, distortion, num_reserved_ids)
     assert (refused.value.field, refused.value.index) == (field, index)
@@ -122,7 +122,7 @@ def test_counts_without_a_distribution_are_refused(
 
 @given(st.integers(1, 40), st.lists(st.lists(st.integers(0, 39), max_size=9), max_size=5), st.data())
 def test_learned_counts_are_a_tally(num_classes: int, adds: list[list[int]], data: st.DataObject) -> None:
-    """Weights are 1 + the times added; a draw of the number r is the class in whose stretch of weights r lies."""
+    """A class's weight is 1 + the times it was added; number r draws the class whose range of summed weights has r."""
     counts, tally = sampling.LearnedCounts(num_classes), np.ones(num_classes, dtype=np.int64)
     for ids in adds:
         valid = np.array([k % num_classes for k in ids], dtype=np.int64)
@@ -143,7 +143,7 @@ def test_learned_counts_are_a_tally(num_classes: int, adds: list[list[int]], dat
 
 
 def test_an_id_outside_the_classes_is_refused_and_adds_nothing() -> None:
-    """-1 is padding elsewhere, and would be the last class in NumPy."""
+    """InvalidArgument gives the place of the id, and no count changes; -1 would be the last class in NumPy."""
     counts = sampling.LearnedCounts(7)
     for wrong in (-1, 7):
         with pytest.raises(InvalidArgument) as refused:
@@ -156,7 +156,7 @@ def test_an_id_outside_the_classes_is_refused_and_adds_nothing() -> None:
 
 
 def test_a_mixture_knows_how_many_classes_are_possible() -> None:
-    """The classes of p > 0 in a component that has a share."""
+    """num_possible counts the classes with p > 0 in a component whose share is above 0."""
     odd, low = sampling.fixed_unigram([0, 1, 0, 2, 0, 3, 0]), sampling.fixed_unigram([1, 1, 0, 0, 0, 0, 0])
     assert sampling.mixture(odd, low, 0.5).num_possible == 4
     assert sampling.mixture(odd, low, 1.0).num_possible == 3
@@ -178,7 +178,7 @@ def test_components_over_other_numbers_of_classes_are_refused() -> None:
 
 
 def test_more_distinct_ids_than_are_possible_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """num_possible says so before the draw, and the draw takes no 2^20 tries to find out."""
+    """TriesExhausted is raised from num_possible before any draw, not after 2^20 tries."""
     fixed = sampling.fixed_unigram([0, 1, 0, 2, 3])
     assert fixed.num_possible == 3
     assert sorted(sampling.draw(fixed, 3, True, 0, 0).sampled.tolist()) == [1, 3, 4]
@@ -193,7 +193,7 @@ def test_more_distinct_ids_than_are_possible_end_at_once(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_the_same_key_gives_the_same_draw_of_every_distribution(unique: bool) -> None:
-    """A function of (seed, step), also for those that take several numbers a draw; other keys give others."""
+    """A draw is a function of (seed, step), even if it takes several random numbers; other keys give other draws."""
     made = [
         lambda: sampling.fixed_unigram(np.arange(1.0, 174.0)),
         lambda: sampling.mixture(sampling.log_uniform(173), sampling.uniform(173), 0.4),
@@ -209,7 +209,7 @@ def test_the_same_key_gives_the_same_draw_of_every_distribution(unique: bool) ->
 
 
 def test_draws_by_more_than_one_number_are_those_of_the_first_release() -> None:
-    """The bits of a (seed, step) are for good: alias table, mixture, learned counts and class centers."""
+    """The bits of a (seed, step) never change for alias tables, mixtures, learned counts and class centers."""
     learned = sampling.LearnedCounts(173)
     learned.add(np.arange(100))
     fixed = sampling.fixed_unigram(np.arange(173.0), 0.75)
@@ -239,7 +239,7 @@ def test_all_candidates_are_every_class_in_order() -> None:
 def test_class_centers_hold_every_label_once(
     num_classes: int, labels: list[int], num_sampled: int, seed: int, step: int
 ) -> None:
-    """The labels ascending, then other classes, min(V, max(S, labels)) in all, the same for the same key."""
+    """The centers are the labels in ascending order, then other classes, min(V, max(S, num_labels)) in all."""
     given_labels = np.array([y % num_classes if y >= 0 else y for y in labels], dtype=np.int64)
     positives = sorted(set(given_labels.tolist()) - {-1})
     centers = sampling.partial_fc(given_labels, num_classes, num_sampled, seed, step).tolist()

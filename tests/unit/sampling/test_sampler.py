@@ -33,7 +33,7 @@ KEYS = [(0, 0), (0, 1), (1, 0), (7, 123_456), (2**63, 2**40)]
 
 
 def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
-    """The documented distributions, class by class."""
+    """Return the documented probability of each class."""
     if kind == "uniform":
         return np.full(num_classes, 1 / num_classes)
     return np.array([math.log((k + 2) / (k + 1)) / math.log(num_classes + 1) for k in range(num_classes)])
@@ -47,16 +47,16 @@ def draw(kind: str, num_classes: int, num_sampled: int, unique: bool, seed: int 
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """Cases of the samplers that we serve, by the op and options that the index names."""
+    """Return the golden cases of the samplers that the service has, by family and op."""
     index = json.loads((GOLDEN / "index.json").read_text())
     return [case for case in index if case["family"] == "tf_candidate_sampler" and case["op"] in OPS]
 
 
 def rows_of(case: dict[str, Any]) -> list[tuple[NDArray[np.int64], NDArray[np.float64], int]]:
-    """(sampled, expected count of every class, num_tries) of each recorded call.
+    """Return (sampled, expected count of every class, num_tries) of each recorded call.
 
-    With repeats num_tries is num_sampled. Distinct, TensorFlow does not tell it: it is the integer that explains the
-    rarest class; a call that drew S distinct ids at once shows as Q = p * S.
+    With repeats num_tries is num_sampled. For a distinct draw TensorFlow does not report it: it is the integer that
+    explains the count of the rarest class. If the first S draws were distinct, the counts are Q = p * S.
     """
     arrays = np.load(GOLDEN / case["file"], allow_pickle=False)
     p = probability(OPS[case["op"]], case["range_max"])
@@ -75,20 +75,20 @@ golden = pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["
 
 
 def test_the_golden_index_has_both_samplers_with_and_without_repeats() -> None:
-    """The comparison below is not empty."""
+    """The golden index covers both samplers with and without repeats, so the comparison below is not empty."""
     found = {(OPS[case["op"]], case["unique"]) for case in golden_cases()}
     assert found == {(kind, unique) for kind in KINDS for unique in (False, True)}
 
 
 @golden
 def test_expected_counts_equal_tensorflows(case: dict[str, Any]) -> None:
-    """Q of every class, wherever a draw met a repeat or repeats are allowed, to TensorFlow's float32."""
+    """Q of every class equals TensorFlow's to float32 if repeats are allowed or a distinct draw met a repeat."""
     distribution = sampling.DISTRIBUTIONS[OPS[case["op"]]](case["range_max"])
     class_ids = np.arange(case["range_max"])
     compared = 0
     for _, count, num_tries in rows_of(case):
         if case["unique"] and num_tries == case["num_sampled"]:
-            continue  # the next test's
+            continue  # covered by the next test
         ours = sampling.expected_count(distribution, class_ids, case["num_sampled"], case["unique"], num_tries)
         np.testing.assert_allclose(ours, count, rtol=1e-6)
         compared += 1
@@ -96,7 +96,7 @@ def test_expected_counts_equal_tensorflows(case: dict[str, Any]) -> None:
 
 
 def test_a_distinct_draw_without_a_repeat_counts_as_with_repeats() -> None:
-    """TensorFlow gives Q = p * S, not 1 - (1 - p)^S, where the first S draws are distinct already."""
+    """If the first S draws are distinct, Q is p * S as in TensorFlow, not 1 - (1 - p)^S."""
     lucky = [
         (case, count)
         for case in golden_cases()
@@ -127,7 +127,7 @@ def test_probabilities_are_the_documented_ones(kind: str) -> None:
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("key", KEYS)
 def test_the_same_key_gives_the_same_candidates(kind: str, unique: bool, key: tuple[int, int]) -> None:
-    """A draw is a function of (seed, step): it repeats, also with other draws and global seeds in between."""
+    """A draw is a function of (seed, step): it is repeated exactly, even with other draws in between."""
     first = draw(kind, 173, 31, unique, *key)
     np.random.default_rng().random()
     draw(kind, 173, 29, not unique, *key)
@@ -139,14 +139,14 @@ def test_the_same_key_gives_the_same_candidates(kind: str, unique: bool, key: tu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unique", [False, True])
 def test_another_seed_or_step_gives_other_candidates(kind: str, unique: bool) -> None:
-    """Seed and step are not interchangeable either: (0, 1) and (1, 0) differ."""
+    """Each (seed, step) has its own candidates; seed and step are not interchangeable: (0, 1) and (1, 0) differ."""
     draws = {tuple(draw(kind, 1009, 31, unique, *key).sampled) for key in KEYS}
     assert len(draws) == len(KEYS)
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 60), st.data(), st.integers(0, 2**63), st.integers(0, 2**40))
 def test_a_distinct_draw_has_no_repeats(kind: str, num_classes: int, data: st.DataObject, seed: int, step: int) -> None:
-    """S ids of [0, V), all different, up to S = V where they are a permutation."""
+    """The S ids of a distinct draw are in [0, V) and all different, up to S = V."""
     num_sampled = data.draw(st.integers(1, min(num_classes, 40)))
     drawn = draw(kind, num_classes, num_sampled, True, seed, step)
     assert len(drawn.sampled) == len(set(drawn.sampled.tolist())) == num_sampled
@@ -175,7 +175,7 @@ def test_num_tries_is_where_the_last_new_id_came(kind: str, num_classes: int, nu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unique", [False, True])
 def test_huge_tables_are_drawn_from_at_no_cost(kind: str, unique: bool) -> None:
-    """V = 2^40: nothing of size V is made, ids stay in range and reach beyond 32 bits."""
+    """With V = 2^40 no array of size V is created, and ids are in range and exceed 32 bits."""
     drawn = draw(kind, 2**40, 4096, unique, 3)
     assert drawn.sampled.min() >= 0
     assert 2**32 < drawn.sampled.max() < 2**40
@@ -183,7 +183,7 @@ def test_huge_tables_are_drawn_from_at_no_cost(kind: str, unique: bool) -> None:
 
 
 class Ends(np.random.Generator):
-    """The smallest and the largest number that a generator gives."""
+    """A generator that returns the smallest and the largest possible number."""
 
     def random(self, *args: Any, **kwargs: Any) -> Any:
         return np.array([0.0, np.nextafter(1.0, 0.0)])
@@ -213,13 +213,13 @@ def test_the_uniform_bits_reach_both_ends() -> None:
 def test_draws_are_those_of_the_first_release(
     kind: str, num_classes: int, unique: bool, key: tuple[int, int], sampled: list[int], num_tries: int
 ) -> None:
-    """A run that goes on after an upgrade draws what it would have drawn: the bits of a (seed, step) are for good."""
+    """The bits of a (seed, step) never change, so a run that continues after an upgrade draws the same candidates."""
     drawn = draw(kind, num_classes, len(sampled), unique, *key)
     assert (drawn.sampled.tolist(), drawn.num_tries) == (sampled, num_tries)
 
 
 def test_a_hopeless_distinct_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of 50,000 log-uniform classes would take millions of draws: a request error that names the field."""
+    """Drawing all of 50,000 log-uniform classes would take millions of tries; it is refused and the field is named."""
     monkeypatch.setattr(draws, "MAX_TRIES", 1 << 17)
     labels = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(InvalidArgument, match="num_sampled = 50000") as refused:
@@ -230,7 +230,7 @@ def test_a_hopeless_distinct_draw_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unique", [False, True])
 def test_true_and_sampled_counts_come_from_one_draw(kind: str, unique: bool) -> None:
-    """An id has the same Q as label and as candidate; padding is counted as nothing that could spoil a log."""
+    """An id has the same Q as a label and as a candidate, and padding has a Q > 0, whose log is finite."""
     labels = torch.arange(-1, 41)[:, None].repeat(1, 2)
     values, num_tries = draw_with_tries(SamplerSpec(kind, 12, unique, 9), 41, 4, labels, ClassCounts(41, False))
     assert torch.equal(values.sampled_expected_count, values.true_expected_count[values.sampled + 1, 0])
@@ -244,7 +244,7 @@ def test_true_and_sampled_counts_come_from_one_draw(kind: str, unique: bool) -> 
 
 
 def naive_log_weight(sampled: list[int], log_q: list[float], class_id: int, removed: set[int]) -> float:
-    """log of the sum of 1/Q over the copies of an id that are not removed."""
+    """Return the log of the sum of 1/Q over the copies of an id that are not removed."""
     kept = [
         -q for place, (c, q) in enumerate(zip(sampled, log_q, strict=True)) if c == class_id and place not in removed
     ]
@@ -256,7 +256,7 @@ def naive_log_weight(sampled: list[int], log_q: list[float], class_id: int, remo
     st.sampled_from(["none", "every", "last"]),
 )
 def test_folding_repeats_equals_keeping_all_columns(columns: list[tuple[int, float]], hit_removal: str) -> None:
-    """logsumexp over an id's columns of z - log Q is z + log_weight; removal takes every copy, or the last one."""
+    """logsumexp of z - log Q over an id's columns is z + log_weight; hit removal removes every copy or the last one."""
     sampled, log_q = [c for c, _ in columns], [q for _, q in columns]
     folded = fold_repeats(
         torch.tensor(sampled, dtype=torch.int64), torch.tensor(log_q, dtype=torch.float64), hit_removal
@@ -276,7 +276,7 @@ def test_folding_repeats_equals_keeping_all_columns(columns: list[tuple[int, flo
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_no_draws_are_no_candidates(unique: bool) -> None:
-    """S = 0 takes no try and gives no id; below it there is nothing to say."""
+    """A draw with S = 0 makes no tries and returns no ids; S < 0 raises InvalidArgument."""
     drawn = sampling.draw(sampling.uniform(7), 0, unique, 3, 0)
     assert (drawn.sampled.tolist(), drawn.num_tries) == ([], 0)
     with pytest.raises(InvalidArgument) as refused:
@@ -287,7 +287,7 @@ def test_no_draws_are_no_candidates(unique: bool) -> None:
 @pytest.mark.parametrize("number", [-1, 1 << 64, 1.5, np.int64(-1), None])
 @pytest.mark.parametrize("field", ["seed", "step"])
 def test_a_key_is_two_numbers_of_64_bits(field: str, number: int) -> None:
-    """What is none is refused and shares no other key's draws; every kind of integer in range is one."""
+    """A seed or step that is not an integer in [0, 2^64) is refused; any integer type in range is accepted."""
     key = {"seed": 1, "step": 1, field: number}
     asks = (
         lambda: sampling.draw(sampling.uniform(7), 3, True, **key),
@@ -303,9 +303,9 @@ def test_a_key_is_two_numbers_of_64_bits(field: str, number: int) -> None:
 
 @given(st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(-1, 20), min_size=3, max_size=3), max_size=7))
 def test_hits_are_the_pairs_of_row_and_candidate(candidates: set[int], labels: list[list[int]]) -> None:
-    """(n, c) for each label of row n that equals candidate c: once for a label given twice, never for padding.
+    """A hit is (n, c) if candidate c is a label of row n: once even if the label is repeated, and never for padding.
 
-    Else T copies of a label and S of a candidate, some kilobytes, would make N T S pairs.
+    Otherwise T copies of a label and S of a candidate, a few kilobytes, would produce N T S pairs.
     """
     class_ids = sorted(candidates)
     rows, places = find_hits(
@@ -316,7 +316,7 @@ def test_hits_are_the_pairs_of_row_and_candidate(candidates: set[int], labels: l
 
 
 def test_hits_equal_tensorflows() -> None:
-    """On the golden case of tf.nn.compute_accidental_hits: the same pairs of row and sampled id."""
+    """The golden case of tf.nn.compute_accidental_hits gives the same pairs of row and sampled id."""
     arrays = np.load(GOLDEN / "tf_compute_accidental_hits.npz", allow_pickle=False)
     sampled = torch.from_numpy(arrays["sampled"])
     class_ids: Tensor = torch.unique(sampled)
@@ -327,7 +327,7 @@ def test_hits_equal_tensorflows() -> None:
 
 @pytest.mark.parametrize("kind, is_held", [("uniform", False), ("fixed_unigram", False), ("learned_unigram", True)])
 def test_only_a_draw_by_learned_counts_keeps_commits_waiting(kind: str, is_held: bool) -> None:
-    """A long draw of another kind needs no lock: what it draws by never changes."""
+    """Draws by other samplers need no lock, because the probabilities they use never change."""
     counts = ClassCounts(41, True)
     counts.write(0, np.ones(41))
     learning = threading.Thread(target=counts.learn, args=(np.array([3]),))

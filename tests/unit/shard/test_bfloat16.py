@@ -1,4 +1,4 @@
-"""Tables of bfloat16: products of bfloat16 that lose little, and float32 where they cannot be used."""
+"""Tables of bfloat16: bfloat16 products lose little accuracy, and float32 is used if they do not apply."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from shardloss_server.shard.record import Batch, Part, Record, StepKey, TableSpe
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
-V, D, N = 507, 33, 29  # blocks of 64 rows: seven whole ones and a rest; no size divides another
+V, D, N = 507, 33, 29  # blocks of 64 rows: seven full ones and a remainder; no size divides another
 STANDARD_DEVIATIONS = [0.5, 8.0, 60.0]
 RATE = 0.3
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this processor is: where it has no such products torch computes them slowly, and rounds alike."""
+    """Force bfloat16 products. A processor without them makes torch compute them slowly, but with the same rounding."""
     monkeypatch.setattr(shard_rows, "multiplies_bfloat16", lambda _: True)
     monkeypatch.setattr(kernel, "CHUNK_LOGITS", 64 * N)
 
 
 def table_of(spread: float, bias: bool = False, dtype: str = "bfloat16") -> ShardTable:
-    """One shard whose logits against unit normal hidden have about this standard deviation."""
+    """Return one shard whose logits against unit normal hidden have a standard deviation of about `spread`."""
     start = Initializer("normal", spread / D**0.5, 3)
     spec = TableSpec("t", V, D, dtype, bias, Placement("div", V, 1), start, OptimizerSpec("sgd"))
     return ShardTable(spec, 0, 8)
@@ -48,7 +48,7 @@ def part_of(objective: Objective | None = None) -> Part:
 
 
 class Exact:
-    """Loss and gradients in float64 of the same rows and hidden."""
+    """Loss and gradients in float64 for the same rows and hidden."""
 
     def __init__(self, table: ShardTable, part: Part, g: Tensor) -> None:
         rows = table.weights.double().requires_grad_()
@@ -68,9 +68,9 @@ def losses_of(table: ShardTable, part: Part) -> Tensor:
 
 @pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
 def test_losses_lose_less_than_rounded_logits_lose(spread: float) -> None:
-    """Root mean square over the rows, against float64 of the same bfloat16 rows and of hidden that was not rounded.
+    """The root mean square error, against float64 of the same bfloat16 rows and unrounded hidden, is smaller.
 
-    Where logits are small, what hidden loses is all there is to lose, and both lose it.
+    If logits are small, the rounding of hidden is the only error, and both have it.
     """
     table, part = table_of(spread), part_of()
     exact = Exact(table, part, torch.ones(N))
@@ -82,7 +82,7 @@ def test_losses_lose_less_than_rounded_logits_lose(spread: float) -> None:
 
 @pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
 def test_losses_of_rows_that_fit_well_are_not_negative(spread: float) -> None:
-    """Where the label takes nearly all of the softmax, its logit and the sum beside it are rounded alike."""
+    """If the label has nearly all of the softmax, its logit and the log-sum-exp are rounded alike."""
     table, part = table_of(spread), part_of()
     best = (part.batch.hidden @ table.weights.float().T).argmax(1, keepdim=True)
     confident = dataclasses.replace(part, batch=dataclasses.replace(part.batch, labels=best))
@@ -92,9 +92,9 @@ def test_losses_of_rows_that_fit_well_are_not_negative(spread: float) -> None:
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["anew", "kept"])
 @pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
 def test_gradients_are_those_of_float64_to_the_digits_of_bfloat16(spread: float, kept_bytes: int) -> None:
-    """Each is off by at most 2^-6 of its norm, with exponentials kept and computed anew.
+    """Each gradient is off by at most 2^-6 of its norm, whether exponentials are kept or recomputed.
 
-    At 60 sigma, where rounding hidden alone moves a logit by 0.1, by 2^-5.
+    At 60 sigma the bound is 2^-5, because rounding hidden alone moves a logit by 0.1.
     """
     table, part, g = table_of(spread), part_of(), torch.rand(N)
     table.kept = Kept(Room(kept_bytes))
@@ -110,17 +110,17 @@ def test_gradients_are_those_of_float64_to_the_digits_of_bfloat16(spread: float,
 
 
 def test_a_block_far_above_those_before_it_is_computed_again() -> None:
-    """e^300 above: the first reference would overflow, and the answer is right all the same."""
+    """The loss is right even if a block is e^300 above the first one, whose reference would overflow."""
     table, part = table_of(0.5), part_of()
     table.weights[300:] *= 1000
     exact = Exact(table, part, torch.ones(N))
     torch.testing.assert_close(losses_of(table, part), exact.losses, rtol=2**-9, atol=0.05)
     logits = part.batch.hidden @ table.weights.float().T
-    assert (logits.amax(1) - logits[:, :64].amax(1) > 89).any()  # so it was needed
+    assert (logits.amax(1) - logits[:, :64].amax(1) > 89).any()  # exp of the difference overflows float32
 
 
 def test_a_step_moves_bfloat16_rows_by_the_gradient() -> None:
-    """Rows after a step are those before less lr times the gradient, rounded to a neighbour."""
+    """Rows after a step are the rows before it minus lr times the gradient, rounded to an adjacent bfloat16."""
     table, part, g = table_of(8.0), part_of(), torch.rand(N)
     before, exact = table.weights.double(), Exact(table, part, g)
     lse = table.score(part, True).statistics.lse
@@ -142,13 +142,13 @@ WIDE: list[tuple[str, Callable[[], tuple[ShardTable, Part]]]] = [
 
 @pytest.mark.parametrize("make", [case[1] for case in WIDE], ids=[case[0] for case in WIDE])
 def test_everything_else_is_computed_in_float32(make: Callable[[], tuple[ShardTable, Part]]) -> None:
-    """Biases, other losses and options, other dtypes."""
+    """Tables with biases, other losses and options, and other dtypes do not use bfloat16 products."""
     assert not is_narrow(*make())
 
 
 @pytest.mark.parametrize("logit", [20_000.0, 30_000.0, 50_000.0, 100_000.0])
 def test_logits_beyond_a_reference_are_right_or_refused(logit: float) -> None:
-    """Never a finite number that is wrong: 2^x of them leaves every range."""
+    """The lse is right or nan, never a wrong finite number: 2^x of such logits leaves every range."""
     narrow = Narrow(torch.tensor([[1.0, 0.0]]))
     exponentials, total = narrow.of(torch.tensor([[logit, 0.0], [0.0, 1.0]], dtype=torch.bfloat16))
     lse = float(exponentials.top + total.log())
@@ -156,7 +156,7 @@ def test_logits_beyond_a_reference_are_right_or_refused(logit: float) -> None:
 
 
 def test_a_distribution_of_one_label_is_that_label() -> None:
-    """Its target is of the same rounded hidden as the sum beside it, or losses of rows that fit would be negative."""
+    """Target and lse use the same rounded hidden; otherwise losses of well-fitted rows would be negative."""
     table, part = table_of(60.0), part_of()
     labels = (part.batch.hidden @ table.weights.float().T).argmax(1)
     none = torch.zeros(N, 0)

@@ -1,4 +1,4 @@
-"""What scores leave behind for their steps: used while it is right, bounded, and gone with its part."""
+"""Values that a score keeps for its step: used while they are valid, limited in size, and freed with their part."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LARGE = 1 << 30
 
 
 def table_of(max_bytes: int) -> tuple[ShardTable, Room]:
-    """One float64 shard that may keep so much."""
+    """Return one float64 shard that may keep up to max_bytes, and its room."""
     room = Room(max_bytes)
     start = Initializer("normal", 0.7, 3)
     spec = TableSpec("t", V, D, "float64", True, Placement("mod", V, 1), start, OptimizerSpec("adagrad", eps=1e-3))
@@ -58,7 +58,10 @@ def part_of(num_sampled: int, num_rows: int = N) -> Part:
 
 
 def own_part(num_sampled: int, num_rows: int = N, objective: Objective | None = None) -> Part:
-    """Each row with its own candidates, many of them twice; every third removed, all of the first row's."""
+    """Return a part in which each row has its own candidates.
+
+    Many of them occur twice; every third is removed, and all of the first row's.
+    """
     part = part_of(0, num_rows)
     ids = torch.randint(0, V, (num_rows, num_sampled))
     log_weight = torch.rand(num_rows, num_sampled, dtype=torch.float64)
@@ -77,7 +80,7 @@ def commit(table: ShardTable, parts: list[Part], lse: list[Tensor]) -> None:
 def test_steps_with_kept_exponentials_equal_steps_without(
     num_sampled: int, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps, of one part and of several: equal to 1e-13 whether all is kept, nothing or a part."""
+    """Three steps, of one part and of several, agree to 1e-13 whether all exponentials are kept, none, or some."""
     monkeypatch.setattr(kernel, "CHUNK_LOGITS", chunk_logits)
     steps = [[part_of(num_sampled)], [part_of(num_sampled), part_of(0, 3), part_of(25)], [part_of(num_sampled)]]
     ends = []
@@ -104,7 +107,7 @@ OBJECTIVES = {
 def test_candidates_of_rows_own_step_alike_whatever_is_kept(
     kind: str, entry_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone, with no candidate that counts, with none at all, and beside parts of every other shape."""
+    """Steps agree for a part alone, with all candidates removed, with none given, and next to parts of other shapes."""
     monkeypatch.setattr(kernel, "ENTRY_ELEMENTS", entry_elements)
     own = [own_part(n, rows, OBJECTIVES[kind]) for n, rows in ((90, N), (1, 3), (0, 2), (11, 1))]
     steps = [own[:1], own, [own[0], part_of(40)], [part_of(0, 3), own[2]], own[2:3]]
@@ -125,7 +128,7 @@ def test_candidates_of_rows_own_step_alike_whatever_is_kept(
 @pytest.mark.parametrize("dim", [5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rows_are_taken_and_put_as_they_are(dtype: torch.dtype, dim: int, num_rows: int, is_shifted: bool) -> None:
-    """To the bit but for the sign of zero, whatever and wherever they are; other rows stay."""
+    """Rows of any value and alignment keep every bit except the sign of zero; other rows are unchanged."""
     values = torch.randn(2 * MANY_ROWS, dim).to(dtype)
     values[1], values[2], values[3] = torch.inf, -torch.inf, torch.nan
     index = torch.randperm(len(values))[:num_rows]
@@ -142,7 +145,7 @@ def test_rows_are_taken_and_put_as_they_are(dtype: torch.dtype, dim: int, num_ro
 @pytest.mark.parametrize("make", [part_of, own_part])
 @pytest.mark.parametrize("num_sampled", [0, 40])
 def test_what_was_kept_is_not_used_at_another_version(num_sampled: int, make: Callable[[int], Part]) -> None:
-    """A part scored before another's step, or before a write, is computed anew at the present rows."""
+    """A part scored before another part's step, or before a write, is recomputed from the current rows."""
     first, second = make(num_sampled), make(num_sampled)
     ends = []
     for max_bytes in (LARGE, 0):
@@ -158,7 +161,7 @@ def test_what_was_kept_is_not_used_at_another_version(num_sampled: int, make: Ca
 
 
 def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
-    """A step frees what others kept, and a part that goes takes what was kept for it along."""
+    """A step frees what other parts kept, and deleting a part frees what was kept for it."""
     table, room = table_of(LARGE)
     part, other = part_of(0), part_of(40)
     lse = table.score(part, True, keep=True).statistics.lse
@@ -174,7 +177,7 @@ def test_room_is_given_back_with_the_version_and_with_the_part() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "unit vectors", "many labels", "own"])
 def test_what_is_held_is_what_is_counted(kind: str) -> None:
-    """All tensors that a shard keeps, the rows of labels and unit vectors among them, are within its room."""
+    """All tensors that a shard keeps, including rows of labels and unit vectors, are counted and fit its room."""
     max_bytes = 20_000
     table, room = table_of(max_bytes)
     parts = [part_of(0 if kind != "many labels" else 40, num_rows=3) for _ in range(9)]
@@ -197,7 +200,7 @@ def test_what_is_held_is_what_is_counted(kind: str) -> None:
 
 
 def test_lent_memory_counts_as_room() -> None:
-    """Steps over all classes, then sampled ones of every size: taken and spare together stay within the budget."""
+    """After steps over all classes and sampled steps of every size, taken and spare memory are within the budget."""
     max_bytes = 60_000
     table, room = table_of(max_bytes)
     for num_sampled in (0, 0, 7, 30, 90, 150, 0, 210):
@@ -209,14 +212,14 @@ def test_lent_memory_counts_as_room() -> None:
 
 
 def test_a_score_that_no_step_follows_keeps_nothing() -> None:
-    """Unless it is told to."""
+    """A score keeps values for a step only if `keep` is set."""
     table, room = table_of(LARGE)
     table.score(part_of(0), True)
     assert room.taken_bytes == 0
 
 
 def test_shards_of_a_worker_share_their_room() -> None:
-    """What one took the other cannot have."""
+    """Bytes that one shard takes are unavailable to the others until it frees them."""
     room = Room(1000)
     block = Block(torch.zeros(3, D), torch.zeros(3), None, None, None)
     exponentials = Exponentials(torch.zeros(N, 11), torch.zeros(N))  # 4 * (77 + 7) bytes
@@ -233,7 +236,7 @@ def test_shards_of_a_worker_share_their_room() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponentials_are_those_of_the_logits(dtype: torch.dtype) -> None:
-    """exp(z - max z) to 4 units of the last place where it counts; a row of -inf has none."""
+    """exp(z - max z) is right to 4 units in the last place if it is above 1e-3; a row of -inf has zeros."""
     logits = torch.randn(N, 333, dtype=dtype) * 8
     logits[2] = -torch.inf
     logits[3, 5:] = -torch.inf

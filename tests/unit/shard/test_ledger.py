@@ -21,7 +21,7 @@ def note(ledger: Ledger, session: str, step: int, version: int, digest: bytes = 
 
 
 def test_a_new_ledger_knows_nothing() -> None:
-    """No session, no outcome, highest step 0."""
+    """A new ledger has no session and no outcome, and its highest step is 0."""
     ledger = Ledger(3)
     assert not ledger.knows("a")
     assert ledger.highest("a") == 0
@@ -29,7 +29,7 @@ def test_a_new_ledger_knows_nothing() -> None:
 
 
 def test_an_applied_step_is_answered_with_its_outcome() -> None:
-    """Digest, version and staleness come back for a repeat; other sessions and steps have none."""
+    """A repeat gets the step's digest, version and staleness; other sessions and steps have no outcome."""
     ledger = Ledger(3)
     ledger.note(StepKey("a", 4, b"x"), Outcome(b"x", 9, 2))
     assert ledger.outcome("a", 4) == Outcome(b"x", 9, 2)
@@ -40,7 +40,7 @@ def test_an_applied_step_is_answered_with_its_outcome() -> None:
 
 
 def test_sessions_do_not_share_steps() -> None:
-    """The same step of two sessions is two steps."""
+    """The same step number in two sessions is two steps."""
     ledger = Ledger(3)
     first, second = note(ledger, "a", 5, 1), note(ledger, "b", 5, 2)
     assert ledger.outcome("a", 5) == first
@@ -49,7 +49,7 @@ def test_sessions_do_not_share_steps() -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_steps_only_grow(step: int) -> None:
-    """Noting a step that is not above the highest is our own bug and changes nothing."""
+    """Recording a step that is not above the highest one is an internal error and changes nothing."""
     ledger = Ledger(3)
     kept = note(ledger, "a", 5, 1)
     with pytest.raises(ValueError, match="not above 5"):
@@ -59,7 +59,7 @@ def test_steps_only_grow(step: int) -> None:
 
 
 def test_gaps_between_steps_are_legal() -> None:
-    """Aborted steps leave holes: 1, 7, 1000."""
+    """Aborted steps leave gaps, so 1, 7, 1000 is a legal sequence."""
     ledger = Ledger(3)
     for version, step in enumerate((1, 7, 1000), 1):
         note(ledger, "a", step, version)
@@ -68,7 +68,7 @@ def test_gaps_between_steps_are_legal() -> None:
 
 
 def test_only_the_last_outcomes_are_kept() -> None:
-    """The last steps can be repeated, long past ones cannot; the highest step is not forgotten with them."""
+    """Recent steps can be repeated and old ones cannot; forgetting outcomes does not lower the highest step."""
     ledger = Ledger(3)
     for step in range(1, 101):
         note(ledger, "a", step, step)
@@ -79,7 +79,7 @@ def test_only_the_last_outcomes_are_kept() -> None:
 
 
 def test_the_session_that_committed_longest_ago_is_forgotten_first() -> None:
-    """At most max_sessions are remembered; a commit renews its session."""
+    """At most max_sessions are remembered; a commit makes its session the most recent one."""
     ledger = Ledger(3)
     for version, (session, step) in enumerate([("a", 1), ("b", 1), ("c", 1), ("a", 2), ("d", 1)], 1):
         note(ledger, session, step, version)
@@ -91,7 +91,7 @@ def test_the_session_that_committed_longest_ago_is_forgotten_first() -> None:
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 5)), max_size=60))
 def test_the_ledger_is_a_log_of_the_last_sessions(max_sessions: int, commits: list[tuple[str, int]]) -> None:
-    """Against a plain list of all commits: the remembered sessions are the last max_sessions different ones."""
+    """Compared with a plain list of all commits, the remembered sessions are the last max_sessions distinct ones."""
     ledger, log = Ledger(max_sessions), list[tuple[str, int]]()
     for version, (session, growth) in enumerate(commits, 1):
         step = ledger.highest(session) + growth
@@ -101,10 +101,10 @@ def test_the_ledger_is_a_log_of_the_last_sessions(max_sessions: int, commits: li
         assert [s for s in "abcdefg" if ledger.knows(s)] == sorted(remembered)
         for known in remembered:
             assert ledger.highest(known) == max(step for s, step in reversed(log) if s == known)
-        log = [entry for entry in log if entry[0] in remembered]  # a forgotten session starts anew
+        log = [entry for entry in log if entry[0] in remembered]  # a forgotten session starts from scratch
 
 
-# A shard applies the next version only, and each once
+# A shard applies only the next version, and each version once
 
 
 def shard_table() -> ShardTable:
@@ -122,7 +122,7 @@ def record(version: int, step: int) -> Record:
 
 
 def test_a_repeated_record_changes_nothing() -> None:
-    """Applying the present version again answers it; rows, ledger and step count stay."""
+    """Applying the current version again returns that version; rows, ledger and step count are unchanged."""
     table = shard_table()
     assert table.apply_(record(1, 1)) == 1
     rows = table.weights.clone()
@@ -134,7 +134,7 @@ def test_a_repeated_record_changes_nothing() -> None:
 
 @pytest.mark.parametrize("version", [0, 1, 4, 99])
 def test_a_record_out_of_turn_is_refused(version: int) -> None:
-    """Neither a gap nor a step back: a shard at version 2 takes 3, repeats 2 and refuses all else unchanged."""
+    """A shard at version 2 applies 3, accepts a repeat of 2, and refuses any other version without a change."""
     table = shard_table()
     table.apply_(record(1, 1))
     table.apply_(record(2, 2))
@@ -149,7 +149,7 @@ def test_a_record_out_of_turn_is_refused(version: int) -> None:
 
 
 def test_a_write_is_a_version_but_no_step() -> None:
-    """Rows overwritten as version 2: the ledger and the bias-correction count know only the commits around it."""
+    """Rows overwritten as version 2 do not count in the ledger or for bias correction, which see commits only."""
     table = shard_table()
     table.apply_(record(1, 1))
     write = RowWrite(2, torch.tensor([10, 0]), torch.arange(10.0).view(2, 5).double(), torch.tensor([5.0, 6.0]))

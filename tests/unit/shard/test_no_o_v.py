@@ -1,4 +1,4 @@
-"""A sampled step costs nothing that grows with V: it gathers and puts back the rows it touches, and sees no others."""
+"""The cost of a sampled step does not grow with V: the step reads and writes only the rows that it touches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves
 from ...extent import scaled
 
 SMALL, LARGE = 100_000, scaled(1_000_000, 10_000_000)
-D, N, S = 4, 7, 50  # N * S and all else that a step may make is far below V
+D, N, S = 4, 7, 50  # N * S, and anything else that a step may create, is far below V
 Call = tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 
 
 class Watch(TorchDispatchMode):
-    """Writes down every tensor operation, and which of them saw at least `limit` elements of what is not the table's.
+    """A recorder of tensor operations, and of those that use at least `limit` elements outside the table.
 
-    The table's own storage may be read by a gather (index), written by its inverse (index_put_), and looked at through
-    a view: each costs what it returns or is given, not what it points into.
+    The table's own storage may be read by a gather (index), written by its inverse (index_put_), and viewed: each of
+    these costs in proportion to what it returns or is given, not to the storage.
     """
 
     GATHERS = (
@@ -52,7 +52,7 @@ class Watch(TorchDispatchMode):
         given, made = (
             [x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs or {}), result)
         )
-        # size V of the table itself differs between tables; written down as -1
+        # the size V differs between the tables, so it is recorded as -1
         self.calls.append((func.name(), self.sizes(given), self.sizes(made)))
         if any(x.numel() >= self.limit and not self.is_free(func, x) for x in (*given, *made)):
             self.offences.append(f"{func.name()}: {[tuple(x.shape) for x in (*given, *made)]}")
@@ -73,12 +73,12 @@ def make_table(num_classes: int, kind: str, strategy: str, dtype: str) -> ShardT
         "sparse_adam": OptimizerSpec("sparse_adam", beta1=0.9, beta2=0.99, eps=1e-8),
     }
     placement = Placement(strategy, num_classes, 1)
-    zeros = Initializer("zeros", 0.0, 0)  # filling 10 million rows with numbers would be the slowest part of the test
+    zeros = Initializer("zeros", 0.0, 0)  # initializing 10 million rows would be the slowest part of the test
     return ShardTable(TableSpec("table", num_classes, D, dtype, True, placement, zeros, optimizers[kind]), 0, 8)
 
 
 def watched_step(table: ShardTable, hit_removal: str) -> Iterator[tuple[str, Watch]]:
-    """score, gradient and apply_ of one batch, each under a watch. All ids are below SMALL: the same for any V."""
+    """Run plan, score, gradient and apply_ of one batch, each watched. All ids are below SMALL: the same for any V."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 60, (S,), generator=generator)  # repeats and hits
     ids[:5] = torch.tensor([SMALL - 1, 77_777, 4097, 4097, 0])
@@ -132,7 +132,7 @@ CASES = [
 def test_a_sampled_step_does_not_know_how_many_classes_there_are(
     kind: str, strategy: str, dtype: str, hit_removal: str
 ) -> None:
-    """With V = 1e5 and a larger V the same operations of the same sizes run, none over V elements but gathers."""
+    """With V = 1e5 and a larger V, the same operations of the same sizes run, and only gathers read V elements."""
     small, large = (
         dict(watched_step(make_table(num_classes, kind, strategy, dtype), hit_removal))
         for num_classes in (SMALL, LARGE)
@@ -144,7 +144,7 @@ def test_a_sampled_step_does_not_know_how_many_classes_there_are(
 
 
 def test_a_sampled_step_changes_the_rows_it_touches() -> None:
-    """The watched step is a real one: its candidates and labels moved, and no other row."""
+    """The watched step moves the rows of its candidates and labels, and no other row."""
     table = make_table(SMALL, "adagrad", "div", "float32")
     list(watched_step(table, "none"))
     assert table.version == 1
@@ -154,7 +154,7 @@ def test_a_sampled_step_changes_the_rows_it_touches() -> None:
 
 
 def test_the_watch_sees_what_it_must() -> None:
-    """A sum over the table, a tensor of V elements and a copy of the table are offences; a gather is none."""
+    """A sum over the table, a tensor of V elements and a copy of the table are reported; a gather is not."""
     weights = torch.zeros(SMALL, D)
     for offence in (weights.sum, lambda: torch.zeros(SMALL), weights.clone, lambda: weights.add_(1.0)):
         with Watch(SMALL, [weights]) as watch:

@@ -1,4 +1,4 @@
-"""Scores merge along one tree over the shards: where they meet changes no bit."""
+"""Scores merge along one fixed tree over the shards, so the place where they are merged changes no bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUTS = st.lists(st.integers(1, 4), min_size=1, max_size=MOST).filter(lambda size
 
 
 def score_of(shard: int, family: str = "softmax", version: int = 3) -> Score:
-    """Any score of one shard, in float32 as most tables have it, where the order of a sum shows in its bits."""
+    """Return a score of one shard, in float32 as in most tables, so that the order of a sum shows in its bits."""
     generator = torch.Generator().manual_seed(shard)
 
     def drawn(*shape: int) -> Tensor:
@@ -35,13 +35,13 @@ def score_of(shard: int, family: str = "softmax", version: int = 3) -> Score:
 
 
 def leaves(score: Score) -> list[Tensor]:
-    """Every tensor of a score."""
+    """Return every tensor of a score."""
     parts = (score.statistics, score.target, score.spread)
     return [getattr(part, name) for part in parts for name in part.__slots__]
 
 
 def by_hand(scores: list[Score], first: int, end: int, size: int) -> Score:
-    """The node of the tree over [first, end), by its definition: halves of a power of two, from the root down."""
+    """Return the node of the tree over [first, end) by its definition: halves of a power of two, from the root down."""
     if end - first == 1:
         return scores[first]
     half = size // 2
@@ -55,7 +55,7 @@ def by_hand(scores: list[Score], first: int, end: int, size: int) -> Score:
 @pytest.mark.parametrize("family", ["softmax", "logistic"])
 @given(CUTS)
 def test_merging_each_nodes_runs_first_changes_no_bit(family: str, sizes: list[int]) -> None:
-    """Any cut of the shards into nodes, each of which merges what it can, gives the bits of merging all at once."""
+    """For any split of the shards over nodes, merging on each node first gives the bits of merging all at once."""
     num_shards = sum(sizes)
     scores = [score_of(shard, family) for shard in range(num_shards)]
     (whole,) = merge_runs(scores, num_shards)
@@ -77,25 +77,25 @@ def test_merging_each_nodes_runs_first_changes_no_bit(family: str, sizes: list[i
         (2, 6, 8, [range(2, 4), range(4, 6)]),  # halves of different nodes
         (1, 4, 8, [range(1, 2), range(2, 4)]),
         (4, 7, 7, [range(4, 7)]),  # the right half is clipped
-        (4, 7, 8, [range(4, 6), range(6, 7)]),  # and here it is not whole
+        (4, 7, 8, [range(4, 6), range(6, 7)]),  # here the right half is incomplete
         (5, 6, 6, [range(5, 6)]),
         (0, 5, 5, [range(5)]),
     ],
 )
 def test_only_halves_of_one_node_merge(first: int, end: int, num_shards: int, expected: list[range]) -> None:
-    """What is not aligned stays apart, in shard order."""
+    """Runs that are not aligned stay separate, in shard order."""
     runs = merge_runs([score_of(shard) for shard in range(first, end)], num_shards)
     assert [run.shards for run in runs] == expected
 
 
 def test_scores_of_two_versions_stay_apart() -> None:
-    """So that the owner sees that they differ."""
+    """Scores of different versions are not merged, so that the owner sees that they differ."""
     runs = merge_runs([score_of(0), score_of(1), score_of(2, version=4), score_of(3)], 4)
     assert [(run.shards, run.version) for run in runs] == [(range(2), 3), (range(2, 3), 4), (range(3, 4), 3)]
 
 
 def test_a_score_without_spread_and_rows_merges_without() -> None:
-    """What one side lacks, the whole lacks."""
+    """A value that one side lacks is absent from the merged score."""
     bare = Score(Partial(torch.zeros(N).double(), None), Target(torch.zeros(N).double(), None), None, 3, range(1, 2))
     (whole,) = merge_runs([score_of(0), bare], 2)
     assert whole.spread is None

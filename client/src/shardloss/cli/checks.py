@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An address to listen on; is_ours says if a shardloss server answers there (None: unknown)."""
+    """An address to listen on; is_ours is True if a shardloss server answers there, and None if that is unknown."""
 
     address: str
     is_free: bool
@@ -79,7 +79,7 @@ class Facts:
 
 
 def port(facts: Facts) -> Finding:
-    """Check that a server can listen on the ports, or does so already."""
+    """Check that a server can listen on the ports, or already does."""
     taken = [one.address for one in facts.ports if not one.is_free and one.is_ours is False]
     if taken:
         return Finding(
@@ -169,7 +169,7 @@ def per_node(status: ServerStatus | None) -> list[tuple[str, int, int, int]]:
 
 
 def versions(facts: Facts) -> Finding:
-    """Check that client and server are of the same release, and their protobuf is not too old."""
+    """Check that the client and the server are the same release, and that their protobuf is not too old."""
     said = {"client": facts.client_version, "protobuf (client)": facts.protobuf_version}
     if facts.status is not None:
         said["server"] = facts.status.versions.get("shardloss-server", "unknown")
@@ -189,7 +189,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def workers(facts: Facts) -> Finding:
-    """Check that every worker answers, and that no table has lost rows with a worker that died."""
+    """Check that every worker answers, and that no table has lost rows because a worker died."""
     if facts.status is None:
         return Finding("workers", Verdict.SKIPPED, facts.no_status)
     down = [str(worker.index) for worker in facts.status.workers if not worker.up]
@@ -205,13 +205,15 @@ def workers(facts: Facts) -> Finding:
 
 
 def clock(facts: Facts) -> Finding:
-    """Check that the server's clock agrees with this machine's: tokens expire by the server's."""
+    """Check that the server's clock agrees with this machine's, because tokens expire by the server's."""
     if facts.status is None:
         return Finding("clock", Verdict.SKIPPED, facts.no_status)
     direction = "ahead of" if facts.clock_s > 0 else "behind"
     found = f"the server's clock is {abs(facts.clock_s):.1f} s {direction} this one (+/- {facts.clock_error_s:.1f} s)"
     if abs(facts.clock_s) > CLOCK_S + facts.clock_error_s:
-        return Finding("clock", Verdict.WRONG, found, "set both clocks by NTP: tokens and certificates expire by them")
+        return Finding(
+            "clock", Verdict.WRONG, found, "synchronise both clocks with NTP: tokens and certificates depend on them"
+        )
     return Finding("clock", Verdict.OK, found)
 
 

@@ -63,7 +63,10 @@ def shown(findings: list[Finding]) -> RenderableType:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A server's status, or why there is none; its clock minus this machine's and the error of that, in seconds."""
+    """A server's status, or the reason why there is none, and the offset of its clock.
+
+    The offset is the server's clock minus this machine's, in seconds, with the error of that difference.
+    """
 
     status: ServerStatus | None
     why: str
@@ -126,13 +129,13 @@ def answers(connection: Connection, admin: bool) -> bool | None:
 
 
 def nobody_listens(address: str) -> bool:
-    """Return True if the address is one of this machine's and free."""
+    """Return True if the address belongs to this machine and is free."""
     port = port_at(address)
     return port is not None and port.is_free
 
 
 def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
-    """Check if this machine could listen at an address; None if the address is not this machine's."""
+    """Return the port and whether this machine can listen on it; None if the address is not this machine's."""
     host, _, number = address.rpartition(":")
     if not number.isdigit() or address.startswith("unix:"):
         return None

@@ -29,7 +29,7 @@ class Invocation:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the shared options added; the function gets them first, as an `Invocation`.
+    """Return a command with the shared options added; the function gets them as its first argument, an `Invocation`.
 
     A `ShardlossError` ends the command with exit code 1.
     """

@@ -54,7 +54,7 @@ def emit(output: Output, document: Any, text: Callable[[], RenderableType]) -> N
 
 
 def fail(output: Output, reason: str, message: str, **details: Any) -> None:
-    """Print why a command failed: as JSON on stdout, as text on stderr."""
+    """Print the reason why a command failed: as JSON on stdout, as text on stderr."""
     if output is Output.JSON:
         typer.echo(json.dumps({"error": {"reason": reason, "message": message, **plain(details)}}))
     else:

@@ -135,12 +135,12 @@ def import_(
     ] = None,
     biases_name: Annotated[str | None, typer.Option(help="Tensor [V] of the biases, with --weights-name.")] = None,
     dtype: DTypeOption = None,
-    bias: Annotated[bool | None, typer.Option(help="Give the rows a bias. Default: if --biases-name is given.")] = None,
+    bias: Annotated[bool | None, typer.Option(help="Give every row a bias. Default: only with --biases-name.")] = None,
     optimizer_kind: OptimizerOption = None,
     count_labels: CountLabels = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Replace what an import that broke off has left.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Replace the remains of an interrupted import.")] = False,
 ) -> None:
-    """Create a table from a file, a page at a time; it gets its name once it is complete."""
+    """Create a table from a file, a page at a time; the table gets its name once it is complete."""
     steps = optimizer(optimizer_kind)
     with call.connection.connect() as client, progress(f"import {name}") as bar:
         info = files.import_table(

@@ -1,4 +1,4 @@
-"""Options whose value is a kind with its numbers: `adam:beta1=0.8,eps=1e-6`, `normal:stddev=0.02`."""
+"""Options whose value is a kind with numeric parameters: `adam:beta1=0.8,eps=1e-6`, `normal:stddev=0.02`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ IGNORED = -(2**63)  # marks a label that does not count; no class id, and no pla
 
 
 class SharedHead(Head):
-    """A head for losses [N] of all kinds over one table; a step's losses share its session and, by seed, candidates."""
+    """A head for all kinds of losses [N] over a table; losses of a step share its session and, per seed, candidates."""
 
     def __init__(self, table: Table) -> None:
         super().__init__(table, reduction="none", ignore_index=IGNORED, learning_rate=None)
@@ -27,7 +27,7 @@ def head_of(table: Table) -> SharedHead:
     def fits(head: SharedHead) -> bool:
         if shape_of(head.table) == shape_of(table):
             return True
-        head.pending.retire(f"table {table.name!r} was recreated with another shape")
+        head.pending.retire(f"table {table.name!r} was recreated with a different shape")
         return False
 
     return table.client._attach(__name__, table.name, make, fits)

@@ -21,11 +21,11 @@ from shardloss.wire import Array
 
 FEATURE = "table_state"  # the feature of a server that reads and writes optimizer state
 COUNTS_PAGE = 1 << 16  # number of classes whose counts are sent in one message
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
+Progress = Callable[[int, int], None]  # (rows done, total rows)
 
 
 def unseen(_done: int, _of: int) -> None:
-    """Ignore the progress."""
+    """Ignore reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ def export_table(
 
     format is "safetensors" (one file) or "numpy" (a folder of .npy files); None means safetensors if path ends in
     .safetensors, else numpy. The file is written as path + ".part" and renamed to path once it is complete. All rows
-    are of one version; with allow_moving others may train the table during the export, and each page has the rows at
-    the time when it was read. progress(rows done, rows) is called after each page.
+    are of one version; with allow_moving others may train the table during the export, and each page has the rows as
+    they were when it was read. progress(rows done, rows) is called after each page.
 
     Raises:
         TableMoved: others changed the table during the export, and allow_moving is not set; no file is left.
@@ -131,7 +131,7 @@ def stayed(facts: Facts, version: int, num_commits: int, allow_moving: bool) -> 
     """Return the facts with the version and commits of a page.
 
     Raises:
-        TableMoved: the page has another version, and allow_moving is not set.
+        TableMoved: the page has a different version, and allow_moving is not set.
     """
     if version != facts.version and not allow_moving:
         raise TableMoved(

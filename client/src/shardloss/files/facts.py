@@ -53,7 +53,7 @@ class Facts:
         """Read the facts of a file from JSON.
 
         Raises:
-            BadFile: the facts are malformed, or of another format version.
+            BadFile: the facts are malformed, or of a different format version.
         """
         if not isinstance(found, dict):
             raise BadFile(f"{path}: the description of its table is not a JSON object")
@@ -81,7 +81,7 @@ def checked(found: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
     """Return an entry of the given type; an integer must be in [0, 2^63).
 
     Raises:
-        BadFile: the entry is missing, of another type or out of range.
+        BadFile: the entry is missing, of a wrong type or out of range.
     """
     value = found.get(name)
     if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 1 << 63):
@@ -107,7 +107,7 @@ def made(kinds: Mapping[str, Any], found: Mapping[str, Any], what: str, path: Pa
 
 
 def spec_of(found: Mapping[str, Any], version: int, num_commits: int, path: Path) -> types.TableInfo:
-    """Return the spec in a file; what only the server can check is left to it."""
+    """Return the spec in a file; some checks are left to the server, which alone can make them."""
     values = {name: checked(found, name, kind, path) for name, kind in SPEC.items()}
     values["optimizer"] = made(OPTIMIZERS, values["optimizer"], "optimizer", path)
     values["initializer"] = made(INITIALIZERS, values["initializer"], "initializer", path)
@@ -140,7 +140,7 @@ def check_tensors(facts: Facts, tensors: Mapping[str, Stored], path: Path) -> No
     """Check that a file contains exactly the tensors of its table.
 
     Raises:
-        BadFile: a tensor is missing, of another shape or unknown; the message names the first.
+        BadFile: a tensor is missing, of a wrong shape or unknown; the message names the first.
     """
     needed = shapes(facts.spec, COUNTS in tensors)
     for name, shape in needed.items():

@@ -64,14 +64,14 @@ def import_table(
     the file's, or float32 for float16), bias (None: True if biases_name is given), optimizer and count_labels describe
     the new table.
 
-    The table is called name + ".part" until all of it is written. If the import breaks off, that table is left; import
-    again with resume=True to recreate it from scratch. A table that the server refuses is deleted.
+    The table is called name + ".part" until all of it is written. If the import is interrupted, that table remains;
+    import again with resume=True to recreate it from scratch. A table that the server refuses is deleted.
 
     Raises:
         BadFile: the file is truncated, mis-shaped or inconsistent; no table is created.
-        TableExists: the name is in use, or an import to it broke off before (set resume, or delete NAME.part).
+        TableExists: the name is in use, or an earlier import to it was interrupted (set resume, or delete NAME.part).
         InvalidArgument, LimitExceeded: the server refuses the table or a row; no table is left.
-        TransientError, ServiceError: the import broke off; the message says what to do.
+        TransientError, ServiceError: the import was interrupted; the message says what to do.
     """
     refuse_old(client)
     opened = open_file(path)
@@ -135,13 +135,13 @@ def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
         TableExists: a table has the name, or there is an incomplete one and resume is not set.
     """
     if exists(client, name):
-        raise TableExists(f"table {name!r} exists already: delete it, or import under another name", field="name")
+        raise TableExists(f"table {name!r} already exists: delete it, or import under another name", field="name")
     if not exists(client, name + PART):
         return
     if not resume:
         raise TableExists(
-            f"an import of {name!r} is under way or broke off: restart it with resume (--resume), or delete table "
-            f"{name + PART!r}",
+            f"an import of {name!r} is in progress or was interrupted: restart it with resume (--resume), or delete "
+            f"table {name + PART!r}",
             field="name",
         )
     client.delete_table(name + PART)  # it may be of another file, or of another number of shards
@@ -210,7 +210,7 @@ def widened(values: Array) -> Array:
 
 @contextmanager
 def explained(client: LossClient, name: str) -> Iterator[None]:
-    """Add to an error what has become of the table; delete a table that was refused."""
+    """Add to an error what happened to the table; delete a table that the server refused."""
     try:
         yield
     except (BadFile, InvalidArgument, LimitExceeded, NotSupported):
@@ -219,7 +219,7 @@ def explained(client: LossClient, name: str) -> Iterator[None]:
         raise
     except BaseException as error:
         left = (
-            f"the import of {name!r} broke off: table {name + PART!r} is incomplete. Import again with resume "
+            f"the import of {name!r} was interrupted: table {name + PART!r} is incomplete. Import again with resume "
             f"(--resume), or delete it (shardloss table delete {name + PART})"
         )
         if isinstance(error, ShardlossError):

@@ -37,7 +37,7 @@ def begin_one(path: Path, name: str, shape: Shape) -> Stored:
 
 
 def seal(part: Path, facts: Facts) -> None:
-    """Write the facts, and flush all files to the disk."""
+    """Write the facts, and flush all files to disk."""
     (part / SPEC_FILE).write_text(json.dumps(facts.to_json(), indent=1))
     for path in part.iterdir():
         with path.open("rb") as file:

@@ -51,7 +51,7 @@ def written(entries: Mapping[str, Any], facts: Facts) -> bytes:
 
 
 def seal(part: Path, facts: Facts) -> None:
-    """Write the final facts into the header, and flush the file to the disk."""
+    """Write the final facts into the header, and flush the file to disk."""
     with part.open("r+b") as file:
         length = LENGTH.unpack(file.read(LENGTH.size))[0]
         entries = json.loads(file.read(length))
@@ -136,7 +136,7 @@ def check_cover(covered: list[tuple[int, int]], num_bytes: int, path: Path) -> N
     """Check that the tensors follow each other without gaps, up to the end of the file.
 
     Raises:
-        BadFile: there is a gap or an overlap, or the file is longer or shorter.
+        BadFile: there is a gap or an overlap, or the file is too long or too short.
     """
     end = 0
     for first, last in covered:

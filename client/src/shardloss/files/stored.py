@@ -54,11 +54,11 @@ class Stored:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows: the first of the tensor's sizes."""
+        """The number of rows, which is the first dimension of the tensor."""
         return self.shape.sizes[0]
 
     def read(self, start: int, stop: int) -> Array:
-        """Return rows [start, stop), as far as they exist; bfloat16 as uint16.
+        """Return those of the rows [start, stop) that exist; bfloat16 is returned as uint16.
 
         Raises:
             BadFile: the file cannot be read, or was truncated after it was opened.
@@ -75,7 +75,7 @@ class Stored:
         return found.reshape(-1, *self.shape.sizes[1:])
 
     def write(self, start: int, rows: Array) -> None:
-        """Overwrite the rows from `start` on."""
+        """Overwrite the rows starting at `start`."""
         storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
         if rows.dtype != storage or rows.shape[1:] != self.shape.sizes[1:] or start + len(rows) > self.num_rows:
             raise BadFile(

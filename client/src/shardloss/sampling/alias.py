@@ -1,4 +1,4 @@
-"""Draws by fixed weights in O(1) with Walker's alias method, whose table is built in O(V) without a loop over classes.
+"""Draws with fixed weights in O(1) by Walker's alias method, whose table is built in O(V) without a loop over classes.
 
 Each class has one of V slots. A draw picks a slot at random and returns the slot's own class with probability `keep`,
 else the slot's `alias`. A light class (p V < 1) leaves a deficit in its slot; a heavy class (p V >= 1) has an excess.

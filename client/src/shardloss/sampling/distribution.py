@@ -25,7 +25,7 @@ class Distribution(Protocol):
 
     @property
     def num_possible(self) -> int:
-        """The number of classes with p > 0, and so the largest distinct draw."""
+        """The number of classes with p > 0, which is also the size of the largest distinct draw."""
         ...
 
     def probability(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -33,7 +33,7 @@ class Distribution(Protocol):
         ...
 
     def draw(self, bits: np.random.Generator, n: int) -> NDArray[np.int64]:
-        """Return [n] independent draws, which depend on the bits alone."""
+        """Return [n] independent draws, which depend on nothing but the bits."""
         ...
 
 
@@ -131,7 +131,7 @@ def mixture(first: Distribution, second: Distribution, share: float) -> Mixture:
 
 
 def num_possible_of(first: Distribution, second: Distribution, share: float) -> int:
-    """Return how many classes have p > 0 in at least one component with a share above 0."""
+    """Return the number of classes that have p > 0 in at least one component with a share above 0."""
     parts = [part for part, weight in ((first, share), (second, 1.0 - share)) if weight > 0.0]
     num_classes = first.num_classes
     if len(parts) == 1:

@@ -32,7 +32,7 @@ class Draw:
 
 
 def max_tries(num_sampled: int) -> int:
-    """Return the limit of draws for a distinct sample of S ids; half of all classes, log-uniformly, take about 6 S."""
+    """Return the limit of draws for S distinct ids; half of all classes, drawn log-uniformly, take about 6 S."""
     return min(MAX_TRIES, 32 * num_sampled + (1 << 20))
 
 
@@ -53,8 +53,8 @@ def draw(distribution: Distribution, num_sampled: int, unique: bool, seed: int, 
 
     Raises:
         InvalidArgument: num_sampled is negative, or seed or step is not an integer in [0, 2^64).
-        TriesExhausted: unique, and num_sampled is above distribution.num_possible (raised at once), or so close to it
-            that the rarest ids are not found.
+        TriesExhausted: unique is set, and num_sampled is above distribution.num_possible (raised at once), or so close
+            to it that the rarest ids are not found.
     """
     bits = generator(seed, step)
     if num_sampled < 0:
@@ -113,7 +113,8 @@ def expected_count(
     """Return Q of class ids of any shape: how often each is expected in the draw.
 
     Q = p * S with repeats, and also if the first S draws are distinct; otherwise Q = -expm1(num_tries * log1p(-p)).
-    Source: TensorFlow 2.21, candidate_sampling_ops (for the second case, too: golden cases of tf_candidate_sampler).
+    Source: TensorFlow 2.21, candidate_sampling_ops (the golden cases of tf_candidate_sampler cover the second case,
+    too).
     """
     p = distribution.probability(class_ids)
     if not unique or num_tries == num_sampled:

@@ -37,11 +37,11 @@ class LearnedCounts:
 
     @property
     def num_possible(self) -> int:
-        """The number of classes V: no weight is 0."""
+        """The number of classes V, because no weight is 0."""
         return len(self._counts)
 
     def add(self, ids: NDArray[np.int64]) -> None:
-        """Add 1 to the weight of each of ids, of any shape; an id given twice gets 2. O(len(ids) log V).
+        """Add 1 to the weight of each id in ids, of any shape; an id given twice gets 2. O(len(ids) log V).
 
         Raises:
             InvalidArgument: an id is outside [0, V); nothing is added.
@@ -60,7 +60,7 @@ class LearnedCounts:
             nodes = nodes[nodes <= self.num_classes]
 
     def overwrite(self, first: int, weights: NDArray[np.int64]) -> None:
-        """Set the weights [M], each >= 1, of the M ids from `first` on. O(M log V).
+        """Set the weights [M], each >= 1, of the M ids starting at `first`. O(M log V).
 
         Raises:
             InvalidArgument: an id is outside [0, V), a weight is below 1, or the sum of all weights would exceed 2^62;

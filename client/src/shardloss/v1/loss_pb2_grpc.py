@@ -95,7 +95,7 @@ class LossServiceServicer(object):
         """Applies ONE optimizer step over all parts, and aborts all other open tickets of the session up to this step.
         Exactly once by (table, session, step): a repeat of one of the session's last 16 steps is answered from the ledger
         (replayed = true). Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, SESSION_EXPIRED,
-        STEP_REUSED (another payload), STEP_TOO_OLD, TICKET_UNKNOWN, TICKET_EXPIRED, TICKET_ABORTED, STALE, OVERLOADED,
+        STEP_REUSED (a different payload), STEP_TOO_OLD, TICKET_UNKNOWN, TICKET_EXPIRED, TICKET_ABORTED, STALE, OVERLOADED,
         TABLE_UNAVAILABLE (repeat with the same key), ROWS_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -90,7 +90,7 @@ class TableServiceServicer(object):
 
     def CreateTable(self, request, context):
         """Creates a table and fills it with its initializer. Idempotent: an existing table with an equal spec is returned
-        with created = false and left unchanged. Errors: INVALID_ARGUMENT, TABLE_EXISTS (with another spec),
+        with created = false and left unchanged. Errors: INVALID_ARGUMENT, TABLE_EXISTS (with a different spec),
         LIMIT_EXCEEDED, NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer; no table was created).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

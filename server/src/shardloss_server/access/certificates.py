@@ -65,4 +65,4 @@ def content_of(path: Path) -> bytes:
 
 def no_password() -> str:
     """Refuse a key with a password, for which OpenSSL would otherwise prompt at a terminal."""
-    raise ValueError("the key has a password, which the server cannot ask for: store it without one")
+    raise ValueError("the key has a password, for which the server cannot prompt: store the key without one")

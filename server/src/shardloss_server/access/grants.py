@@ -123,7 +123,7 @@ def entries(tree: Mapping[str, Any], kind: str) -> Iterable[tuple[str, dict[str,
         for key in sorted(NEEDED[kind] - entry.keys()):
             raise BadTokens(f"{where}: {key} is missing")
         if not isinstance(entry["name"], str) or not entry["name"]:
-            raise BadTokens(f"{where}: name = {entry['name']!r} must be a non-empty text")
+            raise BadTokens(f"{where}: name = {entry['name']!r} must be non-empty text")
         yield where, entry
 
 
@@ -147,7 +147,7 @@ def role_of(entry: Mapping[str, Any], where: str) -> Role:
 
 
 def expiry_of(value: object, where: str) -> datetime:
-    """Return the expiry time of a token, given as a TOML date-time with offset or as such text (RFC 3339)."""
+    """Return the expiry time of a token, given as a TOML date-time with offset or as text of that form (RFC 3339)."""
     when = value
     if isinstance(value, str):
         try:

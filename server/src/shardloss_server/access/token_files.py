@@ -40,7 +40,7 @@ def watched_grants(path: Path) -> Watched[Grants]:
     """Watch a tokens file, which is checked for changes at most once per second.
 
     Raises:
-        BadTokens: as `read_grants`.
+        BadTokens: as in `read_grants`.
     """
 
     def read() -> Grants:
@@ -150,7 +150,7 @@ def text_of(grants: Grants) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a text escaped for a TOML string, since the names of certificates may contain anything."""
+    """Return text escaped for a TOML string, since the names of certificates may contain anything."""
     return "".join(
         char if char.isprintable() and char not in '"\\' and ord(char) < 0x80 else f"\\U{ord(char):08x}"
         for char in text

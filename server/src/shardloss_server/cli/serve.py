@@ -96,7 +96,7 @@ def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Ev
         if config.listening.ready_file is not None:
             announce(config.listening.ready_file, server.address)
         stop.wait()
-        log.info("stopping: new calls are refused, calls in flight have %.0f s to finish", config.listening.drain_s)
+        log.info("stopping: new calls are refused, and calls in flight have %.0f s to finish", config.listening.drain_s)
         server.stop()
     finally:
         group.close()

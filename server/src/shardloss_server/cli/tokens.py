@@ -32,10 +32,10 @@ def create(
     tokens_file: TokensFile,
     out: Annotated[Path, typer.Option(help="File to write the token to, for its client; must not exist.")],
     expires_days: Annotated[
-        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days until the token expires; if absent, it never does.")
+        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days until the token expires. Default: it never does.")
     ] = None,
 ) -> None:
-    """Create a random token in a file of its own, and add its digest to the tokens file, created if absent."""
+    """Create a random token in a file of its own, and add its digest to the tokens file, which is created if absent."""
     with failing():
         if role not in ROLES:
             raise BadTokens(f"--role {role} must be one of {', '.join(ROLES)}")

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Gathered(Generic[T]):
-    """The answers of all workers, {shard: answer} each, combined into one list in shard order, within one deadline."""
+    """The answers {shard: answer} of all workers, combined into one list in shard order, within one deadline."""
 
     def __init__(self, pending: Sequence[Pending[dict[int, T]]]) -> None:
         self._pending = pending
@@ -200,5 +200,5 @@ def answered(pending: Pending[T], timeout_s: float) -> T:
 
 
 def remaining_until(deadline: float) -> Callable[[], float]:
-    """Return a function that gives the seconds left until a monotonic time, never negative."""
+    """Return a function that returns the seconds left until a monotonic time, never negative."""
     return lambda: max(0.0, deadline - time.monotonic())

@@ -55,7 +55,7 @@ def rebuild(content: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tens
 
 
 def reduce_tensor(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    """Return how to pickle a tensor: `rebuild` and its arguments, the first of them the tensor's bytes as a buffer."""
+    """Return a tensor's pickled form: `rebuild` and its arguments, the first being the tensor's bytes as a buffer."""
     tensor = tensor.detach().cpu().contiguous()
     content = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
     return rebuild, (pickle.PickleBuffer(content.data), tensor.dtype, tuple(tensor.shape))

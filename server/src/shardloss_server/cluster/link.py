@@ -259,7 +259,7 @@ class Link:
         try:
             frames.send(self._sock, kind, number, body)
         except OSError as error:
-            log.warning("cannot send to %s, its link is dropped: %s", self.name, error)
+            log.warning("cannot send to %s; its link is dropped: %s", self.name, error)
             self._lose()
             raise LinkClosed("the other end does not read") from error
 
@@ -317,7 +317,7 @@ class Links:
 
     Workers connect to a Unix socket in a directory that only this user may enter or, with host, to a TCP socket there.
     relays[r] are the workers behind relay r, whose own link has index num_workers + r. A worker of a relay that links
-    directly all the same, from another node, is called over its own link.
+    directly instead, because it runs on another node, is called over its own link.
     """
 
     def __init__(self, num_workers: int, host: str | None = None, relays: Sequence[Sequence[int]] = ()) -> None:
@@ -343,7 +343,7 @@ class Links:
         return self._listener.invitation
 
     def wait(self, timeout_s: float) -> bool:
-        """Return True once every relay and every worker without one is linked; False if one is not in time."""
+        """Return True once every relay and every worker without one is linked; False if that takes too long."""
         ways = {self._relay_of.get(worker, link) for worker, link in enumerate(self.links)}
         return all(link.linked.wait(timeout_s) for link in ways)
 

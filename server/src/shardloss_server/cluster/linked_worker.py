@@ -143,8 +143,8 @@ def connect(invitation: Invitation, index: int) -> socket.socket:
 def serve(answer: Callable[[socket.socket], None], invitations: Sequence[Invitation], index: int) -> None:
     """Answer calls over a link, and over a new one whenever it breaks; Ray ends this process with its front end.
 
-    If a link breaks while both ends are alive, only the calls in progress are lost. If the first invitation has led to
-    no link for PATIENCE_S, the others are tried as well.
+    If a link breaks while both ends are alive, only the calls in progress are lost. If the first invitation has not led
+    to a link for PATIENCE_S, the others are tried as well.
     """
     last = time.monotonic()
     while True:

@@ -141,7 +141,10 @@ def rooms(num_cpus: float, num_gpus: float) -> dict[str, int]:
 
 
 def on_node(actor: Any, node: str | None, invitation: Invitation | None) -> Any:
-    """Return the actor tied to a node, also for restarts; only a preference if it can link from other nodes."""
+    """Return the actor pinned to a node, including its restarts.
+
+    The node is only a preference if the actor can link from other nodes.
+    """
     if node is None or invitation is None:
         return actor
     is_spread = not isinstance(invitation.address, str)
@@ -156,7 +159,7 @@ def resources() -> dict[str, float]:
 
 
 def all_there_is(timeout_s: float, settled_s: float) -> int:
-    """Return the cluster's number of GPUs, or of CPUs if it has no GPU, once it is stable for settled_s.
+    """Return the cluster's number of GPUs, or of CPUs if it has no GPU, once that number has been stable for settled_s.
 
     Raises:
         WorkersNotStarted: there are none within timeout_s, or their number keeps changing.
@@ -212,9 +215,9 @@ class RayGroup(FanoutGroup):
 
     num_workers = 0 starts one worker per GPU in the cluster, or per CPU if it has no GPU.
 
-    A worker that dies is restarted empty: its tables answer ShardMissing, and other tables go on. With links = False,
-    or if a worker cannot reach this process, every verb is a plain actor call. In a cluster of several nodes,
-    neighbouring workers share a node, and each remote node with several workers runs a relay.
+    A worker that dies is restarted empty: calls on its tables raise ShardMissing, and other tables are not affected.
+    With links = False, or if a worker cannot reach this process, every verb is a plain actor call. In a cluster of
+    several nodes, neighbouring workers share a node, and each remote node with several workers runs a relay.
     """
 
     def __init__(
@@ -329,7 +332,10 @@ class RayGroup(FanoutGroup):
         ray.get([a.is_ready.remote() for a in self._relays], timeout=START_TIMEOUT_S)
 
     def _all_answer(self, links: Links) -> bool:
-        """Return True if every worker can be reached over links; behind a relay, only an answer shows it."""
+        """Return True if every worker answers over links.
+
+        A link to a relay does not show that the workers behind it can be reached.
+        """
         if not links.wait(LINK_TIMEOUT_S):
             return False
         left = remaining_until(time.monotonic() + LINK_TIMEOUT_S)
@@ -345,7 +351,10 @@ class RayGroup(FanoutGroup):
         self._relays = []
 
     def _watch_for_deaths(self) -> None:
-        """Ask Ray which unlinked workers have died, often long before they are back; a broken link loses no rows."""
+        """Poll Ray for the deaths of unlinked workers, because a broken link alone loses no rows.
+
+        Ray often reports a death long before the worker is back.
+        """
         while self._links is not None and not self._closed.wait(DEATH_POLL_S):
             for worker, link in self._links.away().items():
                 lives = link.lives

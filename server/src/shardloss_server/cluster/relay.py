@@ -59,7 +59,7 @@ def share_of_gpu(num_workers: int, num_gpus: int) -> float:
 
 
 def room(has: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
-    """Return how many workers a node's resources allow; several may share a GPU, but none uses two."""
+    """Return the number of workers that a node's resources allow; several may share a GPU, but none uses two."""
     by_cpus = [int(has.get("CPU", 0.0) / num_cpus)] if num_cpus else []
     by_gpus = [int(has.get("GPU", 0.0)) * int(1.0 / num_gpus + 1e-6)] if num_gpus else []
     return min(by_cpus + by_gpus, default=0)
@@ -82,7 +82,7 @@ def posts(seated: Sequence[str | None], front: str) -> list[Post]:
 
 
 def invitation() -> Invitation:
-    """Create an invitation to an abstract Unix socket: it leaves no file on disk, and a restarted relay keeps it."""
+    """Create an invitation to an abstract Unix socket, which leaves no file; a restarted relay keeps the address."""
     return Invitation(f"\0shardloss-relay-{secrets.token_hex(16)}", secrets.token_bytes(32))
 
 
@@ -111,7 +111,7 @@ class Relay:
 
 
 class Passage:
-    """One link of the front end: its reader passes frames on; the thread with a call's last answer sends the result."""
+    """One link of the front end: a reader passes frames on, and the thread of a call's last answer sends its result."""
 
     def __init__(self, links: Mapping[int, Link], sock: socket.socket) -> None:
         self._links, self._sock = links, sock

@@ -140,7 +140,7 @@ class Worker:
             return answers if self.device == "cpu" else {k: moved(answer, "cpu") for k, answer in answers.items()}
 
     def _here(self, value: Any) -> Any:
-        """Move a value to the worker's device. A part seen before gives the same object, so what it kept is found."""
+        """Move a value to the worker's device. A known part returns the same object, so its kept data is found."""
         if self.device == "cpu":
             return value
         if not isinstance(value, Part):

@@ -267,7 +267,7 @@ def check_asked(class_ids: Tensor, hidden: Tensor, spec: TableSpec, limits: Limi
 def check_draws(draws: Draws, num_rows: int, spec: TableSpec, limits: Limits) -> None:
     """Check that there is at least one draw per row, that all fit the reply limit, and that row numbers fit 64 bits.
 
-    For the reply limit, no rows count as one.
+    For the reply limit, an empty batch counts as one row.
     """
     validate.at_least(draws.num_samples, 1, "num_samples")
     if 16 * draws.num_samples * max(1, num_rows) > min(limits.max_message_bytes, limits.max_reply_bytes):

@@ -40,7 +40,7 @@ def macs_a_class(question: Question, dim: int) -> int:
 
 
 def asked_rows(num_asked: int, spec: TableSpec) -> int:
-    """Return how many rows of hidden fit one slice, both in gathered elements and in answers from all shards."""
+    """Return how many rows of hidden fit in one slice, both in gathered elements and in answers from all shards."""
     num_asked = max(1, num_asked)
     by_work = SLICE_GATHERED // (num_asked * spec.dim)
     by_answer = SLICE_LOGITS // (num_asked * spec.placement.num_shards)
@@ -48,7 +48,7 @@ def asked_rows(num_asked: int, spec: TableSpec) -> int:
 
 
 def asked_classes(num_rows: int, spec: TableSpec) -> int:
-    """Return how many requested classes per row fit one slice of work, for num_rows rows of hidden."""
+    """Return how many requested classes per row fit in one slice of work, for num_rows rows of hidden."""
     return max(1, SLICE_GATHERED // (max(1, num_rows) * spec.dim))
 
 
@@ -58,7 +58,7 @@ def ranked_rows(k: int) -> int:
 
 
 def drawn_block(num_samples: int, spec: TableSpec) -> tuple[int, int]:
-    """Return how many rows of hidden, and how many draws of each, fit one slice."""
+    """Return how many rows of hidden, and how many draws of each, fit in one slice."""
     most = max(1, min(SLICE_DRAWS, SLICE_LOGITS // spec.placement.num_shards))
     return max(1, min(SLICE_ROWS, most // num_samples)), min(num_samples, most)
 
@@ -110,7 +110,7 @@ class Scan:
         return AskedLogits(torch.cat(logits, 1), torch.cat(keys, 1), pieces[-1].version)
 
     def _asked(self, hidden: Tensor, class_ids: Tensor) -> AskedLogits:
-        """Return the logits and keys of class_ids [N, S] that fit one slice."""
+        """Return the logits and keys of class_ids [N, S] that fit in one slice."""
         start = lambda: self._group.asked_logits(self._owner.key, hidden, class_ids, self.transform)  # noqa: E731
         answers = self._owner.ask(start, self._deadline)
         meter().flops += products(class_ids.numel(), self._owner.spec)
@@ -135,12 +135,12 @@ def sum_of(pieces: list[Tensor]) -> Tensor:
 
 
 def folded(answers: Iterable[ScanAnswer]) -> list[ScanAnswer]:
-    """Fold answers into a list of one as they arrive: a big table has tens of thousands."""
+    """Fold answers into a list of one as they arrive, because a big table has tens of thousands."""
     return [reduce(of_both, answers)]
 
 
 def of_both(a: ScanAnswer, b: ScanAnswer) -> ScanAnswer:
-    """Merge two answers into one over the classes of both; `best_of` and `drawn_of` fold best and drawn."""
+    """Merge two answers into one over the classes of both, without best and drawn (see `best_of` and `drawn_of`)."""
     return ScanAnswer(
         b.version,
         None if a.lse is None or b.lse is None else torch.logaddexp(a.lse, b.lse),

@@ -1,4 +1,4 @@
-"""Admission: limits on the calls, request bytes and streams inside the server at once, in all and per caller."""
+"""Admission: limits on calls, request bytes and streams that the server handles at once, in total and per caller."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Admission:
     A caller may hold only as many places, and as many bytes, as remain free. So a single caller gets at most half of
     them, and some always remain for other callers.
 
-    limit is the name of the setting that max_calls comes from.
+    limit is the name of the setting that defines max_calls.
     """
 
     def __init__(self, max_calls: int, max_bytes: int, limit: str) -> None:
@@ -163,9 +163,9 @@ class LiveStream:
 class Unsent:
     """Replies of unary calls that are not sent yet: limited in bytes, and dropped if the client does not read them.
 
-    The place of a call is free again once its handler has ended, but its reply is held until the client has read it.
-    No finished call is refused its reply. Instead, new calls are refused while too much is unread; a caller that leaves
-    more unread than is left free is refused first. So the replies of calls in flight may exceed max_bytes. Thread-safe.
+    The place of a call is free again once its handler has ended, but its reply is held until the client has read it. No
+    finished call is refused its reply. Instead, new calls are refused while too much is unread; a caller with more
+    unread bytes than remain free is refused first. So the replies of calls in flight may exceed max_bytes. Thread-safe.
     """
 
     def __init__(self, max_bytes: int, longest_s: float) -> None:

@@ -63,7 +63,7 @@ class Catalog:
         """Create a table, or find the one with an equal spec; return its owner, and True if the table is new.
 
         Raises:
-            TableExists: a table with this name has another spec.
+            TableExists: a table with this name has a different spec.
             InvalidArgument, LimitExceeded: the spec is invalid or too large.
         """
         check_spec(spec, self.limits)

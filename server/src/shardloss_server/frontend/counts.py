@@ -150,6 +150,6 @@ class ClassCounts:
 
 
 def is_learned(spec: SamplerSpec) -> bool:
-    """Return True if a sampler draws by learned counts."""
+    """Return True if a sampler draws from learned counts."""
     parts = (spec.mixture.first, spec.mixture.second) if spec.mixture is not None else (spec,)
     return any(part.kind == "learned_unigram" for part in parts)

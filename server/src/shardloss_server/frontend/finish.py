@@ -63,7 +63,7 @@ def finish(
     cost: Cost,
     has_bias: bool,
 ) -> LossReply:
-    """Compute what the request wants from merged statistics; ticket is the name of the open ticket, or "".
+    """Compute the requested results from merged statistics; ticket is the name of the open ticket, or "".
 
     Raises:
         InvalidArgument: a counted row has a loss or a gradient that is not finite, or is too large for grad_dtype.
@@ -111,7 +111,7 @@ def in_dtype(gradient: Tensor, name: str) -> Tensor:
 
 
 def gradient_of_hidden(request: LossRequest, part: Part, merged: Merged) -> Tensor:
-    """Return d loss / d hidden [N, D] for hidden as the request has it, back through scale and norms."""
+    """Return d loss / d hidden [N, D] for the request's hidden, that is, before scale and normalization."""
     transform, batch = part.objective.transform, part.batch
     mass = mass_of_gradient(batch.mass, part.objective.unit_mass_gradient)
     gradient = hidden_gradient(merged, mass, part.objective.z_loss, batch.spread)

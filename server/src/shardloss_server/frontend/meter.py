@@ -1,4 +1,4 @@
-"""The cost of the present call so far: seconds and operations, added up wherever they are spent."""
+"""The cost of the current call so far: seconds and operations, accumulated wherever they are spent."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ METER: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
 def meter() -> Meter:
-    """Return the meter of the present call; outside a call, return one that is never read."""
+    """Return the meter of the current call; outside a call, return one that is never read."""
     return METER.get() or Meter()
 
 

@@ -306,7 +306,7 @@ class TableOwner:
     ) -> int:
         """Overwrite rows, state and num_commits as one new version and return that version.
 
-        If there is nothing to write, return the present version.
+        If there is nothing to write, return the current version.
         """
         with self._changing(deadline, "another commit of this table"):
             if len(class_ids) == 0 and num_commits is None:
@@ -350,7 +350,7 @@ class TableOwner:
     def _upstreams(
         self, request: CommitRequest, tickets: list[Ticket], deadline: Deadline
     ) -> tuple[tuple[Upstream, ...], int]:
-        """Return (lse, g) of every part at the present version, and the largest staleness."""
+        """Return (lse, g) of every part at the current version, and the largest staleness."""
         staleness = max(self.steps.version - ticket.version for ticket in tickets)
         if request.max_staleness is not None and staleness > request.max_staleness:
             raise Stale(
@@ -377,7 +377,7 @@ class TableOwner:
         return tuple(upstreams), staleness
 
     def _present_lse(self, ticket: Ticket, deadline: Deadline) -> Tensor:
-        """Return the lse of a part at the present version; with a stale lse the softmax would not sum to 1."""
+        """Return the lse of a part at the current version; with a stale lse the softmax would not sum to 1."""
         staged, lse = ticket.staged, ticket.lse
         if staged is None or lse is None:
             raise TableUnavailable("the ticket was closed during its commit; repeat the call")
@@ -483,7 +483,7 @@ class TableOwner:
         except ShardMissing as error:
             self._refuse_retired()
             log.error("table %s: %s", self.spec.name, error)
-            self._lose("a worker died and its rows are gone")
+            self._lose("a worker died and its rows are lost")
             self._refuse_lost()
             raise
         except OutOfMemory as error:  # a change stays in doubt: other shards may have applied it

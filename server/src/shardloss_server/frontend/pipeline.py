@@ -241,7 +241,7 @@ def depends_on_steps(request: LossRequest) -> bool:
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """Return the most bytes an open ticket keeps: staged batch and candidates at the widest dtypes, and the reply."""
+    """Return the most bytes that a ticket keeps: staged batch and candidates at the widest dtypes, and the reply."""
     elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
     if request.class_weights is not None:
         elements += request.class_weights.numel()

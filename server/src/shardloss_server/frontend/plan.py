@@ -67,7 +67,7 @@ def with_mass(part: Part, mass: Tensor) -> Part:
 
 
 def counted_rows(hidden: Tensor, mass: Tensor) -> Tensor:
-    """Return hidden [N, D] with 0 in ignored rows, so that their logits are finite whatever the request had there."""
+    """Return hidden [N, D] with 0 in ignored rows, so that their logits are finite whatever the request contains."""
     return hidden if mass.all() else torch.where((mass != 0)[:, None], hidden, 0.0)
 
 

@@ -47,14 +47,14 @@ class SampledValues:
 
 @dataclass(frozen=True, slots=True)
 class InBatch:
-    """The other rows' labels as candidates; if is_corrected, Q is from how often commits have seen each class."""
+    """The other rows' labels as candidates; if is_corrected, Q is computed from class frequencies in commits."""
 
     is_corrected: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PartialFc:
-    """Every label of the batch and uniform negatives, num_sampled in all; logits are not corrected."""
+    """Every label of the batch and uniform negatives, num_sampled in total; logits are not corrected."""
 
     num_sampled: int
     seed: int
@@ -93,7 +93,7 @@ class LabelColumns:
 
 @dataclass(frozen=True, slots=True)
 class CommitNow:
-    """The one-call form: commit the part at once. opened_at_version tells a new session from a forgotten one."""
+    """The one-call form: commit the part at once. opened_at_version separates new sessions from forgotten ones."""
 
     learning_rate: float
     grad_scale: float
@@ -113,10 +113,10 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class LossRequest:
-    """One ComputeLoss. hidden [N, D] any float dtype; labels [N, T] int64; sampled None is a loss over all classes.
+    """One ComputeLoss: hidden [N, D] of any float dtype, labels [N, T] int64; without sampled, a loss over all classes.
 
     class_weights [V] apply to the full softmax. label_columns are the labels if these are a distribution over all
-    classes, read once as they arrive; T is 0 then. digest distinguishes the payloads sent under one key, and is empty
+    classes, read once as they arrive; T is then 0. digest distinguishes the payloads sent under one key, and is empty
     without a session. max_reply_bytes limits the tensors of the reply.
     """
 

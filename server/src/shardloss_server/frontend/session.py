@@ -102,7 +102,7 @@ class TicketBudget:
             self.num_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
-        """Account for one ticket fewer."""
+        """Account for the end of one ticket."""
         with self._lock:
             self.num_tickets -= 1
             self.num_bytes -= num_bytes
@@ -123,7 +123,7 @@ class Sessions:
         self._num_ended = dict.fromkeys((TicketState.COMMITTED, TicketState.ABORTED, TicketState.EXPIRED), 0)
 
     def num_tickets(self) -> dict[str, int]:
-        """Return how many tickets were ever opened, and how many of them ended in each way; the rest are open."""
+        """Return the number of tickets ever opened, and the number that ended in each way; the rest are open."""
         with self._lock:
             return {"opened": self._num_made} | {state.value: num for state, num in self._num_ended.items()}
 
@@ -204,7 +204,7 @@ class Sessions:
             return
         idle = next((name for name, session in self._sessions.items() if not session.tickets), None)
         if idle is None:
-            full = f"all {self._max_sessions} sessions hold open tickets"
+            full = f"all {self._max_sessions} sessions hold open tickets: commit or abort steps"
             raise Overloaded(full, retry_after_s=RETRY_AFTER_S, limit="max_sessions")
         del self._sessions[idle]
 
@@ -219,7 +219,7 @@ class Sessions:
         Raises:
             SessionExpired: the session is unknown.
             TicketUnknown, TicketAborted, TicketExpired: a part cannot be committed; the error names the first.
-            InvalidArgument: a ticket belongs to another step.
+            InvalidArgument: a ticket belongs to a different step.
         """
         with self._lock:
             known = self._sessions.get(session)

@@ -1,4 +1,4 @@
-"""A bound on the gradient of a loss in the table, so that a step of finite numbers cannot make rows non-finite."""
+"""A bound on a loss's gradient with respect to the table, so that finite numbers cannot make rows non-finite."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Steps:
         """Check that an answer at a version was computed after a step that `wait_for` waited for.
 
         Raises:
-            TableUnavailable: it was not: the step failed, or its outcome is not known yet; repeat the call.
+            TableUnavailable: it was not, because the step failed or its outcome is not known yet; repeat the call.
         """
         with self._applied:  # an applied step is either in doubt or in the ledger
             made = self._version_in_doubt(session, step)

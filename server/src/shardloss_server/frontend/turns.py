@@ -5,9 +5,9 @@ service is counted in seconds of turns. A caller that returns after a pause begi
 take a step's turns before it counts as ahead: it neither saves up time nor waits behind callers that are always busy
 (start-time fair queueing).
 
-Calls already at the workers are ahead of all others, and the workers are busiest with many calls there. So many turns
-are granted while all callers request equally much; if one requests less than its share, only a few are granted, and its
-calls are answered soon.
+Calls that are already at the workers cannot be overtaken, but the workers are used best with many calls there. So many
+turns are granted while all callers request equal amounts; if one requests less than its share, only a few are granted,
+so that its calls are answered soon.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def in_id_order(
 
 
 def row_hits(sampled: Tensor, labels: Tensor, hit_removal: str) -> Tensor:
-    """Return True [N, S] for each of the rows' own candidates [N, S] that is removed; labels [N, T], padding negative.
+    """Return a mask of those of the rows' own candidates [N, S] that are removed; labels [N, T] have negative padding.
 
     hit_removal as in `fold_repeats`; "last" removes only the last copy of each id.
     """
@@ -88,7 +88,7 @@ def row_hits(sampled: Tensor, labels: Tensor, hit_removal: str) -> Tensor:
 
 
 def last_copies(sampled: Tensor) -> Tensor:
-    """Return True for each entry of sampled [N, S] that is the last in its row with its id."""
+    """Return a mask of the entries of sampled [N, S] that are the last occurrence of their id in the row."""
     order = torch.argsort(sampled, dim=1, stable=True)
     ordered = sampled.gather(1, order)
     is_last = torch.ones_like(sampled, dtype=torch.bool)

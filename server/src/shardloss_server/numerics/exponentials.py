@@ -84,8 +84,8 @@ class Narrow:
     def of(self, rows: Tensor, out: Tensor | None = None) -> tuple[Exponentials, Tensor]:
         """Compute the exponentials (in `out`) of the next block of rows [C, D], C >= 1, and their sums [N] float32.
 
-        Their top never falls; it is the same tensor as for the block before unless it has risen. Sums are nan where
-        |top| >= MOST_TOP, as no bfloat16 reference is close to such logits.
+        Their top never falls, and unless it has risen it is the same tensor as for the previous block. Sums are nan for
+        rows with |top| >= MOST_TOP, because no bfloat16 reference is close to such logits.
         """
         if bool(torch.isneginf(self._reference).any()):
             self._raise(self._largest_logits(rows))

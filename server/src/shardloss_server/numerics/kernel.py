@@ -89,8 +89,8 @@ class Block:
 class Columns:
     """The logits of columns [...], corrected and transformed.
 
-    slope [...] is the derivative in the logit before the cap (or margin), None for 1; pull [...] = d z / d log scale,
-    None if not requested.
+    slope [...] is the derivative with respect to the logit before the cap (or margin), None for 1; pull [...] = d z / d
+    log scale, None if not requested.
     """
 
     logits: Tensor
@@ -110,7 +110,7 @@ def transformed(logits: Tensor, log_weight: Tensor | None, objective: Objective)
 
 
 def block_columns(hidden: Tensor, block: Block, objective: Objective, out: Tensor | None = None) -> Columns:
-    """Compute the columns [N, C] of a block, accidental hits removed; plain logits are written to `out` if given."""
+    """Compute the columns [N, C] of a block, without accidental hits; plain logits are written to `out` if given."""
     if objective.transform.soft_cap is None and not objective.learned_scale:
         offset = block.biases if block.log_weight is None else block.biases + block.log_weight
         columns = Columns(torch.addmm(offset, hidden, block.rows.T, out=out), None, None)
@@ -167,12 +167,12 @@ def bags(factor: Tensor, place: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def sloped(values: Tensor, slope: Tensor | None) -> Tensor:
-    """Return values * slope; a slope of None is 1."""
+    """Return values * slope; a slope of None means 1."""
     return values if slope is None else values * slope
 
 
 def softplus(logits: Tensor) -> Tensor:
-    """Return log(1 + exp(z)), to the last digit even where torch.nn.functional.softplus returns z itself."""
+    """Return log(1 + exp(z)), exact to the last digit even if torch.nn.functional.softplus returns z itself."""
     return torch.logaddexp(logits, torch.zeros((), dtype=logits.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Losses and their gradients in hidden and scale, computed from merged statistics."""
+"""Losses and their gradients with respect to hidden and scale, computed from merged statistics."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Margin:
 
 
 def with_margin(logits: Tensor, margin: Margin, scale: float) -> tuple[Tensor, Tensor]:
-    """Return scale * (cos(m1 theta + m2) - m3) and its derivative in the logit, of true logits scale * cos(theta) [L].
+    """Return scale * (cos(m1 theta + m2) - m3) and its derivative with respect to true logits scale * cos(theta) [L].
 
     cos is clamped to [-1, 1], with slope 0 outside, except for m1 = 1, m2 = 0, which needs no angle.
     Source: ArcFace (Deng et al. 2019, section 2.3), paddle.nn.functional.margin_cross_entropy.

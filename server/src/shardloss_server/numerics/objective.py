@@ -12,8 +12,8 @@ from shardloss_server.numerics.transform import Transform
 class Objective:
     """A loss without its tensors; docs/losses.md lists which options combine.
 
-    family is "softmax" or "logistic" (NCE, sampled logistic, full sigmoid). label_smoothing and z_loss are the
-    weights of these terms; learned_scale requests the derivative of each loss in the transform's scale. With
+    family is "softmax" or "logistic" (NCE, sampled logistic, full sigmoid). label_smoothing and z_loss are the weights
+    of these terms; learned_scale requests the derivative of each loss with respect to the transform's scale. With
     unit_mass_gradient, gradients treat a row's weights as a distribution, whatever their sum.
     """
 

@@ -36,7 +36,7 @@ SUMS_OF_SQUARES = ("sum", "second_moment")  # never negative
 
 
 def state_widths(spec: OptimizerSpec, dim: int) -> dict[str, int]:
-    """Return how many numbers each state entry holds per row of dim D, by name, names ascending."""
+    """Return the width of each state entry (its numbers per row of dim D), ordered by name."""
     if spec.kind == "sgd":
         return {"momentum": dim} if spec.momentum else {}
     if spec.kind in ("adagrad", "row_adagrad"):

@@ -95,7 +95,7 @@ class Draw:
 
 
 def kept(draw: Draw) -> Tensor:
-    """Return True [S] for the sampled columns that stay: all but accidental hits or, with "last", their last copies."""
+    """Return a mask [S] of the sampled columns to keep: all but accidental hits or, with "last", their last copies."""
     ids = draw.sampled_hit_ids
     hit = (draw.label_hit_ids[:, None] == ids[None, :]).any(0)
     has_later_copy = (ids[:, None] == ids[None, :]).triu(1).any(1)

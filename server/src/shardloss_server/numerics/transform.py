@@ -48,9 +48,9 @@ def norms_of(vectors: Tensor) -> Tensor:
 
 
 def project(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """Return the gradient in v [M, D] from the gradient G in v / |v|: (G - (G . u) u) / |v|, u [M, D] the unit vectors.
+    """Return the gradient (G - (G . u) u) / |v| with respect to v [M, D], for the gradient G with respect to v / |v|.
 
-    Where |v| was raised to LEAST_NORM, it is a constant, and the gradient is G / |v|.
+    u [M, D] are the unit vectors. Where |v| was raised to LEAST_NORM, it is a constant, and the gradient is G / |v|.
     """
     along = torch.where(norms > LEAST_NORM, (gradient * unit).sum(1), 0.0)
     return (gradient - along[:, None] * unit) / norms[:, None]

@@ -89,7 +89,7 @@ class CallLog:
 
 
 class Call:
-    """One call; as a context manager it turns an error of its body into the status of the call.
+    """One call, whose context manager turns an error of its body into the status of the call.
 
     A ShardlossError keeps its reason. Any other error becomes INTERNAL, and its trace is logged with the request id.
     """
@@ -287,7 +287,7 @@ class Pace:
 
 
 def level_of(error: ShardlossError | None) -> int:
-    """Return the log level: ERROR if an operator must look, WARNING for a refusal, INFO if the caller is the cause."""
+    """Return the log level: ERROR if an operator must act, WARNING for a refusal, INFO if the caller is the cause."""
     if isinstance(error, ServiceError):
         return logging.ERROR
     return logging.WARNING if isinstance(error, Overloaded) else logging.INFO

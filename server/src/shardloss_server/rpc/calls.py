@@ -16,7 +16,7 @@ KEPT = 1 << 12  # times kept per method; if a window has more calls, its quantil
 
 @dataclass(frozen=True, slots=True)
 class MethodCalls:
-    """One method: counts since the start; rate (calls/s) and quantiles (seconds, 0 for no call) of the last minute."""
+    """One method's counts since the start; its rate (calls/s) and quantiles (s, 0: no call) in the last minute."""
 
     name: str
     num_calls: int

@@ -18,7 +18,7 @@ class Exposition:
     """The metrics of a server at http://address/metrics, with the latest statistics of its workers.
 
     Raises:
-        CannotServe: the port cannot be listened on.
+        CannotServe: the server cannot listen on the port.
     """
 
     def __init__(self, counted: Metrics, catalog: Catalog, host: str, port: int) -> None:

@@ -23,7 +23,7 @@ Send = Callable[[health_pb2.HealthCheckResponse | None], None]
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
-    """The servicer of health; all services have the same status. Thread-safe.
+    """The servicer of the health service; all services have the same status. Thread-safe.
 
     `watching` holds the places of watchers: a watcher that does not read a message within longest_s is dropped.
     """

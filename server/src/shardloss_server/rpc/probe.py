@@ -1,4 +1,4 @@
-"""A health probe of a server, as for a container's health check; imports neither torch nor ray."""
+"""A health probe of a server, for instance for a container's health check; it imports neither torch nor ray."""
 
 from __future__ import annotations
 

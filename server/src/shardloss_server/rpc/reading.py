@@ -17,7 +17,9 @@ class Unreadable:
     """The result of a deserializer for bytes that it cannot decode."""
 
     def __init__(self, method: str) -> None:
-        self.error = InvalidArgument(f"the bytes are not a request of {method}: does the client use another contract?")
+        self.error = InvalidArgument(
+            f"the bytes are not a request of {method}: does the client use a different version of the contract?"
+        )
 
 
 class Reading(grpc.ServerInterceptor):

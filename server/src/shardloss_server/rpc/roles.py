@@ -13,7 +13,7 @@ _known: dict[str, Role | None] = {}
 
 
 def is_open(path: str) -> bool:
-    """Return True if a method ("/package.Service/Method") needs no credentials, as probes have none."""
+    """Return True if a method ("/package.Service/Method") needs no credentials, because probes have none."""
     return path.startswith(f"/{HEALTH}/")
 
 

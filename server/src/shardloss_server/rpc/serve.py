@@ -218,7 +218,7 @@ class Server:
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:
-    """Return the limits, lowered to what the threads suffice for: each call holds one, and refusals need some."""
+    """Return the limits, lowered to fit the number of threads: each call holds a thread, and so do refusals."""
     reserved = max(1, num_threads // 12)  # for streams, for commits, and for refusals
     calls = min(limits.max_calls_in_flight, num_threads // 2 - reserved // 2)
     return replace(

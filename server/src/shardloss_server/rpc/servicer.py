@@ -285,7 +285,9 @@ class LossServicer(loss_pb2_grpc.LossServiceServicer):
         draw = validate.filled_in(draw, spec)
         validate.at_least(request.step, 0, "step")
         if 16 * draw.num_sampled > self.handlers.limits.max_message_bytes:
-            raise LimitExceeded(f"{draw.num_sampled} candidates do not fit in one message", field="sampler.num_sampled")
+            raise LimitExceeded(
+                f"{draw.num_sampled} candidates do not fit in one message; request fewer", field="sampler.num_sampled"
+            )
         labels = torch.zeros(0, 1, dtype=torch.int64)
         if request.HasField("labels"):
             labels = wire.column(wire.to_ids(request.labels, "labels"))
@@ -400,7 +402,9 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
         owner = self.handlers.catalog.owner(request.table)
         validate.class_range(request.first_class, request.num_classes, owner.spec)
         if 16 * request.num_classes > self.handlers.limits.max_message_bytes:
-            raise LimitExceeded(f"{request.num_classes} counts do not fit in one message", field="num_classes")
+            raise LimitExceeded(
+                f"{request.num_classes} counts do not fit in one message; request fewer", field="num_classes"
+            )
         counts = owner.read_counts(request.first_class, request.num_classes, self.handlers.deadline(context, request))
         return table_pb2.ReadClassCountsResponse(
             counts=None if counts.written is None else wire.from_tensor(torch.from_numpy(counts.written)),

@@ -13,7 +13,7 @@ MAX_VALUE_BYTES = 128
 
 
 def cut(text: str, num_bytes: int) -> str:
-    """Return the longest beginning of a text that takes at most num_bytes bytes of UTF-8."""
+    """Return the longest prefix of a text that takes at most num_bytes bytes of UTF-8."""
     return text.encode("utf-8", "replace")[:num_bytes].decode("utf-8", "ignore")
 
 

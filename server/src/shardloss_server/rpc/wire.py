@@ -80,7 +80,7 @@ def to_counts(message: tensor_pb2.Tensor, field: str) -> Tensor:
     """Decode counts as int64.
 
     Raises:
-        InvalidArgument: the tensor has another dtype.
+        InvalidArgument: the tensor has a wrong dtype.
     """
     if message.dtype != tensor_pb2.DTYPE_INT64:
         name = wire.NAMES.get(message.dtype, str(message.dtype))
@@ -257,7 +257,7 @@ def refuse_hit_ids(message: loss_pb2.ComputeLossRequest) -> None:
 
 
 def hit_ids(message: loss_pb2.ComputeLossRequest, chunks: Chunks | None) -> HitIds | None:
-    """Decode the ids that accidental hits are found by, or return None if those are the class ids."""
+    """Decode the ids by which accidental hits are found, or return None if those are the class ids."""
     if not message.HasField("hit_ids"):
         return None
     given = message.hit_ids

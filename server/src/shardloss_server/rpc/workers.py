@@ -67,6 +67,6 @@ class WorkerWatch:
 
 
 def behind(worker: WorkerStats, versions: Mapping[str, int]) -> int:
-    """Return how many versions a worker is behind those of its tables before the poll, the most over all tables."""
+    """Return the largest number of versions, over all tables, by which a worker lags the version before the poll."""
     lags = [versions[table] - version for table, version in worker.versions.items() if table in versions]
     return max([0, *lags])

@@ -200,7 +200,7 @@ def candidate_block(rows: ShardRows, part: Part, candidates: Candidates, place: 
 
 
 def hits_of(labels: Tensor, candidates: Candidates, place: Tensor) -> kernel.Hits | None:
-    """Return how to remove accidental hits from the candidates at place [C], or None if hits stay."""
+    """Return the accidental hits to remove from the candidates at place [C], or None if hits stay."""
     after_hit = candidates.log_weight_after_hit
     if after_hit is None:
         return None

@@ -42,7 +42,7 @@ class Touch:
         return self.block[place] == index, place
 
     def add_(self, total: Tensor, index: Tensor, piece: Tensor, is_shared: bool) -> None:
-        """Add the values [L, ...] of rows [L] to a total ordered as `self.index`; is_shared: of shared candidates."""
+        """Add the values [L, ...] of rows [L] to a total ordered as `self.index`; is_shared marks shared candidates."""
         is_in_block, place = self._in_block(index)
         if is_shared and len(index) and bool(is_in_block[0]):
             run = slice(int(place[0]), int(place[0]) + len(index))

@@ -179,6 +179,6 @@ class Kept:
             known[1].free()
 
     def clear(self) -> None:
-        """Release everything, as the version has changed."""
+        """Release everything, because the version has changed."""
         for place in list(self._parts):
             self.forget(place)

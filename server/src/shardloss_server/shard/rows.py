@@ -64,7 +64,7 @@ class ShardRows:
 
     @staticmethod
     def chunk_rows(num_rows: int) -> int:
-        """Return the number of rows of a chunk for num_rows of hidden."""
+        """Return the number of rows in a chunk for num_rows rows of hidden."""
         return max(64, kernel.CHUNK_LOGITS // max(1, num_rows) // 64 * 64)
 
     def chunks(self, num_rows: int) -> Iterator[tuple[int, int]]:

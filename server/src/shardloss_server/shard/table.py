@@ -69,7 +69,7 @@ class ShardTable(ShardRows):
         return columns.mine(self, part, k, self.version)
 
     def gradient(self, part: Part, upstream: Upstream) -> RowGradient:
-        """Return the gradient of sum(g * loss) in this shard's touched rows, class ids ascending.
+        """Return the gradient of sum(g * loss) with respect to this shard's touched rows, class ids ascending.
 
         A full softmax touches all rows.
         """

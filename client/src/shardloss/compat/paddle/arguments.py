@@ -1,4 +1,4 @@
-"""The steps before and after a loss of Paddle's functions: checks, labels in one form (classes last), reductions."""
+"""The steps that Paddle's losses share: checks of arguments, labels in one form (classes last), and reductions."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def classes_last(logits: Logits, axis: int) -> Logits:
 
 
 def hard_labels(label: Tensor, logits: Logits, axis: int, ignore_index: int | None = None) -> Tensor:
-    """Return class ids [...] int64 of integer labels, which have the logits' shape without axis or with size 1 there.
+    """Convert integer labels, in the logits' shape without axis or with size 1 on it, to class ids [...] int64.
 
     Labels equal to ignore_index become IGNORED; with None, no label is ignored.
 
     Raises:
-        InvalidArgument: label has another shape or dtype, or a label is not a class.
+        InvalidArgument: label has a wrong shape or dtype, or a label is not a class.
     """
     check_tensor(label, "label")
     shape, num_classes = list(logits.shape), logits.shape[axis]
@@ -93,7 +93,7 @@ def soft_labels(label: Tensor, logits: Logits, axis: int) -> Tensor:
     """Return the probabilities [..., V] of soft labels, which have the logits' shape and get no gradient.
 
     Raises:
-        InvalidArgument: label has another shape, or is not a float tensor.
+        InvalidArgument: label has a wrong shape, or is not a float tensor.
     """
     check_tensor(label, "label")
     if label.shape != logits.shape or not label.is_floating_point():
@@ -113,7 +113,7 @@ def integers(tensor: Tensor, field: str) -> Tensor:
     """Convert an integer tensor to int64.
 
     Raises:
-        InvalidArgument: tensor has another dtype, or is not a tensor.
+        InvalidArgument: tensor has a wrong dtype, or is not a tensor.
     """
     check_tensor(tensor, field)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():

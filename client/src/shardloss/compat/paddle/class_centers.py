@@ -18,7 +18,7 @@ def class_center_sample(
     """Return (remapped_label [N], sampled_class_center [S]): label positions in the sampled classes, and those classes.
 
     The sampled classes are the distinct labels in ascending order, then uniform distinct classes that are not labels:
-    num_samples in all, or more if there are more distinct labels. The seed is from torch's generator. group must be
+    num_samples in total, or more if there are more distinct labels. The seed is from torch's generator. group must be
     None or False.
 
     Raises:

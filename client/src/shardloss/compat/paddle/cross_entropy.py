@@ -132,7 +132,7 @@ def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
     """Return weight [V] on the device of the loss.
 
     Raises:
-        InvalidArgument: weight has another shape, or is not a float tensor.
+        InvalidArgument: weight has a wrong shape, or is not a float tensor.
     """
     check_tensor(weight, "weight")
     if weight.shape != (logits.shape[axis],) or not weight.is_floating_point():

@@ -30,7 +30,8 @@ def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_s
 def soft_losses(logits: Tensor, label: Tensor, use_softmax: bool = True) -> Tensor:
     """Return -sum(label * log p) [...] of logits [..., V], or of probabilities; a class with label 0 adds nothing.
 
-    The gradient in logits is p - label, as in Paddle, even if a row's labels do not sum to 1; it is 0 if all are 0.
+    The gradient with respect to logits is p - label, as in Paddle, even if a row's labels do not sum to 1; it is 0 if
+    all are 0.
     """
     if use_softmax:
         return cast(Tensor, SoftLosses.apply(logits, label))  # type: ignore[no-untyped-call]
@@ -52,5 +53,5 @@ class SoftLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient in logits, g (p - label)."""
+        """Return the gradient with respect to logits, g (p - label)."""
         return g[..., None] * ctx.saved_tensors[0], None

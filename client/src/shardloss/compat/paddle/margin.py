@@ -40,10 +40,10 @@ def margin_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor | LazySoftmax]:
     """Return the combined margin loss of cosines [..., V]; with return_softmax, (loss, softmax of the margined logits).
 
-    At the label [...] or [..., 1], scale * (cos(margin1 * theta + margin2) - margin3) replaces scale * cos(theta).
-    Lazy logits are used as cosines as they are, or are true cosines if their transform normalizes; their table must
-    have no biases. reduction "none" or None returns [..., 1]; "mean" divides by the number of all rows. group must be
-    None or False.
+    At the label [...] or [..., 1], scale * (cos(margin1 * theta + margin2) - margin3) replaces scale * cos(theta). Lazy
+    logits are used as cosines without any change; if their transform normalizes, they are true cosines. Their table
+    must have no biases. reduction "none" or None returns [..., 1]; "mean" divides by the number of all rows. group must
+    be None or False.
 
     Raises:
         InvalidArgument: an argument does not fit, or lazy logits have a scale or soft cap of their own, or biases.
@@ -109,7 +109,7 @@ class MovedCosine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient in the cosine: m1 sin(m1 theta + m2) / sin(theta), times g."""
+        """Return the gradient with respect to the cosine: m1 sin(m1 theta + m2) / sin(theta), times g."""
         return g * ctx.saved_tensors[0], None, None
 
 
@@ -117,7 +117,7 @@ class MarginSoftmax(LazySoftmax):
     """The softmax [..., V] of margined, scaled lazy logits, which is never materialised.
 
     The denominator is computed from the table at the first request. If the table is trained after that, later results
-    do not fit the denominator.
+    no longer match the denominator.
     """
 
     def __init__(self, logits: LazyLogits, ids: Tensor, loss: types.FullSoftmax) -> None:

@@ -1,4 +1,4 @@
-"""paddle.fluid.layers.sampled_softmax_with_cross_entropy, which Paddle 3 no longer has."""
+"""paddle.fluid.layers.sampled_softmax_with_cross_entropy, which was removed in Paddle 3."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def customized(
     """Check the caller's columns and return them.
 
     Raises:
-        InvalidArgument: a tensor is missing or has another shape, a row of samples does not begin with its labels or
+        InvalidArgument: a tensor is missing or has a wrong shape, a row of samples does not begin with its labels or
             has an id that is not a class, or Q is not finite and positive.
     """
     if samples is None or probabilities is None:
@@ -92,7 +92,7 @@ def customized(
 
 
 def check_probabilities(probabilities: Tensor) -> None:
-    """Raise `InvalidArgument` for the first expected count [N, num_true + num_samples] that has no logarithm."""
+    """Raise `InvalidArgument` if an expected count [N, num_true + num_samples] is not finite and positive."""
     field = "customized_probabilities"
     if not probabilities.is_floating_point():
         raise InvalidArgument(f"{field} is {probabilities.dtype}; floats are needed", field=field)
@@ -135,7 +135,7 @@ def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Colu
         draw = sampling.draw(distribution, num_samples, True, seed, 0)
     except sampling.TriesExhausted:
         raise InvalidArgument(
-            f"num_samples = {num_samples} distinct classes of {num_classes} are not found; draw fewer",
+            f"num_samples = {num_samples} distinct classes cannot be found among {num_classes}; draw fewer",
             field="num_samples",
         ) from None
     shared = torch.from_numpy(draw.sampled).to(labels.device).expand(len(labels), -1)

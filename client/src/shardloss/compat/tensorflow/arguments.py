@@ -15,7 +15,7 @@ from shardloss.errors import InvalidArgument
 
 
 def plain(attribute: object) -> Hashable:
-    """Return an attribute as a hashable value: a number of Python, NumPy or torch, a list (as a tuple), or text.
+    """Return an attribute as a hashable value: a Python, NumPy or torch number, a list (as a tuple), or text.
 
     Raises:
         InvalidArgument: the attribute is not a number, text or a flat list.
@@ -30,7 +30,7 @@ def plain(attribute: object) -> Hashable:
 
 
 def integer(value: int, field: str) -> int:
-    """Convert an integer of Python or NumPy, or an integer tensor, to int."""
+    """Convert a Python or NumPy integer, or an integer tensor, to int."""
     try:
         return operator.index(value)
     except TypeError:
@@ -38,7 +38,7 @@ def integer(value: int, field: str) -> int:
 
 
 def real(value: float, field: str) -> float:
-    """Convert a number of Python or NumPy, or a tensor, to float."""
+    """Convert a Python or NumPy number, or a tensor, to float."""
     try:
         return float(value)
     except (TypeError, ValueError):

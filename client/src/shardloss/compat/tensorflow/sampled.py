@@ -34,9 +34,9 @@ def sampled_softmax_loss(
 
     weights is the remote table, which `optimizer(weights, lr)` trains; biases is the same table, or None if it has no
     biases. labels are [N, num_true]. Without sampled_values, num_sampled distinct candidates are drawn log-uniformly
-    for each step of the optimizer; losses of one step share them. Of repeated accidental hits only the last is removed,
-    as in TensorFlow. With seed None, a seed is drawn from torch's generator once per client and table; other seeds are
-    reduced modulo 2^64. name has no effect. Under torch.no_grad the table is not trained.
+    for each step of the optimizer; losses of one step share them. If an accidental hit is repeated, only its last copy
+    is removed, as in TensorFlow. With seed None, a seed is drawn from torch's generator once per client and table;
+    other seeds are reduced modulo 2^64. name has no effect. Under torch.no_grad the table is not trained.
 
     Raises:
         InvalidArgument: weights is not a table, or biases, num_classes, num_true or num_sampled do not fit it or the
@@ -87,7 +87,7 @@ def nce_loss(
 
 
 def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
-    """Return the exact logistic loss [N] over all classes, with which TensorFlow's docs evaluate nce_loss.
+    """Return the exact logistic loss [N] over all classes, which TensorFlow's docs use to evaluate nce_loss.
 
     labels are [N] or [N, T]. Equals torch.nn.functional.binary_cross_entropy_with_logits(
     inputs @ W.T + b, one_hot(labels), reduction="none").sum(1); each of T labels has target 1. The loss trains the
@@ -101,10 +101,10 @@ def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inpu
 
 
 def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
-    """Return the exact softmax loss [N] over all classes, with which TensorFlow's docs evaluate sampled_softmax_loss.
+    """Return the exact softmax loss [N] over all classes, used by TensorFlow's docs to evaluate sampled_softmax_loss.
 
     labels are [N] or [N, T]. Equals torch.nn.functional.cross_entropy(inputs @ W.T + b, labels, reduction="none"); each
-    of T labels has target 1 / T. The rest is as in `full_sigmoid_loss`.
+    of T labels has target 1 / T. Everything else is as in `full_sigmoid_loss`.
 
     Raises:
         InvalidArgument: as in `full_sigmoid_loss`.

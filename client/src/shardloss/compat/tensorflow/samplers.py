@@ -37,7 +37,7 @@ _samplers_lock = threading.Lock()
 
 
 def sampler_of(kind: Callable[..., CandidateSampler], *attributes: object) -> CandidateSampler:
-    """Return the process's one sampler of a kind with these attributes."""
+    """Return the only sampler in this process of a kind with these attributes."""
     values = [plain(attribute) for attribute in attributes]
     key = (kind, *values, *map(type, values))  # 2.0 has to be checked even if 2 was accepted
     with _samplers_lock:
@@ -58,7 +58,7 @@ def uniform_candidate_sampler(
     """Draw num_sampled ids of [0, range_max) with equal probability; they are distinct if unique.
 
     true_classes [N, num_true] are only the classes whose expected counts are returned. With seed None, the first of
-    equal calls draws a seed from torch's generator.
+    several equal calls draws a seed from torch's generator.
 
     Raises:
         InvalidArgument: an argument is out of range, or too few distinct ids are found.
@@ -171,10 +171,10 @@ def compute_accidental_hits(
     seed: int | None = None,  # noqa: ARG001  (accepted, without effect)
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> AccidentalHits:
-    """Find the true classes [N, num_true] among the sampled ids [S]; of an id sampled more than once, the last copy.
+    """Find the true classes [N, num_true] among the sampled ids [S]; a repeated id counts at its last place.
 
-    Hits are in the order of rows and their columns; a class that is twice in a row has two hits. seed and name have no
-    effect. Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
+    Hits are in the order of rows and their columns; a class that occurs twice in one row has two hits. seed and name
+    have no effect. Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
 
     Raises:
         InvalidArgument: true_classes is not [N, num_true] of integers, or sampled_candidates not [S] of integers.

@@ -165,7 +165,7 @@ def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArr
 
 
 def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
-    """Number candidate_ids [C] from 0 on; equal ids get equal numbers."""
+    """Number candidate_ids [C] from 0; equal ids get equal numbers."""
     if candidate_ids is None:
         raise InvalidArgument("remove_accidental_hits needs candidate_ids", field="candidate_ids")
     ids = to_numpy(candidate_ids) if isinstance(candidate_ids, Tensor) else np.asarray(candidate_ids)

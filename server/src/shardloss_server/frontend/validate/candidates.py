@@ -70,7 +70,7 @@ def in_batch(draw: InBatch, request: LossRequest, spec: TableSpec) -> None:
     """Check in_batch: one label per row, and a table that counts its labels if logits are corrected."""
     refuse_if(request.labels.shape[1] != 1, "in_batch needs one label per row", "labels")
     if draw.is_corrected:
-        refuse_if(not spec.count_labels, "it needs a table created with count_labels", "in_batch.correct_log_q")
+        refuse_if(not spec.count_labels, "the table must be created with count_labels", "in_batch.correct_log_q")
 
 
 def hit_ids(request: LossRequest, sampled: SampledSoftmax) -> None:
@@ -81,7 +81,7 @@ def hit_ids(request: LossRequest, sampled: SampledSoftmax) -> None:
         raise InvalidArgument("hit_ids need sampled_values or in_batch", field="hit_ids")
     if isinstance(draw, InBatch):
         refuse_if(ids.sampled is not None, "in_batch accepts hit ids for the labels only", "hit_ids.sampled")
-        refuse_if(sampled.hit_removal != "every", "with in_batch they need HIT_REMOVAL_EVERY", "hit_ids")
+        refuse_if(sampled.hit_removal != "every", "with in_batch, hit_removal must be HIT_REMOVAL_EVERY", "hit_ids")
     elif ids.sampled is None or ids.sampled.shape != draw.sampled.shape:
         raise InvalidArgument(f"hit_ids.sampled must have shape {list(draw.sampled.shape)}", field="hit_ids.sampled")
     else:

@@ -74,7 +74,7 @@ def row_write(ids: Tensor, rows: Tensor, biases: Tensor | None, spec: TableSpec,
 
 
 def row_state(of_rows: State, of_biases: State, num_rows: int, spec: TableSpec) -> None:
-    """Check optimizer state to overwrite: [M, W] by the optimizer's own names, finite, sums of squares not negative."""
+    """Check optimizer state to overwrite: [M, W] under the optimizer's names, finite, sums of squares not negative."""
     if of_biases and not spec.bias:
         raise InvalidArgument("this table has no biases", field="bias_state")
     for field, given, dim in (("weight_state", of_rows, spec.dim), ("bias_state", of_biases, 1)):

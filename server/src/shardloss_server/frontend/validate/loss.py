@@ -142,7 +142,7 @@ def distribution_request(request: LossRequest) -> None:
     """Refuse the options that do not combine with labels that are sent as columns."""
     field, one = "label_columns", request.objective
     refuse_if(request.sampled is not None or one.family != "softmax", "only the full softmax supports them", field)
-    refuse_if(request.labels.numel() > 0, "labels must be absent with label_columns", "labels")
+    refuse_if(request.labels.numel() > 0, "leave labels out if label_columns are sent", "labels")
     refuse_if(request.label_weights is not None, "leave it out: label_columns are weights already", "label_weights")
     refuse_if(request.ignore_index is not None, "with label_columns, a row of zeros is ignored instead", "ignore_index")
     refuse_if(
@@ -180,8 +180,8 @@ def label_columns(piece: LabelColumns, end: int, num_rows: int, spec: TableSpec)
 def fan_out(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
     """Check the size of all shards' answers to a batch.
 
-    Per row of the batch a shard answers with four float64, and with two rows of D if a gradient is wanted. To a piece
-    of a label distribution it always answers with a row of D.
+    For each row of the batch, a shard answers with four float64 numbers, and with two rows of D if a gradient is
+    wanted. For a piece of a label distribution, the answer always has a row of D.
     """
     num_rows_answered = 2 if request.want.hidden_grad else int(request.label_columns is not None)
     per_row = 32 + num_rows_answered * spec.dim * width_of(spec)
