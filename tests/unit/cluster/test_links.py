@@ -176,7 +176,7 @@ def test_an_abandoned_call_that_has_not_begun_is_passed_over(links: Links) -> No
 
 
 def test_a_part_is_sent_once_and_stays_the_same_object(links: Links, worker: Worker) -> None:
-    """A step therefore finds what a score kept for the part."""
+    """Both calls get the same object, so a step finds what a score kept for the part."""
     kept = links.keep(part_of(100, 101))
     ask(links, "score", kept)
     ask(links, "apply", kept)

@@ -38,6 +38,12 @@ def test_bytes_are_shared_as_places_are() -> None:
         assert places.num_bytes == 800
 
 
+def test_the_last_byte_may_be_taken() -> None:
+    places = Admission(4, 10, "max")
+    with places.admit(6, "a"), places.admit(4, "b"):
+        assert places.num_bytes == 10
+
+
 def test_one_call_may_be_larger_than_all_bytes() -> None:
     """If no other call is admitted, a call may exceed the total; the size of a single call has its own limit."""
     places = Admission(4, 10, "max")
@@ -69,7 +75,7 @@ def test_equal_hints_are_spread() -> None:
 
 @pytest.mark.parametrize("num_streams, after_s", [(1, 8.5), (4, 1.0)])
 def test_a_silent_stream_is_dropped_sooner_where_places_are_few(num_streams: int, after_s: float) -> None:
-    """It is dropped after nearly all of idle_s if most places are free, and after a tenth of it if none is."""
+    """A stream may be silent for nearly all of idle_s if most places are free, and for a tenth of it if none is."""
     streams, dropped = LiveStreams(4, 10.0, "max"), []
     with ExitStack() as stack:
         for number in range(num_streams):

@@ -161,7 +161,7 @@ def test_a_unit_mass_has_the_gradients_of_softmax_minus_weights(biased: Cuts, z_
 def test_the_reference_is_torch_cross_entropy(
     label_smoothing: float, with_class_weights: bool, with_weights: bool
 ) -> None:
-    """They agree for one label per row and for weights that sum to 1; torch ignores a row by its label only."""
+    """Both agree for one label per row and for weights that sum to 1; torch ignores a row by its label only."""
     logits = randn(N, V)
     class_weights = torch.rand(V).double() if with_class_weights else None
     if class_weights is not None:

@@ -20,6 +20,7 @@ from shardloss.errors import (
     TicketExpired,
     TicketUnknown,
 )
+from shardloss_server.frontend import session as session_module
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget, TicketState
 
 TTL_S = 600.0
@@ -51,6 +52,17 @@ class World:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+def test_the_tickets_that_ended_last_are_remembered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit of one of them says how it ended; older ones are unknown."""
+    monkeypatch.setattr(session_module, "KEPT_CLOSED", 2)
+    tickets = [world.open(step=step) for step in (1, 2, 3)]
+    for step in (1, 2, 3):
+        world.sessions.abort("a", step, world.now)
+    for ticket, error in zip(tickets, (TicketUnknown, TicketAborted, TicketAborted), strict=True):
+        with pytest.raises(error):
+            world.find(ticket, step=ticket.step)
 
 
 # One key, one ticket

@@ -397,7 +397,7 @@ def test_an_ignored_row_contributes_nothing_whatever_its_hidden(make_cut: MakeCu
 
 
 def test_float32_probabilities_sum_to_one_at_logits_of_hundreds(make_cut: MakeCut) -> None:
-    """They do to 1e-6, the error of float32 logits alone; an lse stored in float32 would be off by 1.5e-5.
+    """Probabilities sum to 1 within 1e-6, the error of float32 logits; an lse stored in float32 would be off by 1.5e-5.
 
     The sum is read from the gradients of the biases, p - y, for one row at a time.
     """

@@ -267,7 +267,7 @@ def test_no_traceparent_breaks_a_call(server: Traced, parent: str, state: str) -
 
 
 def test_a_long_call_shows_its_first_phases_and_counts_the_others() -> None:
-    """The same is true of a plan with many fan-outs."""
+    """A plan with many fan-outs also shows only the first MAX_PHASES of them."""
     phases = Phases()
     meter = tracing_meter(phases)
     with meter.planning():

@@ -68,7 +68,7 @@ def losses_of(table: ShardTable, part: Part) -> Tensor:
 
 @pytest.mark.parametrize("spread", STANDARD_DEVIATIONS)
 def test_losses_lose_less_than_rounded_logits_lose(spread: float) -> None:
-    """The root mean square error, against float64 of the same bfloat16 rows and unrounded hidden, is smaller.
+    """The root mean square error against float64, for the same rows and exact hidden, is below that of rounded logits.
 
     If logits are small, the rounding of hidden is the only error, and both have it.
     """
