@@ -2,9 +2,10 @@
 
     python tools/mutants.py --packages numerics shard frontend cluster --count 60 --seed 1 --jobs 2
 
-Each mutant is a copy of the checkout with one change. The tests of its package run first, then all others, up to the
-first failure. A mutant is killed if a test fails, and also if the tests hang. Results are printed as they come, and
-written as JSON with --out. `--only` repeats single mutants, for instance against another revision's tests.
+Each mutant is a copy of the checkout, as it was at the start, with one change. The tests of its package run first, then
+the others that can notice it, up to the first failure. A mutant is killed if a test fails or if the tests hang. Results
+are printed as they come, and written as JSON with --out; `--only` repeats single mutants. To compare the tests of two
+revisions, run the tool in a checkout of each.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,45 +112,79 @@ def chosen(packages: list[str], count: int, seed: int) -> list[Mutant]:
     return found
 
 
-def copy_with(mutant: Mutant, tests: Path, target: Path) -> None:
-    """Copy the checkout, with the tests of another checkout if given, and change one place."""
+def copy_of_checkout(target: Path) -> None:
+    """Copy what the tests need."""
     for name in COPIED:
-        source = tests / name if name == "tests" else ROOT / name
-        shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, target)
+
+
+def apply(mutant: Mutant, target: Path) -> None:
+    """Change one place of a copy."""
     path = target / mutant.path
     content = path.read_bytes()
+    assert content[mutant.start : mutant.end].decode() == mutant.old
     path.write_bytes(content[: mutant.start] + mutant.new.encode() + content[mutant.end :])
 
 
-def run(mutant: Mutant, tests: Path, stages: list[list[str]]) -> dict[str, object]:
-    """Run the tests on one mutant, stage by stage, and return the result."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as folder:
-        target = Path(folder)
-        copy_with(mutant, tests, target)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(target / "client/src"), str(target / "server/src")]),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+def outcome_of(command: list[str], folder: Path) -> tuple[int | None, str]:
+    """Run a command and return its exit status, None after TIMEOUT_S, and what it printed; nothing of it is left."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder / "client/src"), str(folder / "server/src")]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(mutant: Mutant | None, checkout: Path, stages: list[list[str]]) -> dict[str, object]:
+    """Run the tests on one mutant, or on the unchanged checkout, stage by stage, and return the result.
+
+    Raises:
+        RuntimeError: pytest itself failed, so nothing is known of the mutant.
+    """
+    began, killed_by = time.monotonic(), ""
+    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as name:
+        folder = Path(name) / "checkout"
+        shutil.copytree(checkout, folder)
+        if mutant is not None:
+            apply(mutant, folder)
         for stage in stages:
-            paths = [word for word in stage if not word.startswith("tests/") or (target / word).exists()]
-            if not any(word.startswith("tests/") for word in paths):
+            words = [word for word in stage if not word.startswith("tests/") or (folder / word).exists()]
+            if killed_by or not any(word.startswith("tests/") for word in words):
                 continue
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "120", *paths]
-            given = {"cwd": target, "env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT_S}
-            try:
-                done = subprocess.run(command, check=False, **given)  # type: ignore[call-overload]
-            except subprocess.TimeoutExpired:
-                return {**asdict(mutant), "killed": True, "by": "a hang", "seconds": round(time.monotonic() - began)}
-            if done.returncode not in (0, 5):
-                failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M) or [done.stdout[-300:] + done.stderr]
-                return {**asdict(mutant), "killed": True, "by": failed[0], "seconds": round(time.monotonic() - began)}
-    return {**asdict(mutant), "killed": False, "by": None, "seconds": round(time.monotonic() - began)}
+            status, output = outcome_of(
+                [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "120", *words], folder
+            )
+            if status in (1, 2):  # a failed test; a test file that cannot be imported any more
+                killed_by = (re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M) or [output[-300:]])[0]
+            elif status is None:
+                killed_by = "a hang"
+            elif status not in (0, 5):
+                raise RuntimeError(f"pytest ended with {status}: {output[-2000:]}")
+    found = {} if mutant is None else asdict(mutant)
+    return {**found, "killed": bool(killed_by), "by": killed_by, "seconds": round(time.monotonic() - began)}
 
 
 def main() -> int:
@@ -157,42 +194,42 @@ def main() -> int:
     options.add_argument("--count", type=int, default=60)
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--jobs", type=int, default=2)
-    options.add_argument("--tests", type=Path, default=ROOT, help="a checkout whose tests run instead of this one's")
     options.add_argument("--only", type=int, nargs="+", help="numbers of the mutants to run")
-    options.add_argument("--with-ray", action="store_true", help="run the tests of cluster on Ray too")
     options.add_argument("--out", type=Path)
     given = options.parse_args()
     sys.path.insert(0, str(ROOT))
     from tests.packages import PACKAGES
 
     # What can notice a change of these packages; commands, pages, files and the demo are left out.
-    units = [
-        f"tests/unit/{name}" for name in ("numerics", "shard", "frontend", "evaluation", "cluster", "sampling", "rpc")
-    ]
+    packages = ("numerics", "shard", "frontend", "evaluation", "cluster", "sampling", "rpc")
+    units = [f"tests/unit/{name}" for name in packages]
     hostile = ["tests/hostile/test_bad_input.py", "tests/hostile/test_bad_losses.py", "tests/hostile/test_overload.py"]
     rest = [*units, "tests/conformance", "tests/golden", "tests/statistical", *hostile, "tests/system/test_trainer.py"]
 
+    local, everything = "not slow and not compose and not load and not ray", "not slow and not compose and not load"
+
     def stages(mutant: Mutant) -> list[list[str]]:
         package = mutant.path.removeprefix(SERVER + "/").split("/")[0]
-        marks = "not slow and not compose and not load"
-        local = f"{marks} and not ray"
         first = [f"tests/{path}" for path in PACKAGES[package]]
-        with_ray = [["-m", marks, *first]] if given.with_ray and package == "cluster" else []
+        with_ray = [["-m", everything, *first]] if package == "cluster" else []
         return [["-m", local, *first], *with_ray, ["-m", local, *rest]]
 
     mutants = list(enumerate(chosen(given.packages, given.count, given.seed)))
     mutants = [each for each in mutants if given.only is None or each[0] in given.only]
     results = []
-    with ThreadPoolExecutor(given.jobs) as pool:
-        running = {
-            pool.submit(run, mutant, given.tests, stages(mutant)): (number, mutant) for number, mutant in mutants
-        }
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name, ThreadPoolExecutor(given.jobs) as pool:
+        checkout = Path(name)
+        copy_of_checkout(checkout)
+        unchanged = run(None, checkout, [["-m", local, *rest]])
+        if unchanged["killed"]:
+            sys.exit(f"the tests fail without any change: {unchanged['by']}")
+        running = {pool.submit(run, each, checkout, stages(each)): (number, each) for number, each in mutants}
         for future in as_completed(running):
             number, mutant = running[future]
             result = future.result()
             results.append({"number": number, **result})
             outcome = "killed" if result["killed"] else "SURVIVED"
-            print(f"{number:3} {outcome:8} {result['seconds']:4} s  {mutant}  {result['by'] or ''}"[:250], flush=True)
+            print(f"{number:3} {outcome:8} {result['seconds']:4} s  {mutant}  {result['by']}"[:250], flush=True)
     num_killed = sum(bool(result["killed"]) for result in results)
     print(f"{num_killed} of {len(results)} mutants killed")
     if given.out:

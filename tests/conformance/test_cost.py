@@ -108,4 +108,4 @@ def test_a_streamed_loss_counts_its_chunks(table: shardloss.Table) -> None:
 @pytest.mark.ray
 def test_workers_of_every_kind_say_how_long_they_computed(ray_client: shardloss.LossClient, fresh_name: object) -> None:
     made = ray_client.create_table(fresh_name(), num_classes=V, dim=D)  # type: ignore[operator]
-    assert consistent(made.compute_loss(*batch(), shardloss.FullSoftmax(), want_cost=True).cost).kernel_s < 1.0
+    assert consistent(made.compute_loss(*batch(), shardloss.FullSoftmax(), want_cost=True).cost).kernel_s < 60.0

@@ -18,14 +18,20 @@ from shardloss_server.shard import scan
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
-from ..extent import sample
+from ..extent import sample, turn_of
 
 V, D, N = 23, 5, 9  # V is prime, so no number of shards except 1 divides it
 IGNORED = -100
 Floats = NDArray[np.float64]
 MakeTable = Callable[..., shardloss.Table]
 CUTS = [(1, "div"), (2, "div"), (3, "div"), (7, "div"), (2, "mod"), (3, "mod"), (7, "mod")]
-every_cut = pytest.mark.parametrize("num_shards, placement", sample(CUTS, 2, 1))
+
+
+def every_cut(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on two of the cuts, which depend on its name."""
+    return pytest.mark.parametrize("num_shards, placement", sample(CUTS, 2, turn_of(test.__name__)))(test)
+
+
 TRANSFORMS = {
     "plain": None,
     "defaults": LogitTransform(),

@@ -136,7 +136,7 @@ def test_an_aborted_step_is_never_applied(table: shardloss.Table, trainer: RawTr
     assert num_applied(table) == 0
 
 
-def test_trainers_whose_replies_get_lost_at_random_lose_and_double_nothing(
+def test_trainers_whose_replies_get_lost_lose_and_double_nothing(
     group: FaultyGroup, table: shardloss.Table, batch: Batch, rng: np.random.Generator
 ) -> None:
     """All 30 steps of three trainers are applied once if a third of the replies are lost and calls are repeated."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -24,7 +23,7 @@ from shardloss_server.shard.record import Batch, Candidates, Part, RowWrite, Ste
 from shardloss_server.shard.scan import Question
 from shardloss_server.shard.table import VersionGap
 
-from ..extent import EVERYTHING, sample
+from ..extent import EVERYTHING, sample, turn_of
 from . import oracle
 from .relayed import RelayedGroup
 
@@ -156,15 +155,18 @@ def batch_of(kind: str, rng: np.random.Generator) -> oracle.Batch:
 
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sampled"])
-CUTS = pytest.mark.parametrize(
-    "num_shards, placement", sample([(5, "div"), (13, "mod"), (1, "div"), (4, "mod"), (13, "div")], 2)
-)
+CUTS = [(5, "div"), (13, "mod"), (1, "div"), (4, "mod"), (13, "div")]
+
+
+def every_cut(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on two of the cuts, which depend on its name."""
+    return pytest.mark.parametrize("num_shards, placement", sample(CUTS, 2, turn_of(test.__name__)))(test)
 
 
 # Creating tables
 
 
-@CUTS
+@every_cut
 def test_rows_begin_the_same_on_every_group_and_cut(
     make_shards: Callable[..., Shards], num_shards: int, placement: str
 ) -> None:
@@ -293,7 +295,7 @@ def test_a_dropped_table_is_gone_and_may_be_made_anew(
 
 
 @KINDS
-@CUTS
+@every_cut
 def test_merged_scores_are_the_loss(
     make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
 ) -> None:
@@ -310,7 +312,7 @@ def test_merged_scores_are_the_loss(
 
 
 @KINDS
-@CUTS
+@every_cut
 def test_row_gradients_are_autograds(
     make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
 ) -> None:
@@ -368,7 +370,7 @@ def step(shards: Shards, batch: oracle.Batch, number: int) -> list[int]:
 
 
 @KINDS
-@CUTS
+@every_cut
 def test_a_step_is_applied_on_every_shard(
     make_shards: Callable[..., Shards], rng: np.random.Generator, kind: str, num_shards: int, placement: str
 ) -> None:
@@ -473,7 +475,7 @@ def test_a_write_without_biases_leaves_them(shards: Shards) -> None:
 # Exact questions
 
 
-@CUTS
+@every_cut
 def test_scans_over_slices_answer_exactly(
     make_shards: Callable[..., Shards], rng: np.random.Generator, num_shards: int, placement: str
 ) -> None:
@@ -557,12 +559,10 @@ def test_an_answer_that_is_late_is_a_timeout_and_the_work_goes_on(
     name = fresh_name()
     spec = TableSpec(name, num_classes, 32, "float32", True, cut, Initializer("normal", 1.0, 0), OptimizerSpec("sgd"))
     making = group.create(spec, 8)
-    began = time.monotonic()
     with pytest.raises(TimeoutError):
         making.result(0.0)
     with pytest.raises(TimeoutError):
         group.applied_versions(name).result(0.001)
-    assert time.monotonic() - began < TIMEOUT_S
     assert group.applied_versions(name).result(TIMEOUT_S) == [0, 0, 0]
     group.drop(name).result(TIMEOUT_S)
 

@@ -99,7 +99,7 @@ def test_a_refusal_says_which_and_shows_nothing(
 ) -> None:
     """The message says whether the token is missing, malformed or unknown, and never repeats the credentials."""
     with pytest.raises(grpc.RpcError) as caught:
-        ports["data"].unary_unary("/shardloss.v1.ServerService/GetServerInfo")(b"", timeout=10, metadata=metadata)
+        ports["data"].unary_unary("/shardloss.v1.ServerService/GetServerInfo")(b"", timeout=60, metadata=metadata)
     error = error_of(caught.value)
     assert isinstance(error, Unauthenticated)
     assert words in error.message
@@ -121,7 +121,7 @@ def test_a_refusal_reads_no_message(ports: dict[str, grpc.Channel]) -> None:
         ended.wait(30)
         yield from ()
 
-    call = ports["data"].stream_stream("/shardloss.v1.LossService/StreamLoss")(nothing(), timeout=20)
+    call = ports["data"].stream_stream("/shardloss.v1.LossService/StreamLoss")(nothing(), timeout=60)
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
     assert not ended.is_set()
@@ -135,13 +135,13 @@ def test_health_asks_for_nothing_and_reflection_for_a_reader(ports: dict[str, gr
     for port in ports.values():
         health = health_pb2_grpc.HealthStub(port)
         assert (
-            health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+            health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
         )
         reflection = reflection_pb2_grpc.ServerReflectionStub(port)
         with pytest.raises(grpc.RpcError) as caught:
-            list(reflection.ServerReflectionInfo(iter(ask), timeout=10))
+            list(reflection.ServerReflectionInfo(iter(ask), timeout=60))
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        replies = list(reflection.ServerReflectionInfo(iter(ask), timeout=10, metadata=bearer(secrets.token("reader"))))
+        replies = list(reflection.ServerReflectionInfo(iter(ask), timeout=60, metadata=bearer(secrets.token("reader"))))
         assert any("shardloss" in service.name for service in replies[0].list_services_response.service)
 
 
@@ -152,7 +152,7 @@ def test_every_service_that_reflection_names_is_in_the_table(ports: dict[str, gr
     named = set()
     for port in ports.values():
         reflection = reflection_pb2_grpc.ServerReflectionStub(port)
-        for reply in reflection.ServerReflectionInfo(iter(ask), timeout=10, metadata=metadata):
+        for reply in reflection.ServerReflectionInfo(iter(ask), timeout=60, metadata=metadata):
             named |= {service.name for service in reply.list_services_response.service}
     assert named == ours | {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 

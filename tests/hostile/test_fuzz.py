@@ -132,7 +132,7 @@ def test_noise_on_the_socket_disturbs_nobody(world: World, server: Server) -> No
         noise = rng.bytes(int(rng.integers(1, 2000)))
         for content in (noise, PREFACE + noise, PREFACE + frames(noise, rng)):
             try:
-                with socket.create_connection((host_port[0], int(host_port[1])), timeout=5) as connection:
+                with socket.create_connection((host_port[0], int(host_port[1])), timeout=60) as connection:
                     connection.sendall(content)
             except ConnectionError:
                 pass  # the server may close the connection early

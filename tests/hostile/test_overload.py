@@ -113,7 +113,7 @@ def test_what_finds_no_thread_is_refused_with_a_hint() -> None:
         eventually(lambda: server.gate.arriving.num_streams >= 4, "full places")
         channel = open_.enter_context(grpc.insecure_channel(server.address))
         with pytest.raises(grpc.RpcError) as refused:
-            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=10)
+            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=60)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert retry_info(refused.value) > 0
 
@@ -136,7 +136,7 @@ def test_the_fewest_threads_leave_one_for_refusals(fresh_name: Callable[[], str]
         eventually(lambda: server.gate.num_inside == 5, "a full gate")
         channel = open_.enter_context(grpc.insecure_channel(server.address))
         with pytest.raises(grpc.RpcError) as refused:
-            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=5)
+            server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=60)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert retry_info(refused.value) > 0
 
@@ -181,7 +181,7 @@ def test_a_watcher_of_health_that_reads_nothing_holds_up_nobody(port: str) -> No
             eventually(lambda: server.health.watching.num_streams == 1, "a watcher")
             for address in addresses.values():
                 with grpc.insecure_channel(address) as channel:
-                    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
             eventually(lambda: server.health.watching.num_dropped == 1, "its end")
             eventually(lambda: server.health.watching.num_streams == server.admin_gate.num_inside == 0, "its place")
@@ -197,7 +197,7 @@ def test_watchers_of_health_are_bounded_and_hold_no_thread() -> None:
         refused = [first for first in firsts if isinstance(first, grpc.RpcError)]
         assert len(refused) >= 140 - 129
         assert all(retry_info(failure) > 0 for failure in refused)
-        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
         for watch in watches:
             watch.cancel()
         eventually(lambda: server.health.watching.num_streams == 0, "free places")

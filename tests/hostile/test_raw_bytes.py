@@ -480,8 +480,8 @@ def assert_answers(client: shardloss.LossClient, world: World) -> None:
     """Assert that losses are answered or refused within 3 s, and that a commit is answered."""
     for _ in range(3):
         with contextlib.suppress(Overloaded):
-            once(client.losses.ComputeLoss, world.full(), timeout_s=3.0)
-    once(client.losses.Commit, world.commit(), timeout_s=3.0)
+            once(client.losses.ComputeLoss, world.full(), timeout_s=TRY_S)
+    once(client.losses.Commit, world.commit(), timeout_s=TRY_S)
 
 
 def test_streams_without_a_header_do_not_silence_the_server(fresh_name: Callable[[], str]) -> None:

@@ -83,7 +83,7 @@ def refuses(server: Server, **options: object) -> None:
 def works(address: str, **options: object) -> bool:
     """Return True if a client can connect with these options."""
     try:
-        with shardloss.connect(address, timeout_s=5.0, **options):  # type: ignore[arg-type]
+        with shardloss.connect(address, timeout_s=30.0, **options):  # type: ignore[arg-type]
             return True
     except ServerUnavailable:
         return False
@@ -156,7 +156,7 @@ def test_mutual_tls_with_a_tokens_file_goes_by_the_certificates_name(authority: 
                 assert code_of(by_name, CREATE, (("authorization", f"Bearer {secrets.token(name)}"),))[0] == status
             assert code_of(by_name, LIST, (("authorization", "Bearer wrong"),))[0] == "UNAUTHENTICATED"
             with pytest.raises(grpc.RpcError) as without_message:
-                by_name.stream_unary(LIST)(iter(()), timeout=10)
+                by_name.stream_unary(LIST)(iter(()), timeout=60)
             assert error_of(without_message.value).reason == "INVALID_ARGUMENT"
             assert "grpc-status-details-bin" in dict(without_message.value.trailing_metadata())
         with channel(server, common) as by_common_name:
@@ -186,7 +186,7 @@ def shown(authority: Authority) -> ssl.SSLContext:
 def certificate_of(address: str, context: ssl.SSLContext) -> bytes:
     """Return the certificate that a port presents to a new connection, in DER; empty if none."""
     host, _, port = address.rpartition(":")
-    plain = socket.create_connection((host, int(port)), timeout=10)
+    plain = socket.create_connection((host, int(port)), timeout=60)
     with plain, context.wrap_socket(plain, server_hostname="localhost") as sock:
         return sock.getpeercert(binary_form=True) or b""
 

@@ -27,7 +27,7 @@ from shardloss_server.shard.record import Part, RowWrite, Score, TableSpec
 from shardloss_server.shard.table import ShardTable
 from torch import Tensor
 
-from ..extent import SEED, sample, scaled
+from ..extent import EVERYTHING, SEED, sample, scaled
 from .frequencies import P_VALUE, assert_same_frequencies, two_sample_z
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -48,8 +48,8 @@ def probability(kind: str, num_classes: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_classes", [2, 1009])  # test_distributions.py covers 211
-@pytest.mark.parametrize("seed", sample([2**63 + 1 - SEED, SEED], 1))
+@pytest.mark.parametrize("num_classes", sample([2, 1009, 37], 2))  # test_distributions.py covers 211
+@pytest.mark.parametrize("seed", sample([2**63 + 1 + SEED, SEED], 1))
 def test_draws_with_repeats_fit_their_distribution(kind: str, num_classes: int, seed: int) -> None:
     """The draws of 100 steps pass a chi-square test against their distribution."""
     distribution = sampling.DISTRIBUTIONS[kind](num_classes)
@@ -195,8 +195,10 @@ def test_corrected_candidates_estimate_the_partition_function(model: Model, kind
     estimates = torch.stack(lse).exp() - (logits.gather(1, model.labels).exp() / true_count)[:, 0]
     exact = logits.exp().sum(1)
     standard_error = estimates.std(0) / math.sqrt(len(estimates))
-    assert (standard_error / exact < 0.1).all()  # otherwise the bound below would be too loose to fail
-    assert ((estimates.mean(0) - exact).abs() < 4 * standard_error).all()
+    assert (
+        standard_error / exact < (0.05 if EVERYTHING else 0.1)
+    ).all()  # otherwise the bound below would be too loose to fail
+    assert ((estimates.mean(0) - exact).abs() < stats.norm.isf(P_VALUE / 12) * standard_error).all()
 
 
 def mean_gradient(model: Model, kind: str, num_sampled: int, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -222,5 +224,7 @@ def test_the_bias_of_the_gradient_falls_like_one_over_s(model: Model, kind: str)
     )  # its bias is four times as large, its noise twice
     many, many_error = mean_gradient(model, kind, scaled(24, 48), scaled(1200, 4000))
     bias_of_few, bias_of_many = few - hidden.grad, many - hidden.grad
-    assert many_error.norm() < 0.25 * bias_of_many.norm()  # so the comparison is of bias, not of noise
+    assert (
+        many_error.norm() < (0.2 if EVERYTHING else 0.25) * bias_of_many.norm()
+    )  # so the comparison is of bias, not of noise
     assert 3 < float(bias_of_few.norm() / bias_of_many.norm()) < 5

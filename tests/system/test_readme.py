@@ -9,10 +9,12 @@ import runpy
 import shlex
 import subprocess
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import shardloss
+import yaml
 from shardloss_server.rpc.serve import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,9 +92,11 @@ def test_every_shell_line_names_what_exists(page: str) -> None:
             done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=False)
             assert done.returncode == 0, line
         elif words[:2] == ["docker", "compose"]:
-            services = (ROOT / "docker-compose.yml").read_text()
-            assert "demo" in services, line
-            assert "worker:" in services, line
+            services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+            profiles = {profile for service in services.values() for profile in service.get("profiles", ())}
+            given = dict(pairwise(words))
+            assert given.get("--profile", "demo") in profiles, line
+            assert given.get("--scale", "worker=1").split("=")[0] in services, line
         elif words[:2] == ["pip", "install"]:
             assert re.fullmatch(r"shardloss(-server)?(\[\w+\])?", words[2]), line
         else:  # the project's programs: tests/architecture/test_names.py checks their commands and options

@@ -23,7 +23,7 @@ STOP_S = 120.0
 
 
 @contextmanager
-def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(tmp_path: Path, *options: str, temp: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start a server process and yield it with its address; it is terminated in any case."""
     ready = tmp_path / "ready"
     command = [
@@ -39,7 +39,8 @@ def serving(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[by
         str(ready),
         *options,
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    environment = os.environ if temp is None else {**os.environ, "TMPDIR": str(temp)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
         try:
             deadline = time.monotonic() + START_S
             while not ready.exists():
@@ -109,10 +110,9 @@ def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) ->
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
+def test_a_ray_server_stops_every_process_it_started(tmp_path: Path, temp: Path) -> None:
     """After SIGTERM no worker, no process of Ray and no temporary file is left."""
-    before = {path.name for path in Path("/tmp").glob("shardloss-*")}
-    with serving(tmp_path, "--workers", "2") as (process, address):
+    with serving(tmp_path, "--workers", "2", temp=temp) as (process, address):
         with shardloss.connect(address) as client:
             assert client.info.num_workers == 2
             client.create_table("t", num_classes=11, dim=3)
@@ -121,16 +121,16 @@ def test_a_ray_server_stops_every_process_it_started(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_S) == 0
     assert wait_gone(children, STOP_S) == set()
-    assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
+    assert list(temp.glob("shardloss-*")) == []
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+def test_a_server_told_to_stop_while_it_starts_leaves_nothing(temp: Path) -> None:
     """On SIGTERM during Ray's start the server exits with 0, and no process or file of Ray is left."""
-    before = {path.name for path in Path("/tmp").glob("shardloss-*")}
     command = [sys.executable, "-m", "shardloss_server", "serve", "--port", "0", "--admin-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    environment = {**os.environ, "TMPDIR": str(temp)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         deadline = time.monotonic() + START_S
         while not (children := children_of(process.pid)):
             assert process.poll() is None
@@ -143,7 +143,7 @@ def test_a_server_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) ->
             time.sleep(0.01)
         assert process.returncode == 0
     assert wait_gone(children, STOP_S) == set()
-    assert {path.name for path in Path("/tmp").glob("shardloss-*")} <= before
+    assert list(temp.glob("shardloss-*")) == []
 
 
 @pytest.mark.slow

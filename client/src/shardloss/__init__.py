@@ -97,8 +97,3 @@ __all__ = [
     "connect",
     "errors",
 ]
-
-for _name in __all__:  # where users find them, not where they are defined
-    if isinstance(_object := globals()[_name], type) or _name == "connect":
-        _object.__module__ = "shardloss"
-del _name, _object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from shardloss import messages, types
@@ -23,9 +23,13 @@ def require_torch() -> None:
     Raises:
         ModuleNotFoundError: torch is not installed; the message names the extra that installs it.
     """
-    if find_spec("torch") is None:
+    try:
+        import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         message = "heads, lazy logits and shardloss.compat need torch: pip install 'shardloss[torch]'"
-        raise ModuleNotFoundError(message, name="torch")
+        raise ModuleNotFoundError(message, name="torch") from None
 
 
 class Trainable:

@@ -17,9 +17,6 @@ class Block:
         if name.split(".")[0] == "torch":
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 sys.meta_path.insert(0, Block())
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 import shardloss
 from shardloss.types import TableInfo
 table = object.__new__(shardloss.Table)
@@ -48,8 +45,6 @@ def test_help_shows_the_public_api() -> None:
     classes = page.split("\nCLASSES\n")[1].split("\nFUNCTIONS\n")[0]
     listed = set(re.findall(r"^    class (\w+)\(", classes, re.M))
     assert listed == {name for name in shardloss.__all__ if isinstance(getattr(shardloss, name), type)}
-    for name in listed:
-        assert getattr(shardloss, name).__module__ == "shardloss"
     for internal in ("_watch", "_attach", "_send_loss", "_begin_commit", "_skip", "_write_counts_page"):
         assert f"{internal}(" not in page
     assert "connect(" in page

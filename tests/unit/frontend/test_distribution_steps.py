@@ -86,9 +86,9 @@ def test_a_step_after_another_lets_it_go_first(front: Front) -> None:
     table.owner.wait_for_step = waiting  # type: ignore[method-assign]
     third = replace(step_of(hidden, pieces_of(y), 3), table=table.spec.name, after_step=2)
     replies: list[LossReply] = []
-    thread = threading.Thread(target=lambda: replies.append(front.pipeline.loss(third, Deadline.after(5.0))))
+    thread = threading.Thread(target=lambda: replies.append(front.pipeline.loss(third, Deadline.after(60.0))))
     thread.start()
-    assert waits.wait(5.0)
+    assert waits.wait(60.0)
     table.loss(step_of(hidden, pieces_of(y), 2))
     thread.join()
     assert [reply.committed.version for reply in replies if reply.committed] == [4]  # a row write and three steps

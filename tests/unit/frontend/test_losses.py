@@ -116,9 +116,9 @@ def test_sampled_losses(biased: Cuts, kind: str) -> None:
     A full run checks every combination, any other run every second one: the odd ones of one kind, the even ones of the
     next.
     """
-    first = list(CANDIDATES).index(kind) % 2
-    cases = sampled_cases(kind) if EVERYTHING else islice(sampled_cases(kind), first, None, 2)
-    assert biased.check(cases) >= 10
+    first = list(CANDIDATES).index(kind) % 3
+    cases = sampled_cases(kind) if EVERYTHING else islice(sampled_cases(kind), first, None, 3)
+    assert biased.check(cases) >= 6
 
 
 @pytest.mark.parametrize("kind", CANDIDATES)

@@ -142,7 +142,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_draw_does_not_know_how_many_classes_there_are(counts: dict[int, ClassCounts], name: str) -> None:
-    """A draw from the larger V takes no memory of that size, and its slowdown is below half of the ratio of sizes."""
+    """A draw from the larger V takes no memory of that size, and is far from taking longer in proportion."""
 
     def draw(num_classes: int) -> Callable[[], object]:
         sampled, table_spec = SampledSoftmax(SAMPLERS[name], "every"), SPECS[num_classes]
@@ -153,8 +153,8 @@ def test_a_draw_does_not_know_how_many_classes_there_are(counts: dict[int, Class
     draw(LARGE)()
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 500_000  # half a byte per class, and less in a full run
-    assert seconds(draw(LARGE)) < LARGE / SMALL / 2 * seconds(draw(SMALL))
+    assert peak_bytes < LARGE / 10  # less than one bit per class
+    assert seconds(draw(LARGE)) < min(10, LARGE / SMALL / 2) * seconds(draw(SMALL))
 
 
 SPECS = {num_classes: make_table(num_classes, "sgd", "div", "float32").spec for num_classes in (SMALL, LARGE)}

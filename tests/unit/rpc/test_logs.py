@@ -158,7 +158,7 @@ def test_a_callers_name_is_kept_where_it_is_short_and_printable(
     with grpc.insecure_channel(logged.server.address) as channel:
         stub = server_pb2_grpc.ServerServiceStub(channel)
         request = server_pb2.GetServerInfoRequest()
-        _, call = stub.GetServerInfo.with_call(request, metadata=((RID, given),), timeout=10)
+        _, call = stub.GetServerInfo.with_call(request, metadata=((RID, given),), timeout=60)
     returned = dict(call.trailing_metadata())[RID]
     assert (returned == given) == kept
     assert 0 < len(returned) <= 64
@@ -170,10 +170,10 @@ def test_a_stream_and_a_refusal_before_any_handler_are_named(make: Callable[...,
     with grpc.insecure_channel(logged.server.address) as channel:
         call = channel.unary_unary("/shardloss.v1.LossService/Commit")
         with pytest.raises(grpc.RpcError) as caught:
-            call(b"\xff\xff\xff", metadata=((RID, "raw-1"),), timeout=10)
+            call(b"\xff\xff\xff", metadata=((RID, "raw-1"),), timeout=60)
         assert dict(caught.value.trailing_metadata())[RID] == "raw-1"
         with pytest.raises(grpc.RpcError):
-            list(loss_pb2_grpc.LossServiceStub(channel).StreamLoss(iter(()), metadata=((RID, "s-1"),), timeout=10))
+            list(loss_pb2_grpc.LossServiceStub(channel).StreamLoss(iter(()), metadata=((RID, "s-1"),), timeout=60))
     assert {(line["method"], line["request_id"]) for line in logged.of("call failed")} == {
         ("Commit", "raw-1"),
         ("StreamLoss", "s-1"),

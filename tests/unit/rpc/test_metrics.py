@@ -42,7 +42,7 @@ class Watched:
     def scrape(self) -> str:
         """Return the text that Prometheus would get."""
         assert self.server.exposition is not None
-        with urllib.request.urlopen(f"http://{self.server.exposition.address}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://{self.server.exposition.address}/metrics", timeout=60) as reply:
             return str(reply.read().decode())
 
     def values(self) -> Values:
@@ -242,7 +242,7 @@ def test_the_port_is_free_after_the_server() -> None:
     made.group.close()
     host, port = address.rsplit(":", 1)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(port)), timeout=5)
+        socket.create_connection((host, int(port)), timeout=60)
 
 
 def test_two_servers_count_apart(watched: Watched) -> None:
@@ -264,5 +264,5 @@ def test_a_method_that_there_is_not_makes_no_series(watched: Watched) -> None:
         for number in range(3):
             call = channel.unary_unary(f"/shardloss.v1.LossService/Made{number}Up")
             with pytest.raises(grpc.RpcError):
-                call(b"", timeout=10)
+                call(b"", timeout=60)
     assert "Made" not in watched.scrape()

@@ -235,7 +235,7 @@ def test_a_client_without_tracing_sends_no_trace(traced: Traced) -> None:
 def ask(server: Server, **metadata: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = server_pb2_grpc.ServerServiceStub(channel)
-        stub.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=tuple(metadata.items()), timeout=20)
+        stub.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=tuple(metadata.items()), timeout=60)
 
 
 @pytest.mark.parametrize("flags, num_spans", [("01", 1), ("00", 0)])
