@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need in .venv; they require only Python 3.11+ (with venv) and make.
+# `make demo` and `make test` set up everything they need in .venv; they require only Python 3.11+ (with venv) and GNU make 4.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
