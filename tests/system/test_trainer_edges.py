@@ -218,7 +218,7 @@ def test_rows_are_checked_before_the_first_page_is_written(
 def test_tensorflow_losses_find_their_table_by_name(
     client: shardloss.LossClient, table: shardloss.Table, batch: Batch
 ) -> None:
-    """Two handles of one table share their steps; a table recreated with a different shape does not get the old ones."""
+    """Two handles of one table share their steps; a table recreated with a different shape does not get them."""
     hidden, labels = batch
     optimizer = tensorflow.optimizer(client.table(table.name), 0.1)
     again = client.table(table.name)
