@@ -365,11 +365,6 @@ class RayGroup(FanoutGroup):
                     log.warning("cannot determine whether worker %d is alive: %s", worker, error)
 
     @property
-    def has_links(self) -> bool:
-        """True if calls are sent over links."""
-        return self._links is not None
-
-    @property
     def num_workers(self) -> int:
         return self._num_workers
 
