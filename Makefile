@@ -79,7 +79,7 @@ test-package: setup  ## The tests of one package in less than a minute: make tes
 test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
 	$(BIN)/python -m pytest -q -s -m load tests/load
 
-test-long: setup  ## Every case of every grid, statistics with fresh seeds, whole processes, several nodes (root); an hour
+test-long: setup  ## Every case of every grid, statistics with fresh seeds, whole processes, several nodes (root)
 	SHARDLOSS_TEST_EVERYTHING=1 SHARDLOSS_TEST_SEED=$(shell date +%s) \
 		$(BIN)/python -m pytest -q --timeout 1800 -m "not compose and not load"
 

@@ -1,4 +1,4 @@
-"""How much a run covers: a rotating sample of each grid by default, all of it in `make test-long`.
+"""How much a run covers: a sample of each grid by default, all of it in `make test-long`.
 
 `make test-long` sets SHARDLOSS_TEST_EVERYTHING, which runs whole grids and larger samples, and SHARDLOSS_TEST_SEED, the
 seed of statistical tests: fixed in `make test`, new in each long run.

@@ -34,6 +34,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "examples": ("unit/examples", "system/test_cities_demo.py", "system/test_readme.py"),
 }
 WITH_RAY = ("cluster",)
+MARKS = "not slow and not compose and not load"  # as in `make test`
 
 
 def main(package: str) -> int:
@@ -41,7 +42,7 @@ def main(package: str) -> int:
     if package not in PACKAGES:
         print(f"PACKAGE={package} is not a package; choose one of {', '.join(PACKAGES)}", file=sys.stderr)
         return 2
-    marks = "not slow and not compose and not load" + ("" if package in WITH_RAY else " and not ray")
+    marks = MARKS if package in WITH_RAY else f"{MARKS} and not ray"
     return int(pytest.main(["-q", "-m", marks, "--durations=5", *(str(HERE / path) for path in PACKAGES[package])]))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +17,9 @@ from shardloss_server.cluster.listener import Invitation, shut
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.shard.record import Part
 
-PATIENCE_S = 120.0
+from ..patience import PATIENCE_S, eventually
+
 Call = Callable[..., Any]
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    """Poll until a condition is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 class Serving:

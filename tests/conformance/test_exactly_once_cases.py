@@ -42,13 +42,13 @@ from shardloss_server.rpc.serve import Server
 from shardloss_server.shard import table as shard_table
 from shardloss_server.shard.kept import KEPT_BYTES
 
+from ..patience import PATIENCE_S, eventually
 from .faulty import FaultyGroup
 from .oracle import Batch, Replica, random_batch
 from .raw import RawTrainer, once
 
 NUM_CLASSES, DIM, NUM_SHARDS = 13, 5, 3  # three shards over two workers: one worker holds two of them
 RATE = 0.2
-PATIENCE_S = 120.0
 ALL = np.arange(NUM_CLASSES)
 KINDS = pytest.mark.parametrize("num_sampled", [0, 6], ids=["full", "sampled"])
 _sessions = itertools.count()
@@ -161,15 +161,6 @@ def assert_settled(server: Server, table: shardloss.Table, version: int) -> None
         server.catalog.group.applied_versions(server.catalog.owner(table.name).key).result(PATIENCE_S)
         == [version] * NUM_SHARDS
     )
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Poll until a condition holds."""
-    deadline = time.monotonic() + PATIENCE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        pause.wait(0.005)
 
 
 def together(*calls: Callable[[], object]) -> list[object]:

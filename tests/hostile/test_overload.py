@@ -27,19 +27,12 @@ from shardloss_server.rpc.serve import Server
 
 from tests.conformance.faulty import FaultyGroup
 
+from ..patience import PATIENCE_S, eventually
 from .http2 import Connection
 from .world import LIMITS, World, once
 
-PATIENCE_S = 120.0
 COMPUTE_LOSS, INFO = "/shardloss.v1.LossService/ComputeLoss", "/shardloss.v1.ServerService/GetServerInfo"
 DETAILS_KEY = "grpc-status-details-bin"
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        pause.wait(0.005)
 
 
 @contextmanager

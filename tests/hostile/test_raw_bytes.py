@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +24,11 @@ from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import Listening, ServerConfig
 from shardloss_server.rpc.serve import Server
 
+from ..patience import PATIENCE_S, eventually
 from .losses import LOSSES, write_counts
 from .world import LIMITS, D, N, World, numbers, once, serving
 
 TRY_S = 120.0
-PATIENCE_S = 120.0
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_CHUNK_BYTES = 96  # so that hidden [7, 5] of float32 takes two chunks
 # Mutated requests may be valid by chance: low limits and a short deadline keep each of them cheap.
@@ -381,14 +380,6 @@ def test_a_misused_stream_is_refused_by_name(world: World, misuse: Misuse) -> No
         once(lambda _, timeout: list(world.client.losses.StreamLoss(iter(pieces), timeout=timeout)), None)
     assert (type(caught.value), caught.value.field) == (misuse.error, misuse.field), caught.value
     world.assert_untouched()
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Poll until a condition is true; fail after a time limit."""
-    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        pause.wait(0.005)
 
 
 class Stalled:

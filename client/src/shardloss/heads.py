@@ -278,13 +278,6 @@ class SoftmaxHead(Head):
         sent = self.class_weights if loss.label_smoothing else None  # without smoothing they weight the labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
-    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
-
-        def __call__(
-            self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None = None, *, scale: Tensor | None = None
-        ) -> Tensor:
-            """Return the loss; see `forward`."""
-
     def forward(
         self,
         hidden: Tensor,
@@ -308,6 +301,9 @@ class SoftmaxHead(Head):
         if self.class_weights is not None and not self.loss.label_smoothing:
             label_weights = self._weighted(labels, num_true_of(hidden, labels), label_weights)
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
+
+    if TYPE_CHECKING:  # torch declares that Module.__call__ returns Any
+        __call__ = forward
 
     def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
         """Return torch's divisor: the sum of the class weights of all labels, or the number of counted rows."""
@@ -396,19 +392,6 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
     All parts of a step share their candidates, so micro-batches are equivalent to one batch.
     """
 
-    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
-
-        def __call__(
-            self,
-            hidden: Tensor,
-            labels: Tensor,
-            sampled_values: tuple[Tensor, Tensor, Tensor] | None = None,
-            *,
-            hit_ids: tuple[Tensor, Tensor | None] | None = None,
-            scale: Tensor | None = None,
-        ) -> Tensor:
-            """Return the loss; see `forward`."""
-
     def forward(
         self,
         hidden: Tensor,
@@ -446,6 +429,9 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
             loss = replace(loss, hit_ids=types.HitIds(ids, None if of_sampled is None else to_numpy(of_sampled)))
         return self.apply_loss(hidden, labels, loss, None, scale)
 
+    if TYPE_CHECKING:  # torch declares that Module.__call__ returns Any
+        __call__ = forward
+
 
 class SampledSoftmaxHead(SampledHead):
     """The sampled softmax of tf.nn.sampled_softmax_loss; the server draws the candidates for each step."""
@@ -458,13 +444,6 @@ class SampledLogisticHead(SampledHead):
 class SigmoidHead(LossHead[types.FullSigmoid]):
     """The logistic loss over all classes, summed per row."""
 
-    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
-
-        def __call__(
-            self, hidden: Tensor, labels: Tensor, label_weights: Tensor | None = None, *, scale: Tensor | None = None
-        ) -> Tensor:
-            """Return the loss; see `forward`."""
-
     def forward(
         self,
         hidden: Tensor,
@@ -476,15 +455,16 @@ class SigmoidHead(LossHead[types.FullSigmoid]):
         """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1)."""
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
 
+    if TYPE_CHECKING:  # torch declares that Module.__call__ returns Any
+        __call__ = forward
+
 
 class MarginSoftmaxHead(LossHead[types.FullSoftmax | types.SampledSoftmax]):
     """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over the cosines of hidden and rows."""
 
-    if TYPE_CHECKING:  # torch declares Module.__call__ as returning Any
-
-        def __call__(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
-            """Return the loss; see `forward`."""
-
     def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
         """Compute loss = head(hidden [..., D], labels [...])."""
         return self.apply_loss(hidden, labels, self.loss, None, scale)
+
+    if TYPE_CHECKING:  # torch declares that Module.__call__ returns Any
+        __call__ = forward

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -22,16 +21,9 @@ from shardloss_server.cluster.listener import shut
 from shardloss_server.shard.record import Batch, Candidates, OutOfMemory, Part
 from torch import Tensor
 
-PATIENCE_S = 120.0
+from ...patience import PATIENCE_S, eventually
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool]
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    """Poll until the condition is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def part_of(num_rows: int = 3, dim: int = 5) -> Part:

@@ -26,7 +26,8 @@ from shardloss_server.numerics.partial import Partial
 from shardloss_server.placement import Placement
 from shardloss_server.shard.record import Batch, OutOfMemory, Part, Score, StepKey, TableSpec, Upstream
 
-from ...conformance.relayed import PATIENCE_S, RelayedGroup, eventually
+from ...conformance.relayed import RelayedGroup
+from ...patience import PATIENCE_S, eventually
 
 NUM_CLASSES, N, D = 37, 7, 65
 NODES = [range(1, 3), range(3, 5)]  # of five workers; worker 0 is linked to the front end directly

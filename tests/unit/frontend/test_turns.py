@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +11,8 @@ from shardloss.errors import DeadlineExceeded, Overloaded
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.turns import STALLED_S, Turns
 
-PATIENCE_S = 120.0
+from ...patience import PATIENCE_S, eventually
+
 TURN_S = 0.01
 
 
@@ -24,13 +24,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
 
 
 class Line:

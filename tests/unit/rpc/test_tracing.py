@@ -22,13 +22,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
 from shardloss.errors import Overloaded, TableNotFound
+from shardloss.session import log_name
 from shardloss.tracing import Tracing as OfClient
 from shardloss.v1 import server_pb2, server_pb2_grpc
 from shardloss_server import tracing
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import CannotServe, ServerConfig, Watching
 from shardloss_server.frontend.meter import MAX_PHASES, Phases
-from shardloss_server.rpc.call import digest
 from shardloss_server.rpc.serve import Server
 from shardloss_server.tracing import Tracing
 
@@ -141,7 +141,7 @@ def test_a_call_says_what_it_was_about(traced: Traced, table: shardloss.Table) -
     assert told["shardloss.sent_bytes"] > N * D * 4
     assert told["shardloss.flops"] == found.cost.flops
     assert told["shardloss.table"] == table.name
-    assert told["shardloss.session"] == digest(session.name)
+    assert told["shardloss.session"] == log_name(session.name)
     assert told["shardloss.reason"] == said(client)["shardloss.reason"] == "OK"
     assert told["shardloss.request_id"] == said(client)["shardloss.request_id"]
     assert said(client)["shardloss.tries"] == 1

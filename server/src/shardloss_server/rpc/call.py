@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from shardloss.errors import Internal, LimitExceeded, Overloaded, ServiceError, ShardlossError
+from shardloss.session import log_name
 from shardloss.v1 import cost_pb2
 
 from shardloss_server import logs, metrics
@@ -151,7 +151,7 @@ class Call:
         if self.table:
             said["table"] = printable(self.table)
         if self.session:
-            said["session"] = digest(self.session)
+            said["session"] = log_name(self.session)
         if self._span is not None:
             said["trace_id"] = self._span.trace_id
         return said
@@ -238,7 +238,7 @@ class Call:
         if self.table:
             said["shardloss.table"] = printable(self.table)
         if self.session:
-            said["shardloss.session"] = digest(self.session)
+            said["shardloss.session"] = log_name(self.session)
         self._span.end(said, self.meter.phases, is_fault=isinstance(error, ServiceError))
 
     def _log(self, level: int, event: str, reason: str, duration_s: float, error: ShardlossError | None = None) -> None:
@@ -291,11 +291,6 @@ def level_of(error: ShardlossError | None) -> int:
     if isinstance(error, ServiceError):
         return logging.ERROR
     return logging.WARNING if isinstance(error, Overloaded) else logging.INFO
-
-
-def digest(session: str) -> str:
-    """Return the digest of a session's name for the log, which identifies the session but cannot be used to commit."""
-    return hashlib.blake2b(session.encode("utf-8", "replace"), digest_size=6).hexdigest()
 
 
 def printable(text: str) -> str:
