@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,8 @@ import shardloss
 import trustme
 from shardloss.channel import error_of
 from shardloss.errors import InvalidArgument, PermissionDenied, ServerUnavailable, Unauthenticated
-from shardloss_server.config import CannotServe, Security
+from shardloss_server.cluster.local import LocalGroup
+from shardloss_server.config import CannotServe, Limits, Security, ServerConfig
 from shardloss_server.rpc.serve import Server
 
 from .credentials import Secrets, code_of, eventually, secrets_in, serving
@@ -279,3 +281,20 @@ def test_a_clients_own_files_are_checked_at_once(authority: Authority, tmp_path:
             shardloss.connect("127.0.0.1:1", **options)  # type: ignore[arg-type]
         assert caught.value.field == field
     assert key.exists()
+
+
+@pytest.mark.parametrize("is_encrypted", [True, False])
+def test_a_peer_that_connects_and_stays_silent_is_closed(authority: Authority, is_encrypted: bool) -> None:
+    """On both ports it has as long as any silent peer, peer_ping_s + peer_answer_s; gRPC grants TLS two minutes."""
+    security = authority.server() if is_encrypted else Security()
+    group = LocalGroup(1)
+    server = Server(group, ServerConfig(limits=Limits(peer_ping_s=1.0, peer_answer_s=1.0), security=security))
+    server.start()
+    with ExitStack() as stack:
+        stack.callback(group.close)
+        stack.callback(server.stop, 0.0)
+        for address in (server.address, server.admin_address):
+            host, port = address.rsplit(":", 1)
+            peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=60.0))
+            while peer.recv(4096):  # the settings that gRPC sends first
+                pass

@@ -6,14 +6,14 @@ import socket
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shardloss_server.cluster import frames, handshake, linked_worker
+from shardloss_server.cluster import frames, handshake, linked_worker, listener
 from shardloss_server.cluster.frames import LinkClosed
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.link import KeptPart, Links, WorkerFailed
@@ -280,6 +280,22 @@ def test_a_stranger_is_not_admitted(links: Links, worker: Worker, caplog: pytest
                     pass
     eventually(lambda: "refused" in caplog.text, "a refusal is logged")
     assert ask(links, "echo", 1) == (1,)
+
+
+def test_silent_strangers_keep_no_worker_out(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many peers connect and send nothing, few of them hold a thread, and a worker is admitted at once."""
+    monkeypatch.setattr(handshake, "TIMEOUT_S", 10 * PATIENCE_S)
+    places, before = len(links.links) + listener.MOST_STRANGERS, threading.active_count()
+    address = links.invitation.address
+    with ExitStack() as stack:
+        for _ in range(3 * places):
+            stranger = stack.enter_context(socket.socket(socket.AF_UNIX))
+            stranger.settimeout(PATIENCE_S)
+            stranger.connect(address)
+        late = stack.enter_context(linked_worker.connect(links.invitation, 0))
+        eventually(links.links[0].linked.is_set, "the worker's link")
+        assert threading.active_count() <= before + 2 * places  # a thread and a timer for each
+        assert late.fileno() >= 0
 
 
 def test_a_worker_does_not_serve_a_listener_without_the_key(links: Links) -> None:

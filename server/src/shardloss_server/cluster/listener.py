@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardloss_server.cluster import frames, handshake
 from shardloss_server.cluster.frames import LinkClosed
 
-MOST_STRANGERS, ACCEPT_AGAIN_S = 8, 0.1
+MOST_STRANGERS, BACKLOG, ACCEPT_AGAIN_S = 8, 1024, 0.1
 
 log = logging.getLogger(__name__)
 Address = str | tuple[str, int]  # a Unix socket's path, or its abstract name after a 0 byte; or a host and a port
@@ -30,7 +30,8 @@ class Listener:
     """A listening socket that admits peers until it is closed, and passes each one's index and socket to adopt.
 
     An index that adopt does not know (LookupError) is refused. A send on an admitted socket fails if the peer does not
-    read for send_timeout_s.
+    read for send_timeout_s. A peer has handshake.TIMEOUT_S to prove that it knows the key; beyond MOST_STRANGERS of
+    them the oldest is closed, so that silent peers keep no worker out.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Listener:
         self._key, self._adopt, self._send_timeout_s = key, adopt, send_timeout_s
         self._closed = threading.Event()
         self._admitting = threading.Semaphore(num_expected + MOST_STRANGERS)
+        self._strangers: dict[socket.socket, None] = {}  # the peers in their handshake, the oldest first
+        self._knowing = threading.Lock()
         self._listener = socket.socket(family_of(address))
         try:
             self._listener.bind(address)
-            self._listener.listen(num_expected + MOST_STRANGERS)
+            self._listener.listen(BACKLOG)
         except OSError:
             self._listener.close()
             raise
@@ -74,13 +77,29 @@ class Listener:
                 if not self._closed.wait(ACCEPT_AGAIN_S):
                     log.warning("cannot accept a link: %s", error)
                 continue
-            self._admitting.acquire()  # an unknown peer holds a place for at most handshake.TIMEOUT_S
+            self._make_room()
+            with self._knowing:
+                self._strangers[sock] = None
             try:
                 threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
             except RuntimeError as error:  # no more threads: the worker will connect again
                 log.warning("cannot accept a link: %s", error)
+                self._forget(sock)
                 sock.close()
                 self._admitting.release()
+
+    def _make_room(self) -> None:
+        """Take a place for one more handshake; if there is none, end the oldest one, whose thread frees its own."""
+        if self._admitting.acquire(blocking=False):
+            return
+        with self._knowing:
+            for sock in [*self._strangers][:1]:
+                shut(sock)
+        self._admitting.acquire()
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._knowing:
+            self._strangers.pop(sock, None)
 
     def _admit(self, sock: socket.socket) -> None:
         too_long = threading.Timer(handshake.TIMEOUT_S, shut, (sock,))
@@ -88,6 +107,7 @@ class Listener:
             too_long.start()
             index = handshake.admit(sock, self._key)
             too_long.cancel()
+            self._forget(sock)  # no longer a stranger: it must not be closed for another
             frames.configure(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, frames.timeval(self._send_timeout_s))
             self._adopt(index, sock)
@@ -96,6 +116,7 @@ class Listener:
             sock.close()
         finally:
             too_long.cancel()
+            self._forget(sock)
             self._admitting.release()
 
 

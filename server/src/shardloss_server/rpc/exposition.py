@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from wsgiref.simple_server import WSGIServer
-
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 
 from shardloss_server.config import CannotServe, Watching
 from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.metrics import Metrics
 from shardloss_server.rpc.gauges import read_workers
+from shardloss_server.rpc.scrapes import ScrapePort
 from shardloss_server.rpc.workers import WorkerWatch
 
 
@@ -24,14 +22,12 @@ class Exposition:
     def __init__(self, counted: Metrics, catalog: Catalog, host: str, port: int) -> None:
         self._workers = WorkerWatch(catalog)
         read_workers(counted, catalog.group, self._workers)
-        self._http: WSGIServer
-        self._thread: threading.Thread
         try:
-            self._http, self._thread = start_http_server(port, host, counted.registry)
+            self._scrapes = ScrapePort(host, port, make_wsgi_app(counted.registry))
         except (OSError, OverflowError) as error:
             raise CannotServe(f"cannot listen for metrics on {host} port {port}: {error}") from None
         shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._http.server_port}"
+        self.address = f"{shown}:{self._scrapes.port}"
 
     @staticmethod
     def of(counted: Metrics, catalog: Catalog, watching: Watching) -> Exposition | None:
@@ -47,6 +43,4 @@ class Exposition:
     def stop(self) -> None:
         """Stop polling and close the port. Idempotent."""
         self._workers.stop()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        self._scrapes.close()

@@ -128,6 +128,10 @@ class Server:
                 ("grpc.keepalive_time_ms", round(1000 * limits.peer_ping_s)),
                 ("grpc.keepalive_timeout_ms", round(1000 * limits.peer_answer_s)),
                 ("grpc.http2.ping_timeout_ms", round(1000 * limits.peer_answer_s)),  # takes precedence; 60 s by default
+                (
+                    "grpc.server_handshake_timeout_ms",
+                    round(1000 * (limits.peer_ping_s + limits.peer_answer_s)),
+                ),  # of TLS
                 ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
             interceptors=[gate, *self._interceptors],
