@@ -53,11 +53,16 @@ def manifests() -> Iterator[tuple[str, Manifest]]:
     assert {*listed, "kustomization.yaml"} == {path.name for path in FOLDER.iterdir()}
     for name in listed:
         for manifest in yaml.safe_load_all((FOLDER / name).read_text()):
-            yield f"{name}: {manifest['kind']}", manifest
+            yield f"{name}: {manifest['kind']} {manifest['metadata']['name']}", manifest
 
 
 ALL = dict(manifests())
 BY_KIND = {manifest["kind"]: manifest for manifest in ALL.values()}
+
+
+def every(kind: str) -> list[Manifest]:
+    """Return all manifests of a kind."""
+    return [manifest for manifest in ALL.values() if manifest["kind"] == kind]
 
 
 def templates() -> dict[str, Manifest]:
@@ -133,3 +138,46 @@ def selectors(value: Any) -> Iterator[dict[str, str]]:
                 yield below.get("matchLabels", below)
             else:
                 yield from selectors(below)
+
+
+def test_a_disruption_budget_is_one_that_its_pods_owner_allows() -> None:
+    """Only an owner with a scale subresource, such as a Deployment, may have maxUnavailable or a percentage.
+
+    For a RayCluster, Kubernetes accepts only an integer minAvailable, which must count its head and all workers. No two
+    budgets select the same pod, because such a pod could never be evicted.
+    """
+    budgets = {each["metadata"]["name"]: each["spec"] for each in every("PodDisruptionBudget")}
+    (group,) = BY_KIND["RayCluster"]["spec"]["workerGroupSpecs"]
+    of_ray = {"ray.io/cluster": BY_KIND["RayCluster"]["metadata"]["name"]}
+    of_server = templates()["server"]["metadata"]["labels"]
+    assert budgets == {
+        "shardloss-ray": {"minAvailable": 1 + group["replicas"], "selector": {"matchLabels": of_ray}},
+        "shardloss-server": {"maxUnavailable": 0, "selector": {"matchLabels": of_server}},
+    }
+
+
+@pytest.mark.parametrize("name", templates())
+def test_a_pod_names_only_volumes_and_ports_that_it_has(name: str) -> None:
+    """Schemas do not check references: a mount's volume, a gRPC probe's port, a stop that outlasts the drain."""
+    spec = templates()[name]["spec"]
+    (container,) = spec["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in spec["volumes"]}
+    ports = {port["containerPort"] for port in container.get("ports", [])}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if "grpc" in container.get(probe, {}):
+            assert container[probe]["grpc"]["port"] in ports
+    environment = {each["name"]: each.get("value") for each in container.get("env", [])}
+    if "SHARDLOSS_SERVER_DRAIN_S" in environment:
+        drain_s, liveness = float(environment["SHARDLOSS_SERVER_DRAIN_S"]), container["livenessProbe"]
+        assert spec["terminationGracePeriodSeconds"] > drain_s
+        assert liveness["periodSeconds"] * liveness["failureThreshold"] > drain_s
+
+
+def test_services_and_policies_name_ports_that_the_server_has() -> None:
+    (container,) = templates()["server"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    for port in BY_KIND["Service"]["spec"]["ports"]:
+        assert ports[port["targetPort"]] == port["port"]
+    for policy in every("NetworkPolicy"):
+        allowed = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+        assert allowed <= set(ports.values())

@@ -9,7 +9,12 @@ from shardloss_server.cli import config, metrics, tokens
 from shardloss_server.cli.health import health
 from shardloss_server.cli.serve import serve
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve softmax losses over sharded class tables.")
+app = typer.Typer(
+    help="Serve softmax losses over sharded class tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 app.command("serve")(serve)
 app.command("health")(health)
 app.add_typer(config.app, name="config")

@@ -23,6 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from shardloss_server.access.watched import Unreadable, text_in
 from shardloss_server.config import Limits, Listening, Security, ServerConfig, Watching, Workers
 
 ENV_PREFIX = "SHARDLOSS_SERVER_"
@@ -155,9 +156,11 @@ def keys_of(file: Path | None) -> Mapping[str, Any]:
     if file is None:
         return {}
     try:
-        return tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BadSettings(f"cannot read the settings file {file}: {error}") from None
+        return tomllib.loads(text_in(file, "the settings file"))
+    except Unreadable as error:
+        raise BadSettings(str(error)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadSettings(f"cannot read the settings file {file}: it is not TOML: {error}") from None
 
 
 def variables() -> Mapping[str, str]:

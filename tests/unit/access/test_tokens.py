@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -282,3 +287,166 @@ def test_offsets_are_written_as_utc() -> None:
     text = text_of(parse(entry(more=f"expires = {there.isoformat()}")))
     assert "expires = 2030-01-01T00:00:00Z" in text
     assert parse(text).tokens[0].expires == there
+
+
+REASONS = (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EPERM, errno.EIO)
+
+
+@pytest.mark.parametrize("number", REASONS, ids=[errno.errorcode[number] for number in REASONS])
+def test_a_file_that_cannot_be_written_is_told_in_one_line_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """On a read-only volume even the clean-up fails; it must not hide why. Nothing is left behind."""
+    init(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    real = os.open
+
+    def refusing(path: object, flags: int, *args: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, flags, *args)  # type: ignore[arg-type]
+
+    def unlinked(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    file, out = tmp_path / "tokens.toml", tmp_path / "x.token"
+    for done in (
+        tokens("create", "--name", "x", "--role", "reader", "--tokens-file", file, "--out", out),
+        tokens("revoke", "--name", "reader", "--tokens-file", file),
+    ):
+        assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+        assert os.strerror(number) in done.output
+        assert "Errno" not in done.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def another_encoding(path: Path) -> None:
+    path.write_bytes("token".encode("utf-16"))
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_huge_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize("made", [a_folder, a_pipe, a_device, another_encoding, a_loop, a_huge_file])
+def test_a_tokens_file_that_is_none_is_told_in_one_line(tmp_path: Path, made: Callable[[Path], None]) -> None:
+    """None of them is waited for, read without end, or overwritten."""
+    file = tmp_path / "t.toml"
+    made(file)
+    for done in (
+        tokens("list", "--tokens-file", file),
+        tokens("revoke", "--name", "x", "--tokens-file", file),
+        tokens("create", "--name", "x", "--role", "reader", "--tokens-file", file, "--out", tmp_path / "x"),
+    ):
+        assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+        assert str(file) in done.output or os.path.realpath(file) in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["t.toml"]
+
+
+@pytest.mark.parametrize("out", ["folder", "file/x.token", "absent/x.token", "x" * 300, "t.toml"])
+def test_a_token_that_cannot_be_written_there_is_not_created(tmp_path: Path, out: str) -> None:
+    """Neither over a folder, nor in a place that does not exist, nor into the tokens file itself."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    file = tmp_path / "t.toml"
+    done = tokens("create", "--name", "x", "--role", "reader", "--tokens-file", file, "--out", tmp_path / out)
+    assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_rewritten_tokens_file_keeps_its_owner_mode_and_links(tmp_path: Path) -> None:
+    """A server that runs as another user still reads it, through a symbolic link too: a revoked token is refused."""
+    init(tmp_path)
+    file, link = tmp_path / "tokens.toml", tmp_path / "link" / "tokens.toml"
+    link.parent.mkdir()
+    link.symlink_to("../tokens.toml")
+    os.chmod(file, 0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 12345, 54321)
+    before = file.stat()
+    grants = watched_grants(file)
+    assert tokens("revoke", "--name", "reader", "--tokens-file", link).exit_code == 0
+    assert link.is_symlink()
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert [token.name for token in grants.latest().tokens] == ["trainer", "admin"]
+
+
+def test_a_folder_that_another_command_holds_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_files, "LOCK_S", 0.1)
+    init(tmp_path)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = tokens("revoke", "--name", "reader", "--tokens-file", tmp_path / "tokens.toml")
+    os.close(held)
+    assert done.exit_code == 1
+    assert "another command has been writing to" in done.output
+    assert len(read_grants(tmp_path / "tokens.toml").tokens) == 3
+
+
+def test_a_token_file_is_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    """Comments of any language survive the next `tokens create`."""
+    file = tmp_path / "t.toml"
+    file.write_text("# café \u4ee4\u724c\n", encoding="utf-8")
+    arguments = ["create", "--name", "x", "--role", "reader", "--tokens-file", "t.toml", "--out", "x"]
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-m", "shardloss_server", "tokens", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "café" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "nan", "1e-400"])
+def test_a_token_that_would_have_ended_is_not_created(tmp_path: Path, days: str) -> None:
+    given = ("--name", "x", "--role", "reader", "--tokens-file", tmp_path / "t.toml", "--out", tmp_path / "x")
+    done = tokens("create", *given, "--expires-days", days)
+    assert done.exit_code in (1, 2)
+    assert "--expires-days" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "ends_in, words",
+    [
+        (timedelta(days=3, hours=1), "in 3 d"),
+        (timedelta(minutes=61), "in 1 h"),
+        (-timedelta(seconds=3700), "1 h ago"),
+        (-timedelta(days=40), "40 d ago"),
+    ],
+)
+def test_when_a_token_ends_or_ended_is_told_forwards(tmp_path: Path, ends_in: timedelta, words: str) -> None:
+    """No duration is negative: neither in `tokens list` nor in the error of a call with an expired token."""
+    file, now = tmp_path / "t.toml", datetime.now(UTC)
+    token_files.create(file, tmp_path / "x", "x", Role.READER, now + ends_in)
+    listed = " ".join(tokens("list", "--tokens-file", file).output.replace("│", " ").split())
+    assert words in listed
+    if ends_in < timedelta():
+        with pytest.raises(Unauthenticated, match=f"{words}: get a new one"):
+            caller_by_token([f"Bearer {(tmp_path / 'x').read_text().strip()}"], read_grants(file))

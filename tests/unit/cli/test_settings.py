@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -131,3 +132,20 @@ def test_a_wrong_setting_ends_serve_with_two(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "none.toml")])
     assert done.exit_code == 2
     assert "cannot read" in done.output
+
+
+@pytest.mark.parametrize("kind", ["folder", "absent", "binary", "pipe", "device"])
+def test_a_settings_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, kind: str) -> None:
+    """It is neither waited for nor read without end; the exit status is that of a wrong setting."""
+    file = tmp_path / "s.toml"
+    {
+        "folder": file.mkdir,
+        "absent": lambda: None,
+        "binary": lambda: file.write_bytes(b"max_batch = 3 # \xff"),
+        "pipe": lambda: os.mkfifo(file),
+        "device": lambda: file.symlink_to("/dev/zero"),
+    }[kind]()
+    for command in (["config", "show"], ["serve", "--local"]):
+        done = CliRunner().invoke(app, [*command, "--config", str(file)])
+        assert (done.exit_code, done.output.count("\n")) == (2, 1), done.exception
+        assert done.output.startswith(f"cannot read the settings file {file}: ")

@@ -168,6 +168,23 @@ def test_a_refusal_is_counted_by_its_limit_and_a_failure_by_its_reason(
     assert watched.value("calls_total", method="ComputeLoss", reason="INVALID_ARGUMENT") == 1
 
 
+def test_a_message_that_grpc_refuses_is_counted_like_one_that_did_not_arrive(watched: Watched) -> None:
+    """Each call is counted once, whether gRPC ends it before or after its handler asks for the message."""
+    import grpc
+
+    def ended() -> float:
+        reasons = ("CANCELLED", "INVALID_ARGUMENT")
+        return sum(watched.value("calls_total", method="Commit", reason=reason) for reason in reasons)
+
+    before, too_large = ended(), bytes(Limits().max_message_bytes + 2**20)
+    with grpc.insecure_channel(watched.server.address) as channel:
+        for _ in range(20):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary("/shardloss.v1.LossService/Commit")(too_large, timeout=60)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    until(lambda: ended() == before + 20)
+
+
 def test_a_replay_is_counted(watched: Watched, table: shardloss.Table) -> None:
     session = table.session()
     loss = session.compute_loss(*batch(), shardloss.FullSoftmax())

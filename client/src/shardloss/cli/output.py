@@ -29,9 +29,9 @@ OutputOption = Annotated[Output, typer.Option(envvar="SHARDLOSS_OUTPUT", help="P
 
 
 def screen() -> Console:
-    """Return a console on standard output."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=PIPED_COLUMNS, highlight=False)
+    """Return a console on standard output that prints text as it is: paths may contain [brackets] and :colons:."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=PIPED_COLUMNS, highlight=False, markup=False, emoji=False)
 
 
 def plain(value: Any) -> Any:
@@ -89,7 +89,7 @@ class Size(float):
 def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show a progress bar on stderr if that is a terminal; yield its update function (done, total)."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -6,7 +6,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardloss_server.access.watched import Unreadable, Watched, warn_where_others_read
+from shardloss_server.access.watched import Unreadable, Watched, content_of, warn_where_others_read
 
 OTHERS_READ = 0o077
 
@@ -36,7 +36,11 @@ def read(chain: Path, key: Path, client_ca: Path | None) -> Certificates:
     Raises:
         Unreadable: they do not match, or a file cannot be read; the message names the file.
     """
-    found = Certificates(content_of(key), content_of(chain), None if client_ca is None else content_of(client_ca))
+    found = Certificates(
+        content_of(key, "tls_key_file"),
+        content_of(chain, "tls_cert_file"),
+        None if client_ca is None else content_of(client_ca, "tls_client_ca_file"),
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(chain, key, password=no_password)
@@ -49,18 +53,6 @@ def read(chain: Path, key: Path, client_ca: Path | None) -> Certificates:
             raise Unreadable(f"tls_client_ca_file {client_ca} contains no PEM certificates: {error}") from None
     warn_where_others_read(key, OTHERS_READ, "the private key")
     return found
-
-
-def content_of(path: Path) -> bytes:
-    """Return a file's bytes.
-
-    Raises:
-        Unreadable: the file cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"cannot read {path}: {error.strerror}") from None
 
 
 def no_password() -> str:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from shardloss.errors import PermissionDenied, Unauthenticated
 
-from shardloss_server.access.grants import Grants, Role
+from shardloss_server.access.grants import Grants, Role, lasting
 
 SCHEME = "bearer"
 Clock = Callable[[], datetime]
@@ -34,8 +34,9 @@ def caller_by_token(authorization: Iterable[str], grants: Grants, clock: Clock =
     token = grants.token(secret_of(list(authorization)))
     if token is None:
         raise Unauthenticated("the token is unknown to this server: was it revoked?", token="unknown")
-    if token.expires is not None and token.is_expired(clock()):
-        message = f"the token {token.name} expired at {token.expires:%Y-%m-%dT%H:%M:%SZ}: get a new one"
+    if token.expires is not None and token.is_expired(now := clock()):
+        ago = lasting((now - token.expires).total_seconds())
+        message = f"the token {token.name} expired at {token.expires:%Y-%m-%dT%H:%M:%SZ}, {ago} ago: get a new one"
         raise Unauthenticated(message, token="expired")
     return Caller(f"the token {token.name}", token.role)
 

@@ -165,3 +165,10 @@ def refuse_twice(key: str, values: list[str], kind: str = "token") -> None:
         first = values.index(value) + 1
         if first != number:
             raise BadTokens(f"[[{kind}]] {number}: its {key} is the same as that of [[{kind}]] {first}")
+
+
+def lasting(seconds: float) -> str:
+    """Return a time before or after now in its largest unit: 45 s, 3 min, 7 h, 12 d."""
+    whole = int(abs(seconds))
+    size, unit = next((pair for pair in ((86400, "d"), (3600, "h"), (60, "min")) if whole >= pair[0]), (1, "s"))
+    return f"{whole // size} {unit}"

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from shardloss_server.access.grants import TOKEN_NAME, BadTokens, Grants, Role, Token, digest_of, parse
-from shardloss_server.access.watched import Watched, warn_where_others_read
+from shardloss_server.access.watched import Unreadable, Watched, content_of, text_in, warn_where_others_read
 
 SECRET_BYTES = 32
 HEADER = "# Digests of the accepted tokens. Written by `shardloss-server tokens`; see docs/security.md.\n"
 INIT_FILE = "tokens.toml"
 RELOAD_S = 1.0
+LOCK_S, LOCK_AGAIN_S = 10.0, 0.05
+DO = {errno.EROFS: ": run this where the folder is writable (docs/deploy.md and docs/kubernetes.md say how)"}
 EVERYONE_READS = 0o004
 log = logging.getLogger(__name__)
 
@@ -29,9 +33,9 @@ def read_grants(path: Path) -> Grants:
         BadTokens: the file cannot be read or is invalid; the message names it.
     """
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadTokens(f"cannot read the tokens file {path}: {error}") from None
+        return parse(text_in(path, "the tokens file"))
+    except Unreadable as error:
+        raise BadTokens(str(error)) from None
     except BadTokens as error:
         raise BadTokens(f"the tokens file {path} is invalid: {error}") from None
 
@@ -61,16 +65,19 @@ def create(tokens_file: Path, out: Path, name: str, role: Role, expires: datetim
     """
     if not TOKEN_NAME.fullmatch(name):
         raise BadTokens(f"the name {name!r} must be at most 64 letters, digits and ._@-")
-    with alone(tokens_file.parent):
-        there = tokens_file.exists()
-        if there and any(token.name == name for token in read_grants(tokens_file).tokens):
+    if os.path.realpath(tokens_file) == os.path.realpath(out):
+        raise BadTokens(f"{out} is the tokens file: the token itself needs a file of its own")
+    with alone(tokens_file) as file:
+        there = os.path.exists(file)
+        if there and any(token.name == name for token in read_grants(file).tokens):
             raise BadTokens(f"{tokens_file} already has a token named {name}: revoke it, or choose another name")
-        before = tokens_file.read_text(encoding="utf-8") if there else HEADER
+        before = text_in(file, "the tokens file") if there else HEADER
         token = write_secret(out, name, role, expires)
         try:
-            write(tokens_file, f"{before.rstrip()}\n\n{entry_text(token)}", replace=True)
+            write(file, f"{before.rstrip()}\n\n{entry_text(token)}", replace=True)
         except BaseException:
-            out.unlink()
+            with suppress(OSError):
+                out.unlink()
             raise
 
 
@@ -80,13 +87,13 @@ def revoke(tokens_file: Path, name: str) -> Token:
     Raises:
         BadTokens: the file has no token of that name, or cannot be written.
     """
-    with alone(tokens_file.parent):
-        grants = read_grants(tokens_file)
+    with alone(tokens_file) as file:
+        grants = read_grants(file)
         found = next((token for token in grants.tokens if token.name == name), None)
         if found is None:
             raise BadTokens(f"{tokens_file} has no token named {name}; `tokens list` shows all tokens")
         rest = Grants(tuple(token for token in grants.tokens if token is not found), grants.certificates)
-        write(tokens_file, text_of(rest), replace=True)
+        write(file, text_of(rest), replace=True)
         return found
 
 
@@ -102,14 +109,14 @@ def init(folder: Path) -> list[Path]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise BadTokens(f"cannot create the folder {folder}: {error}") from None
-    with alone(folder):
-        tokens_file, made, tokens = folder / INIT_FILE, [], []
-        if tokens_file.exists():
+        raise cannot(f"create the folder {folder}", error) from None
+    with alone(folder / INIT_FILE) as tokens_file:
+        made, tokens = [], []
+        if os.path.exists(tokens_file):
             return []
         for role in Role:
             path = folder / f"{role.word}.token"
-            if path.exists():  # left by an interrupted init
+            if os.path.exists(path):  # left by an interrupted init
                 tokens.append(Token(role.word, role, digest_of(read_secret(path))))
             else:
                 tokens.append(write_secret(path, role.word, role, None))
@@ -125,9 +132,9 @@ def read_secret(path: Path) -> bytes:
         BadTokens: the file cannot be read or is empty.
     """
     try:
-        secret = path.read_bytes().strip()
-    except OSError as error:
-        raise BadTokens(f"cannot read the token file {path}: {error}") from None
+        secret = content_of(path, "the token file").strip()
+    except Unreadable as error:
+        raise BadTokens(str(error)) from None
     if not secret:
         raise BadTokens(f"the token file {path} is empty: remove it")
     return secret
@@ -166,15 +173,17 @@ def entry_text(token: Token) -> str:
 
 
 def write(path: Path, text: str, *, replace: bool) -> None:
-    """Write a file atomically, with mode 0600; without replace it must not exist.
+    """Write a file atomically: a new one with mode 0600, a replaced one with the owner and mode that it had.
 
     Raises:
-        BadTokens: the file exists, or its folder cannot be written to.
+        BadTokens: without replace, the file exists; or it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
+        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            if replace:
+                own_like(path, file.fileno())
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         if replace:
@@ -184,25 +193,54 @@ def write(path: Path, text: str, *, replace: bool) -> None:
     except FileExistsError:
         raise BadTokens(f"{path} already exists and is not overwritten") from None
     except OSError as error:
-        raise BadTokens(f"cannot write {path}: {error}") from None
+        raise cannot(f"write {path}", error) from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # in a folder that cannot be written to, nothing was left
             unfinished.unlink()
 
 
+def own_like(path: Path, descriptor: int) -> None:
+    """Give an open file the owner and mode of the one that it will replace, whose server must be able to read it."""
+    with suppress(FileNotFoundError):
+        wanted, found = os.stat(path), os.fstat(descriptor)
+        if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+            os.fchown(descriptor, wanted.st_uid, wanted.st_gid)
+        os.fchmod(descriptor, wanted.st_mode & 0o777)
+
+
+def cannot(what: str, error: OSError) -> BadTokens:
+    """Return the error of a file that cannot be accessed, with its reason and what to do."""
+    return BadTokens(f"cannot {what}: {error.strerror}{DO.get(error.errno or 0, '')}")
+
+
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that no other command writes in it at the same time.
+def alone(tokens_file: Path) -> Iterator[Path]:
+    """Lock the folder of a tokens file against other commands; yield the file's path, with symbolic links followed.
 
     Raises:
-        BadTokens: the folder cannot be opened.
+        BadTokens: the folder cannot be opened, or another command holds the lock for LOCK_S.
     """
+    real = Path(os.path.realpath(tokens_file))
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(real.parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise BadTokens(f"cannot open the folder {folder}: {error}") from None
+        raise cannot(f"open the folder {real.parent}", error) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        lock(descriptor, real.parent)
+        yield real
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, folder: Path) -> None:
+    """Lock an open folder until it is closed."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise cannot(f"lock the folder {folder}", error) from None
+        if time.monotonic() >= deadline:
+            raise BadTokens(f"another command has been writing to {folder} for {LOCK_S:.0f} s: try again")
+        time.sleep(LOCK_AGAIN_S)

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Generic, TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Signature = tuple[tuple[int, int, int] | None, ...]
+MOST_BYTES = 2**24  # of a file that a person writes; certificates, tokens and settings take kilobytes
 
 
 class Unreadable(Exception):
@@ -81,6 +83,36 @@ def stamp_of(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def content_of(path: Path, what: str) -> bytes:
+    """Return the bytes of a file, which `what` describes in the message of an error.
+
+    Raises:
+        Unreadable: the file cannot be read or is too large, or is a folder, a device or a pipe, which may never end.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Unreadable(f"cannot read {what} {path}: it is not a regular file")
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: the path contains a zero byte
+        raise Unreadable(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > MOST_BYTES:
+        raise Unreadable(f"cannot read {what} {path}: it is larger than {MOST_BYTES} bytes")
+    return content
+
+
+def text_in(path: Path, what: str) -> str:
+    """Return the text of a file.
+
+    Raises:
+        Unreadable: the file cannot be read, as in `content_of`, or is not UTF-8 text.
+    """
+    try:
+        return content_of(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"cannot read {what} {path}: byte {error.start} is not UTF-8 text") from None
 
 
 def warn_where_others_read(path: Path, mask: int, what: str) -> None:

@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 from pydantic_core import to_jsonable_python
-from rich.console import Console
 from rich.table import Table
 
 from shardloss_server.cli.flags import default_text, with_flags
-from shardloss_server.cli.output import Output, OutputOption
+from shardloss_server.cli.output import Output, OutputOption, show
 from shardloss_server.settings import ALL, ENV_PREFIX, FILE_VARIABLE, SECTIONS, Setting, Settings, schema
 
 INTRODUCTION = f"""\
@@ -34,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, help="Show and document the settings (fl
 
 @app.command("show")
 @with_flags
-def show(settings: Settings, output: OutputOption = Output.TEXT) -> None:
+def show_settings(settings: Settings, output: OutputOption = Output.TEXT) -> None:
     """Show the value and source of every setting; accepts the flags of serve."""
     if output is Output.JSON:
         typer.echo(
@@ -51,7 +50,7 @@ def show(settings: Settings, output: OutputOption = Output.TEXT) -> None:
     for name, setting in ALL.items():
         value = settings.values[name]
         table.add_row(name, "" if value is None else str(value), settings.sources[name], setting.meaning)
-    Console().print(table)
+    show(table)
 
 
 @app.command("schema")

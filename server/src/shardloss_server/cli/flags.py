@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from shardloss_server.cli.output import Output, fail
 from shardloss_server.settings import ALL, BadSettings, Setting, Settings
@@ -53,7 +54,7 @@ def option(setting: Setting) -> Any:
     shown = default_text(setting)
     return Annotated[
         kind | None,
-        typer.Option(flag, help=setting.meaning, rich_help_panel=setting.section, show_default=shown),
+        typer.Option(flag, help=escape(setting.meaning), rich_help_panel=setting.section, show_default=shown),
     ]
 
 

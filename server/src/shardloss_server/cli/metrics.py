@@ -25,7 +25,7 @@ explains each alert. Common labels:
 - `worker`: the index of a worker.
 
 Histograms in seconds have buckets from 0.5 ms to 10 s. gRPC itself refuses a message above `max_message_bytes`; that
-refusal is not counted here.
+call is counted as CANCELLED, or as INVALID_ARGUMENT because it ended without its message.
 
 Operations (flops) are those of the requested matrix products, 2 D for each logit. A loss over all classes has N V
 logits (N T more with a margin, N more in Evaluate); a sampled loss has N (C + T) logits with C candidates shared by the

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.console import Console, RenderableType
 
 
 class Output(StrEnum):
@@ -17,6 +18,11 @@ class Output(StrEnum):
 
 
 OutputOption = Annotated[Output, typer.Option("--output", help="Text for people, or one JSON document.")]
+
+
+def show(text: RenderableType) -> None:
+    """Print text or a table on stdout as it is: paths may contain [brackets] and :colons:."""
+    Console(markup=False, emoji=False).print(text)
 
 
 def fail(output: Output, reason: str, message: str) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shardloss_server.access import token_files
-from shardloss_server.access.grants import ROLES, BadTokens, Token
-from shardloss_server.cli.output import Output, OutputOption, fail
+from shardloss_server.access.grants import ROLES, BadTokens, Token, lasting
+from shardloss_server.cli.output import Output, OutputOption, fail, show
 from shardloss_server.settings import ALL
 
 app = typer.Typer(no_args_is_help=True, help="Manage bearer tokens and their roles (docs/security.md).")
@@ -32,13 +31,15 @@ def create(
     tokens_file: TokensFile,
     out: Annotated[Path, typer.Option(help="File to write the token to, for its client; must not exist.")],
     expires_days: Annotated[
-        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days until the token expires. Default: it never does.")
+        float | None, typer.Option(max=MOST_DAYS, help="Days until the token expires. Default: it never does.")
     ] = None,
 ) -> None:
     """Create a random token in a file of its own, and add its digest to the tokens file, which is created if absent."""
     with failing():
         if role not in ROLES:
             raise BadTokens(f"--role {role} must be one of {', '.join(ROLES)}")
+        if expires_days is not None and not expires_days > 0:
+            raise BadTokens(f"--expires-days {expires_days} must be above 0: the token would be refused from the start")
         expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
         token_files.create(tokens_file, out, name, ROLES[role], expires)
     typer.echo(f"token {name} ({role}, {until(expires)}) is in {out}; a server that reads {tokens_file} accepts it now")
@@ -69,7 +70,7 @@ def list_tokens(tokens_file: TokensFile, output: OutputOption = Output.TEXT) -> 
     table = Table("name", "role", "expires")
     for token in tokens:
         table.add_row(token.name, token.role.word, until(token.expires))
-    Console().print(table)
+    show(table)
 
 
 @app.command()
@@ -107,5 +108,5 @@ def until(expires: datetime | None) -> str:
     """Return the time until which a token is valid, as text."""
     if expires is None:
         return "for ever"
-    when = f"{expires:%Y-%m-%d %H:%M} UTC"
-    return f"expired {when}" if datetime.now(UTC) >= expires else f"until {when}"
+    when, left_s = f"{expires:%Y-%m-%d %H:%M} UTC", (expires - datetime.now(UTC)).total_seconds()
+    return f"until {when}, in {lasting(left_s)}" if left_s > 0 else f"expired {when}, {lasting(left_s)} ago"

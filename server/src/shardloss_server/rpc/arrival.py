@@ -118,7 +118,7 @@ class Gate(grpc.ServerInterceptor):
         try:
             with self.arriving.stream(context.cancel, caller_of(context)):
                 return next(requests, None)
-        except ShardlossError as error:
+        except (ShardlossError, grpc.RpcError) as error:  # RpcError: gRPC refused the message, or the caller has left
             self._call_log.refuse(path, context, error)
 
     def _watched(self, requests: Iterator[Any], context: Context, path: str) -> Iterator[Any]:

@@ -58,8 +58,8 @@ class CallLog:
         self._prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
 
-    def refuse(self, path: str, context: grpc.ServicerContext, error: ShardlossError) -> NoReturn:
-        """End a call of a method ("/package.Service/Method") with an error."""
+    def refuse(self, path: str, context: grpc.ServicerContext, error: ShardlossError | grpc.RpcError) -> NoReturn:
+        """End a call of a method ("/package.Service/Method") with an error; gRPC's own means that it has ended."""
         name = path.rpartition("/")[2] if needed_role(path) is not None else UNKNOWN
         with self.begin(name, context):
             raise error
