@@ -17,9 +17,11 @@ import shardloss
 import trustme
 from shardloss.channel import error_of
 from shardloss.errors import InvalidArgument, PermissionDenied, ServerUnavailable, Unauthenticated
+from shardloss_server.__main__ import app
 from shardloss_server.cluster.local import LocalGroup
 from shardloss_server.config import CannotServe, Limits, Security, ServerConfig
 from shardloss_server.rpc.serve import Server
+from typer.testing import CliRunner
 
 from .credentials import Secrets, code_of, eventually, secrets_in, serving
 
@@ -298,3 +300,25 @@ def test_a_peer_that_connects_and_stays_silent_is_closed(authority: Authority, i
             peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=60.0))
             while peer.recv(4096):  # the settings that gRPC sends first
                 pass
+
+
+def test_the_health_command_names_a_file_that_it_cannot_use(authority: Authority) -> None:
+    """It says which, in one line; a client certificate without its CA is never dropped for plaintext."""
+    certificate, key = authority.pair("client", "client.example.org")
+    other_key = authority.pair("other", "other.example.org")[1]
+    ca = ("--ca-file", authority.ca_file)
+    mine = ("--client-cert-file", certificate)
+    for arguments, words in (
+        (("--ca-file", key), "ca_file cannot be used"),
+        (("--ca-file", authority.folder), "ca_file"),
+        (("--ca-file", authority.folder / "none"), "No such file"),
+        ((*ca, *mine, "--client-key-file", other_key), "client_cert_file cannot be used"),
+        ((*ca, *mine), "--client-key-file"),
+        ((*mine, "--client-key-file", key), "--ca-file"),
+    ):
+        done = CliRunner().invoke(app, ["health", *map(str, arguments)])
+        assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+        assert words in done.output
+    with serving(authority.mutual()) as server:
+        whole = (*ca, *mine, "--client-key-file", key, "--address", server.admin_address, "--timeout-s", 60)
+        assert CliRunner().invoke(app, ["health", *map(str, whole)]).output.endswith(": SERVING\n")

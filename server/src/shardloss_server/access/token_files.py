@@ -34,10 +34,10 @@ def read_grants(path: Path) -> Grants:
     """
     try:
         return parse(text_in(path, "the tokens file"))
-    except Unreadable as error:
-        raise BadTokens(str(error)) from None
     except BadTokens as error:
         raise BadTokens(f"the tokens file {path} is invalid: {error}") from None
+    except Unreadable as error:
+        raise BadTokens(str(error)) from None
 
 
 def watched_grants(path: Path) -> Watched[Grants]:

@@ -24,12 +24,13 @@ def health(
     ] = None,
 ) -> None:
     """Check that a server is serving; the exit status is 0 if it is, and 1 if not."""
+    from shardloss_server.access.watched import Unreadable
     from shardloss_server.rpc.probe import Identity, health_of
 
     try:
         found = health_of(address, timeout_s, Identity(ca_file, client_cert_file, client_key_file))
-    except OSError as error:
-        found = f"a file cannot be read: {error}"
+    except Unreadable as error:
+        found = str(error)
     typer.echo(f"{address}: {found}", err=found != SERVING)
     if found != SERVING:
         raise typer.Exit(1)

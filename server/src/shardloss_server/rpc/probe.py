@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shardloss_server.access.certificates import no_password
+from shardloss_server.access.watched import Unreadable, content_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +25,22 @@ class Identity:
         """Return the credentials to connect with; None means plaintext.
 
         Raises:
-            OSError: a file cannot be read.
+            Unreadable: a file cannot be read or is not PEM, or files are missing; gRPC would only say UNAVAILABLE.
         """
-        if self.ca_file is None:
+        files = {"ca_file": self.ca_file, "client_key_file": self.key_file, "client_cert_file": self.cert_file}
+        given = {name: content_of(path, name) for name, path in files.items() if path is not None}
+        if not given:
             return None
-        ca, key, cert = (
-            None if path is None else path.read_bytes() for path in (self.ca_file, self.key_file, self.cert_file)
-        )
-        return grpc.ssl_channel_credentials(ca, key, cert)
+        if self.ca_file is None or (self.cert_file is None) != (self.key_file is None):
+            raise Unreadable("TLS needs --ca-file, and mutual TLS --client-cert-file and --client-key-file as well")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(self.ca_file)
+            if self.cert_file is not None:
+                context.load_cert_chain(self.cert_file, self.key_file, password=no_password)
+        except (ssl.SSLError, ValueError) as error:
+            raise Unreadable(f"{', '.join(given)} cannot be used: {error}") from None
+        return grpc.ssl_channel_credentials(*(given.get(name) for name in files))
 
 
 PLAINTEXT = Identity()
@@ -38,7 +50,7 @@ def health_of(address: str, timeout_s: float, identity: Identity = PLAINTEXT) ->
     """Return the port's answer (SERVING, NOT_SERVING, UNKNOWN or SERVICE_UNKNOWN), or why there is none, as text.
 
     Raises:
-        OSError: a file of the identity cannot be read.
+        Unreadable: a file of the identity cannot be used.
     """
     credentials = identity.credentials()
     channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
