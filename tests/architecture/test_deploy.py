@@ -173,3 +173,17 @@ def test_the_gpu_variant_reserves_devices() -> None:
     (device,) = GPU["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert list(GPU["services"]) == ["worker"]
+
+
+def test_the_page_on_proxies_explains_every_setting_of_nginx() -> None:
+    """Each directive that tunes nginx has a place on the page, with the value of the file."""
+    page = (ROOT / "docs/proxies.md").read_text()
+    found = {}
+    for file in sorted((ROOT / "deploy/nginx").iterdir()):
+        assert f"`{file.name}`" in page
+        found |= dict(re.findall(r"(?m)^\s+(\w+) ([^;{]+);", file.read_text()))
+    own = {"listen", "server", "server_name", "proxy_pass", "proxy_connect_timeout", "proxy_socket_keepalive"}
+    for name in found.keys() - own - {"ssl_certificate", "ssl_certificate_key"}:
+        assert f"`{name}`" in page, name
+        row = re.search(rf"(?m)^\|[^|]*`{name}`[^|]*\|([^|]+)\|", page)
+        assert row is None or found[name] in row[1], name
