@@ -142,6 +142,15 @@ def test_ray_asks_for_its_token_on_every_node(name: str) -> None:
     assert holders == {"init", "head", "worker", "server"}
 
 
+def test_tokens_are_made_in_the_one_service_that_may_write_them() -> None:
+    """The volume of the tokens is writable in init alone, which is where docs/deploy.md runs `tokens create`."""
+    holders = {name: str(v) for name, s in SERVICES.items() for v in s.get("volumes", []) if "tokens:" in str(v)}
+    assert {name for name, volume in holders.items() if not volume.endswith(":ro")} == {"init"}
+    page = (ROOT / "docs/deploy.md").read_text()
+    for action in ("create", "revoke"):
+        assert f"docker compose run --rm --no-deps --entrypoint shardloss-server init tokens {action}" in page
+
+
 def test_a_node_that_is_silent_is_dead_in_seconds() -> None:
     """Ray is configured to declare a silent node dead within seconds; its defaults took 65 s (docs/deploy.md)."""
     head = environment_of(SERVICES["head"])

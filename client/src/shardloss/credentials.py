@@ -14,6 +14,7 @@ from pathlib import Path
 from shardloss.errors import InvalidArgument
 
 LOOK_AGAIN_S = 1.0  # minimum time between two checks of a token file
+MOST_BYTES = 2**24  # of a file with a token or with certificates, which take kilobytes
 FilePath = str | os.PathLike[str]
 SCHEMES = ("dns:", "ipv4:", "ipv6:")
 
@@ -133,7 +134,7 @@ def stamp_of(path: Path) -> tuple[int, int, int] | None:
     """Return (mtime, size, inode), which changes when the file changes, or None if there is no such file."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: the path contains a zero byte
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
 
@@ -156,12 +157,17 @@ def content_of(path: FilePath, name: str) -> bytes:
     """Return the bytes of a file.
 
     Raises:
-        InvalidArgument: the file cannot be read; the error names the argument.
+        InvalidArgument: the file cannot be read, or is too large, as a device is; the error names the argument.
     """
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidArgument(f"cannot read {name} {os.fspath(path)}: {error.strerror}", field=name) from None
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: the path contains a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidArgument(f"cannot read {name} {os.fspath(path)}: {reason}", field=name) from None
+    if len(content) > MOST_BYTES:
+        raise InvalidArgument(f"{name} {os.fspath(path)} is larger than {MOST_BYTES} bytes", field=name)
+    return content
 
 
 def is_local(address: str) -> bool:

@@ -108,6 +108,11 @@ def test_a_client_sends_no_token_in_plaintext_off_this_machine(address: str, tmp
         ({"token": "a\nb"}, "contains no valid token"),
         ({"token": "\u00e9"}, "contains no valid token"),
         ({"token_file": "/nowhere/at/all"}, "cannot read token_file /nowhere/at/all"),
+        ({"token_file": "/"}, "cannot read token_file /: Is a directory"),
+        ({"token_file": "/dev/zero"}, "token_file /dev/zero is larger than"),
+        ({"token_file": "a\0b"}, "cannot read token_file a.b: embedded null byte"),
+        ({"ca_file": "/dev/zero"}, "ca_file /dev/zero is larger than"),
+        ({"ca_file": "a\0b"}, "cannot read ca_file a.b: embedded null byte"),
     ],
 )
 def test_what_is_no_token_is_refused_at_once(credentials: dict[str, str], words: str) -> None:

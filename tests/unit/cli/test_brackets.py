@@ -33,6 +33,7 @@ def test_no_word_of_a_help_text_is_swallowed(name: str, monkeypatch: pytest.Monk
     num_settings = 0
     for path, command in commands(typer.main.get_command(APPS[name])):
         shown = " ".join(CliRunner().invoke(APPS[name], [*path, "--help"]).output.split())
+        assert all(line.strip() in shown for line in (command.help or "").splitlines()), path
         for option in command.params:
             flag = option.opts[0]
             is_setting = path in (("serve",), ("config", "show")) and flag in said

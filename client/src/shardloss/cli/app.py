@@ -50,6 +50,11 @@ def run(args: Sequence[str] | None = None) -> int:
     except typer.Abort:
         fail(Output.JSON if wants_json(args) else Output.TEXT, "INTERRUPTED", "interrupted")
         return 130
+    except OSError as error:
+        if error.filename is not None:  # not of the output
+            raise
+        print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     return code if isinstance(code, int) else 0
 
 
