@@ -213,7 +213,8 @@ def test_evaluation_mode_and_no_grad_leave_the_table_alone(make_table: Callable[
         head(hidden, labels)
     head.eval()
     head(hidden, labels).backward()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="eval mode"):
+        optimizer.step()
     assert hidden.grad is not None
     assert hidden.grad.abs().sum() > 0
     assert table.info().version == 0

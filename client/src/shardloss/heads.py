@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from shardloss.autograd import (
     FLOAT_DTYPES,
     Mark,
     RemoteLoss,
+    check_sendable,
     check_tensor,
     num_true_of,
     to_ids,
@@ -22,17 +23,15 @@ from shardloss.autograd import (
     to_torch,
     to_wire,
 )
-from shardloss.errors import BadReply, InvalidArgument
-from shardloss.optimizer import Part, Pending, RemoteOptimizer
+from shardloss.errors import BadReply, InvalidArgument, NotSupported
+from shardloss.optimizer import Part, Pending, RemoteOptimizer, uncompiled
 from shardloss.table import Table
 
 REDUCTIONS = ("mean", "sum", "none")
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def uncompiled(function: F) -> F:
-    """Exclude a function from torch.compile, which cannot trace an RPC; it runs between the compiled graphs."""
-    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+IN_EVAL_MODE = (
+    "its losses were computed in eval mode; call head.train() (or model.train()) to train the table, or "
+    "head.requires_grad_(False) to freeze it"
+)
 
 
 class Head(torch.nn.Module):
@@ -44,12 +43,15 @@ class Head(torch.nn.Module):
     if there are none.
 
     Each call in training mode with gradients enabled is a part of the current step. `optimizer(lr)` returns the torch
-    optimizer whose step() commits the parts whose backward has run and gives up the others. In eval mode or under
-    no_grad a call does not change the table. zero_grad() of the optimizer gives up the step unless one of its losses
+    optimizer whose step() commits the parts whose backward has run and gives up the others; create it before training.
+    In eval mode, under no_grad or after `requires_grad_(False)` a call does not change the table, and the server keeps
+    nothing of it. Warnings name the likely mistakes once: losses without an optimizer, many losses without a step(),
+    and a step() after losses in eval mode. zero_grad() of the optimizer gives up the step unless one of its losses
     still waits for its backward; a second backward of a loss of that step (retain_graph=True) can then no longer be
     committed. With its own learning_rate the head commits in backward, for simple loops with one loss per step.
-    copy.deepcopy returns a head of the same table with its own steps. torch.compile runs the head uncompiled, between
-    compiled graphs. Not thread-safe.
+    copy.deepcopy returns a head of the same table with its own steps. torch.compile runs the head, its backward and its
+    optimizer uncompiled, between compiled graphs. A backward frees the gradient of hidden unless retain_graph is set.
+    torch.func, forward-mode differentiation, torch.export and torch.jit are not supported. Not thread-safe.
 
     wire_dtype, None by default, is the dtype in which hidden and its gradient are sent: torch.bfloat16 or torch.float16
     halve the bytes of float32 hidden, with one rounding in each direction. The gradient of a loss is rounded before it
@@ -58,22 +60,39 @@ class Head(torch.nn.Module):
     Raises:
         InvalidArgument: a tensor has a wrong type, dtype or shape; hidden that overflowed to inf is refused and does
             not become a nan loss.
+        NotSupported: the call is inside a transform of torch.func, or hidden has no values that can be sent.
         ShardlossError: the service returned an error; see docs/errors.md.
     """
+
+    advice = "call head.optimizer(lr) first, or head.eval() if the table is to stay as it is"
 
     def __init__(self, table: Table, *, reduction: str, ignore_index: int | None, learning_rate: float | None) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InvalidArgument(f"reduction = {reduction!r} must be one of {', '.join(REDUCTIONS)}")
         self.table, self.reduction, self.ignore_index = table, reduction, ignore_index
-        self.pending = Pending(table.session(), learning_rate)
+        self.pending = Pending(table.session(), learning_rate, self.advice)
         self.wire_dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Head:
         twin: Head = type(self).__new__(type(self))
         twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
-        twin.pending = Pending(self.table.session(), self.pending.learning_rate)
-        return twin
+        twin.pending = Pending(self.table.session(), self.pending.learning_rate, self.advice)
+        return twin.requires_grad_(self.pending.probe.requires_grad)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze the table if requires_grad is False: losses of this head open no ticket and do not train it.
+
+        Call it on the head itself: a head has no parameters, so requires_grad_ of the model around it has no effect.
+        """
+        self.pending.probe.requires_grad_(requires_grad)
+        return self
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise NotSupported(
+            "torch.nn.DataParallel would call one head from several threads: use DistributedDataParallel, whose "
+            "processes each connect and create their own head"
+        )
 
     def optimizer(self, lr: float, *, overlap: bool = False) -> RemoteOptimizer:
         """Return the optimizer of the remote table: step() commits, zero_grad() drops uncommitted gradients.
@@ -101,6 +120,7 @@ class Head(torch.nn.Module):
         scale, a one-element tensor, multiplies the loss's own scale and gets a gradient.
         """
         check_tensor(hidden, "hidden")
+        check_sendable(hidden, "hidden")
         if hidden.dim() == 0:
             raise InvalidArgument("hidden is a scalar; [..., D] is needed", field="hidden")
         batch_shape, num_true = hidden.shape[:-1], num_true_of(hidden, labels)
@@ -125,7 +145,7 @@ class Head(torch.nn.Module):
         self, hidden: Tensor, labels: Tensor, kind: types.Loss, weights: Tensor | None, scale: Tensor | None
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
-        training = differentiable and self.training
+        training = self._opens_part(hidden)
         if not training:
             self.pending.join()
         step = self.pending.session.step
@@ -143,6 +163,14 @@ class Head(torch.nn.Module):
         part = self.pending.part(result.ticket) if training else None
         return self._attached(hidden, scale, result, kind, part)
 
+    def _opens_part(self, hidden: Tensor) -> bool:
+        """Return True if the loss of hidden is a part of the current step."""
+        if not torch.is_grad_enabled():
+            return False
+        if not self.training and self.pending.probe.requires_grad and hidden.requires_grad:
+            self.pending.untrained = IN_EVAL_MODE
+        return self.training and self.pending.opens_part()
+
     @uncompiled
     def apply_distribution(
         self, hidden: Tensor, labels: Tensor, loss: types.FullSoftmax, scale: Tensor | None = None
@@ -151,6 +179,7 @@ class Head(torch.nn.Module):
 
         It must be the only loss of its step.
         """
+        check_sendable(hidden, "hidden")
         num_classes = self.table.spec.num_classes
         if hidden.dim() == 0 or labels.shape != (*hidden.shape[:-1], num_classes):
             raise InvalidArgument(
@@ -159,46 +188,45 @@ class Head(torch.nn.Module):
                 field="labels",
             )
         batch_shape = hidden.shape[:-1]
-        rows, distribution = hidden.reshape(-1, hidden.shape[-1]), to_numpy(labels.reshape(-1, num_classes))
-        losses = self._distribution_losses(rows, distribution, loss, scale)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        losses = self._distribution_losses(rows, labels.detach().reshape(-1, num_classes), loss, scale)
         if self.reduction == "none":
             return losses.view(batch_shape)
         return losses.sum() if self.reduction == "sum" else mean_of(losses, len(rows))
 
     def _distribution_losses(
-        self, hidden: Tensor, distribution: wire.Array, loss: types.FullSoftmax, scale: Tensor | None
+        self, hidden: Tensor, distribution: Tensor, loss: types.FullSoftmax, scale: Tensor | None
     ) -> Tensor:
         differentiable = torch.is_grad_enabled()
-        training = differentiable and self.training
         self.pending.join()
-        sent = self._sent(hidden)
+        training, sent = self._opens_part(hidden), self._sent(hidden).detach()
         if training:  # the step sends both again: the caller's batch may have changed by then
-            distribution, sent = distribution.copy(), sent.clone() if sent is hidden else sent
-        kind, kept = loss if scale is None else scaled(loss, scale), to_wire(sent, "hidden")
+            distribution, sent = distribution.clone(), sent.clone()
+        kind = loss if scale is None else scaled(loss, scale)
         result = self.table.compute_loss(
-            kept,
+            to_wire(sent, "hidden"),
             None,
             kind,
-            label_distribution=distribution,
+            label_distribution=to_numpy(distribution),
             want_hidden_grad=differentiable and hidden.requires_grad,
             want_scale_grad=differentiable and scale is not None and scale.requires_grad,
             grad_dtype=self._grad_dtype,
         )
 
-        def step(g: wire.Array, learning_rate: float, grad_scale: float) -> None:
+        def step(g: wire.Array, learning_rate: float, grad_scale: float, sent: Tensor, distribution: Tensor) -> None:
             self.pending.session.train_step(
-                kept,
+                to_wire(sent, "hidden"),
                 None,
                 kind,
                 learning_rate=learning_rate,
                 grad_scale=grad_scale,
                 upstream=g,
-                label_distribution=distribution,
+                label_distribution=to_numpy(distribution),
                 want_hidden_grad=False,
             )
 
         part = self.pending.part("", step) if training else None
-        return self._attached(hidden, scale, result, loss, part)
+        return self._attached(hidden, scale, result, loss, part, sent, distribution)
 
     def _sent(self, hidden: Tensor) -> Tensor:
         """Return hidden in the dtype in which it is sent.
@@ -219,9 +247,18 @@ class Head(torch.nn.Module):
         return None if self.wire_dtype is None else str(self.wire_dtype).removeprefix("torch.")
 
     def _attached(
-        self, hidden: Tensor, scale: Tensor | None, result: types.LossResult, kind: types.Loss, part: Part | None
+        self,
+        hidden: Tensor,
+        scale: Tensor | None,
+        result: types.LossResult,
+        kind: types.Loss,
+        part: Part | None,
+        *sent: Tensor,
     ) -> Tensor:
-        """Return a reply's losses [N] in the graph of hidden [N, D] and scale; part None does not train the table."""
+        """Return a reply's losses [N] in the graph of hidden [N, D] and scale; part None does not train the table.
+
+        sent are as in `Pending.record`.
+        """
         differentiable = torch.is_grad_enabled()
         lacks_grad = differentiable and hidden.requires_grad and result.hidden_grad is None
         lacks_scale = differentiable and scale is not None and scale.requires_grad and result.scale_grad is None
@@ -229,7 +266,7 @@ class Head(torch.nn.Module):
             raise BadReply("the reply lacks the loss or a requested gradient")
         loss, mark = to_torch(result.loss), None
         if part is not None:
-            mark = Mark.apply(self.pending.probe, self.pending, part, loss)  # type: ignore[no-untyped-call]
+            mark = Mark.apply(self.pending.probe, self.pending, part, loss, *sent)  # type: ignore[no-untyped-call]
         scale_grad = None if result.scale_grad is None else result.scale_grad * kind.logits.scale
         inputs = (hidden, mark, scale, loss, result.hidden_grad, scale_grad)
         return cast(Tensor, RemoteLoss.apply(*inputs))  # type: ignore[no-untyped-call]
@@ -278,6 +315,7 @@ class SoftmaxHead(Head):
         sent = self.class_weights if loss.label_smoothing else None  # without smoothing they weight the labels
         self.loss = replace(loss, class_weights=None if sent is None else to_numpy(sent))
 
+    @uncompiled
     def forward(
         self,
         hidden: Tensor,
@@ -392,6 +430,7 @@ class SampledHead(LossHead[types.SampledSoftmax | types.SampledLogistic]):
     All parts of a step share their candidates, so micro-batches are equivalent to one batch.
     """
 
+    @uncompiled
     def forward(
         self,
         hidden: Tensor,
@@ -444,6 +483,7 @@ class SampledLogisticHead(SampledHead):
 class SigmoidHead(LossHead[types.FullSigmoid]):
     """The logistic loss over all classes, summed per row."""
 
+    @uncompiled
     def forward(
         self,
         hidden: Tensor,
@@ -462,6 +502,7 @@ class SigmoidHead(LossHead[types.FullSigmoid]):
 class MarginSoftmaxHead(LossHead[types.FullSoftmax | types.SampledSoftmax]):
     """The combined margin softmax: paddle.nn.functional.margin_cross_entropy over the cosines of hidden and rows."""
 
+    @uncompiled
     def forward(self, hidden: Tensor, labels: Tensor, *, scale: Tensor | None = None) -> Tensor:
         """Compute loss = head(hidden [..., D], labels [...])."""
         return self.apply_loss(hidden, labels, self.loss, None, scale)

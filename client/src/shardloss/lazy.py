@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import FLOAT_DTYPES, to_numpy, to_torch
+from shardloss.autograd import FLOAT_DTYPES, check_sendable, to_numpy, to_torch
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.table import Table
 
@@ -126,11 +126,13 @@ def check_hidden(table: Table, hidden: Tensor) -> None:
 
     Raises:
         InvalidArgument: hidden is not a tensor, or has a wrong dtype or shape.
+        NotSupported: hidden has no values; see `check_sendable`.
     """
     dim = table.spec.dim
     if not isinstance(hidden, Tensor) or hidden.dtype not in FLOAT_DTYPES:
         what = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
         raise InvalidArgument(f"hidden is {what}; a torch tensor of floats is needed", field="hidden")
+    check_sendable(hidden, "hidden")
     if hidden.dim() == 0 or hidden.shape[-1] != dim:
         raise InvalidArgument(f"hidden has shape {list(hidden.shape)}; [..., {dim}] is needed", field="hidden")
 

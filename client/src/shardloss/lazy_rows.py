@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,12 @@ def lazy_rows(table: Table, class_ids: Array | Tensor) -> LazyRows:
     Raises:
         InvalidArgument: class_ids is not a one-dimensional array of class ids of the table.
     """
-    on_host: Any = getattr(class_ids, "cpu", lambda: class_ids)()
-    ids = np.asarray(on_host)
+    if isinstance(class_ids, np.ndarray) or not hasattr(class_ids, "cpu"):
+        ids = np.asarray(class_ids)
+    else:
+        from shardloss.autograd import to_numpy
+
+        ids = to_numpy(class_ids)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise InvalidArgument(f"class_ids is {ids.dtype} {list(ids.shape)}; integers [C] are needed", field="class_ids")
     num_classes = table.spec.num_classes

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss import types, wire
+from shardloss import types
 from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld, TransientError
 from shardloss.session import Session
 
 MAX_DEAD_PARTS = 16  # if more losses of one step were freed, its others are considered abandoned too
+MANY_PARTS = 16  # above this number of losses in one step, a warning asks whether step() was forgotten
+MAX_UNOWNED_PARTS = 8  # losses that stay open for an optimizer that may still be created
+
+NO_OPTIMIZER = "there was no optimizer to commit the losses"
+
+Alone = Callable[..., object]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-Alone = Callable[[wire.Array, float, float], object]
+def uncompiled(function: F) -> F:
+    """Exclude a function from torch.compile, which cannot trace an RPC; it runs between the compiled graphs."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Part:
     """One loss of a step, alive as long as the graph of that loss, because its backward may still record the part.
 
-    A loss without a ticket is a step of its own: `alone` is called with its g [N], the learning rate and grad scale.
+    A loss without a ticket is a step of its own: `alone` is called with its g [N], the learning rate, the grad scale
+    and the tensors to send. These are `sent` while they are recorded, and saved tensors of the graph before.
     """
 
-    __slots__ = ("__weakref__", "alone", "ticket")
+    __slots__ = ("__weakref__", "alone", "sent", "ticket")
 
     def __init__(self, ticket: str, alone: Alone | None = None) -> None:
         self.ticket, self.alone = ticket, alone
+        self.sent: tuple[Tensor, ...] = ()
 
 
 class Pending:
     """The gradients g [N] that backward has recorded for the next commit, which is one step of one session.
 
     The gradient of the scalar probe is the factor by which the commit multiplies g: 1 after backward, 1/scale after a
-    GradScaler has unscaled it, and not finite if g is not.
+    GradScaler has unscaled it, and not finite if g is not. The table is frozen while the probe requires no gradient.
     """
 
-    def __init__(self, session: Session, learning_rate: float | None = None) -> None:
-        self.session, self.learning_rate = session, learning_rate
+    def __init__(self, session: Session, learning_rate: float | None, advice: str) -> None:
+        self.session, self.learning_rate, self._advice = session, learning_rate, advice
+        self.has_optimizer = learning_rate is not None
+        self.untrained: str | None = None  # why losses since the last step did not train the table
+        self._is_unowned = False  # an optimizer was not created in time, so losses open no tickets
+        self._warned: set[str] = set()
         self.probe = torch.zeros((), device="cpu", requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
         self._waiting: WeakSet[Part] = WeakSet()
@@ -66,6 +82,35 @@ class Pending:
         """
         if self._retired is not None:
             raise InvalidArgument(f"{self._retired}: create a new optimizer for it")
+
+    def warn_once(self, message: str) -> None:
+        """Warn about the table with a message that was not given before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"table {self.session.table.name!r}: {message}", stacklevel=2)
+
+    def opens_part(self) -> bool:
+        """Return True if the next loss can still be committed.
+
+        It cannot if the table is frozen. Without an optimizer, which may be created after a loss, a few losses stay
+        open; then all are given up, and later ones open no ticket until an optimizer is created.
+        """
+        if self.has_optimizer or not self.probe.requires_grad:
+            return self.probe.requires_grad
+        if not self._is_unowned and self._num_held >= MAX_UNOWNED_PARTS:
+            self._is_unowned = True
+            self._give_up()
+            self.warn_once(
+                f"{MAX_UNOWNED_PARTS} losses were computed for training, but no optimizer can commit them, so they do "
+                f"not train the table: {self._advice}"
+            )
+        self.untrained = NO_OPTIMIZER if self._is_unowned else self.untrained
+        return not self._is_unowned
+
+    @property
+    def _num_held(self) -> int:
+        """Number of losses of this step that were recorded or may still be."""
+        return len(self._waiting) + len(self._upstreams)
 
     def compute_loss(self, *args: Any, **options: Any) -> types.LossResult:
         """Compute the next part of the current step with `Session.compute_loss`.
@@ -93,10 +138,18 @@ class Pending:
         """Return a new part for a ticket or for a step of its own; the graph of its loss keeps it alive."""
         part = Part(ticket, alone)
         self._waiting.add(part)
+        if self._num_held > MANY_PARTS:
+            self.warn_once(
+                f"more than {MANY_PARTS} losses wait for one commit, and the server keeps their rows: call step() "
+                "of the table's optimizer after backward, and compute losses that do not train under torch.no_grad(); "
+                "ignore this if your steps accumulate that many"
+            )
         return part
 
-    def record(self, part: Part, g: Tensor) -> float:
+    def record(self, part: Part, g: Tensor, sent: tuple[Tensor, ...] = ()) -> float:
         """Add g [N] to a part and return the gradient of the probe: 1 for the first part of a step, then 0.
+
+        sent are the tensors that a part without a ticket sends again with its commit.
 
         If g is not finite, the returned gradient is nan, so that a GradScaler skips the step. A head with its own
         learning rate commits here. If the probe's gradient has been cleared, earlier records are dropped, as the
@@ -110,7 +163,7 @@ class Pending:
             self._forget_recorded()
         is_first = not self._upstreams
         known = self._upstreams.get(part)
-        self._upstreams[part] = g.clone() if known is None else known + g
+        self._upstreams[part], part.sent = g.clone() if known is None else known + g, sent
         self._waiting.discard(part)
         is_finite = bool(torch.isfinite(g).all())
         if self.learning_rate is None:
@@ -180,11 +233,11 @@ class Pending:
 
     def _commit_recorded(self, learning_rate: float, grad_scale: float) -> None:
         parts = [(part, wire_array(g)) for part, g in self._upstreams.items()]
-        alone = [(part.alone, g) for part, g in parts if part.alone is not None]
+        alone = [(part.alone, part.sent, g) for part, g in parts if part.alone is not None]
         if alone and len(parts) > 1:
             raise InvalidArgument("a loss of a label distribution needs a step of its own; this step has others")
-        for step, g in alone:
-            step(g, learning_rate, grad_scale)
+        for step, sent, g in alone:
+            step(g, learning_rate, grad_scale, *sent)
         if not alone:
             tickets = [(part.ticket, g) for part, g in parts]
             self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
@@ -211,10 +264,13 @@ class Pending:
         self._forget_recorded()
 
     def _forget_recorded(self) -> None:
+        for part in self._upstreams:
+            part.sent = ()
         self._upstreams = {}
         self._has_accumulated = False
         self.probe.grad = None
 
+    @uncompiled
     def _on_accumulated(self, _probe: Tensor) -> None:
         self._has_accumulated = True
 
@@ -242,6 +298,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not lr >= 0.0:
             raise ValueError(f"lr = {lr} must be >= 0")
         self._pending, self._overlap = pending, overlap
+        pending.has_optimizer = True
         super().__init__([pending.probe], {"lr": lr})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -257,8 +314,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise NotSupported("a remote optimizer updates only its table; use another one for other parameters")
         super().add_param_group(param_group)
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Commit the recorded gradients. With a closure, evaluate it first and return its loss."""
+        """Commit the recorded gradients. With a closure, evaluate it first and return its loss.
+
+        A step without gradients does nothing, as in torch, but warns once if losses were computed that a step was
+        expected to commit: in eval mode, or before the head had an optimizer.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -266,10 +328,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._pending.check_in_use()
         self._pending.join()
         grad = self._pending.probe.grad
-        if grad is None:  # torch's optimizers also skip a parameter without a gradient
-            self._pending.drop()
-        else:
+        untrained, self._pending.untrained = self._pending.untrained, None
+        if grad is not None:
             self._pending.commit(float(self.param_groups[0]["lr"]), float(grad), self._overlap)
+            return loss
+        self._pending.drop()  # torch's optimizers also skip a parameter without a gradient
+        if untrained is not None:
+            self._pending.warn_once(f"step() did not train the table: {untrained}")
         return loss
 
     def synchronize(self) -> None:
@@ -280,6 +345,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self._pending.join()
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)
         """Drop recorded gradients that were not committed; losses whose backward has not run yet stay valid."""
         self._pending.drop()

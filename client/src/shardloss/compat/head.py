@@ -13,6 +13,8 @@ IGNORED = -(2**63)  # marks a label that does not count; no class id, and no pla
 class SharedHead(Head):
     """A head for all kinds of losses [N] over a table; losses of a step share its session and, per seed, candidates."""
 
+    advice = "call optimizer(table, lr) first; ignore this if the table is to stay as it is"
+
     def __init__(self, table: Table) -> None:
         super().__init__(table, reduction="none", ignore_index=IGNORED, learning_rate=None)
         self.seed = fresh_seed()

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import check_tensor, to_numpy
+from shardloss.autograd import check_sendable, check_tensor, to_numpy
 from shardloss.compat.head import SharedHead, head_of
 from shardloss.compat.tensorflow.arguments import integer
 from shardloss.errors import InvalidArgument
@@ -138,6 +138,7 @@ def check_arguments(
     check_biases(weights, biases)
     check_tensor(labels, "labels")
     check_tensor(inputs, "inputs")
+    check_sendable(inputs, "inputs")
     if inputs.dim() != 2:
         raise InvalidArgument(
             f"inputs has shape {list(inputs.shape)}; [N, D = {weights.spec.dim}] is needed", field="inputs"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import check_tensor, to_numpy
+from shardloss.autograd import check_sendable, check_tensor, to_numpy
 from shardloss.compat.head import head_of
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy_rows import LazyRows
@@ -135,6 +135,7 @@ def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
             field="candidate_embeddings",
         )
     check_tensor(query_embeddings, "query_embeddings")
+    check_sendable(query_embeddings, "query_embeddings")
     if query_embeddings.dim() == 3:
         raise NotSupported("query_embeddings has several heads per query; [Q, D] is needed", field="query_embeddings")
     if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:
