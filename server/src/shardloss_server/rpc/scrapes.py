@@ -13,7 +13,7 @@ from http.client import HTTPException, parse_headers
 from io import BytesIO
 from typing import Any
 
-MOST_CONNECTIONS, BACKLOG = 64, 1024
+MOST_CONNECTIONS = 64
 LONGEST_S = 10.0  # of a whole connection: a scrape takes milliseconds, and Prometheus itself gives up after 10 s
 MOST_REQUEST_BYTES = 1 << 14
 END = b"\r\n\r\n"
@@ -33,7 +33,7 @@ class ScrapePort:
 
     def __init__(self, host: str, port: int, app: WsgiApp) -> None:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self._listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        self._listener = socket.create_server(address[:2], family=family)
         self.port: int = self._listener.getsockname()[1]
         self._app = app
         self._open: dict[Exchange, None] = {}
@@ -63,19 +63,19 @@ class ScrapePort:
             exchange.abort()
         await asyncio.sleep(0)  # the transports close their sockets in the loop's next turn
 
-    def _answer(self, request: bytes, send: Callable[[bytes], None]) -> None:
+    def _answer(self, request: bytes) -> asyncio.Future[bytes]:
         """Answer in the rendering thread, so that a collection that waits for a lock stops no other connection."""
-        future = self._loop.run_in_executor(self._rendering, answer, request, self._app)
-        future.add_done_callback(lambda done: None if done.cancelled() else send(done.result()))
+        return self._loop.run_in_executor(self._rendering, answer, request, self._app)
 
 
 class Exchange(asyncio.Protocol):
     """One connection: a request, its reply, and then nothing more until the peer closes or its time is over."""
 
-    def __init__(self, others: dict[Exchange, None], answer: Callable[[bytes, Callable[[bytes], None]], None]) -> None:
+    def __init__(self, others: dict[Exchange, None], answer: Callable[[bytes], asyncio.Future[bytes]]) -> None:
         self._others, self._answer = others, answer
         self._request = bytearray()
-        self._is_whole = False
+        self._reply: asyncio.Future[bytes] | None = None
+        self._is_sent = self._is_half_closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the connection's time, and make room for it."""
@@ -87,29 +87,36 @@ class Exchange(asyncio.Protocol):
         self._others[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (asyncio's signature)
-        """Forget the connection."""
+        """Forget the connection, and the reply that it waited for."""
         self._timer.cancel()
         self._others.pop(self, None)
+        if self._reply is not None:
+            self._reply.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes of the request; bytes after its end are ignored, as it has no body."""
-        if self._is_whole:
-            return
-        self._request += data
-        self._is_whole = END in self._request or len(self._request) > MOST_REQUEST_BYTES
-        if self._is_whole:
-            self._answer(bytes(self._request), self._send)
+        if self._reply is None:
+            self._request += data
+            if END in self._request or len(self._request) > MOST_REQUEST_BYTES:
+                self._reply = self._answer(bytes(self._request))
+                self._reply.add_done_callback(self._send)
+
+    def eof_received(self) -> bool:
+        """Return True, which keeps the connection, if the peer has only stopped sending and waits for its reply."""
+        self._is_half_closed = True
+        return self._reply is not None and not self._is_sent
 
     def abort(self) -> None:
         """Close the connection at once."""
         self._others.pop(self, None)
         self._transport.abort()
 
-    def _send(self, reply: bytes) -> None:
+    def _send(self, reply: asyncio.Future[bytes]) -> None:
         """Send the reply and its end; the peer closes, because closing first could lose a reply it has not read."""
-        if not self._transport.is_closing():
-            self._transport.write(reply)
-            self._transport.write_eof()
+        if not reply.cancelled() and not self._transport.is_closing():
+            self._is_sent = True
+            self._transport.write(reply.result())
+            (self._transport.close if self._is_half_closed else self._transport.write_eof)()
 
 
 def answer(request: bytes, app: WsgiApp) -> bytes:
