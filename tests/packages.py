@@ -23,6 +23,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "hostile/test_raw_bytes.py",
         "hostile/test_stream.py",
         "hostile/test_leaks.py",
+        "hostile/test_metrics_port.py",
+        "hostile/test_nginx.py",
     ),
     "access": ("unit/access", "hostile/test_authorisation.py", "hostile/test_tls.py"),
     "cli": ("unit/cli", "system/test_cli.py", "architecture/test_names.py"),

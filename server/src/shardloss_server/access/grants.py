@@ -169,6 +169,6 @@ def refuse_twice(key: str, values: list[str], kind: str = "token") -> None:
 
 def lasting(seconds: float) -> str:
     """Return a time before or after now in its largest unit: 45 s, 3 min, 7 h, 12 d."""
-    whole = int(abs(seconds))
+    whole = round(abs(seconds))
     size, unit = next((pair for pair in ((86400, "d"), (3600, "h"), (60, "min")) if whole >= pair[0]), (1, "s"))
     return f"{whole // size} {unit}"
