@@ -20,7 +20,8 @@ import pytest
 import safetensors.numpy
 import shardloss
 import typer
-from shardloss.cli import app, checks, doctor
+from shardloss.cli import app, checks, doctor, status
+from shardloss.status import MethodStatus, WorkerStatus
 from shardloss_server.rpc import admin
 from shardloss_server.rpc.serve import Server
 
@@ -66,6 +67,10 @@ def data(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     np.save("hidden.npy", rng.normal(size=(30, D)).astype(np.float32))
     np.save("labels.npy", rng.integers(0, V, 30))
     safetensors.numpy.save_file({"lm_head.weight": rng.normal(size=(V, D)).astype(np.float32)}, "model.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/1-of-1.safetensors").hardlink_to("model.safetensors")
+    index = {"weight_map": {"lm_head.weight": "1-of-1.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
 
@@ -119,7 +124,7 @@ def test_every_command_and_shared_option_is_in_the_docs() -> None:
 
 
 def test_the_example_of_the_files_page_runs(local_server: Server, data: Path, only_its_own: None) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/files.md").read_text(), re.S)
+    example = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/files.md").read_text(), re.S))
     exec(compile(example.replace("127.0.0.1:7070", local_server.address), "files.md", "exec"), {})
 
 
@@ -297,7 +302,25 @@ def test_status_tells_what_the_server_does(run: Any, run_json: Any, client: shar
     code, out, _ = run("status")
     assert code == 0
     assert table.name in out
+    assert re.search(r"ComputeLoss .* \d+\.\d ms", out)
     assert "2 of 2 workers" in out
+
+
+def test_what_was_not_measured_is_shown_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    """A method without calls in the last minute has no latency, and a worker that is down no memory."""
+    seen: Any = SimpleNamespace(
+        methods=[
+            MethodStatus("GetTable", 9, {}, 2.0, 0.0, 0.0, 0.0),
+            MethodStatus("Commit", 7, {}, 0.0, 0.0, 0.0, 0.0),
+        ],
+        workers=[WorkerStatus(3, False, "cpu", "", 0, 2, 0, 0, 0, 0, 0, 0)],
+    )
+    status.screen().print(status.methods(seen))
+    called, idle = (line.split() for line in capsys.readouterr().out.splitlines() if "/s" in line)
+    assert called[-2:] == ["0.0", "ms"]
+    assert idle == ["Commit", "7", "0.0/s", "-", "-", "-"]
+    status.screen().print(status.workers(seen))
+    assert capsys.readouterr().out.splitlines()[1].split() == ["3", "DOWN", "cpu", "-", "-", "2", *"-----"]
 
 
 @pytest.mark.parametrize("output", ["json", "text"])

@@ -22,7 +22,7 @@ INTEGERS = ("int64", "int32")
 def tensor(path: Path, name: str, what: str, rank: int, dtypes: tuple[str, ...]) -> Stored:
     """Return the array of a .npy file, or the named tensor of a safetensors file."""
     opened = open_file(path)
-    found = opened.tensor(next(iter(opened.tensors)) if path.suffix == ".npy" else name, what, rank)
+    found = opened.tensor(next(iter(opened.tensors)) if opened.is_array else name, what, rank)
     if found.shape.dtype not in dtypes:
         raise BadFile(f"{path}: {what} is {found.shape}; its dtype must be one of {', '.join(dtypes)}")
     return found

@@ -73,14 +73,11 @@ def workers(seen: ServerStatus) -> RenderableType:
             str(one.index),
             "up" if one.up else "DOWN",
             one.device,
-            one.node,
-            str(one.pid) if one.up else "",
+            one.node or "-",
+            str(one.pid) if one.up else "-",
             one.num_restarts,
-            Size(one.resident_bytes),
-            Size(one.device_bytes),
-            Size(one.kept_bytes),
-            one.num_threads,
-            one.num_shards,
+            *(Size(size) if one.up else "-" for size in (one.resident_bytes, one.device_bytes, one.kept_bytes)),
+            *(count if one.up else "-" for count in (one.num_threads, one.num_shards)),
         )
         for one in seen.workers
     ]
@@ -123,7 +120,7 @@ def methods(seen: ServerStatus) -> RenderableType:
             one.num_calls,
             ", ".join(f"{reason} {count}" for reason, count in sorted(one.errors.items())),
             f"{one.rate:.1f}/s",
-            *(f"{1e3 * seconds:.1f} ms" for seconds in (one.median_s, one.p90_s, one.p99_s)),
+            *(f"{1e3 * seconds:.1f} ms" if one.rate else "-" for seconds in (one.median_s, one.p90_s, one.p99_s)),
         )
         for one in seen.methods
     ]

@@ -126,7 +126,10 @@ def export(
 @command
 def import_(
     call: Invocation,
-    path: Annotated[Path, typer.Argument(help="An exported table, or any safetensors or .npy file of rows.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="An exported table, a checkpoint in safetensors (file, index or folder), or a .npy file."),
+    ],
     name: Name,
     shards: Shards = 0,
     placement: Annotated[str | None, typer.Option(help="mod or div. Default: the file's.")] = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ OF_WEIGHTS, OF_BIASES = "state.weights.", "state.biases."
 OPTIMIZERS = {name: kind for kind, name in OPTIMIZER_FIELDS.items()}
 INITIALIZERS = {"normal": types.Normal, "uniform": types.Uniform, "zeros": types.Zeros}
 KINDS = {kind: name for name, kind in (*OPTIMIZERS.items(), *INITIALIZERS.items())}
+NUMBERS: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda value: type(value) is bool,
+    "int": lambda value: type(value) is int and 0 <= value < 1 << 64,
+    "float": lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
+}
 SPEC = {
     "name": str,
     "num_classes": int,
@@ -99,10 +105,12 @@ def made(kinds: Mapping[str, Any], found: Mapping[str, Any], what: str, path: Pa
     if kind is None:
         raise BadFile(f"{path}: {what}.kind is {str(found.get('kind'))[:60]!r}; one of {', '.join(kinds)} is needed")
     numbers = {name: value for name, value in found.items() if name != "kind"}
-    if set(numbers) != {field.name for field in fields(kind)}:
+    kinds_of = {field.name: str(field.type) for field in fields(kind)}
+    if numbers.keys() != kinds_of.keys():
         raise BadFile(f"{path}: {what} has {sorted(numbers)}, which are not the numbers of {kind.__name__}")
-    if any(not isinstance(value, (int, float)) for value in numbers.values()):
-        raise BadFile(f"{path}: {what} has an entry that is not a number")
+    for name, value in numbers.items():
+        if not NUMBERS[kinds_of[name]](value):
+            raise BadFile(f"{path}: {what}.{name} is {str(value)[:60]!r}; {kinds_of[name]} is needed")
     return kind(**numbers)
 
 
@@ -113,6 +121,8 @@ def spec_of(found: Mapping[str, Any], version: int, num_commits: int, path: Path
     values["initializer"] = made(INITIALIZERS, values["initializer"], "initializer", path)
     if values["dtype"] not in ("float32", "float64", "bfloat16"):
         raise BadFile(f"{path}: dtype {values['dtype'][:40]!r} is not a dtype of tables")
+    if values["placement"] not in ("mod", "div"):
+        raise BadFile(f"{path}: placement {values['placement'][:40]!r} is neither mod nor div")
     if values["num_classes"] < 1 or values["dim"] < 1:
         raise BadFile(f"{path}: num_classes and dim must be at least 1")
     return types.TableInfo(**values, version=version, num_commits=num_commits, num_open_tickets=0)

@@ -18,7 +18,6 @@ from shardloss.errors import (
     NotSupported,
     ShardlossError,
     TableExists,
-    TableNotFound,
 )
 from shardloss.files.exporting import COUNTS_PAGE, Progress, refuse_old, spans, unseen
 from shardloss.files.facts import BIASES, COUNTS, LEARNED, OF_BIASES, OF_WEIGHTS, WEIGHTS
@@ -59,16 +58,17 @@ def import_table(
     """Create a table from a file, with at most one page in memory.
 
     A table that `export_table` wrote continues training as the original would have, with any num_shards (0: one per
-    worker) and placement (None: the file's). From any other safetensors file, the rows are the tensor weights_name
-    [V, D] and the biases are biases_name [V]; from a .npy file, the rows are its one array. In both cases dtype (None:
-    the file's, or float32 for float16), bias (None: True if biases_name is given), optimizer and count_labels describe
-    the new table.
+    worker) and placement (None: the file's). From any other safetensors file, from a sharded checkpoint (its
+    model.safetensors.index.json), or from a folder with one of these, the rows are the tensor weights_name [V, D] and
+    the biases are biases_name [V]; from a .npy file, the rows are its one array. In all these cases dtype (None: the
+    file's, or float32 for float16), bias (None: True if biases_name is given), optimizer and count_labels describe the
+    new table.
 
     The table is called name + ".part" until all of it is written. If the import is interrupted, that table remains;
     import again with resume=True to recreate it from scratch. A table that the server refuses is deleted.
 
     Raises:
-        BadFile: the file is truncated, mis-shaped or inconsistent; no table is created.
+        BadFile: the file is truncated, mis-shaped, inconsistent or of another format; no table is created.
         TableExists: the name is in use, or an earlier import to it was interrupted (set resume, or delete NAME.part).
         InvalidArgument, LimitExceeded: the server refuses the table or a row; no table is left.
         TransientError, ServiceError: the import was interrupted; the message says what to do.
@@ -149,11 +149,7 @@ def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
 
 def exists(client: LossClient, name: str) -> bool:
     """Return True if a table of that name exists."""
-    try:
-        client.table(name)
-    except TableNotFound:
-        return False
-    return True
+    return any(info.name == name for info in client.list_tables())
 
 
 def made(client: LossClient, name: str, spec: types.TableInfo) -> Table:

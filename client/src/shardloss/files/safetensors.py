@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 
 from shardloss.errors import BadFile
 from shardloss.files.facts import Facts
-from shardloss.files.stored import Shape, Stored, reading, reserve
+from shardloss.files.foreign import HEAD_BYTES, format_of
+from shardloss.files.jsons import object_in, parsed
+from shardloss.files.stored import STORAGE, Shape, Stored, regular, reserve
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -27,6 +30,10 @@ SPARE_BYTES = 64  # blanks after the header, whose numbers may grow when it is s
 METADATA = "__metadata__"
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 CODES = {name: code for code, name in NAMES.items()}
+BITS = {"C64": 64, "U64": 64, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}  # of dtypes not read
+BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+MAX_RANK = 64  # NumPy's
+CODE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 
 
 def begin(part: Path, shapes: Mapping[str, Shape], facts: Facts) -> dict[str, Stored]:
@@ -68,8 +75,7 @@ def opened(path: Path) -> tuple[Facts | None, dict[str, Stored]]:
     Raises:
         BadFile: the file is not a safetensors file, or is truncated.
     """
-    with reading(path):
-        header, start, size = header_of(path)
+    header, start, size = header_of(path)
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: its metadata is not a map of strings")
@@ -77,42 +83,44 @@ def opened(path: Path) -> tuple[Facts | None, dict[str, Stored]]:
     for name, entry in header.items():
         code, sizes, begin_at, end_at = checked_entry(name, entry, path)
         covered.append((begin_at, end_at))
-        if code in NAMES and len(sizes) > 0:
-            tensors[name] = Stored(path, name, Shape(NAMES[code], sizes), start + begin_at)
-            if tensors[name].shape.num_bytes != end_at - begin_at:
-                raise BadFile(f"{path}: {name} has {end_at - begin_at} bytes, which do not fit {tensors[name].shape}")
+        tensors[name] = Stored(path, name, Shape(NAMES.get(code, code), sizes), start + begin_at)
+        bits = 8 * STORAGE[NAMES[code]].itemsize if code in NAMES else BITS.get(code)
+        if bits is not None and bits * math.prod(sizes) != 8 * (end_at - begin_at):
+            what = f"has {end_at - begin_at} bytes, which do not fit {tensors[name].shape}"
+            raise BadFile(f"{path}: {name[:60]!r} {what}")
     check_cover(sorted(covered), size - start, path)
     return facts_in(metadata, path), tensors
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header, the offset at which the tensors begin, and the size of the file in bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(LENGTH.size)
-        length = LENGTH.unpack(first)[0] if len(first) == LENGTH.size else 0
+    """Return the header, the offset at which the tensors begin, and the size of the file in bytes.
+
+    Raises:
+        BadFile: the file is of another format, which the message names, or its header is cut off or malformed.
+    """
+    with regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(HEAD_BYTES)
+        length = LENGTH.unpack_from(head)[0] if len(head) >= LENGTH.size else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH.size):
-            raise BadFile(f"{path} is not a safetensors file: its header would take {length} of {size} bytes")
+            raise BadFile(f"{path} {misread(path, head, length, size)}")
+        file.seek(LENGTH.size)
         raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=distinct)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path} is not a safetensors file: its header is not JSON ({str(error)[:80]})") from None
-    if not isinstance(header, dict):
-        raise BadFile(f"{path} is not a safetensors file: its header is not a JSON object")
+    what = f"{path} is not a safetensors file: its header"
+    header = object_in(raw, what)
+    if not raw.startswith(b"{"):
+        raise BadFile(f"{what} must begin with {{, without blanks")
     return header, LENGTH.size + length, size
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs, whose names must be distinct.
-
-    Raises:
-        ValueError: a name occurs twice.
-    """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+def misread(path: Path, head: bytes, length: int, size: int) -> str:
+    """Return why a file whose first bytes are no header's length cannot be read."""
+    if head[LENGTH.size : LENGTH.size + 1] == b"{" and length > MAX_HEADER_BYTES:
+        return f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+    if head[LENGTH.size : LENGTH.size + 2] == b'{"':
+        return f"was cut off: its header alone takes {length} bytes, but the file has {size}"
+    known = format_of(path, head)
+    return f"is not a safetensors file{f' but {known}' if known else ': it does not begin with a header'}"
 
 
 def checked_entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
@@ -125,9 +133,11 @@ def checked_entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ..
         raise BadFile(f"{path}: the header's entry {name[:60]!r} is not a tensor")
     code, sizes, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*sizes, *place] if isinstance(sizes, list) and isinstance(place, list) else [None]
-    if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in numbers) or len(place) != 2:
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers) or len(place) != 2:
         raise BadFile(f"{path}: the header's entry {name[:60]!r} has a malformed shape or byte range")
-    if place[0] > place[1] or math.prod(sizes) >= 1 << 63:
+    if not isinstance(code, str) or not CODE.fullmatch(code):
+        raise BadFile(f"{path}: the header's entry {name[:60]!r} has no valid dtype: {str(code)[:40]!r}")
+    if place[0] > place[1] or len(sizes) > MAX_RANK or math.prod(sizes) >= 1 << 63:
         raise BadFile(f"{path}: the header's entry {name[:60]!r} has an impossible shape or byte range")
     return code, tuple(sizes), place[0], place[1]
 
@@ -154,7 +164,7 @@ def facts_in(metadata: Mapping[str, str], path: Path) -> Facts | None:
     if not ours:
         return None
     try:
-        found = {name: json.loads(value) for name, value in ours.items()}
+        found = {name: parsed(value) for name, value in ours.items()}
     except (ValueError, RecursionError):
         raise BadFile(f"{path}: the description of its table is not JSON") from None
     return Facts.from_json(found, path)

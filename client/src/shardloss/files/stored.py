@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,14 +30,14 @@ STORAGE: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dtype and sizes of a tensor; dtype is a key of STORAGE."""
+    """The dtype and sizes of a tensor; dtype is a key of STORAGE, or the file's own code of one that is not read."""
 
     dtype: str
     sizes: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """The size of all elements in bytes."""
+        """The size of all elements in bytes; dtype must be in STORAGE."""
         return math.prod(self.sizes) * STORAGE[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -112,6 +113,20 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read it.
+
+    Raises:
+        BadFile: it cannot be read, or is a pipe or a device, which may never end.
+    """
+    with reading(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadFile(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            yield file
 
 
 @contextmanager
