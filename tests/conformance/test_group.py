@@ -587,6 +587,7 @@ VERBS = {
     "scan": lambda group, part: group.scan("nowhere", Question(part.batch.hidden, None, None, 1, True), 0, 1),
     "asked_logits": lambda group, part: group.asked_logits("nowhere", part.batch.hidden, part.batch.labels),
     "applied_versions": lambda group, part: group.applied_versions("nowhere"),
+    "forget_record": lambda group, part: group.forget_record("nowhere", 1),
 }
 
 
@@ -634,6 +635,23 @@ def test_a_lagging_worker_is_brought_up_by_its_peers_records(
     expected.assert_close(found.rows, found.biases, EXACT)
     assert group.repair(shards.name, TIMEOUT_S) == 1
     np.testing.assert_array_equal(shards.read().rows, found.rows)
+
+
+def test_a_step_that_all_have_applied_may_be_forgotten(shards: Shards, rng: np.random.Generator) -> None:
+    """Every shard frees its record, unless it has applied a later one; repair then has nothing to do."""
+    group, batch = shards.group, batch_of("full", rng)
+    for version in (1, 2):
+        step(shards, batch, version)
+
+    def kept() -> set[int]:
+        answers = [group.start(worker, "records_since", shards.name, 0) for worker in range(len(group.devices))]
+        return {record.version for one in answers for found in one.result(TIMEOUT_S).values() for record in found}
+
+    assert group.forget_record(shards.name, 1).result(TIMEOUT_S) == [2] * NUM_SHARDS
+    assert kept() == {2}
+    assert group.forget_record(shards.name, 2).result(TIMEOUT_S) == [2] * NUM_SHARDS
+    assert kept() == set()
+    assert group.repair(shards.name, TIMEOUT_S) == 2
 
 
 def test_repair_catches_up_steps_and_writes(shards: Shards, rng: np.random.Generator) -> None:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import pytest
 import shardloss
+import torch
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -402,6 +404,37 @@ def test_a_limit_of_tickets_and_sessions_is_kept(exceeded: Exceeded, fresh_name:
             assert loss("z").ticket
         request.session, request.step = "", 0
         assert once(client.losses.ComputeLoss, request).loss.inline
+
+
+def test_a_step_too_large_for_the_tickets_is_refused_without_a_wait(
+    fresh_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer whose own step fills the limit gets LimitExceeded with the limit and its value, which the client does
+    not repeat; what was accumulated can still be committed."""
+    num_rows, dim, num_parts = 16, 512, 6
+    limit = int(1.25 * num_parts * num_rows * dim * 4)
+    never = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("the client waits"))
+    monkeypatch.setattr("shardloss.channel.time", never)
+    with (
+        serving(max_ticket_bytes=limit, max_dim=dim, max_reply_bytes=1 << 20, max_parts=99) as (server, _),
+        shardloss.connect(server.address) as client,
+    ):
+        table = client.create_table(fresh_name(), num_classes=11, dim=dim)
+        head = table.softmax()
+        optimizer = head.optimizer(0.1)
+        hidden, labels = torch.randn(num_rows, dim, requires_grad=True), torch.zeros(num_rows, dtype=torch.int64)
+
+        def accumulate(num: int) -> None:
+            for _ in range(num):
+                head(hidden, labels).backward()
+
+        accumulate(num_parts)
+        with pytest.raises(LimitExceeded, match=f"max_ticket_bytes = {limit}"):
+            accumulate(2)
+        optimizer.step()
+        accumulate(num_parts)
+        optimizer.step()
+        assert (table.info().num_commits, table.info().num_open_tickets) == (2, 0)
 
 
 @pytest.mark.parametrize("kind", ["max_calls_in_flight", "max_commits_in_flight"])

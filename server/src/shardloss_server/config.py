@@ -92,7 +92,14 @@ class Limits:
     max_tables: Annotated[int, a("Tables that exist at the same time.", ge=1)] = 64
     max_parts: Annotated[int, a("Parts of one commit.", ge=1)] = 4096
     max_open_tickets: Annotated[int, a("Open tickets over all tables.", ge=1)] = 4096
-    max_ticket_bytes: Annotated[int, a("Bytes kept for open tickets over all tables.", ge=1)] = 2 * 2**30
+    max_ticket_bytes: Annotated[
+        int,
+        a(
+            "Bytes that the front end keeps for open tickets over all tables; each worker keeps as many for its own "
+            "tables. By default 2.5 GiB, or a sixth of this machine's memory if that is less.",
+            ge=1,
+        ),
+    ] = field(default_factory=lambda: min(5 * 2**29, physical_memory_bytes() // 6))
     max_sessions: Annotated[int, a("Sessions that one table remembers.", ge=1)] = 1 << 16
     max_calls_in_flight: Annotated[int, a("Concurrent calls, not counting commits and streams.", ge=1)] = 64
     max_top_k: Annotated[int, a("Best classes or hard negatives per row, k.", ge=1)] = 1 << 14

@@ -24,22 +24,36 @@ def reply_of(num_floats: int) -> LossReply:
 def test_last_replies_keep_a_bounded_number() -> None:
     """The oldest reply is dropped first."""
     replies = LastReplies()
-    for step in range(KEPT_REPLIES + 3):
-        replies.keep(("a", step), reply_of(1))
-    kept = [step for step in range(KEPT_REPLIES + 3) if replies.get(("a", step), NO_REPLY) is not NO_REPLY]
-    assert kept == list(range(3, KEPT_REPLIES + 3))
+    sessions = [f"session {n}" for n in range(KEPT_REPLIES + 3)]
+    for session in sessions:
+        replies.keep((session, 1), reply_of(1))
+    assert [s for s in sessions if replies.get((s, 1), NO_REPLY) is not NO_REPLY] == sessions[3:]
     assert replies.num_bytes == 4 * KEPT_REPLIES
 
 
 def test_last_replies_keep_a_bounded_number_of_bytes() -> None:
     """A large reply displaces older ones; a reply above the whole limit, or without tensors, is not kept."""
     replies = LastReplies(max_bytes=100)
-    for step, num_floats in enumerate((10, 10, 20, 26)):
-        replies.keep(("a", step), reply_of(num_floats))
-    replies.keep(("a", 4), NO_REPLY)
-    kept = [step for step in range(5) if replies.get(("a", step), NO_REPLY) is not NO_REPLY]
-    assert kept == [2]
+    for session, num_floats in zip("abcd", (10, 10, 20, 26), strict=True):
+        replies.keep((session, 1), reply_of(num_floats))
+    replies.keep(("e", 1), NO_REPLY)
+    assert [s for s in "abcde" if replies.get((s, 1), NO_REPLY) is not NO_REPLY] == ["c"]
     assert replies.num_bytes == 80
+
+
+def test_the_next_step_of_a_session_replaces_its_reply() -> None:
+    """Only the reply of a session's last step is kept, even if the next one is too large to keep."""
+    replies = LastReplies(max_bytes=100)
+    replies.keep(("a", 1), reply_of(10))
+    replies.keep(("a", 2), reply_of(5))
+    assert replies.get(("a", 1), NO_REPLY) is NO_REPLY
+    assert replies.get(("a", 2), NO_REPLY) is not NO_REPLY
+    assert replies.num_bytes == 20
+    replies.keep(("a", 1), reply_of(1))
+    replies.forget(("a", 1))
+    assert replies.num_bytes == 20
+    replies.keep(("a", 3), reply_of(26))
+    assert replies.num_bytes == 0
 
 
 def test_a_first_reply_is_not_replaced() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from shardloss.errors import (
     InvalidArgument,
+    LimitExceeded,
     Overloaded,
     SessionExpired,
     StepReused,
@@ -21,6 +22,7 @@ from shardloss.errors import (
     TicketUnknown,
 )
 from shardloss_server.frontend import session as session_module
+from shardloss_server.frontend.replies import NO_REPLY
 from shardloss_server.frontend.session import Sessions, Ticket, TicketBudget, TicketState
 
 TTL_S = 600.0
@@ -298,23 +300,65 @@ def test_the_budget_refuses_one_ticket_too_many() -> None:
     """Overloaded carries a retry delay, and a closed ticket makes room."""
     world = World(max_tickets=2)
     first = world.open()
-    world.open(part=1)
+    world.open("b")
     with pytest.raises(Overloaded) as refused:
-        world.open(part=2)
+        world.open("b", part=1)
     assert refused.value.retry_after_s > 0
     assert world.sessions.num_open == 2
     world.sessions.discard(first)
-    world.open(part=2)
+    world.open("b", part=1)
 
 
 def test_the_budget_refuses_one_byte_too_many() -> None:
     """Kept bytes have their own limit."""
     world = World(max_bytes=2 * BYTES + BYTES // 2)
     world.open()
-    world.open(part=1)
+    world.open("b")
     with pytest.raises(Overloaded, match=f"keep {2 * BYTES} bytes"):
-        world.open(part=2)
+        world.open("b", part=1)
     assert world.budget.num_bytes == 2 * BYTES
+
+
+@pytest.mark.parametrize("limit", ["max_open_tickets", "max_ticket_bytes"])
+def test_a_session_that_fills_a_limit_itself_is_not_told_to_wait(limit: str) -> None:
+    """LimitExceeded names the limits with their values, because only the session's own commit or abort helps."""
+    limits = {"max_tickets": 2} if limit == "max_open_tickets" else {"max_bytes": 2 * BYTES + BYTES // 2}
+    world = World(**limits)
+    world.open()
+    world.open(step=2)
+    with pytest.raises(LimitExceeded, match=r"max_ticket_bytes = \d+ and max_open_tickets = \d+") as refused:
+        world.open(step=2, part=1)
+    assert refused.value.details["limit"] == limit
+    world.sessions.abort("a", 1, world.now)
+    world.open(step=2, part=1)
+
+
+def test_a_step_that_is_about_to_be_committed_is_worth_waiting_for() -> None:
+    """The loss after a step gets Overloaded: it fits once that step's commit, which is on its way, is applied."""
+    world = World(max_tickets=2)
+    tickets = [world.open(), world.open(part=1)]
+    with pytest.raises(Overloaded):
+        world.sessions.begin("a", 2, 0, b"x", BYTES, 0, world.now, after_step=1)
+    world.find(*tickets)
+    with pytest.raises(Overloaded):
+        world.open(step=2)
+
+
+def test_the_next_loss_forgets_the_replies_before_it(world: World) -> None:
+    """A scored ticket's reply is released when another key of its session begins; that of another session stays."""
+    first, _ = world.sessions.begin("a", 1, 0, b"x", 2 * BYTES, 0, world.now, reply_bytes=BYTES)
+    other, _ = world.sessions.begin("b", 1, 0, b"x", 2 * BYTES, 0, world.now, reply_bytes=BYTES)
+    unscored, _ = world.sessions.begin("a", 1, 1, b"x", 2 * BYTES, 0, world.now, reply_bytes=BYTES)
+    assert world.budget.num_bytes == 6 * BYTES
+    for ticket in (first, other, unscored):
+        ticket.reply = NO_REPLY
+    for ticket in (first, other):
+        ticket.ready.set()
+    world.sessions.begin("a", 1, 2, b"x", 2 * BYTES, 0, world.now, reply_bytes=BYTES)
+    assert [ticket.reply for ticket in (first, other, unscored)] == [None, NO_REPLY, NO_REPLY]
+    assert (world.budget.num_tickets, world.budget.num_bytes) == (4, 7 * BYTES)
+    world.sessions.clear()
+    assert (world.budget.num_tickets, world.budget.num_bytes) == (0, 0)
 
 
 def test_an_idle_session_makes_room_and_a_busy_one_does_not() -> None:
@@ -395,6 +439,11 @@ class TicketMachine(RuleBasedStateMachine):
         except Overloaded:
             assert known is None
             assert len(self.open) == 7
+            assert {key[0] for key in self.open} != {session}
+        except LimitExceeded:
+            assert known is None
+            assert len(self.open) == 7
+            assert {key[0] for key in self.open} == {session}
         else:
             assert is_new == (known is None)
             assert known in (None, ticket)

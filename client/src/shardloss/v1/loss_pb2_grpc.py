@@ -70,8 +70,9 @@ class LossServiceServicer(object):
 
     def ComputeLoss(self, request, context):
         """Scores one batch. With a session it opens a ticket; without one it changes nothing; with commit_now it also commits
-        the part. Idempotent by key: a repeat while the ticket is open gets the kept reply, a repeat of an applied
-        commit_now gets its outcome (replayed = true).
+        the part. Idempotent by key: a repeat while the ticket is open gets the kept reply or, after another loss of the
+        session, is scored again at the current version; a repeat of an applied commit_now gets its outcome (replayed =
+        true).
         Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, LIMIT_EXCEEDED, NOT_SUPPORTED, STEP_REUSED (another request has this
         key), STEP_TOO_OLD (the step was applied or aborted, or after_step was aborted), TICKET_ABORTED (aborted while it
         was scored), OVERLOADED, TABLE_UNAVAILABLE, ROWS_LOST; with commit_now also SESSION_EXPIRED, TICKET_UNKNOWN and

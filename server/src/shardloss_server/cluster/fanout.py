@@ -149,6 +149,9 @@ class FanoutGroup(ABC):
     def apply(self, table: str, order: Order, staged: Sequence[Staged]) -> Gathered[int]:
         return self.on_all("apply", table, order, *staged)
 
+    def forget_record(self, table: str, version: int) -> Gathered[int]:
+        return self.on_all("forget_record", table, version)
+
     def write(self, table: str, write: RowWrite) -> Gathered[int]:
         return self.on_all("write", table, write)
 

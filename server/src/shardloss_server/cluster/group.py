@@ -127,6 +127,9 @@ class ShardGroup(Protocol):
     def apply(self, table: str, order: Order, staged: Sequence[Staged]) -> Pending[list[int]]:
         """Apply one step on every shard; a shard that has already applied it only returns its version."""
 
+    def forget_record(self, table: str, version: int) -> Pending[list[int]]:
+        """Have every shard free the record that created a version, which all have applied."""
+
     def write(self, table: str, write: RowWrite) -> Pending[list[int]]:
         """Overwrite rows on every shard."""
 

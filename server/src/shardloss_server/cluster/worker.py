@@ -105,6 +105,9 @@ class Worker:
 
         return self._each(table, apply, order, *parts)
 
+    def forget_record(self, table: str, version: int) -> dict[int, int]:
+        return self._each(table, lambda shard: shard.forget_record(version))
+
     def write(self, table: str, write: RowWrite) -> dict[int, int]:
         return self._each(table, ShardTable.write_, write)
 

@@ -58,6 +58,7 @@ from shardloss_server.shard.record import (
 
 MAX_BACKLOG = 8  # abandoned reads queued per worker; above that, no more are started
 RETRY_AFTER_S = 0.1
+KEPT_RECORD_BYTES = 16 * 2**20  # a larger step is forgotten by the shards as soon as all have applied it
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -410,6 +411,8 @@ class TableOwner:
             if ticket.labels is not None:
                 self.counts.learn(ticket.labels.numpy())
         self.steps.note()
+        if sum(ticket.num_bytes for ticket in doubt.tickets) > KEPT_RECORD_BYTES:
+            self._group.forget_record(self.key, doubt.change.version)  # no shard can lag behind it any more
         if doubt.tickets:
             self.sessions.commit(doubt.tickets)
 

@@ -83,6 +83,7 @@ class Pipeline:
         return self.catalog.owner(table).abort(session, step, deadline)
 
     def _with_ticket(self, owner: TableOwner, request: LossRequest, deadline: Deadline) -> LossReply:
+        reply_bytes = validate.reply_bytes(request, owner.spec)
         while True:
             committed = owner.steps.ledger.highest(request.session)
             ticket, is_new = owner.sessions.begin(
@@ -90,12 +91,16 @@ class Pipeline:
                 request.step,
                 request.part,
                 request.digest,
-                kept_bytes(request, owner.spec),
+                kept_bytes(request, owner.spec) + reply_bytes,
                 committed,
                 time.monotonic(),
+                reply_bytes=reply_bytes,
+                after_step=request.after_step or 0,
             )
             if is_new:
                 return self._fill(owner, request, ticket, deadline)
+            if ticket.is_forgotten:  # a late repeat; the ticket's part stays as it is
+                return replace(self._score(owner, request, None, deadline), ticket=ticket.name)
             reply = kept_reply(ticket, deadline)
             if reply is not None:
                 return reply
@@ -152,7 +157,8 @@ class Pipeline:
             ticket.staged, ticket.lse, ticket.num_rows = staged, merged.statistics.lse, len(request.hidden)
             ticket.version, ticket.reply, ticket.flops = version, reply, scored.flops
             ticket.steepness = steepness(part, merged.statistics.lse)
-            ticket.labels = part.batch.labels[part.batch.labels != PADDING]
+            if owner.spec.count_labels:
+                ticket.labels = part.batch.labels[part.batch.labels != PADDING]
             ticket.ready.set()
         return reply
 
@@ -241,11 +247,12 @@ def depends_on_steps(request: LossRequest) -> bool:
 
 
 def kept_bytes(request: LossRequest, spec: TableSpec) -> int:
-    """Return the most bytes that a ticket keeps: staged batch and candidates at the widest dtypes, and the reply."""
-    elements = request.hidden.numel() + 4 * request.labels.numel() + 4 * len(request.hidden)
+    """Return the most bytes that a ticket keeps: hidden in compute dtype, and labels and candidates at the widest."""
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+    elements = 5 * request.labels.numel() + 4 * len(request.hidden)
     if request.class_weights is not None:
         elements += request.class_weights.numel()
     num_drawn = validate.num_drawn(request, spec)
     if request.sampled is not None and request.sampled.num_hard_negatives:
         num_drawn = len(request.hidden) * min(request.sampled.num_hard_negatives, num_drawn)  # each row keeps its own
-    return 8 * (elements + 3 * num_drawn) + validate.reply_bytes(request, spec)
+    return dtype.itemsize * request.hidden.numel() + 8 * (elements + 4 * num_drawn)

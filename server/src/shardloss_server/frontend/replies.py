@@ -1,4 +1,7 @@
-"""Replies kept so that a retried call can be answered again: of open tickets, and the last one-call replies."""
+"""Replies kept so that a retried call can be answered again: of open tickets, and the last one-call reply of a session.
+
+A session's next step shows that the reply of the one before has arrived.
+"""
 
 from __future__ import annotations
 
@@ -16,35 +19,46 @@ NO_REPLY = LossReply(None, None, None, None, "", 0, True, Cost(0, 0, 0))
 
 
 class LastReplies:
-    """The last replies of the one-call form by (session, step), kept to answer retried calls. Thread-safe."""
+    """The last reply of the one-call form of each session, with its step, kept to answer retried calls. Thread-safe."""
 
     def __init__(self, max_bytes: int = KEPT_REPLY_BYTES) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._replies: OrderedDict[tuple[str, int], LossReply] = OrderedDict()
+        self._replies: OrderedDict[str, tuple[int, LossReply]] = OrderedDict()
         self.num_bytes = 0
 
     def forget(self, key: tuple[str, int]) -> None:
         """Drop the reply of a step that was refused."""
         with self._lock:
-            forgotten = self._replies.pop(key, None)
-            self.num_bytes -= forgotten.num_bytes if forgotten else 0
+            if self._replies.get(key[0], (0, NO_REPLY))[0] == key[1]:
+                self._pop(key[0])
 
     def get(self, key: tuple[str, int], default: LossReply) -> LossReply:
         """Return the kept reply, or the default."""
         with self._lock:
-            return self._replies.get(key, default)
+            step, reply = self._replies.get(key[0], (0, default))
+            return reply if step == key[1] else default
 
     def keep(self, key: tuple[str, int], reply: LossReply) -> None:
-        """Keep a reply that has tensors, unless it alone exceeds the byte limit; drop the oldest ones to make room."""
+        """Keep a reply that has tensors, unless it alone exceeds the byte limit.
+
+        It replaces the reply of the session's earlier step; the oldest replies are dropped to make room.
+        """
+        session, step = key
         with self._lock:
-            if key in self._replies or not 0 < reply.num_bytes <= self._max_bytes:
+            if self._replies.get(session, (0, reply))[0] >= step:
                 return
-            self._replies[key] = reply
+            self._pop(session)
+            if not 0 < reply.num_bytes <= self._max_bytes:
+                return
+            self._replies[session] = step, reply
             self.num_bytes += reply.num_bytes
             while len(self._replies) > KEPT_REPLIES or self.num_bytes > self._max_bytes:
-                _, forgotten = self._replies.popitem(last=False)
-                self.num_bytes -= forgotten.num_bytes
+                self._pop(next(iter(self._replies)))
+
+    def _pop(self, session: str) -> None:
+        _, forgotten = self._replies.pop(session, (0, NO_REPLY))
+        self.num_bytes -= forgotten.num_bytes
 
 
 def commit_of(request: LossRequest, ticket: str) -> CommitRequest:

@@ -1,13 +1,15 @@
 """Tickets and the sessions that hold them. Time is passed in as a number, and nothing here waits.
 
 The states of a ticket are OPEN -> COMMITTED | ABORTED | EXPIRED. Only the table's owner expires a ticket: ticket_ttl_s
-after the last call of its session.
+after the last call of its session. An open ticket keeps its part, and its reply until the session's next loss, which
+shows that the reply has arrived.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -49,7 +51,8 @@ class Ticket:
     step: int
     part: int
     digest: bytes
-    num_bytes: int
+    num_bytes: int  # of the part and, until it is forgotten, of the reply
+    reply_bytes: int = 0
     state: TicketState = TicketState.OPEN
     ready: threading.Event = field(default_factory=threading.Event)
     staged: Staged | None = None
@@ -61,6 +64,7 @@ class Ticket:
     flops: int = 0  # of one pass over its part
     version: int = 0
     reply: LossReply | None = None
+    is_forgotten: bool = False  # the reply was kept and is not any more; a repeat of the loss scores it again
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class Session:
     last_seen: float
     given_up: int = 0
     tickets: dict[tuple[int, int], Ticket] = field(default_factory=dict)
+    answered: list[Ticket] = field(default_factory=list)  # those whose reply is not forgotten
 
 
 class TicketBudget:
@@ -81,15 +86,22 @@ class TicketBudget:
         self.num_tickets = 0
         self.num_bytes = 0
 
-    def take(self, num_bytes: int) -> None:
-        """Account for one more ticket.
+    def take(self, num_bytes: int, own: Sequence[Ticket] = ()) -> None:
+        """Account for one more ticket of a session, whose tickets own can be closed only by the session itself.
 
         Raises:
-            LimitExceeded: this ticket alone is above the limit.
+            LimitExceeded: the limit would be exceeded even without the tickets of other sessions, so waiting is futile.
             Overloaded: the server already keeps as many tickets or bytes as it may.
         """
-        if num_bytes > self._max_bytes:
-            raise LimitExceeded(f"the ticket would keep {num_bytes} bytes, above max_ticket_bytes = {self._max_bytes}")
+        own_bytes = sum(ticket.num_bytes for ticket in own)
+        if own_bytes + num_bytes > self._max_bytes or len(own) >= self._max_tickets:
+            raise LimitExceeded(
+                f"{len(own)} open tickets of this session keep {own_bytes} bytes, and this loss would add {num_bytes}; "
+                f"the limits are max_ticket_bytes = {self._max_bytes} and max_open_tickets = {self._max_tickets}: "
+                "commit or abort the step first (step() or zero_grad() of the optimizer), send fewer rows in a step, "
+                "compute losses that do not train under torch.no_grad(), or raise the limit",
+                limit="max_open_tickets" if len(own) >= self._max_tickets else "max_ticket_bytes",
+            )
         with self._lock:
             if self.num_tickets >= self._max_tickets or self.num_bytes + num_bytes > self._max_bytes:
                 raise Overloaded(
@@ -101,10 +113,10 @@ class TicketBudget:
             self.num_tickets += 1
             self.num_bytes += num_bytes
 
-    def give_back(self, num_bytes: int) -> None:
-        """Account for the end of one ticket."""
+    def give_back(self, num_bytes: int, num_tickets: int = 1) -> None:
+        """Account for the end of one ticket, or of a reply if num_tickets is 0."""
         with self._lock:
-            self.num_tickets -= 1
+            self.num_tickets -= num_tickets
             self.num_bytes -= num_bytes
 
 
@@ -145,15 +157,28 @@ class Sessions:
             return session in self._sessions
 
     def begin(
-        self, session: str, step: int, part: int, digest: bytes, num_bytes: int, committed: int, now: float
+        self,
+        session: str,
+        step: int,
+        part: int,
+        digest: bytes,
+        num_bytes: int,
+        committed: int,
+        now: float,
+        *,
+        reply_bytes: int = 0,
+        after_step: int = 0,
     ) -> tuple[Ticket, bool]:
-        """Return the ticket of a key, and True if it is new; the caller of a new one sets `ready` once it is scored.
+        """Return the ticket of a key, and True if it must be scored; the caller then sets `ready`.
 
-        committed is the session's highest applied step.
+        committed is the session's highest applied step. num_bytes includes reply_bytes. Tickets up to after_step are
+        about to be closed by a commit. The loss of another key shows that earlier replies of the session have arrived,
+        so these are forgotten.
 
         Raises:
             StepReused: the key has an open ticket with a different payload.
             StepTooOld: the step was already applied or given up.
+            LimitExceeded: no more tickets can be kept until the session closes some of its own.
             Overloaded: no more tickets or sessions can be kept.
         """
         with self._lock:
@@ -173,7 +198,9 @@ class Sessions:
                     "given up",
                     field="step",
                 )
-            self._budget.take(num_bytes)
+            self._forget_replies(known)
+            own = [one for one in known.tickets.values() if one.step > after_step and not one.is_held]
+            self._budget.take(num_bytes, own)
             try:
                 known = self._touch(session, now)
             except Overloaded:
@@ -181,8 +208,19 @@ class Sessions:
                 raise
             self._num_made += 1
             name = f"{self._table_id}-{self._num_made}"
-            ticket = known.tickets[step, part] = Ticket(name, session, step, part, digest, num_bytes)
+            ticket = known.tickets[step, part] = Ticket(name, session, step, part, digest, num_bytes, reply_bytes)
+            known.answered.append(ticket)
             return ticket, True
+
+    def _forget_replies(self, known: Session) -> None:
+        """Forget the replies of all losses of a session that have been scored."""
+        scored = [ticket for ticket in known.answered if ticket.ready.is_set()]
+        known.answered = [ticket for ticket in known.answered if not ticket.ready.is_set()]
+        for ticket in scored:
+            if ticket.reply is not None:
+                ticket.reply, ticket.is_forgotten = None, True
+                ticket.num_bytes -= ticket.reply_bytes
+                self._budget.give_back(ticket.reply_bytes, num_tickets=0)
 
     def given_up(self, session: str) -> int:
         """Return the highest step that a session gave up, or 0 if it gave up none."""

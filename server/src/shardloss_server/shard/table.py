@@ -114,6 +114,12 @@ class ShardTable(ShardRows):
         """Return the kept records above a version, ascending; a gap before the first means that older ones are gone."""
         return [record for record in self._records if record.version > version]
 
+    def forget_record(self, version: int) -> int:
+        """Free the record that created a version, because every shard has applied it; return the present version."""
+        if self._records and self._records[-1].version == version:
+            self._records.clear()
+        return self.version
+
     # Changing
 
     def apply_(self, record: Record) -> int:
