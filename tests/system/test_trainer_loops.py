@@ -7,6 +7,8 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import shardloss
@@ -191,6 +193,30 @@ def test_backward_frees_what_the_loss_keeps(table: shardloss.Table, batch: Batch
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
     assert table.info().num_commits == 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_commit_may_take_the_time_of_its_losses(
+    table: shardloss.Table, batch: Batch, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """A step over 3 losses of 100 s each gets 600 s more than the client's timeout_s, and the next step starts anew."""
+    optimizer = (head := table.softmax()).optimizer(0.1, overlap=overlap)
+    channel, clock, given = table.client.channel, count(0.0, 100.0), []
+    call = channel.unary
+
+    def unary(method: object, request: object, timeout_s: float | None, **options: bool) -> object:
+        if method is table.client.losses.Commit:
+            given.append(timeout_s)
+        return call(method, request, None, **options)
+
+    monkeypatch.setattr(channel, "unary", unary)
+    monkeypatch.setattr("shardloss.session.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for num_losses in (3, 1):
+        for _ in range(num_losses):
+            head(*batch).backward()
+        optimizer.step()
+    optimizer.synchronize()
+    assert given == [channel.timeout_s + 600.0, channel.timeout_s + 200.0]
 
 
 def test_a_second_backward_of_a_loss_of_fixed_hidden_is_torchs_error(table: shardloss.Table, batch: Batch) -> None:
@@ -403,6 +429,13 @@ def test_hooks_of_modules_and_tensors_run(table: shardloss.Table, batch: Batch) 
     hidden.register_hook(lambda _: seen.append("hidden"))
     head(hidden, labels).backward()
     assert sorted(seen) == ["after", "backward", "before", "hidden"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_is_refused_by_name(table: shardloss.Table) -> None:
+    """torch.jit.script of a model with a head names the head's limit instead of its first untypable line."""
+    with pytest.raises(NotSupported, match=r"torch\.jit\.script"):
+        torch.jit.script(torch.nn.Sequential(table.softmax()))
 
 
 def test_data_parallel_is_refused_by_name(table: shardloss.Table) -> None:

@@ -88,6 +88,9 @@ class Head(torch.nn.Module):
         self.pending.probe.requires_grad_(requires_grad)
         return self
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotSupported("torch.jit.script cannot compile a remote loss; script the other modules")
+
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise NotSupported(
             "torch.nn.DataParallel would call one head from several threads: use DistributedDataParallel, whose "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ class Session:
         self.table, self.name, self.opened_at_version = table, name, opened_at_version
         self.step = 1
         self.num_parts = 0
+        self._scoring_s = 0.0  # seconds that the losses of this step took
         self.follows: int | None = None  # a step whose commit may be in progress
 
     def __repr__(self) -> str:
@@ -72,8 +74,12 @@ class Session:
         )
         self._key(request.message)
         self.num_parts += 1
-        with self._passing(StepTooOld):
-            return self.table._send_loss(request)
+        began = time.monotonic()
+        try:
+            with self._passing(StepTooOld):
+                return self.table._send_loss(request)
+        finally:
+            self._scoring_s += time.monotonic() - began
 
     def commit(
         self,
@@ -87,7 +93,8 @@ class Session:
         """Commit parts of the current step, each (result or ticket, g [N] or None for ones), as one optimizer step.
 
         The step is applied exactly once. All parts together must fit in one message (about a million rows of float32 in
-        4 MiB). learning_rate is >= 0; grad_scale multiplies every g; want_cost requests the cost of the call.
+        4 MiB). The call may take twice the time of the step's losses longer than the client's timeout_s. learning_rate
+        is >= 0; grad_scale multiplies every g; want_cost requests the cost of the call.
 
         Raises:
             TransientError: the same commit may be repeated; it is applied once.
@@ -97,7 +104,7 @@ class Session:
         request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
         request.want_cost = want_cost
         with self._passing(StepTooOld, StepReused):
-            result = self._send_commit(request)
+            result = self._send_commit(request, self._commit_timeout_s)
         self._next_step()
         return result
 
@@ -109,13 +116,13 @@ class Session:
         The function can be called again after a TransientError. The session moves on to its next step immediately.
         While `follows` is set, the server scores the session's losses after this commit, even before its reply arrives.
         """
-        request = self._commit_request(parts, learning_rate, grad_scale, None)
+        request, timeout_s = self._commit_request(parts, learning_rate, grad_scale, None), self._commit_timeout_s
         self._next_step()
         self.follows = request.step
 
         def send() -> types.CommitResult:
             try:
-                return self._send_commit(request)
+                return self._send_commit(request, timeout_s)
             except RequestError:
                 with suppress(ShardlossError):  # so that a loss that waits for the step is refused
                     self._send_abort(request.step)
@@ -146,9 +153,14 @@ class Session:
                 message.g.CopyFrom(numbers(g, f"parts[{len(request.parts) - 1}].g"))
         return request
 
-    def _send_commit(self, request: loss_pb2.CommitRequest) -> types.CommitResult:
+    @property
+    def _commit_timeout_s(self) -> float:
+        """A commit may have to compute all losses of the step again, and their gradients."""
+        return self.table.client.channel.timeout_s + 2.0 * self._scoring_s
+
+    def _send_commit(self, request: loss_pb2.CommitRequest, timeout_s: float) -> types.CommitResult:
         client = self.table.client
-        return messages.commit_result(client.channel.unary(client.losses.Commit, request, None))
+        return messages.commit_result(client.channel.unary(client.losses.Commit, request, timeout_s))
 
     def train_step(
         self,
@@ -237,4 +249,4 @@ class Session:
 
     def _next_step(self) -> None:
         self.step += 1
-        self.num_parts = 0
+        self.num_parts, self._scoring_s = 0, 0.0
