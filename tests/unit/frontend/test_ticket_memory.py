@@ -11,13 +11,14 @@ import torch
 from shardloss_server.config import Limits, physical_memory_bytes
 from shardloss_server.frontend import owner, validate
 from shardloss_server.frontend.pipeline import kept_bytes
-from shardloss_server.frontend.request import Want
+from shardloss_server.frontend.request import SampledSoftmax, Want
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement
+from shardloss_server.shard import gradient
 from shardloss_server.shard.record import TableSpec
 
-from ..cases import D, N, V, randn
+from ..cases import D, N, V, randn, sampler
 from ..front import Front, Table, request_of
 
 RATE = 0.3
@@ -96,3 +97,24 @@ def test_the_shards_forget_a_large_step_that_all_have_applied(
     by_worker = [front.group.start(worker, "records_since", table.owner.key, 0).result(60.0) for worker in range(2)]
     assert {bool(records) for by_shard in by_worker for records in by_shard.values()} == {not is_large}
     assert front.group.repair(table.owner.key, 60.0) == version
+
+
+@pytest.mark.parametrize("num_hard_negatives", [0, 2])
+def test_a_step_is_the_same_whatever_is_copied_at_once(
+    front: Front, monkeypatch: pytest.MonkeyPatch, num_hard_negatives: int
+) -> None:
+    """Parts whose hidden is summed one after another give the rows that one copy of all hidden gives."""
+    weights, biases, hiddens = randn(V, D), randn(V), [randn(N, D) for _ in range(3)]
+    sampled = SampledSoftmax(sampler("uniform", V), "every", None, num_hard_negatives) if num_hard_negatives else None
+    rows = []
+    for group_bytes in (gradient.GROUP_BYTES, 2 * N * D * 8, 1):
+        monkeypatch.setattr(gradient, "GROUP_BYTES", group_bytes)
+        table = front.table(weights, biases)
+        requests = [request_of(hidden, torch.arange(N)[:, None] % V, sampled=sampled) for hidden in hiddens]
+        tickets = [table.open(request, 1, part) for part, request in enumerate(requests)]
+        table.commit(1, [(ticket, torch.ones(N)) for ticket in tickets], RATE)
+        rows.append(table.read())
+    assert not torch.equal(rows[0][0], weights)
+    for found in rows[1:]:
+        for one, other in zip(found, rows[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from shardloss_server.shard.kept import Kept, KeptBlock, KeptEntries, KeptPart
 from shardloss_server.shard.record import Candidates, Part, RowCandidates, Upstream
 from shardloss_server.shard.rows import Index, ShardRows
 
+GROUP_BYTES = 64 * 2**20  # hidden of several parts that is copied into one tensor
 Touched = tuple[Tensor, Tensor, Tensor]  # distinct row index [M], gradient of rows [M, D], of biases [M]
 
 
@@ -79,9 +80,35 @@ def touched_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
 
 
 def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[Upstream, ...], kept: Kept) -> Touched:
-    """Return the gradient if all columns are entries of unnormalised rows: sums of dz hidden per row, in one pass."""
+    """Return the gradient if all columns are entries of unnormalised rows, computed for some parts at a time."""
+    sums = [entries_sum(rows, some, kept) for some in grouped(list(zip(parts, upstreams, strict=True)))]
+    if len(sums) == 1:
+        return sums[0]
+    index = torch.unique(torch.cat([found for found, _, _ in sums]))
+    gradient = torch.zeros(len(index), rows.spec.dim, dtype=rows.compute_dtype)
+    biases = torch.zeros(len(index), dtype=rows.compute_dtype)
+    for found, of_rows, of_biases in sums:
+        place = torch.searchsorted(index, found)
+        gradient.index_add_(0, place, of_rows)
+        biases.index_add_(0, place, of_biases)
+    return index, gradient, biases
+
+
+def grouped(pairs: list[tuple[Part, Upstream]]) -> Iterator[list[tuple[Part, Upstream]]]:
+    """Yield runs of parts, each of one part or with at most GROUP_BYTES of hidden."""
+    some: list[tuple[Part, Upstream]] = []
+    for pair in pairs:
+        if some and sum(part.batch.hidden.nbytes for part, _ in (*some, pair)) > GROUP_BYTES:
+            yield some
+            some = []
+        some.append(pair)
+    yield some
+
+
+def entries_sum(rows: ShardRows, pairs: Sequence[tuple[Part, Upstream]], kept: Kept) -> Touched:
+    """Return the sums of dz hidden per row over some parts, in one pass; the hidden of several parts is copied."""
     found, first_row = [], 0
-    for part, up in zip(parts, upstreams, strict=True):
+    for part, up in pairs:
         scale = part.objective.transform.scale
         for row_index, batch_row, dz in entry_derivatives(rows, part, up, kept.of(part)):
             found.append((row_index, batch_row + first_row, dz, dz * scale))
@@ -89,7 +116,8 @@ def entries_gradient(rows: ShardRows, parts: tuple[Part, ...], upstreams: tuple[
     row_index, batch_row, dz, of_bias = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     ordered, order = in_order(row_index)
     index, place, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    gradient = kernel.bags(dz[order], batch_row[order], torch.cat([part.batch.hidden for part in parts]), counts)
+    hidden = pairs[0][0].batch.hidden if len(pairs) == 1 else torch.cat([part.batch.hidden for part, _ in pairs])
+    gradient = kernel.bags(dz[order], batch_row[order], hidden, counts)
     biases = torch.zeros(len(index), dtype=rows.compute_dtype)
     return index, gradient, biases.index_add_(0, place, of_bias[order]) if rows.spec.bias else biases
 
