@@ -9,6 +9,7 @@ import typer
 
 from shardloss_server import __version__
 from shardloss_server.cli import config, metrics, tokens
+from shardloss_server.cli.doctor import doctor
 from shardloss_server.cli.health import health
 from shardloss_server.cli.serve import serve
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("health")(health)
+app.command("doctor")(doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(metrics.app, name="metrics")
 app.add_typer(tokens.app, name="tokens")

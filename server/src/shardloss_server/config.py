@@ -67,6 +67,9 @@ class Workers:
     ray_address: Annotated[
         str | None, a("Address of a Ray cluster to join; if absent, the server starts an embedded Ray.")
     ] = None
+    start_timeout_s: Annotated[
+        float, a("Seconds within which Ray and the workers must have started.", gt=0, le=LONGEST_S)
+    ] = 300.0
     local: Annotated[bool, a("Run the shards as threads of the server's own process, without Ray.")] = False
 
 

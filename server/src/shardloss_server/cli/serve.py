@@ -7,23 +7,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
 from concurrent import futures
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from shardloss_server import __version__, logs, tracing
+from shardloss_server import __version__, logs
+from shardloss_server.cli.checks import check_all
 from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
 from shardloss_server.settings import Settings
 
 if TYPE_CHECKING:  # torch and ray take a second to import, and most commands need neither
+    from shardloss_server.cluster.folder import OwnFolder
     from shardloss_server.cluster.group import ShardGroup
 
+POLL_S = 0.2
+SAY_S = 15.0  # a start that takes longer says so, each time that this many seconds have passed
+GRACE_S = 5.0  # in which the group itself can say what has not started
+SLOW = "if the machine is slow or busy, raise start_timeout_s"
 log = logging.getLogger("shardloss_server")
 
 
@@ -33,35 +38,64 @@ def serve(settings: Settings) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else any peer could write arbitrary text to the log
     from shardloss.allocator import keep_freed_memory
 
-    from shardloss_server.access.exposure import refuse_exposed
+    from shardloss_server.cluster.folder import OwnFolder
 
-    config = settings.server()
+    config, workers = settings.server(), settings.group(Workers)
     logs.configure(config.watching.log_format, config.watching.log_level)
-    keep_freed_memory(one_arena=True)
     stop = threading.Event()
-    install_signals(stop)
-    # Ray runs in a thread of its own: on the main thread it would replace the signal handlers. Its processes end with
-    # the thread that started them.
-    with futures.ThreadPoolExecutor(1, "serve") as thread:
-        try:
-            refuse_exposed(config.listening.host, config.security)  # before any worker is started
-            tracing.refuse_missing(config.watching)
-            thread.submit(run, partial(make_group, settings.group(Workers)), config, stop).result()
-        except CannotServe as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from None
-    end()
+    install_signals(stop, None)
+    try:
+        check_all(settings)
+    except CannotServe as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    keep_freed_memory(one_arena=True)
+    folder = None if workers.local else OwnFolder()
+    install_signals(stop, folder)
+    thread = futures.ThreadPoolExecutor(1, "serve")  # lives as long as Ray's processes, which end with their thread
+    status = 1
+    try:
+        group = started(thread.submit(make_group, workers, folder), workers.start_timeout_s, stop)
+        install_signals(stop, folder)  # Ray has replaced the handler of SIGTERM
+        status = 0 if group is None else thread.submit(run, group, config, stop).result()
+    except CannotServe as error:
+        typer.echo(str(error), err=True)
+    finally:
+        if folder is not None:
+            folder.remove()
+    end(status)
 
 
-def end() -> NoReturn:
-    """Exit with 0, skipping the interpreter's shutdown, which C++ threads of Ray and gRPC could still abort."""
+def started(starting: futures.Future[ShardGroup], timeout_s: float, stop: threading.Event) -> ShardGroup | None:
+    """Wait until the workers have started; return None if the server is told to stop before.
+
+    Raises:
+        CannotServe: they have not started within timeout_s, or cannot start.
+    """
+    began = time.monotonic()
+    said_s = 0.0
+    while not futures.wait([starting], POLL_S).done:
+        waited_s = time.monotonic() - began
+        if stop.is_set():
+            log.info("told to stop before the workers had started")
+            return None
+        if waited_s > timeout_s + GRACE_S:
+            raise CannotServe(f"the workers did not start within start_timeout_s = {timeout_s:.0f} s: {SLOW}")
+        if waited_s > said_s + SAY_S:
+            said_s = waited_s
+            log.info("the workers have been starting for %.0f s, of start_timeout_s = %.0f s", waited_s, timeout_s)
+    return starting.result()
+
+
+def end(status: int) -> NoReturn:
+    """Exit, skipping the interpreter's shutdown, which C++ threads of Ray and gRPC could still abort."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
-def make_group(workers: Workers) -> ShardGroup:
+def make_group(workers: Workers, folder: OwnFolder | None) -> ShardGroup:
     """Create the shard group; Ray is imported only if it is used, and started before any gRPC thread."""
     import torch
 
@@ -79,14 +113,15 @@ def make_group(workers: Workers) -> ShardGroup:
         links=workers.links,
         num_threads=workers.worker_threads,
         kept_bytes=kept_bytes,
+        start_timeout_s=workers.start_timeout_s,
+        folder=folder,
     )
 
 
-def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Event) -> None:
-    """Start the workers and serve until `stop` is set, then close both."""
+def run(group: ShardGroup, config: ServerConfig, stop: threading.Event) -> int:
+    """Serve until `stop` is set or the group fails, then close both; return the exit status."""
     from shardloss_server.rpc.serve import Server
 
-    group = make()
     try:
         server = Server(group, config)
         server.start()
@@ -95,11 +130,17 @@ def run(make: Callable[[], ShardGroup], config: ServerConfig, stop: threading.Ev
             log.info("metrics on http://%s/metrics", server.exposition.address)
         if config.listening.ready_file is not None:
             announce(config.listening.ready_file, server.address)
-        stop.wait()
+        failure = None
+        while failure is None and not stop.wait(POLL_S):
+            failure = group.failure()
+        if failure is not None:
+            tables = ", ".join(owner.spec.name for owner in server.catalog.owners()) or "none"
+            log.error("%s, so this server stops, to be started again; lost with it: tables %s", failure, tables)
         log.info("stopping: new calls are refused, and calls in flight have %.0f s to finish", config.listening.drain_s)
         server.stop()
     finally:
         group.close()
+    return 0 if failure is None else 1
 
 
 def announce(ready_file: Path, address: str) -> None:
@@ -109,11 +150,14 @@ def announce(ready_file: Path, address: str) -> None:
     unfinished.rename(ready_file)
 
 
-def install_signals(stop: threading.Event) -> None:
+def install_signals(stop: threading.Event, folder: OwnFolder | None) -> None:
     """Handle SIGTERM and SIGINT: the first signal sets `stop`, the second exits at once."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
+        signal.alarm(0)  # while Ray starts, its own handler runs first, and would abort the process 3 s later
         if stop.is_set():
+            if folder is not None:
+                folder.remove()
             os._exit(128 + number)
         stop.set()
 

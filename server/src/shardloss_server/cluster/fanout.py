@@ -81,6 +81,10 @@ class FanoutGroup(ABC):
     def stage(self, part: Part) -> Staged:
         """Place a part where the workers can read it in later verbs."""
 
+    def failure(self) -> str | None:
+        """Return None: workers in this process cannot fail alone."""
+        return None
+
     @abstractmethod
     def backlog(self) -> int:
         """Return the number of abandoned calls that have not finished."""

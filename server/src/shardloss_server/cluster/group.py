@@ -92,6 +92,9 @@ class ShardGroup(Protocol):
     def backlog(self) -> int:
         """Return the number of abandoned calls that have not finished; a call started now waits behind them."""
 
+    def failure(self) -> str | None:
+        """Return why this group can no longer start or watch its workers, for good; None if it can."""
+
     def create(self, spec: TableSpec, max_sessions: int) -> Pending[object]:
         """Allocate and fill the shards of a table."""
 

@@ -12,6 +12,7 @@ import select
 import socket
 import tempfile
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -315,12 +316,19 @@ class Link:
 class Links:
     """The links of a group to its workers, and to the relays in front of some of them.
 
-    Workers connect to a Unix socket in a directory that only this user may enter or, with host, to a TCP socket there.
+    Workers connect to a Unix socket in a new directory that only this user may enter, in folder or by default in
+    TMPDIR; with host, they connect to a TCP socket there.
     relays[r] are the workers behind relay r, whose own link has index num_workers + r. A worker of a relay that links
     directly instead, because it runs on another node, is called over its own link.
     """
 
-    def __init__(self, num_workers: int, host: str | None = None, relays: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        host: str | None = None,
+        relays: Sequence[Sequence[int]] = (),
+        folder: Path | None = None,
+    ) -> None:
         self.links = [Link(f"worker {index}") for index in range(num_workers)]
         self.relays = [Link(f"relay {index}") for index in range(len(relays))]
         self._relay_of = {
@@ -330,7 +338,7 @@ class Links:
         self._numbers = count(1)
         self._folder = ExitStack()
         self._listener = Listener(
-            (host, 0) if host else self._socket_path(),
+            (host, 0) if host else self._socket_path(folder),
             secrets.token_bytes(32),
             self._adopt,
             num_expected=len(self._all),
@@ -343,9 +351,10 @@ class Links:
         return self._listener.invitation
 
     def wait(self, timeout_s: float) -> bool:
-        """Return True once every relay and every worker without one is linked; False if that takes too long."""
+        """Return True once every relay and every worker without one is linked; False if not within timeout_s."""
         ways = {self._relay_of.get(worker, link) for worker, link in enumerate(self.links)}
-        return all(link.linked.wait(timeout_s) for link in ways)
+        deadline = time.monotonic() + timeout_s
+        return all(link.linked.wait(max(0.0, deadline - time.monotonic())) for link in ways)
 
     def away(self) -> dict[int, Link]:
         """Return {worker: link} of the workers without a relay that are not linked."""
@@ -385,9 +394,9 @@ class Links:
             link.close()
         self._folder.close()
 
-    def _socket_path(self) -> str:
-        folder = self._folder.enter_context(tempfile.TemporaryDirectory(prefix="shardloss-link-"))
-        return str(Path(folder) / "workers")
+    def _socket_path(self, folder: Path | None) -> str:
+        own = self._folder.enter_context(tempfile.TemporaryDirectory(prefix="link-", dir=folder))
+        return str(Path(own) / "workers")
 
     def _way_to(self, worker: int) -> Link:
         own = self.links[worker]

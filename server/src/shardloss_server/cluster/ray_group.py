@@ -1,11 +1,9 @@
-"""A group of Ray actors: one worker process per GPU or per core. The only module that imports ray."""
+"""A group of Ray actors: one worker process per GPU or per core."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -18,12 +16,16 @@ import torch
 from shardloss.allocator import keep_freed_memory
 
 from shardloss_server.cluster import linked_worker, relay
+from shardloss_server.cluster.embedded_ray import EmbeddedRay
 from shardloss_server.cluster.fanout import FanoutGroup, remaining_until, timed
+from shardloss_server.cluster.folder import OwnFolder
 from shardloss_server.cluster.group import Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.link import Links
 from shardloss_server.cluster.listener import Invitation
 from shardloss_server.cluster.relay import Post
+from shardloss_server.cluster.surroundings import refuse_bad_surroundings
 from shardloss_server.cluster.worker import Worker
+from shardloss_server.config import CannotServe
 from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import OutOfMemory, Part
 
@@ -36,8 +38,7 @@ from ray._private import state as ray_state  # the public API queries the dashbo
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 LINK_TIMEOUT_S = 10.0
 JOINED_POLL_S = 0.2
 JOINED_S = 5.0  # after a restart of the head, a cluster's nodes rejoin within seconds of each other
@@ -63,8 +64,8 @@ def register_tensors() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=_tensor_to_numpy, deserializer=_tensor_from_numpy)
 
 
-class WorkersNotStarted(Exception):
-    """Ray did not start the requested number of workers."""
+class WorkersNotStarted(CannotServe):
+    """Ray did not start, or did not start the requested number of workers."""
 
 
 class WorkerActor:
@@ -218,6 +219,11 @@ class RayGroup(FanoutGroup):
     A worker that dies is restarted empty: calls on its tables raise ShardMissing, and other tables are not affected.
     With links = False, or if a worker cannot reach this process, every verb is a plain actor call. In a cluster of
     several nodes, neighbouring workers share a node, and each remote node with several workers runs a relay.
+
+    Files and sockets are in `folder`, by default one of this group's own; close() removes it.
+
+    Raises:
+        CannotServe: Ray or the workers did not start within start_timeout_s; the message says why.
     """
 
     def __init__(
@@ -228,9 +234,15 @@ class RayGroup(FanoutGroup):
         links: bool = True,
         num_threads: int = 1,
         kept_bytes: int = KEPT_BYTES,
+        start_timeout_s: float = START_TIMEOUT_S,
+        folder: OwnFolder | None = None,
     ) -> None:
         super().__init__(num_workers)
-        self._temp_dir = None if address else tempfile.mkdtemp(prefix="shardloss-")
+        refuse_bad_surroundings(address)
+        self._folder = folder or OwnFolder()
+        self._is_shared = address is not None  # others use the cluster, too
+        self._embedded: EmbeddedRay | None = None
+        self._left = remaining_until(time.monotonic() + start_timeout_s)
         self._actors: list[Any] = []
         self._relays: list[Any] = []
         self._posts: list[Post] = []
@@ -242,8 +254,8 @@ class RayGroup(FanoutGroup):
         self._owns_ray = not ray.is_initialized()
         try:
             if self._owns_ray:
-                self._start_ray(address)
-            self._num_workers = num_workers or all_there_is(START_TIMEOUT_S, JOINED_S if address else 0.0)
+                self._start_ray(address, start_timeout_s)
+            self._num_workers = num_workers or all_there_is(self._left(), JOINED_S if address else 0.0)
             register_tensors()
             self._start_actors(num_threads, kept_bytes, with_links=links)
             self._watcher.start()
@@ -251,23 +263,22 @@ class RayGroup(FanoutGroup):
             self.close()
             raise
 
-    def _start_ray(self, address: str | None) -> None:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            return
-        ray.init(
-            address="local",
-            num_cpus=max(self._num_workers, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=self._temp_dir,
-        )
+    def _start_ray(self, address: str | None, start_timeout_s: float) -> None:
+        try:
+            if address is None:
+                num_cpus = max(self._num_workers, os.cpu_count() or 1)
+                self._embedded = EmbeddedRay(self._folder, num_cpus, start_timeout_s)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises many types, and some texts have many lines
+            log.debug("Ray did not start", exc_info=True)
+            what = "the embedded Ray did not start" if address is None else f"ray_address = {address} cannot be joined"
+            reason = str(error).strip().partition("\n")[0]
+            raise WorkersNotStarted(f"{what}: {type(error).__name__}: {reason}") from None
 
     def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
         num_gpus = relay.share_of_gpu(self._num_workers, int(resources().get("GPU", 0.0)))
-        num_cpus = 0 if self._temp_dir else 1  # an embedded Ray is this process's own: no others use its cores
+        num_cpus = 1 if self._is_shared else 0  # an embedded Ray is this process's own: no others use its cores
         actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=0)(WorkerActor)
         nodes = self._made_links(num_cpus, num_gpus) if with_links else [None] * self._num_workers
         invitation = self._links.invitation if self._links else None
@@ -297,25 +308,29 @@ class RayGroup(FanoutGroup):
         if has_room < self._num_workers:
             log.warning("%d workers were requested, but the cluster has room for %d", self._num_workers, has_room)
         try:
-            answers: list[tuple[int, str]] = ray.get(refs, timeout=START_TIMEOUT_S)
+            answers: list[tuple[int, str]] = ray.get(refs, timeout=self._left())
         except GetTimeoutError:
             raise WorkersNotStarted(
-                f"{self._num_workers} workers did not start within {START_TIMEOUT_S:.0f} s; the cluster has room for "
-                f"{has_room}, at {num_cpus} CPU and {num_gpus:.2f} GPU each: add nodes, or request fewer workers"
+                f"{self._num_workers} workers did not start within start_timeout_s; the cluster has room for "
+                f"{has_room}, at {num_cpus} CPU and {num_gpus:.2f} GPU each: add nodes, request fewer workers, or "
+                f"raise start_timeout_s if the machine is slow"
             ) from None
+        except RayError as error:
+            raise WorkersNotStarted(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
         return answers
 
     def _made_links(self, num_cpus: float, num_gpus: float) -> list[str | None]:
         """Create the links and start the relays; return the node of each worker, or None for any node."""
         nodes: list[str | None] = [own_node()] * self._num_workers
         host = None
-        if self._temp_dir is None:  # a shared cluster: workers may have to run on other nodes, now or later
+        if self._is_shared:  # workers may have to run on other nodes, now or later
             has_room = rooms(num_cpus, num_gpus)
             if is_spread() or has_room.get(own_node(), 0) < self._num_workers:
                 host, nodes = own_address(), relay.seats(self._num_workers, has_room)
         self._posts = relay.posts(nodes, own_node())
         try:
-            self._links = Links(self._num_workers, host, [post.workers for post in self._posts])
+            behind = [post.workers for post in self._posts]
+            self._links = Links(self._num_workers, host, behind, self._folder.path)
         except OSError as error:
             log.warning("cannot listen for links, so every call goes through Ray, at about 8 ms each: %s", error)
             self._posts = []
@@ -329,7 +344,7 @@ class RayGroup(FanoutGroup):
         for index, post in enumerate(self._posts, start=self._num_workers):
             there = NodeAffinitySchedulingStrategy(post.node, soft=False)
             self._relays.append(actor.options(scheduling_strategy=there).remote(post, invitation, index))
-        ray.get([a.is_ready.remote() for a in self._relays], timeout=START_TIMEOUT_S)
+        ray.get([a.is_ready.remote() for a in self._relays], timeout=self._left())
 
     def _all_answer(self, links: Links) -> bool:
         """Return True if every worker answers over links.
@@ -411,17 +426,22 @@ class RayGroup(FanoutGroup):
         except (ObjectStoreFullError, OutOfDiskError) as error:
             raise OutOfMemory("Ray's object store, which holds staged parts, is full") from error
 
+    def failure(self) -> str | None:
+        return self._embedded.failure() if self._embedded else None
+
     def close(self) -> None:
         self._closed.set()
         if self._watcher.is_alive():
             self._watcher.join(LINK_TIMEOUT_S)
-        for actor in self._actors:
-            ray.kill(actor)
+        if self.failure() is None:  # else Ray's calls would wait for the process that has ended
+            for actor in self._actors:
+                ray.kill(actor)
+            self._stop_relays()
         self._actors = []
-        self._stop_relays()
         if self._links:
             self._links.close()
-        if self._owns_ray and ray.is_initialized():
+        if self._embedded:
+            self._embedded.close()
+        elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
-        if self._temp_dir:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+        self._folder.remove()
