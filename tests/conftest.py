@@ -6,6 +6,8 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -121,3 +123,10 @@ def any_client(request: pytest.FixtureRequest) -> shardloss.LossClient:
     name = "client" if request.param == "local" else "ray_client"
     found: shardloss.LossClient = request.getfixturevalue(name)
     return found
+
+
+@pytest.fixture
+def temp() -> Iterator[Path]:
+    """A TMPDIR of its own for a started process; its path is short, because a Unix socket's may have 107 bytes."""
+    with TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)

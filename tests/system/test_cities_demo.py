@@ -19,9 +19,9 @@ import pytest
 import shardloss
 from matplotlib import image
 from shardloss_server.rpc.serve import Server
-from test_serve import children_of, wait_gone
 
 from examples.cities.__main__ import main
+from tests.servers import children_of, wait_gone
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shardloss
-from test_serve import serving
+
+from tests.servers import started
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("initializer", [shardloss.Normal(0.01), shardloss.Uniform(0.01)], ids=["normal", "uniform"])
-def test_ten_million_rows_are_made_in_a_minute(tmp_path: Path, initializer: shardloss.types.Initializer) -> None:
+def test_ten_million_rows_are_made_in_a_minute(temp: Path, initializer: shardloss.types.Initializer) -> None:
     """A table of 10M x 128 on two workers is created in less than 60 s, and a first step on it succeeds."""
-    with serving(tmp_path, "--workers", "2") as (_, address), shardloss.connect(address) as client:
+    with started(temp, "--workers", "2") as server, shardloss.connect(server.address) as client:
         began = time.monotonic()
         table = client.create_table("large", num_classes=10_000_000, dim=128, initializer=initializer)
         made_s = time.monotonic() - began

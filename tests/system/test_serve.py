@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -18,76 +16,7 @@ import shardloss
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-START_S = 300.0  # far more than a busy machine needs
-STOP_S = 120.0
-
-
-@contextmanager
-def serving(tmp_path: Path, *options: str, temp: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start a server process and yield it with its address; it is terminated in any case."""
-    ready = tmp_path / "ready"
-    command = [
-        sys.executable,
-        "-m",
-        "shardloss_server",
-        "serve",
-        "--port",
-        "0",
-        "--admin-port",
-        "0",
-        "--ready-file",
-        str(ready),
-        *options,
-    ]
-    environment = os.environ if temp is None else {**os.environ, "TMPDIR": str(temp)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
-        try:
-            deadline = time.monotonic() + START_S
-            while not ready.exists():
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline, "the server did not start in time"
-                time.sleep(0.05)
-            yield process, ready.read_text()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(STOP_S)
-
-
-def children_of(pid: int) -> set[int]:
-    """Return the pids of all running descendants of a process."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                parents[int(entry.name)] = int(fields[1])
-    found = {pid}
-    while True:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        if not more:
-            return found - {pid}
-        found |= more
-
-
-def wait_gone(pids: set[int], timeout_s: float) -> set[int]:
-    """Wait until all pids have ended, at most timeout_s; return those that still run."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        alive = {pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)}
-        if not alive or time.monotonic() > deadline:
-            return alive
-        time.sleep(0.1)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return ") Z" in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
+from tests.servers import START_S, STOP_S, children_of, started, wait_gone
 
 
 @pytest.mark.parametrize(
@@ -95,33 +24,17 @@ def is_zombie(pid: int) -> bool:
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
     ids=["SIGTERM", "Ctrl-C"],
 )
-def test_a_local_server_serves_and_stops_cleanly(tmp_path: Path, number: int) -> None:
+def test_a_local_server_serves_and_stops_cleanly(temp: Path, number: int) -> None:
     """The server writes its address when it is ready, answers calls, and exits with 0 on a signal."""
-    with serving(tmp_path, "--local", "--workers", "1") as (process, address):
-        with shardloss.connect(address) as client:
+    with started(temp, "--local", "--workers", "1") as server:
+        with shardloss.connect(server.address) as client:
             table = client.create_table("t", num_classes=11, dim=3)
             hidden = np.ones((2, 3), np.float32)
             result = table.session().train_step(hidden, np.array([1, 2]), shardloss.FullSoftmax(), learning_rate=0.1)
             assert result.committed is not None
             assert result.committed.version == 1
-        process.send_signal(number)
-        assert process.wait(STOP_S) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_ray_server_stops_every_process_it_started(tmp_path: Path, temp: Path) -> None:
-    """After SIGTERM no worker, no process of Ray and no temporary file is left."""
-    with serving(tmp_path, "--workers", "2", temp=temp) as (process, address):
-        with shardloss.connect(address) as client:
-            assert client.info.num_workers == 2
-            client.create_table("t", num_classes=11, dim=3)
-        children = children_of(process.pid)
-        assert len(children) > 2
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_S) == 0
-    assert wait_gone(children, STOP_S) == set()
-    assert list(temp.glob("shardloss-*")) == []
+        server.process.send_signal(number)
+        assert server.process.wait(STOP_S) == 0
 
 
 @pytest.mark.slow
@@ -142,14 +55,14 @@ def test_a_server_told_to_stop_while_it_starts_leaves_nothing(temp: Path) -> Non
             assert time.monotonic() < deadline, "the server did not exit in time"
             time.sleep(0.01)
         assert process.returncode == 0
-    assert wait_gone(children, STOP_S) == set()
-    assert list(temp.glob("shardloss-*")) == []
+    assert wait_gone(children) == set()
+    assert list(temp.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_exits_at_once(temp: Path) -> None:
     """A call in flight keeps the server draining; a second signal ends it without waiting for the call."""
-    with serving(tmp_path, "--local", "--drain-s", "600") as (process, address), shardloss.connect(address) as client:
+    with started(temp, "--local", "--drain-s", "600") as server, shardloss.connect(server.address) as client:
         table = client.create_table("t", num_classes=5, dim=2)
         session = table.session()
         request = shardloss.messages.loss_request(
@@ -159,10 +72,10 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
         key.session, key.step, key.after_step = session.name, 2, 1
         waiting = client.send_loss.future(request, timeout=500)
         wait_until_in_flight(client)
-        process.send_signal(signal.SIGTERM)
-        wait_not_serving(address)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_S) == 128 + signal.SIGTERM
+        server.process.send_signal(signal.SIGTERM)
+        wait_not_serving(server.address)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(STOP_S) == 128 + signal.SIGTERM
         waiting.cancel()
 
 
@@ -215,10 +128,10 @@ def test_nobody_at_the_address_is_a_named_error() -> None:
         shardloss.connect("127.0.0.1:1", timeout_s=0.5)
 
 
-def test_a_unix_socket_serves_its_owner(tmp_path: Path) -> None:
+def test_a_unix_socket_serves_its_owner(temp: Path) -> None:
     """The socket has mode 0600, serves in addition to the data port, and is removed when the server stops."""
-    path = tmp_path / "shardloss"
-    with serving(tmp_path, "--local", "--workers", "1", "--socket", str(path)):
+    path = temp / "shardloss"
+    with started(temp, "--local", "--workers", "1", "--socket", str(path)):
         assert path.stat().st_mode & 0o777 == 0o600
         with shardloss.connect(f"unix:{path}", timeout_s=30.0) as client:
             table = client.create_table("words", num_classes=5, dim=3)

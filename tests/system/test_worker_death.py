@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shardloss
-from test_serve import STOP_S, children_of, serving, wait_gone
+
+from tests.servers import STOP_S, children_of, started, wait_gone
 
 
 def shard_workers(server_pid: int) -> list[int]:
@@ -28,22 +29,20 @@ def repeat_for(seconds: float, call: Callable[[], object]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("path", ["--links", pytest.param("--no-links", marks=pytest.mark.slow)])
-def test_a_killed_worker_is_a_named_error_new_tables_work_and_the_server_stops(
-    tmp_path: Path, temp: Path, path: str
-) -> None:
+def test_a_killed_worker_is_a_named_error_new_tables_work_and_the_server_stops(temp: Path, path: str) -> None:
     """Calls raise RowsLost and never return a wrong result; new tables work; SIGTERM leaves no process and no file.
 
     This is true with links, which the new worker opens again, and with plain Ray calls.
     """
     hidden, labels = np.ones((3, 4), np.float32), np.array([0, 5, 10])
     with (
-        serving(tmp_path, "--workers", "2", path, temp=temp) as (process, address),
-        shardloss.connect(address, timeout_s=200, attempt_timeout_s=20) as client,
+        started(temp, "--workers", "2", path) as server,
+        shardloss.connect(server.address, timeout_s=200, attempt_timeout_s=20) as client,
     ):
         table = client.create_table("lost", num_classes=11, dim=4)
         session = table.session()
         session.train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
-        victims = shard_workers(process.pid)
+        victims = shard_workers(server.process.pid)
         assert len(victims) == 2
         os.kill(victims[0], signal.SIGKILL)
         with pytest.raises(shardloss.errors.RowsLost):
@@ -55,8 +54,8 @@ def test_a_killed_worker_is_a_named_error_new_tables_work_and_the_server_stops(
         result = again.session().train_step(hidden, labels, shardloss.FullSoftmax(), learning_rate=0.1)
         assert result.committed is not None
         assert result.committed.version == 1
-        children = children_of(process.pid)
-        process.terminate()
-        assert process.wait(STOP_S) == 0
-    assert wait_gone(children, STOP_S) == set()
-    assert list(temp.glob("shardloss-*")) == []
+        children = children_of(server.process.pid)
+        server.process.terminate()
+        assert server.process.wait(STOP_S) == 0
+    assert wait_gone(children) == set()
+    assert list(server.temp.iterdir()) == []

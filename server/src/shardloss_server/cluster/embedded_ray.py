@@ -41,7 +41,7 @@ class EmbeddedRay:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(folder.path),
+                _temp_dir=str(folder.path / "ray"),  # Ray lets everyone write to it, but not enter the folder
                 _system_config={
                     "memory_monitor_refresh_ms": 0,  # no worker is killed because a neighbour needs memory
                     "worker_register_timeout_seconds": round(start_timeout_s),

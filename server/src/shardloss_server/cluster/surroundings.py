@@ -10,7 +10,7 @@ import time
 from shardloss_server.config import CannotServe
 
 SOCKET_BYTES = 107  # the longest path of a Unix socket
-SOCKET = "shardloss-12345678/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # as Ray names it
+SOCKET = "shardloss-12345678/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # as Ray names it
 ABSENT_S, ABSENT_POLL_S = 10.0, 0.2  # a cluster's head that is started at the same time has this long to listen
 
 

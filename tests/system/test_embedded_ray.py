@@ -1,0 +1,75 @@
+"""The Ray that a server starts for itself: private, drained, watched and removed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shardloss
+
+from tests.patience import eventually
+from tests.servers import STOP_S, Started, children_of, listening_of, started, wait_gone
+
+pytestmark = pytest.mark.ray
+NOTICE_S = 60.0  # seconds on a busy machine; `make test-stop` measures them
+
+
+@pytest.fixture
+def server(temp: Path) -> Started:
+    """A running server with two workers, to which a hundredth of the machine's memory looks like too much."""
+    with started(temp, "--workers", "2", environment={"RAY_memory_usage_threshold": "0.01"}) as found:
+        yield found
+
+
+def test_a_stopping_server_answers_its_calls_and_leaves_nothing(server: Started) -> None:
+    """SIGTERM with a call inside: the call is answered, the exit status is 0, and no process or file is left.
+
+    The log says in one line that the server stops. Nothing listens on an address of the network, Ray's token is not
+    the user's default one, and the memory that others use costs no worker.
+    """
+    children = children_of(server.process.pid)
+    assert {address for _, address in listening_of({server.process.pid, *children})} == {"127.0.0.1"}
+    (folder,) = server.temp.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "token").stat().st_mode & 0o777 == 0o600
+    with shardloss.connect(server.address, timeout_s=STOP_S) as client:
+        table = client.create_table("t", num_classes=200_000, dim=64)
+        hidden, labels = np.ones((1024, 64), np.float32), np.zeros(1024, np.int64)
+        answers: list[shardloss.types.Evaluation] = []
+        asking = threading.Thread(target=lambda: answers.append(table.evaluate(hidden, labels)))
+        asking.start()
+        eventually(lambda: server.num_in_flight > 0, "the call to be inside")
+        server.process.terminate()
+        assert server.process.wait(STOP_S) == 0
+        asking.join(STOP_S)
+        assert np.isfinite(answers[0].loss).all()
+    assert wait_gone(children) == set()
+    assert list(server.temp.iterdir()) == []
+    assert "worker 0" not in server.log
+    assert "SIGTERM" not in server.log
+    assert len(re.findall("stopping", server.log)) == 1
+
+
+@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.slow)])
+def test_a_server_whose_ray_dies_says_so_and_ends_in_order(server: Started, name: str) -> None:
+    """Without its GCS or raylet a server could start no worker: it stops with status 1, to be started again.
+
+    One line in the log names the process and the lost tables.
+    """
+    with shardloss.connect(server.address, timeout_s=STOP_S) as client:
+        client.create_table("words", num_classes=11, dim=3)
+    children = children_of(server.process.pid)
+    os.kill(server.child(name), signal.SIGKILL)
+    began = time.monotonic()
+    assert server.process.wait(STOP_S) == 1
+    assert time.monotonic() - began < NOTICE_S
+    assert wait_gone(children) == set()
+    assert list(server.temp.iterdir()) == []
+    (line,) = [line for line in server.log.splitlines() if f"Ray's {name} has ended" in line]
+    assert "lost with it: tables words" in line
