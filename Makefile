@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST = $(BIN)/python -m pytest -q -m "not slow and not compose and not load" $(if $(CI),--durations=25)
+PYTEST = $(BIN)/python -m pytest -q -m "not slow and not compose and not load and not stop" $(if $(CI),--durations=25)
 RIVALS := tensorflow hivemind  # one benchmarks/requirements-NAME.txt each
 PROTOS := $(wildcard proto/shardloss/v1/*.proto)
 STUBS := client/src
 # Two cores: each process computes with one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-with-ray test-without-ray test-package test-load test-long test-compose fuzz check audit format lint types protos protos-check docs clean
+.PHONY: help setup demo demo-full demo-ask bench bench-quick bench-setup bench-soak bench-profile bench-gpu test test-with-ray test-without-ray test-package test-load test-stop test-long test-compose fuzz check audit format lint types protos protos-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -79,9 +79,12 @@ test-package: setup  ## The tests of one package in less than a minute: make tes
 test-load: setup  ## Overload, silent calls, idle connections and abandoned sessions, measured on this machine (6 minutes)
 	$(BIN)/python -m pytest -q -s -m load tests/load
 
+test-stop: setup  ## SIGTERM with long calls inside, 20 times on Ray and on threads, and each process killed (15 minutes)
+	$(BIN)/python -m pytest -q -s -m stop tests/stop
+
 test-long: setup  ## Every case of every grid, statistics with fresh seeds, whole processes, several nodes (root)
 	SHARDLOSS_TEST_EVERYTHING=1 SHARDLOSS_TEST_SEED=$(shell date +%s) \
-		$(BIN)/python -m pytest -q --timeout 1800 -m "not compose and not load"
+		$(BIN)/python -m pytest -q --timeout 1800 -m "not compose and not load and not stop"
 
 test-compose: setup  ## The compose file on a container engine: images, health, training, a killed worker (minutes)
 	$(BIN)/python -m pytest -q -s -m compose tests/compose

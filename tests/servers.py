@@ -67,10 +67,15 @@ class Started:
 
 
 @contextmanager
-def started(temp: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """Start a server process whose TMPDIR is `temp`/t, and yield it once it serves; it is terminated in any case."""
-    ready, log_file, tmpdir = temp / "ready", temp / "log", temp / "t"
-    tmpdir.mkdir()
+def started(
+    temp: Path, *options: str, environment: Mapping[str, str] | None = None, tmpdir: Path | None = None
+) -> Iterator[Started]:
+    """Start a server process and yield it once it serves; it is terminated in any case.
+
+    Its TMPDIR is tmpdir, by default `temp`/t.
+    """
+    ready, log_file, tmpdir = temp / "ready", temp / "log", tmpdir or temp / "t"
+    tmpdir.mkdir(exist_ok=True)
     ports = ("--port", "0", "--admin-port", "0", "--ready-file", str(ready))
     command = [sys.executable, "-m", "shardloss_server", "serve", *ports, *options]
     env = {**os.environ, "TMPDIR": str(tmpdir), **(environment or {})}

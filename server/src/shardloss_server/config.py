@@ -47,7 +47,8 @@ class Listening:
         float, a("Seconds that calls in flight are given to finish at shutdown.", ge=0, le=LONGEST_S)
     ] = 10.0
     ready_file: Annotated[
-        Path | None, a("File to which host:port of the data port is written once the server is serving.")
+        Path | None,
+        a("File to which host:port of the data port is written once the server is serving; removed when it stops."),
     ] = None
 
 

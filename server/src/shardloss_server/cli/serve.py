@@ -50,6 +50,8 @@ def serve(settings: Settings) -> None:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     keep_freed_memory(one_arena=True)
+    if config.listening.ready_file is not None:
+        config.listening.ready_file.unlink(missing_ok=True)  # of a server that was killed
     folder = None if workers.local else OwnFolder()
     install_signals(stop, folder)
     thread = futures.ThreadPoolExecutor(1, "serve")  # lives as long as Ray's processes, which end with their thread
@@ -140,6 +142,8 @@ def run(group: ShardGroup, config: ServerConfig, stop: threading.Event) -> int:
         server.stop()
     finally:
         group.close()
+        if config.listening.ready_file is not None:
+            config.listening.ready_file.unlink(missing_ok=True)
     return 0 if failure is None else 1
 
 

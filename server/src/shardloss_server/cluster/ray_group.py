@@ -274,7 +274,12 @@ class RayGroup(FanoutGroup):
             log.debug("Ray did not start", exc_info=True)
             what = "the embedded Ray did not start" if address is None else f"ray_address = {address} cannot be joined"
             reason = str(error).strip().partition("\n")[0]
-            raise WorkersNotStarted(f"{what}: {type(error).__name__}: {reason}") from None
+            late = (
+                ""
+                if self._left()
+                else f" within start_timeout_s = {start_timeout_s:g} s (is the machine slow or busy?)"
+            )
+            raise WorkersNotStarted(f"{what}{late}: {type(error).__name__}: {reason}") from None
 
     def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
         num_gpus = relay.share_of_gpu(self._num_workers, int(resources().get("GPU", 0.0)))
