@@ -1,4 +1,4 @@
-"""How a server ends: by a signal with long calls inside, or because one of its processes is killed. Measured and printed."""
+"""How a server ends: by a signal with long calls inside, or because a process is killed. Measured and printed."""
 
 from __future__ import annotations
 
