@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from shardloss.v1 import admin_pb2, admin_pb2_grpc
 
 START_S = 300.0  # far more than a busy machine needs
 STOP_S = 120.0
+LISTENING = "0A"  # the state of a socket in /proc/net/tcp
 
 
 @dataclass(slots=True)
@@ -94,12 +96,13 @@ def started(
 
 
 def command_of(pid: int) -> str:
-    """Return a process's title, or the file name of its program; nothing if it has ended."""
+    """Return a process's title, or the file name of its program or Python script; nothing if it has ended."""
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return ""
-    return os.path.basename(arguments[0].decode())
+    scripts = [argument for argument in arguments if argument.endswith(".py")]
+    return os.path.basename((scripts or arguments)[0])
 
 
 def children_of(pid: int) -> set[int]:
@@ -139,23 +142,21 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def listening_of(pids: set[int]) -> set[tuple[str, str]]:
-    """Return the TCP sockets on which processes listen: the name of the process and the address without its port."""
-    inodes = {}
+def listening_of(server: Started) -> Counter[tuple[str, str]]:
+    """Return on how many TCP sockets each process of a server listens, by its name and the address."""
+    addresses = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A":
-                inodes[fields[9]] = address_of(fields[1].split(":")[0])
-    found = set()
-    for pid in pids:
+            if fields[3] == LISTENING:
+                addresses[f"socket:[{fields[9]}]"] = address_of(fields[1].split(":")[0])
+    found: Counter[tuple[str, str]] = Counter()
+    for pid in {server.process.pid, *children_of(server.process.pid)}:
+        name = "front end" if pid == server.process.pid else command_of(pid)
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                target = os.readlink(descriptor)
-            except OSError:
-                continue
-            if target.startswith("socket:[") and target[8:-1] in inodes:
-                found.add((command_of(pid), inodes[target[8:-1]]))
+            with suppress(OSError):  # it has just been closed
+                if (target := os.readlink(descriptor)) in addresses:
+                    found[name, addresses[target]] += 1
     return found
 
 

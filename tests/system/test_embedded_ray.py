@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.patience import eventually
 from tests.servers import STOP_S, Started, children_of, listening_of, started, wait_gone
 
 pytestmark = pytest.mark.ray
+SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 NOTICE_S = 60.0  # seconds on a busy machine; `make test-stop` measures them
 
 
@@ -30,11 +32,11 @@ def server(temp: Path) -> Started:
 def test_a_stopping_server_answers_its_calls_and_leaves_nothing(server: Started) -> None:
     """SIGTERM with a call inside: the call is answered, the exit status is 0, and no process or file is left.
 
-    The log says in one line that the server stops. Nothing listens on an address of the network, Ray's token is not
+    The log says in one line that the server stops. Its processes listen where docs/security.md says, Ray's token is not
     the user's default one, and the memory that others use costs no worker.
     """
     children = children_of(server.process.pid)
-    assert {address for _, address in listening_of({server.process.pid, *children})} == {"127.0.0.1"}
+    eventually(lambda: listening_of(server) == documented("serve --workers 2"), "the documented sockets")
     (folder,) = server.temp.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
@@ -54,6 +56,19 @@ def test_a_stopping_server_answers_its_calls_and_leaves_nothing(server: Started)
     assert "worker 0" not in server.log
     assert "SIGTERM" not in server.log
     assert len(re.findall("stopping", server.log)) == 1
+
+
+def test_a_server_without_ray_listens_on_its_two_ports(temp: Path) -> None:
+    """docs/security.md lists every socket of `serve --local`, too."""
+    with started(temp, "--local") as server:
+        assert listening_of(server) == documented("serve --local")
+
+
+def documented(command: str) -> Counter[tuple[str, str]]:
+    """Return the sockets that docs/security.md lists for a command, by process and address."""
+    rows = SECURITY.read_text().split(f"### {command}\n", 1)[1].split("\n#", 1)[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("|")][2:]
+    return Counter({(process, address): int(number) for process, address, number, _ in cells})
 
 
 @pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.slow)])

@@ -72,6 +72,7 @@ def variables(folder: OwnFolder, start_timeout_s: float) -> dict[str, str | None
         "RAY_AUTH_MODE": None,  # Ray turns its token on, in this process, too, unless it is set
         "RAY_AUTH_TOKEN": None,  # it would take precedence over the file
         "RAY_AUTH_TOKEN_PATH": str(folder.path / "token"),
+        "AUTOSCALER_METRIC_PORT": "0",  # else every embedded Ray of the machine wants port 44217
         "RAY_gcs_server_port_wait_time_s": str(round(start_timeout_s)),
     }
 
