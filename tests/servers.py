@@ -96,13 +96,13 @@ def started(
 
 
 def command_of(pid: int) -> str:
-    """Return a process's title, or the file name of its program or Python script; nothing if it has ended."""
+    """Return a process's title, or the name of its program or Python script; nothing if it has ended."""
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return ""
     scripts = [argument for argument in arguments if argument.endswith(".py")]
-    return os.path.basename((scripts or arguments)[0])
+    return os.path.basename((scripts or arguments)[0]).removesuffix(".py")
 
 
 def children_of(pid: int) -> set[int]:

@@ -97,7 +97,7 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def make_group(workers: Workers, folder: OwnFolder | None) -> ShardGroup:
+def make_group(workers: Workers, folder: OwnFolder | None = None) -> ShardGroup:
     """Create the shard group; Ray is imported only if it is used, and started before any gRPC thread."""
     import torch
 
