@@ -65,7 +65,8 @@ def test_a_head_without_an_optimizer_keeps_nothing_on_the_server(
         for _ in range(MANY):
             loss().sum().backward()
 
-    assert len(warned(train, r"optimizer\(.*lr\) first")) == 1
+    (warning,) = warned(train, r"optimizer\(.*lr\) first")
+    assert warning.filename == __file__
     assert (num_open(table), table.info().num_commits) == (0, 0)
     optimizer = head.optimizer(0.1) if kind == "head" else tensorflow.optimizer(table, 0.1)
     loss().sum().backward()
@@ -151,6 +152,24 @@ def test_a_forgotten_step_is_named_once(table: shardloss.Table, batch: Batch, ha
     losses.clear()
     optimizer.zero_grad()
     assert num_open(table) == 0
+
+
+def test_gradients_that_zero_grad_drops_again_and_again_are_named_once(table: shardloss.Table, batch: Batch) -> None:
+    """A loop with zero_grad() and without step() gets a warning; steps that are skipped now and then do not."""
+    head = table.softmax()
+    optimizer = head.optimizer(0.1)
+
+    def train(num_steps: int) -> None:
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            head(*batch).backward()
+
+    for _ in range(3):
+        train(MANY // 2)
+        optimizer.step()
+    (warning,) = warned(lambda: train(2 * MANY), r"zero_grad\(\).*step\(\)")
+    assert warning.filename == __file__
+    assert table.info().num_commits == 3
 
 
 # What a loss keeps
@@ -267,6 +286,26 @@ def test_a_compiled_step_with_its_backward_trains_a_table(
     compiled(hidden, labels)
     assert hidden.grad is not None
     assert table.info().num_commits == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", ["logits", "margin"])
+def test_probabilities_of_lazy_logits_are_the_same_in_a_compiled_function(
+    client: shardloss.LossClient, fresh_name: Callable[[], str], batch: Batch, kind: str
+) -> None:
+    """Questions about the table run between the compiled graphs, as losses do."""
+    table = client.create_table(fresh_name(), num_classes=NUM_CLASSES, dim=DIM, dtype="float64", bias=False)
+
+    def asked(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = table.logits(2.0 * hidden)
+        if kind == "logits":
+            return 2.0 * logits.probabilities([0, 3])
+        _, softmax = paddle.margin_cross_entropy(logits, labels, return_softmax=True)
+        return 2.0 * softmax.probabilities([0, 3])
+
+    with torch.no_grad():
+        hidden, labels = torch.nn.functional.normalize(batch[0]), batch[1]
+        torch.testing.assert_close(torch.compile(asked, backend="eager")(hidden, labels), asked(hidden, labels))
 
 
 def losses_over(table: shardloss.Table, labels: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from shardloss import types
 from shardloss.autograd import FLOAT_DTYPES, check_sendable, to_numpy, to_torch
 from shardloss.errors import InvalidArgument, NotSupported
+from shardloss.optimizer import uncompiled
 from shardloss.table import Table
 
 TENSOR_METHODS = frozenset(dir(Tensor))
@@ -145,6 +146,7 @@ def ranges(num_classes: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, num_classes))
 
 
+@uncompiled
 def asked(
     logits: LazyLogits, class_ids: Sequence[int] | Tensor, *, want_log_probs: bool
 ) -> tuple[Tensor, Tensor | None]:

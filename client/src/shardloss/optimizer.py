@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,7 @@ class Pending:
         self.session, self.learning_rate, self._advice = session, learning_rate, advice
         self.has_optimizer = learning_rate is not None
         self.untrained: str | None = None  # why losses since the last step did not train the table
+        self._num_dropped = 0  # calls of zero_grad since the last commit that dropped gradients
         self._is_unowned = False  # an optimizer was not created in time, so losses open no tickets
         self._warned: set[str] = set()
         self.probe = torch.zeros((), device="cpu", requires_grad=True)
@@ -84,10 +86,17 @@ class Pending:
             raise InvalidArgument(f"{self._retired}: create a new optimizer for it")
 
     def warn_once(self, message: str) -> None:
-        """Warn about the table with a message that was not given before."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"table {self.session.table.name!r}: {message}", stacklevel=2)
+        """Warn about the table, at the caller's own line, with a message that was not given before."""
+        if message in self._warned:
+            return
+        self._warned.add(message)
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+            "shardloss",
+            "torch",
+        ):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"table {self.session.table.name!r}: {message}", stacklevel=level)
 
     def opens_part(self) -> bool:
         """Return True if the next loss can still be committed.
@@ -188,6 +197,7 @@ class Pending:
         self.join()
         if not self._upstreams:
             return
+        self._num_dropped = 0
         if overlap and all(part.alone is None for part in self._upstreams):
             self._begin_commit(learning_rate, grad_scale)
             return
@@ -241,6 +251,16 @@ class Pending:
         if not alone:
             tickets = [(part.ticket, g) for part, g in parts]
             self.session.commit(tickets, learning_rate=learning_rate, grad_scale=grad_scale)
+
+    def zero(self) -> None:
+        """Drop the recorded gradients as `drop` does; warn if that has happened many times without a commit."""
+        self._num_dropped += bool(self._upstreams)
+        self.drop()
+        if self._num_dropped > MANY_PARTS:
+            self.warn_once(
+                f"zero_grad() has dropped the gradients of more than {MANY_PARTS} steps in a row: call step() of the "
+                "table's optimizer after backward, or freeze the table with requires_grad_(False) of its head"
+            )
 
     def drop(self) -> None:
         """Drop the recorded gradients, and give the step up unless a loss still waits for its backward."""
@@ -348,4 +368,4 @@ class RemoteOptimizer(torch.optim.Optimizer):
     @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  (torch's signature)
         """Drop recorded gradients that were not committed; losses whose backward has not run yet stay valid."""
-        self._pending.drop()
+        self._pending.zero()

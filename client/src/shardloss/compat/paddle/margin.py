@@ -23,6 +23,7 @@ from shardloss.compat.paddle.arguments import (
 )
 from shardloss.errors import BadReply, InvalidArgument
 from shardloss.lazy import LazyLogits, LazySoftmax, asked, ids_of, ranges
+from shardloss.optimizer import uncompiled
 
 LEAST_SINE = 1e-6  # keeps the slope finite at |cos| = 1, as in the server
 
@@ -125,6 +126,7 @@ class MarginSoftmax(LazySoftmax):
         self._ids, self._loss = ids, loss
         self._lse: Tensor | None = None
 
+    @uncompiled
     def probabilities(self, class_ids: Sequence[int] | Tensor) -> Tensor:
         """Return the probabilities of class_ids [S], or of each row's own [..., S]; a row's label has its margin.
 
