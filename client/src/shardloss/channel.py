@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,18 +17,21 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shardloss import errors
+from shardloss.address import checked, is_local, proxy_of
 from shardloss.bearing import Bearing
-from shardloss.credentials import Bearer, Credentials, is_local
+from shardloss.credentials import Bearer, Credentials
 from shardloss.errors import (
     BadReply,
     ClientClosed,
     DeadlineExceeded,
     LimitExceeded,
     Overloaded,
+    ServerUnavailable,
     ShardlossError,
     TransientError,
     Unauthenticated,
 )
+from shardloss.reach import why
 from shardloss.splice import Splice, Spliced
 from shardloss.tracing import UNTRACED, Naming, Tracing
 
@@ -45,6 +50,8 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 REQUEST_ID_KEY = "x-request-id"  # identifies a call in the server's log and errors
+# gRPC reports a reply of HTTP only in its text, whichever status code it makes of it
+HTTP_STATUS = re.compile(r"http2 header with status: (\d+)")
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -52,8 +59,12 @@ Named: TypeAlias = dict[str, tuple[tuple[str, str], ...]]  # keyword arguments o
 Attempt: TypeAlias = Callable[[float, Named], R]
 
 
-def error_of(failure: grpc.RpcError) -> ShardlossError:
-    """Return the error for a failed call, chosen by the reason in its status details or else by its status code."""
+def error_of(failure: grpc.RpcError, server: str = "the server") -> ShardlossError:
+    """Return the error for a failed call to `server`, which names it in messages.
+
+    The error is chosen by the reason in the status details. Without one, something other than the server made the
+    status: a proxy's is chosen by the HTTP status, and gRPC's own by its status code.
+    """
     code = failure.code().name
     message = failure.details() or code
     metadata: Any = failure.trailing_metadata() or ()
@@ -61,7 +72,10 @@ def error_of(failure: grpc.RpcError) -> ShardlossError:
         info = error_info(value) if key == DETAILS_KEY else None
         if info is not None:
             return errors.from_reason(info.reason, code, message, dict(info.metadata))
-    return errors.from_reason(None, code, message, {})
+    status = HTTP_STATUS.search(message)
+    if status is not None:
+        return errors.from_http(int(status[1]), server)
+    return errors.from_reason(None, code, errors.explained(code, message, server), {})
 
 
 def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
@@ -97,7 +111,10 @@ class Channel:
         self, address: str, timeout_s: float, attempt_timeout_s: float, credentials: Credentials | None = None
     ) -> None:
         credentials = credentials or Credentials()
-        credentials.check(address)
+        credentials.check(checked(address))
+        self._address, self._credentials = address, credentials
+        proxy = proxy_of(address)
+        self._server = f"the server at {address}" + (f" (through the proxy {proxy[1]} of {proxy[0]})" if proxy else "")
         self.timeout_s, self.attempt_timeout_s = timeout_s, attempt_timeout_s
         self._bearer = Bearer(credentials)
         self._grpc = opened(address, credentials)
@@ -107,7 +124,29 @@ class Channel:
             self._bearing = Naming(self._bearing)
         self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
         self._closed = False
+        self._away_s = float("inf")  # how long a server that is unavailable is called again
         self.max_message_bytes = MESSAGE_BYTES  # replaced by the server's limit once that is known
+
+    @contextmanager
+    def connecting(self, wait_s: float) -> Iterator[None]:
+        """Connect, and let calls in the body wait for a server that is unavailable for no longer than wait_s.
+
+        Raises:
+            ServerUnavailable: there is no connection within wait_s; the message says what is at the address instead.
+        """
+        ready = grpc.channel_ready_future(self._grpc)
+        try:
+            ready.result(wait_s)
+        except grpc.FutureTimeoutError:
+            found = why(self._address, self._credentials)
+            raise ServerUnavailable(
+                f"no connection to {self._address} within {wait_s:g} s (wait_s, --wait-s): {found}"
+            ) from None
+        finally:
+            ready.cancel()
+        self._away_s = wait_s
+        yield
+        self._away_s = float("inf")
 
     def stub(self, make: Callable[[grpc.Channel], R]) -> R:
         """Return a stub of a service on this channel."""
@@ -171,7 +210,8 @@ class Channel:
             raise
 
     def _tried(self, attempt: Attempt[R], named: Named, timeout_s: float | None, whole: bool, repeatable: bool) -> R:
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        began = time.monotonic()
+        deadline = began + (self.timeout_s if timeout_s is None else timeout_s)
         attempt_s = float("inf") if whole else self.attempt_timeout_s
         backoff_s, last, is_renewed = FIRST_BACKOFF_S, None, False
         while True:
@@ -184,7 +224,7 @@ class Channel:
             try:
                 return attempt(min(left, attempt_s), named)
             except grpc.RpcError as failure:
-                last = error_of(failure)
+                last = error_of(failure, self._server)
             except ValueError:  # raised by gRPC if another thread has closed the channel
                 if not self._closed:
                     raise
@@ -197,7 +237,8 @@ class Channel:
             if not isinstance(last, TransientError if repeatable else Overloaded):
                 raise last
             wait_s = max(last.retry_after_s, backoff_s * random.uniform(0.5, 1.0))
-            if time.monotonic() + wait_s >= deadline:
+            end = min(deadline, began + self._away_s) if isinstance(last, ServerUnavailable) else deadline
+            if time.monotonic() + wait_s >= end:
                 raise last
             time.sleep(wait_s)
             backoff_s, attempt_s = min(2 * backoff_s, MAX_BACKOFF_S), 2 * attempt_s

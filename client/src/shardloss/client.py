@@ -29,6 +29,7 @@ from shardloss.v1 import (
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+WAIT_S = 3.0  # for a connection
 FILL_S = 600.0  # deadline of a call that fills a whole table
 
 
@@ -44,14 +45,16 @@ def connect(
     allow_plaintext_token: bool = False,
     timeout_s: float = 60.0,
     attempt_timeout_s: float = 20.0,
+    wait_s: float = WAIT_S,
     keep_freed_memory: bool = True,
 ) -> LossClient:
     """Connect to a server ("host:port", or "unix:/path" on the server's machine) and read its limits.
 
     timeout_s limits each request with all its retries. A paged call such as `Table.evaluate` sends several requests;
     `create_table` has its own, longer timeout. attempt_timeout_s limits the first try of a short request, so that a
-    lost reply is requested again; each later try may take twice as long. keep_freed_memory stops glibc, in the whole
-    process, from returning large freed blocks to the kernel, which reduces the time of a 2 MB message to a third.
+    lost reply is requested again; each later try may take twice as long. wait_s limits the wait for a connection,
+    within timeout_s: a larger value waits for a server that is still starting. keep_freed_memory stops glibc, in the
+    whole process, from returning large freed blocks to the kernel, which reduces the time of a 2 MB message to a third.
 
     token, or the content of token_file (a file with nothing but the token, read again when it changes), is sent with
     every call. ca_file (PEM) enables TLS and contains the certificate authorities that may sign the server's
@@ -59,14 +62,18 @@ def connect(
     client's own, for mutual TLS. Without TLS a token is sent only to this machine, unless allow_plaintext_token=True.
 
     Raises:
-        InvalidArgument: a file cannot be read, or a token would be sent over a network in plaintext.
+        InvalidArgument: the address is malformed, a file cannot be read, or a token would be sent over a network in
+            plaintext.
         Unauthenticated, PermissionDenied: the server requires a different token.
-        ServerUnavailable, DeadlineExceeded: no server answers at this address.
+        ServerUnavailable: there is no connection within wait_s; the message says what is at the address instead.
+        BadReply, NotSupported, DeadlineExceeded: the server at this address is another one, or does not answer.
     """
     if keep_freed_memory:
         allocator.keep_freed_memory()
     credentials = Credentials(token, token_file, tls, ca_file, client_cert_file, client_key_file, allow_plaintext_token)
-    return LossClient(address, timeout_s=timeout_s, attempt_timeout_s=attempt_timeout_s, credentials=credentials)
+    return LossClient(
+        address, timeout_s=timeout_s, attempt_timeout_s=attempt_timeout_s, wait_s=wait_s, credentials=credentials
+    )
 
 
 class LossClient:
@@ -82,6 +89,7 @@ class LossClient:
         *,
         timeout_s: float = 60.0,
         attempt_timeout_s: float = 20.0,
+        wait_s: float = WAIT_S,
         credentials: Credentials | None = None,
     ) -> None:
         self.address = address
@@ -97,7 +105,8 @@ class LossClient:
         self._attaching = threading.Lock()
         self._under_way: set[Future[object]] = set()
         try:
-            self.info = self.server_info()
+            with self.channel.connecting(min(wait_s, timeout_s)):
+                self.info = self.server_info()
             self.channel.max_message_bytes = int(self.info.limits["max_message_bytes"])
         except BaseException:
             self.close()

@@ -8,15 +8,14 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
+from shardloss.address import is_local
 from shardloss.errors import InvalidArgument
 
 LOOK_AGAIN_S = 1.0  # minimum time between two checks of a token file
 MOST_BYTES = 2**24  # of a file with a token or with certificates, which take kilobytes
 FilePath = str | os.PathLike[str]
-SCHEMES = ("dns:", "ipv4:", "ipv6:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +59,24 @@ class Credentials:
         Raises:
             InvalidArgument: a file cannot be read or is not PEM, or the key does not belong to the certificate.
         """
-        roots = self.ca_file if self.ca_file is not None else ssl.get_default_verify_paths().cafile
+        roots = self._roots()
         found = (
             None if roots is None else content_of(roots, "ca_file"),
             None if self.client_key_file is None else content_of(self.client_key_file, "client_key_file"),
             None if self.client_cert_file is None else content_of(self.client_cert_file, "client_cert_file"),
         )
+        self.context()  # gRPC itself would only report that the server is unavailable
+        return found
+
+    def context(self) -> ssl.SSLContext:
+        """Return a TLS context with these files.
+
+        Raises:
+            InvalidArgument: a file is not PEM, or the key does not belong to the certificate.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        field_name = "ca_file"
-        try:  # gRPC itself would only report that the server is unavailable
+        field_name, roots = "ca_file", self._roots()
+        try:
             if roots is not None:
                 context.load_verify_locations(roots)
             field_name = "client_cert_file"
@@ -76,7 +84,10 @@ class Credentials:
                 context.load_cert_chain(self.client_cert_file, self.client_key_file, password=no_password)
         except (ssl.SSLError, ValueError) as error:
             raise InvalidArgument(f"{field_name} cannot be used: {error}", field=field_name) from None
-        return found
+        return context
+
+    def _roots(self) -> FilePath | None:
+        return self.ca_file if self.ca_file is not None else ssl.get_default_verify_paths().cafile
 
 
 def no_password() -> str:
@@ -168,32 +179,3 @@ def content_of(path: FilePath, name: str) -> bytes:
     if len(content) > MOST_BYTES:
         raise InvalidArgument(f"{name} {os.fspath(path)} is larger than {MOST_BYTES} bytes", field=name)
     return content
-
-
-def is_local(address: str) -> bool:
-    """Return True if a gRPC address is certainly on this machine: a Unix socket, localhost or a loopback address."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    for scheme in SCHEMES:
-        address = address.removeprefix(scheme)
-    return is_loopback(host_of(address.removeprefix("///")))
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine can reach host: localhost or a loopback address, but not a wildcard address."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        address = ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
-
-
-def host_of(address: str) -> str:
-    """Return the host of host:port, [host]:port or host."""
-    if address.startswith("["):
-        return address[1:].partition("]")[0]
-    return address if address.count(":") > 1 else address.partition(":")[0]

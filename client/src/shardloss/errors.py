@@ -250,7 +250,7 @@ BY_REASON: Mapping[str, type[ShardlossError]] = {leaf.reason: leaf for leaf in l
 # For statuses without our ErrorInfo, which gRPC itself or a proxy has created.
 BY_STATUS: Mapping[str, type[ShardlossError]] = {
     "CANCELLED": ServerUnavailable,  # the client never cancels a call, so the server dropped a stalled one
-    "UNKNOWN": Internal,
+    "UNKNOWN": BadReply,  # gRPC's own, for a reply without a status
     "INVALID_ARGUMENT": InvalidArgument,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "NOT_FOUND": NotSupported,
@@ -266,6 +266,40 @@ BY_STATUS: Mapping[str, type[ShardlossError]] = {
     "DATA_LOSS": Internal,
     "UNAUTHENTICATED": Unauthenticated,
 }
+
+
+# An HTTP status in place of a reply: what it means, and the setting of nginx to look at.
+BY_HTTP: Mapping[int, tuple[type[ShardlossError], str]] = {
+    401: (Unauthenticated, "the proxy demands credentials of its own"),
+    403: (PermissionDenied, "the proxy refuses this client or this path"),
+    408: (ServerUnavailable, "the request arrived too slowly for the proxy (nginx: client_body_timeout)"),
+    413: (LimitExceeded, "the request is larger than the proxy accepts (nginx: client_max_body_size)"),
+    429: (ServerUnavailable, "the proxy limits the rate of calls (nginx: limit_req)"),
+    502: (ServerUnavailable, "the proxy gets no answer from the server: is it up, and with TLS as the proxy expects?"),
+    503: (ServerUnavailable, "the proxy has no server to pass the call to, or limits connections (nginx: limit_conn)"),
+    504: (ServerUnavailable, "the server did not answer within the proxy's time limit (nginx: grpc_read_timeout)"),
+}
+
+
+def from_http(status: int, server: str) -> ShardlossError:
+    """Return the error for a reply of HTTP: not the server made it, but a proxy or a web server at its address."""
+    page = "another site answers: check host, port and path of the address (nginx: server_name, location, grpc_pass)"
+    cls, meaning = BY_HTTP.get(status, (BadReply, page))
+    repeated = "a repeated call may succeed" if issubclass(cls, TransientError) else "the call is not repeated"
+    return cls(f"a proxy or web server, not {server}, answered with HTTP status {status}: {meaning}; {repeated}")
+
+
+def explained(status: str, message: str, server: str) -> str:
+    """Return the message for a status that gRPC itself made, which names no server and nothing to do."""
+    if status == "UNAVAILABLE":
+        return f"{server} cannot be reached or ended the connection: {message}"
+    if status == "DEADLINE_EXCEEDED":
+        return f"{server} did not answer in time ({message})"
+    if status == "UNKNOWN":
+        return f"what answered is not {server}, or a proxy changed its reply: check the address ({message})"
+    if status == "UNIMPLEMENTED":
+        return f"{server} is not a shardloss server, or is older than this client: {message}"
+    return message
 
 
 def from_reason(reason: str | None, status: str, message: str, details: Mapping[str, str]) -> ShardlossError:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import shardloss
-from shardloss.credentials import Bearer, Credentials, is_local, is_loopback
+from shardloss.address import is_local, is_loopback
+from shardloss.credentials import Bearer, Credentials
 from shardloss.errors import InvalidArgument
 from shardloss_server.__main__ import app
 from shardloss_server.access.exposure import refuse_exposed

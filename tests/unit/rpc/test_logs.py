@@ -180,11 +180,15 @@ def test_a_stream_and_a_refusal_before_any_handler_are_named(make: Callable[...,
     }
 
 
-def test_errors_of_the_client_itself_are_named_too() -> None:
-    """If no server is reachable, the error still has a request id."""
-    with pytest.raises(shardloss.ShardlossError) as caught:
-        shardloss.connect("127.0.0.1:1", timeout_s=0.2)
+def test_errors_of_the_client_itself_are_named_too(make: Callable[..., Logged]) -> None:
+    """If the server is gone, the error of a call still has a request id, and names the server."""
+    logged = make()
+    logged.server.stop(grace_s=0.0)
+    logged.client.channel.timeout_s = 0.2
+    with pytest.raises(shardloss.errors.TransientError) as caught:
+        logged.client.list_tables()
     assert caught.value.details["request_id"]
+    assert f"the server at {logged.server.address} " in str(caught.value)
 
 
 def test_all_tries_of_a_call_have_one_name_and_no_two_calls_the_same(make: Callable[..., Logged]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 import shardloss
 from shardloss import LossClient
+from shardloss.client import WAIT_S
 
 PANEL = "Connection"
 Address = Annotated[
@@ -65,6 +66,10 @@ AllowPlaintextToken = Annotated[
 ]
 TimeoutS = Annotated[float, typer.Option(min=0.1, rich_help_panel=PANEL, help="Timeout of a request in seconds.")]
 
+WaitS = Annotated[
+    float, typer.Option(min=0.1, rich_help_panel=PANEL, help="Seconds to wait for a server that is still starting.")
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
@@ -79,6 +84,7 @@ class Connection:
     client_key_file: ClientKeyFile = None
     allow_plaintext_token: AllowPlaintextToken = False
     timeout_s: TimeoutS = 60.0
+    wait_s: WaitS = WAIT_S
 
     def connect(self, *, admin: bool = False, timeout_s: float | None = None) -> LossClient:
         """Return a client of the data port, or of the admin port.
@@ -90,6 +96,7 @@ class Connection:
         return shardloss.connect(
             address,
             timeout_s=timeout_s or self.timeout_s,
+            wait_s=self.wait_s,
             token_file=self.token_file,
             tls=self.tls,
             ca_file=self.ca_file,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardloss.credentials import is_loopback
+from shardloss.address import is_loopback
 
 from shardloss_server.config import CannotServe, Security
 

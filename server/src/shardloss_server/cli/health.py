@@ -24,13 +24,18 @@ def health(
     ] = None,
 ) -> None:
     """Check that a server is serving; the exit status is 0 if it is, and 1 if not."""
-    from shardloss_server.access.watched import Unreadable
-    from shardloss_server.rpc.probe import Identity, health_of
+    from shardloss.credentials import Credentials
+    from shardloss.errors import InvalidArgument
 
+    from shardloss_server.rpc.probe import health_of
+
+    files = {"ca_file": ca_file, "client_cert_file": client_cert_file, "client_key_file": client_key_file}
+    credentials = Credentials(**files)  # type: ignore[arg-type]
     try:
-        found = health_of(address, timeout_s, Identity(ca_file, client_cert_file, client_key_file))
-    except Unreadable as error:
-        found = str(error)
+        credentials.check(address)
+        found = health_of(address, timeout_s, credentials)
+    except InvalidArgument as error:
+        found = error.message
     typer.echo(f"{address}: {found}", err=found != SERVING)
     if found != SERVING:
         raise typer.Exit(1)

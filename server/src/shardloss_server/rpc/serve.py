@@ -39,6 +39,7 @@ from shardloss_server.rpc.access import Access
 from shardloss_server.rpc.admin import AdminServicer
 from shardloss_server.rpc.arrival import Gate
 from shardloss_server.rpc.call import CallLog
+from shardloss_server.rpc.elsewhere import Elsewhere
 from shardloss_server.rpc.exposition import Exposition
 from shardloss_server.rpc.health import Health
 from shardloss_server.rpc.reading import Reading
@@ -67,6 +68,10 @@ SERVICES = tuple(
         (server_pb2, "ServerService"),
     )
 )
+
+DATA_SERVICES = SERVICES[:3]  # ServerService is on both ports
+TO_DATA = "this is the server's admin port, which reports its status: losses and tables are on its data port, {}"
+TO_ADMIN = "this is the server's data port: its status is on its admin port, {}"
 
 
 class PortTaken(CannotServe):
@@ -99,8 +104,10 @@ class Server:
         self.gate = Gate(places_of(limits), arriving, call_log)
         self.admin_gate = Gate(3 * ADMIN_CALLS, arriving_admin, call_log)
         # With the lowest num_threads, one place of each kind already needs more threads, and refusals need one more.
-        self._data = self._make_server(max(listening.num_threads, 1 + places_of(limits)), self.gate)
-        self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate)
+        to_admin = Elsewhere((ADMIN_SERVICE,), lambda: TO_ADMIN.format(port_of(self.admin_address)), call_log)
+        to_data = Elsewhere(DATA_SERVICES, lambda: TO_DATA.format(port_of(self.address)), call_log)
+        self._data = self._make_server(max(listening.num_threads, 1 + places_of(limits)), self.gate, to_admin)
+        self._admin = self._make_server(4 * ADMIN_CALLS, self.admin_gate, to_data)
         self._register()
         self.address = self._bind(self._data, listening.port)
         if listening.socket:
@@ -112,7 +119,7 @@ class Server:
         self._stopped = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
-    def _make_server(self, num_threads: int, gate: Gate) -> grpc.Server:
+    def _make_server(self, num_threads: int, gate: Gate, elsewhere: Elsewhere) -> grpc.Server:
         limits = self.config.limits
         limit = limits.max_message_bytes + FRAMING_BYTES
         return grpc.server(
@@ -134,7 +141,7 @@ class Server:
                 ),  # of TLS
                 ("grpc.max_connection_idle_ms", round(1000 * limits.connection_idle_s)),
             ],
-            interceptors=[gate, *self._interceptors],
+            interceptors=[gate, *self._interceptors, elsewhere],
         )
 
     def _register(self) -> None:
@@ -219,6 +226,11 @@ class Server:
             self.metrics.count(metrics.STREAMS_DROPPED, by=streams.drop_silent(now))
         self.catalog.expire_tickets(now)
         self.catalog.settle(Deadline.after(WATCH_INTERVAL_S))
+
+
+def port_of(address: str) -> str:
+    """Return the port of host:port; clients may know the host by another name."""
+    return address.rpartition(":")[2]
 
 
 def shared_out(num_threads: int, limits: Limits) -> Limits:
