@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shardloss
+import torch
 
+from benchmarks.procfs import command_of, descendants_of, memory_of
 from tests.servers import started
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,36 @@ def test_ten_million_rows_are_made_in_a_minute(temp: Path, initializer: shardlos
         hidden, labels = np.ones((8, 128), np.float32), np.arange(8) * 1_000_000
         loss = shardloss.SampledSoftmax(num_sampled=64)
         assert table.session().train_step(hidden, labels, loss, learning_rate=0.1).committed is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.filterwarnings("ignore:.*losses wait for one commit")
+def test_micro_batches_cost_their_hidden_once(temp: Path, kind: str) -> None:
+    """64 parts of [4096, 1024] add at most 1.25 times their hidden to the memory of the front end and of a worker."""
+    flags = ["--keep-mib", "0", *(["--local"] if kind == "local" else ["--workers", "2"])]
+    num_parts, num_rows, dim = 64, 4096, 1024
+    with started(temp, *flags) as server, shardloss.connect(server.address) as client:
+        table = client.create_table("t", num_classes=1000, dim=dim)
+        head = table.softmax(reduction="sum")
+        optimizer = head.optimizer(0.001)
+
+        def accumulate(num: int) -> None:
+            for _ in range(num):
+                hidden = torch.randn(num_rows, dim, requires_grad=True)
+                head(hidden, torch.randint(0, 1000, (num_rows,))).backward()
+
+        workers = [pid for pid in descendants_of(server.process.pid) if b"WorkerActor" in command_of(pid)]
+        assert len(workers) == (0 if kind == "local" else 2)
+        accumulate(1)
+        optimizer.step()
+        before = {pid: memory_of(pid) for pid in (server.process.pid, *workers)}
+        accumulate(num_parts)
+        times_hidden = [(memory_of(pid) - size) / (4 * num_parts * num_rows * dim) for pid, size in before.items()]
+        print(f"{kind}: front end and workers keep {[round(times, 2) for times in times_hidden]} times hidden")
+        assert max(times_hidden) <= 1.25
+        optimizer.step()
+        assert table.info().num_commits == 2
 
 
 @pytest.mark.slow
