@@ -101,7 +101,7 @@ class LossClient:
         self.tables = self.channel.stub(table_pb2_grpc.TableServiceStub)
         self.questions = self.channel.stub(evaluation_pb2_grpc.EvaluationServiceStub)
         self._server = self.channel.stub(server_pb2_grpc.ServerServiceStub)
-        self._attached: dict[tuple[str, str], object] = {}
+        self._attached: dict[str, dict[str, tuple[str, Any]]] = {}
         self._attaching = threading.Lock()
         self._under_way: set[Future[object]] = set()
         try:
@@ -148,13 +148,19 @@ class LossClient:
         if error is not None:
             log.warning("a commit sent in the background failed with %s: %s", type(error).__name__, error)
 
-    def _attach(self, module: str, table: str, make: Callable[[], T], fits: Callable[[T], bool]) -> T:
-        """Return the object that a module of shardloss.compat keeps for a table; call make if none fits."""
+    def _attach(self, module: str, table: Table, make: Callable[[], T], retire: Callable[[T], None]) -> T:
+        """Return the object that a module of shardloss.compat keeps for a table.
+
+        If there is none, make it, and retire those of other tables that had its name.
+        """
         with self._attaching:
-            known = self._attached.get((module, table))
-            if known is None or not fits(cast(T, known)):
-                known = self._attached[module, table] = make()
-            return cast(T, known)
+            kept = self._attached.setdefault(module, {})
+            if table.id not in kept:
+                made = make()
+                for old in [key for key, (name, _) in kept.items() if name == table.name]:
+                    retire(kept.pop(old)[1])
+                kept[table.id] = table.name, made
+            return cast(T, kept[table.id][1])
 
     def server_info(self) -> types.ServerInfo:
         """Return the version, features and limits of the server.
@@ -210,7 +216,7 @@ class LossClient:
         return Table(self, messages.table_info(reply.table))
 
     def table(self, name: str) -> Table:
-        """Return an existing table.
+        """Return an existing table, given by its name or by `Table.reference`.
 
         Raises:
             TableNotFound: there is no table of this name.
@@ -236,7 +242,7 @@ class LossClient:
         return Table(self, messages.table_info(reply.table))
 
     def delete_table(self, name: str) -> None:
-        """Delete a table with all its tickets.
+        """Delete a table with all its tickets; by `Table.reference`, never a later table of the same name.
 
         Raises:
             TableNotFound: there is no table of this name.

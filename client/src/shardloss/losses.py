@@ -58,7 +58,7 @@ class Losses(Questions):
             RowsLost: a worker died with rows of this table.
         """
         request = messages.loss_request(
-            self.name,
+            self.reference,
             hidden,
             labels,
             loss,
@@ -174,7 +174,7 @@ class Losses(Questions):
                 the field.
         """
         loss = types.SampledSoftmax(num_sampled=num_sampled, sampler=sampler, unique=unique, seed=seed)
-        request = loss_pb2.SampleCandidatesRequest(table=self.name, sampler=messages.sampler(loss), step=step)
+        request = loss_pb2.SampleCandidatesRequest(table=self.reference, sampler=messages.sampler(loss), step=step)
         if labels is not None:
             request.labels.CopyFrom(numbers(labels, "labels"))
         return messages.candidates(self.client.channel.unary(self.client.losses.SampleCandidates, request, None))

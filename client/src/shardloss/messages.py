@@ -174,6 +174,7 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
         version=message.version,
         num_commits=message.num_commits,
         num_open_tickets=message.num_open_tickets,
+        reference=message.reference or spec.name,  # a server of version 0.1 sends none
     )
 
 

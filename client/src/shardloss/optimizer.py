@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from shardloss import types
-from shardloss.errors import InvalidArgument, NotSupported, RequestError, ShardlossError, StepTooOld, TransientError
+from shardloss.errors import (
+    InvalidArgument,
+    NotSupported,
+    RequestError,
+    ShardlossError,
+    StepTooOld,
+    TableNotFound,
+    TransientError,
+)
 from shardloss.session import Session
 
 MAX_DEAD_PARTS = 16  # if more losses of one step were freed, its others are considered abandoned too
@@ -77,13 +85,13 @@ class Pending:
         self._retired = reason
 
     def check_in_use(self) -> None:
-        """Raise `InvalidArgument` if this object was retired, because nothing is recorded in it any more.
+        """Raise `TableNotFound` if this object was retired, because nothing is recorded in it any more.
 
         Raises:
-            InvalidArgument: this object was retired; the message gives the reason.
+            TableNotFound: this object was retired; the message gives the reason.
         """
         if self._retired is not None:
-            raise InvalidArgument(f"{self._retired}: create a new optimizer for it")
+            raise TableNotFound(f"{self._retired}: create a new optimizer for it")
 
     def warn_once(self, message: str) -> None:
         """Warn about the table, at the caller's own line, with a message that was not given before."""

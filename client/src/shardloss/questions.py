@@ -33,7 +33,7 @@ class Questions:
 
     client: LossClient
     spec: types.TableInfo
-    name: str
+    reference: str
 
     def evaluate(
         self,
@@ -62,7 +62,7 @@ class Questions:
         def ask(page: slice) -> types.Evaluation:
             with messages.writing_request():
                 request = evaluation_pb2.EvaluateRequest(
-                    table=self.name,
+                    table=self.reference,
                     hidden=numbers(hidden[page], "hidden"),
                     labels=numbers(labels[page], "labels"),
                     want_rank=want_rank,
@@ -141,7 +141,7 @@ class Questions:
         def ask(page: slice) -> types.TopK:
             with messages.writing_request():
                 request = evaluation_pb2.TopKRequest(
-                    table=self.name,
+                    table=self.reference,
                     hidden=numbers(hidden[page], "hidden"),
                     k=k,
                     want_log_probs=want_log_probs,
@@ -183,7 +183,7 @@ class Questions:
             asked_ids = class_ids[page] if class_ids.ndim == 2 else class_ids
             with messages.writing_request():
                 request = evaluation_pb2.ScoreRequest(
-                    table=self.name,
+                    table=self.reference,
                     hidden=numbers(hidden[page], "hidden"),
                     class_ids=numbers(asked_ids, "class_ids"),
                     want_log_probs=want_log_probs,
@@ -238,7 +238,7 @@ class Questions:
         def ask(page: slice) -> types.ClassSamples:
             with messages.writing_request():
                 request = evaluation_pb2.SampleClassesRequest(
-                    table=self.name,
+                    table=self.reference,
                     hidden=numbers(hidden[page], "hidden"),
                     num_samples=num_samples,
                     seed=seed,

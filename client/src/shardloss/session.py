@@ -60,7 +60,7 @@ class Session:
             RequestError, TransientError: as in `Table.compute_loss`; the part is lost but the step continues.
         """
         request = messages.loss_request(
-            self.table.name,
+            self.table.reference,
             hidden,
             labels,
             loss,
@@ -139,7 +139,7 @@ class Session:
     ) -> loss_pb2.CommitRequest:
         with messages.writing_request():
             request = loss_pb2.CommitRequest(
-                table=self.table.name,
+                table=self.table.reference,
                 session=self.name,
                 step=self.step,
                 learning_rate=learning_rate,
@@ -189,7 +189,7 @@ class Session:
             RequestError: as in `Table.compute_loss` and `commit`; nothing was changed.
         """
         request = messages.loss_request(
-            self.table.name,
+            self.table.reference,
             hidden,
             labels,
             loss,
@@ -226,7 +226,7 @@ class Session:
 
     def _send_abort(self, step: int) -> int:
         client = self.table.client
-        request = loss_pb2.AbortRequest(table=self.table.name, session=self.name, step=step)
+        request = loss_pb2.AbortRequest(table=self.table.reference, session=self.name, step=step)
         reply: loss_pb2.AbortResponse = client.channel.unary(client.losses.Abort, request, None)
         return reply.num_aborted
 

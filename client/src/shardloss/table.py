@@ -28,20 +28,33 @@ LARGEST = {  # largest finite number of each storage dtype
 
 
 class Table(Trainable, Losses):
-    """One table of a server: heads that train it, exact evaluation, and its rows."""
+    """One table of a server: heads that train it, exact evaluation, and its rows.
+
+    It stays this table if that is renamed. Once the table is deleted, or lost by a restart of the server, every call
+    raises TableNotFound, even if there is a new table of the same name.
+    """
 
     def __init__(self, client: LossClient, info: types.TableInfo) -> None:
         self.client, self.spec = client, info
-        self.name = info.name
+        self.name, self.reference = info.name, info.reference or info.name
 
     def __repr__(self) -> str:
         spec = self.spec
         size = f"{spec.num_classes:,} x {spec.dim} {spec.dtype}"
         return f"<Table {self.name!r} on {self.client.address}, {size}, version {spec.version} when opened>"
 
+    @property
+    def id(self) -> str:
+        """The part of `reference` that only this table has; a renaming does not change it."""
+        return self.reference.rpartition("#")[2]
+
     def info(self) -> types.TableInfo:
-        """Return the spec and current state of the table."""
-        return self.client.table(self.name).spec
+        """Return the spec and current state of the table.
+
+        Raises:
+            TableNotFound: the table was deleted, even if there is a new one of its name.
+        """
+        return self.client.table(self.reference).spec
 
     def session(self) -> Session:
         """Return a new session for the steps of one trainer.
@@ -60,7 +73,7 @@ class Table(Trainable, Losses):
         class_ids = of_rank(class_ids, 1, "class_ids")
 
         def ask(page: slice) -> types.Rows:
-            request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids[page], "class_ids"))
+            request = table_pb2.ReadRowsRequest(table=self.reference, class_ids=numbers(class_ids[page], "class_ids"))
             return messages.rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
 
         found = [asked(ask, page) for page in pages(len(class_ids), self.spec.dim + 1)]
@@ -82,7 +95,7 @@ class Table(Trainable, Losses):
 
         def ask(page: slice) -> int:
             request = table_pb2.WriteRowsRequest(
-                table=self.name, class_ids=numbers(class_ids[page], "class_ids"), rows=numbers(rows[page], "rows")
+                table=self.reference, class_ids=numbers(class_ids[page], "class_ids"), rows=numbers(rows[page], "rows")
             )
             if biases is not None:
                 request.biases.CopyFrom(numbers(biases[page], "biases"))
@@ -103,7 +116,9 @@ class Table(Trainable, Losses):
             InvalidArgument, LimitExceeded, TransientError, RowsLost: as in `evaluate`.
         """
         class_ids = np.arange(first_class, first_class + num_classes)
-        request = table_pb2.ReadRowsRequest(table=self.name, class_ids=numbers(class_ids, "class_ids"), want_state=True)
+        request = table_pb2.ReadRowsRequest(
+            table=self.reference, class_ids=numbers(class_ids, "class_ids"), want_state=True
+        )
         return messages.table_rows(self.client.channel.unary(self.client.tables.ReadRows, request, None))
 
     def write_state(self, first_class: int, page: types.TableRows, num_commits: int | None = None) -> int:
@@ -117,13 +132,15 @@ class Table(Trainable, Losses):
         """
         class_ids = np.arange(first_class, first_class + len(page.rows))
         bfloat16 = self.spec.dtype == "bfloat16"
-        request = messages.row_write(self.name, class_ids, page, num_commits, bfloat16=bfloat16)
+        request = messages.row_write(self.reference, class_ids, page, num_commits, bfloat16=bfloat16)
         reply: table_pb2.WriteRowsResponse = self.client.channel.unary(self.client.tables.WriteRows, request, None)
         return reply.version
 
     def read_class_counts(self, first_class: int, num_classes: int) -> types.ClassCounts:
         """Return the written and learned class counts of a range of at most `paging.PAGE_BYTES` / 16 classes."""
-        request = table_pb2.ReadClassCountsRequest(table=self.name, first_class=first_class, num_classes=num_classes)
+        request = table_pb2.ReadClassCountsRequest(
+            table=self.reference, first_class=first_class, num_classes=num_classes
+        )
         return messages.class_counts(self.client.channel.unary(self.client.tables.ReadClassCounts, request, None))
 
     def _write_counts_page(self, first_class: int, written: Array | None, learned: Array | None) -> None:
@@ -132,7 +149,7 @@ class Table(Trainable, Losses):
         Raises:
             InvalidArgument, LimitExceeded: as in `write_class_counts`; index counts within the range.
         """
-        request = table_pb2.WriteClassCountsRequest(table=self.name, first_class=first_class)
+        request = table_pb2.WriteClassCountsRequest(table=self.reference, first_class=first_class)
         if written is not None:
             request.counts.CopyFrom(numbers(written, "counts"))
         if learned is not None:
@@ -151,7 +168,7 @@ class Table(Trainable, Losses):
         refuse_where(~(np.isfinite(counts) & (counts >= 0)), "counts", "is not a finite number >= 0")
         for page in pages(len(counts), 1):
             request = table_pb2.WriteClassCountsRequest(
-                table=self.name, first_class=page.start, counts=numbers(counts[page], "counts")
+                table=self.reference, first_class=page.start, counts=numbers(counts[page], "counts")
             )
             self.client.channel.unary(self.client.tables.WriteClassCounts, request, None)
 

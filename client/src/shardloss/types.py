@@ -283,7 +283,10 @@ Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """The spec of a table with every default filled in, and its current version and number of commits and tickets."""
+    """The spec of a table with every default filled in, and its current version and number of commits and tickets.
+
+    reference names this very table in a request, whatever its name is now; a table created later never has it.
+    """
 
     name: str
     num_classes: int
@@ -298,6 +301,7 @@ class TableInfo:
     version: int
     num_commits: int
     num_open_tickets: int
+    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)

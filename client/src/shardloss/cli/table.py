@@ -180,5 +180,5 @@ def delete(
         if not yes and not typer.confirm(question, err=True):
             fail(call.output, "INTERRUPTED", f"{name} was not deleted: the answer was no")
             raise typer.Exit(1)
-        client.delete_table(name)
+        client.delete_table(info.reference)  # no other table that has got the name since
     call.emit({"deleted": name}, lambda: f"{name} was deleted")

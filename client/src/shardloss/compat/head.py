@@ -21,24 +21,12 @@ class SharedHead(Head):
 
 
 def head_of(table: Table) -> SharedHead:
-    """Return the one head of a client for a table, by the table's name."""
+    """Return the one head of a client for a table, whatever handle of it is given."""
 
-    def make() -> SharedHead:
-        return SharedHead(table)
+    def retire(head: SharedHead) -> None:
+        head.pending.retire(f"another table has the name {table.name!r} since this optimizer was created")
 
-    def fits(head: SharedHead) -> bool:
-        if shape_of(head.table) == shape_of(table):
-            return True
-        head.pending.retire(f"table {table.name!r} was recreated with a different shape")
-        return False
-
-    return table.client._attach(__name__, table.name, make, fits)
-
-
-def shape_of(table: Table) -> tuple[int, int, str, bool]:
-    """Return the properties that distinguish a table from one recreated under its name."""
-    spec = table.spec
-    return spec.num_classes, spec.dim, spec.dtype, spec.bias
+    return table.client._attach(__name__, table, lambda: SharedHead(table), retire)
 
 
 def optimizer(table: Table, lr: float) -> RemoteOptimizer:

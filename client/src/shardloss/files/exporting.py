@@ -67,7 +67,7 @@ def export_table(
     if kind not in FORMATS:
         raise InvalidArgument(f"format = {format!r} must be one of {', '.join(FORMATS)}", field="format")
     refuse_old(table.client)
-    table = table.client.table(table.name)
+    table = table.client.table(table.reference)
     first, counts = table.read_state(0, 1), table.read_class_counts(0, 1)
     facts = Facts(table.spec, first.version, first.version, first.num_commits)
     wanted = shapes(table.spec, with_counts=counts.written is not None)

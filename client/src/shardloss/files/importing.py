@@ -88,9 +88,9 @@ def import_table(
     spec = replace(source.spec, num_shards=num_shards, placement=placement or source.spec.placement)
     refuse_taken(client, name, resume)
     table = made(client, name + PART, spec)
-    with explained(client, name):
+    with explained(table, name):
         fill(table, source, progress or unseen)
-        return client.rename_table(table.name, name)
+        return client.rename_table(table.reference, name)
 
 
 def rows_alone(
@@ -205,13 +205,13 @@ def widened(values: Array) -> Array:
 
 
 @contextmanager
-def explained(client: LossClient, name: str) -> Iterator[None]:
+def explained(table: Table, name: str) -> Iterator[None]:
     """Add to an error what happened to the table; delete a table that the server refused."""
     try:
         yield
     except (BadFile, InvalidArgument, LimitExceeded, NotSupported):
         with suppress(ShardlossError):
-            client.delete_table(name + PART)
+            table.client.delete_table(table.reference)
         raise
     except BaseException as error:
         left = (

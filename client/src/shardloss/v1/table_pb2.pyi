@@ -159,16 +159,18 @@ class TableSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., bias: bool = ..., num_shards: _Optional[int] = ..., placement: _Optional[_Union[Placement, str]] = ..., initializer: _Optional[_Union[Initializer, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., limits: _Optional[_Union[TableLimits, _Mapping]] = ..., count_labels: bool = ...) -> None: ...
 
 class Table(_message.Message):
-    __slots__ = ("spec", "version", "num_commits", "num_open_tickets")
+    __slots__ = ("spec", "version", "num_commits", "num_open_tickets", "reference")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_COMMITS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPEN_TICKETS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     spec: TableSpec
     version: int
     num_commits: int
     num_open_tickets: int
-    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_open_tickets: _Optional[int] = ...) -> None: ...
+    reference: str
+    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_open_tickets: _Optional[int] = ..., reference: _Optional[str] = ...) -> None: ...
 
 class CreateTableRequest(_message.Message):
     __slots__ = ("spec",)

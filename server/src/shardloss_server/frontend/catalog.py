@@ -25,6 +25,10 @@ MAX_DEVIATIONS = 8.0  # a normal number drawn from 32 bits is within 6.8 standar
 log = logging.getLogger(__name__)
 COUNT_BYTES = 24  # a count and up to two nodes of its tree
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+GONE = (
+    "the table that was opened as {!r} was deleted, or the server was restarted; a table created since under that name "
+    "is another one: open it with client.table, and create new sessions, heads and optimizers"
+)
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
@@ -40,14 +44,19 @@ class Catalog:
         self._making = threading.Lock()
 
     def owner(self, table: str) -> TableOwner:
-        """Return the owner of a table.
+        """Return the owner of a table, given by its name or by its reference, which a renaming does not change.
 
         Raises:
-            TableNotFound: no table has this name.
+            TableNotFound: no table has this name, or the table of this reference is gone.
         """
-        owner = self._owners.get(table)
+        name, mark, table_id = table.partition("#")
+        owner = self._owners.get(name)
+        if mark and (owner is None or owner.table_id != table_id):
+            owner = next((other for other in self.owners() if other.table_id == table_id), None)
         if owner is None:
-            raise TableNotFound(f"no table is named {table!r}; create it first", field="table")
+            raise TableNotFound(
+                GONE.format(name) if mark else f"no table is named {name!r}; create it first", field="table"
+            )
         return owner
 
     @property
@@ -92,7 +101,7 @@ class Catalog:
         """
         with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
             owner = self.owner(table)
-            del self._owners[table]
+            del self._owners[owner.spec.name]
             self._retire(owner)
 
     def rename(self, table: str, new_name: str, deadline: Deadline) -> TableOwner:
@@ -106,12 +115,13 @@ class Catalog:
         check_name(new_name, "new_name")
         with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
             owner = self.owner(table)
-            if new_name in self._owners and new_name != table:
+            old_name = owner.spec.name
+            if new_name in self._owners and new_name != old_name:
                 raise TableExists(f"a table named {new_name!r} exists; delete it or use another name", field="new_name")
             owner.spec = replace(owner.spec, name=new_name)
             self._owners[new_name] = owner
-            if new_name != table:
-                del self._owners[table]
+            if new_name != old_name:
+                del self._owners[old_name]
             return owner
 
     def _retire(self, owner: TableOwner) -> None:

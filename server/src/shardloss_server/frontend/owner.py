@@ -82,8 +82,8 @@ class TableOwner:
         turns: Turns,
         table_id: str,
     ) -> None:
-        self.spec, self.limits, self._turns = spec, limits, turns
-        self.key = f"{spec.name}#{table_id}"  # the table's key on the shards: a new one each time it is created
+        self.spec, self.limits, self._turns, self.table_id = spec, limits, turns, table_id
+        self.key = self.reference  # the table's key on the shards, which a renaming does not change
         self.sessions = Sessions(table_id, budget, limits.max_sessions, limits.ticket_ttl_s, limits.session_ttl_s)
         self.steps = Steps(limits.max_sessions)
         self.last_replies = LastReplies()
@@ -104,6 +104,11 @@ class TableOwner:
         spec = replace(self.spec, name=self.key)
         began = time.perf_counter()
         self._wait(self._group.create(spec, self.limits.max_sessions), deadline, began)
+
+    @property
+    def reference(self) -> str:
+        """NAME#ID: the table under its present name; the id is new each time a table is created."""
+        return f"{self.spec.name}#{self.table_id}"
 
     @property
     def lost(self) -> str | None:

@@ -108,7 +108,8 @@ class Call:
         self.received_bytes += request.ByteSize()
         message = getattr(request, "message", request)
         header = getattr(message, "header", message)
-        self.table = str(getattr(header, "table", "") or getattr(getattr(header, "spec", None), "name", ""))
+        named = getattr(header, "table", "") or getattr(getattr(header, "spec", None), "name", "")
+        self.table = str(named).partition("#")[0]  # without the id of a reference
         self.session = str(getattr(header, "session", ""))
 
     def receiving(self, pieces: Iterable[S]) -> Iterator[S]:

@@ -177,4 +177,5 @@ def table_message(owner: TableOwner) -> table_pb2.Table:
         version=owner.steps.version,
         num_commits=owner.steps.num_commits,
         num_open_tickets=owner.sessions.num_open,
+        reference=owner.reference,
     )

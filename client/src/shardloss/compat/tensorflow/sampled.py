@@ -165,7 +165,7 @@ def check_biases(weights: Table, biases: Table | None) -> None:
     """Refuse weights that are not a table, and biases that are not those of the table."""
     check_table(weights)
     spec = weights.spec
-    if (biases is not None and getattr(biases, "name", None) != weights.name) or (biases is None and spec.bias):
+    if (biases is not None and getattr(biases, "id", None) != weights.id) or (biases is None and spec.bias):
         raise InvalidArgument("biases must be the same table as weights, or None if it has no biases", field="biases")
     if biases is not None and not spec.bias:
         raise InvalidArgument(f"table {spec.name!r} has no biases: pass biases=None", field="biases")
