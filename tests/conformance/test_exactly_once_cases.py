@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import shardloss
-from shardloss import messages, wire
+from shardloss import chunks, messages, wire
 from shardloss.errors import (
     DeadlineExceeded,
     Internal,
@@ -33,6 +33,7 @@ from shardloss.errors import (
     TicketExpired,
     TicketUnknown,
 )
+from shardloss.splice import Spliced
 from shardloss.v1 import loss_pb2, table_pb2
 from shardloss_server.cluster.group import ShardMissing, WorkerLost
 from shardloss_server.cluster.local import LocalGroup
@@ -45,7 +46,7 @@ from shardloss_server.shard.kept import KEPT_BYTES
 from ..patience import PATIENCE_S, eventually
 from .faulty import FaultyGroup
 from .oracle import Batch, Replica, random_batch
-from .raw import RawTrainer, once
+from .raw import TRY_S, RawTrainer, loss_request, once
 
 NUM_CLASSES, DIM, NUM_SHARDS = 13, 5, 3  # three shards over two workers: one worker holds two of them
 RATE = 0.2
@@ -263,6 +264,82 @@ def test_another_payload_under_a_used_key_is_refused(
     assert caught.value.field == "step"
     assert_same_bits(table, before)
     assert trainer.send(request).replayed
+
+
+SAME_PAYLOADS: dict[str, Callable[[loss_pb2.CommitRequest], None]] = {
+    "a default written out": lambda request: setattr(request, "grad_scale", 1.0),
+    "another condition": lambda request: setattr(request, "max_staleness", 3),
+    "its cost wanted": lambda request: setattr(request, "want_cost", True),
+    "a field of a later contract": lambda request: request.MergeFromString(b"\xfa\x3f\x01x"),
+}
+
+
+@pytest.mark.parametrize("what", SAME_PAYLOADS)
+def test_a_commit_that_differs_in_nothing_that_is_applied_is_a_repeat(
+    table: shardloss.Table, trainer: RawTrainer, batch: Batch, what: str
+) -> None:
+    """It is answered from the ledger, and no bit of the table changes."""
+    request = trainer.scored(1, batch, RATE)
+    first = trainer.send(request)
+    before = replica_of(table)
+    other = loss_pb2.CommitRequest()
+    other.CopyFrom(request)
+    SAME_PAYLOADS[what](other)
+    assert other.SerializeToString() != request.SerializeToString()
+    again = trainer.send(other)
+    assert (again.replayed, again.version, again.staleness) == (True, first.version, first.staleness)
+    assert_same_bits(table, before)
+
+
+def test_a_step_repeated_after_a_renaming_is_answered(
+    connection: shardloss.LossClient, table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """The name is not part of the payload: commits, losses and one-call steps are repeated under name or reference."""
+    commit = trainer.scored(1, batch, RATE)
+    trainer.send(commit)
+    one_call = trainer.one_call(2, batch, RATE)
+    once(trainer.losses.ComputeLoss, one_call)
+    loss = loss_request(table.name, trainer.session, 3, 0, batch)
+    ticket = once(trainer.losses.ComputeLoss, loss).ticket
+    moved = connection.rename_table(table.name, f"{table.name}.moved")
+    before = replica_of(moved)
+    for name in (moved.name, table.reference, moved.reference):
+        commit.table = one_call.table = loss.table = name
+        assert trainer.send(commit).replayed
+        assert once(trainer.losses.ComputeLoss, one_call).committed.replayed
+        assert once(trainer.losses.ComputeLoss, loss).ticket == ticket
+    assert_same_bits(moved, before)
+    connection.rename_table(moved.name, table.name)
+
+
+def test_a_repeated_one_call_step_need_not_wait_for_the_same_step(
+    table: shardloss.Table, trainer: RawTrainer, batch: Batch
+) -> None:
+    """after_step says when a loss may be scored, not what is applied."""
+    trainer.send(trainer.scored(1, batch, RATE))
+    request = trainer.one_call(2, batch, RATE)
+    request.after_step = 1
+    once(trainer.losses.ComputeLoss, request)
+    before = replica_of(table)
+    request.ClearField("after_step")
+    assert once(trainer.losses.ComputeLoss, request).committed.replayed
+    assert_same_bits(table, before)
+
+
+def test_a_loss_may_be_repeated_as_a_stream(table: shardloss.Table, trainer: RawTrainer, batch: Batch) -> None:
+    """The same loss in chunks, with its ids as int32 and [N, 1], gets the kept reply and the same ticket."""
+    first = trainer.loss(1, batch)
+    request = loss_request(table.name, trainer.session, 1, 0, batch)
+    request.labels.CopyFrom(wire.encode(batch.labels.astype(np.int32).reshape(len(batch.hidden), -1)))
+    beside = Spliced(request, request.hidden.inline)
+    request.hidden.ClearField("inline")
+    header, parts = chunks.detach(beside, "hidden", 64)
+    pieces = [Spliced(loss_pb2.StreamLossRequest(header=header))]
+    pieces += [chunks.spliced(part, loss_pb2.StreamLossRequest) for part in parts]
+    assert len(pieces) > 2
+    reply = next(iter(table.client.stream_loss(iter(pieces), timeout=TRY_S)))
+    assert (reply.message.header.ticket, reply.message.header.replayed) == (first.ticket, True)
+    assert table.info().num_open_tickets == 1
 
 
 def test_concurrent_identical_commits_are_applied_once(

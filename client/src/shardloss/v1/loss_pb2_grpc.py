@@ -84,9 +84,9 @@ class LossServiceServicer(object):
 
     def StreamLoss(self, request_iterator, context):
         """ComputeLoss for requests or replies above ServerLimits.max_message_bytes: first the header, then the chunks that
-        its tensors refer to; the reply has the same form. Same effect as ComputeLoss. Idempotent by the same key, for the
-        same header: repeat a call through the same method, or it may be refused with STEP_REUSED. Errors: those of
-        ComputeLoss; a stream without progress for ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
+        its tensors refer to; the reply has the same form. Same effect as ComputeLoss, and idempotent by the same key: a
+        call may be repeated through the other method. Errors: those of ComputeLoss; a stream without progress for
+        ServerLimits.stream_idle_s ends with the gRPC status CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from shardloss.v1 import evaluation_pb2, logits_pb2, loss_pb2, table_pb2, tensor
 from torch import Tensor
 
 from shardloss_server.evaluation.passes import Draws, Evaluation, Ranked, Samples
+from shardloss_server.frontend.payload import digest_of
 from shardloss_server.frontend.request import (
     CommitNow,
     CommitPart,
@@ -37,7 +38,6 @@ from shardloss_server.numerics.objective import Objective
 from shardloss_server.numerics.transform import Transform
 
 Chunks = wire.Contents
-DIGEST_BYTES = 16
 T = TypeVar("T", Tensor, Tensor | None)
 FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 SAMPLER_KINDS = {
@@ -149,7 +149,7 @@ def loss_request(
         labels = torch.zeros(len(hidden) if hidden.dim() else 0, 0, dtype=torch.int64)
     else:
         labels = to_ids(message.labels, "labels", chunks)
-    return LossRequest(
+    request = LossRequest(
         table=message.table,
         session=message.session,
         step=message.step,
@@ -163,12 +163,13 @@ def loss_request(
         upstream=optional_tensor(message, "upstream", chunks),
         commit_now=commit_now(message),
         want=want(message),
-        digest=digest(message, chunks) if message.session else b"",
+        digest=b"",
         max_reply_bytes=max_reply_bytes,
         objective=objective(message),
         class_weights=optional_tensor(message.full_softmax, "class_weights", chunks, "full_softmax."),
         label_columns=columns if message.label_columns else None,
     )
+    return replace(request, digest=digest_of(request)) if request.session else request
 
 
 def label_columns(message: loss_pb2.LabelColumns) -> LabelColumns:
@@ -197,14 +198,6 @@ def refuse_reserved(message: Message, *fields: str) -> None:
     for field in fields:
         if message.HasField(field):
             raise NotSupported(f"{field} is reserved and not yet supported; leave it out", field=field)
-
-
-def digest(message: Message, chunks: Chunks | None = None) -> bytes:
-    """Return DIGEST_BYTES bytes that distinguish the payloads sent under one key."""
-    digest = hashlib.sha256(message.SerializeToString(deterministic=True))  # in hardware: half of blake2b's time
-    for _, content in sorted((chunks or {}).items()):
-        digest.update(content)
-    return digest.digest()[:DIGEST_BYTES]
 
 
 def want(message: loss_pb2.ComputeLossRequest) -> Want:
@@ -351,7 +344,7 @@ def commit_request(message: loss_pb2.CommitRequest) -> CommitRequest:
         CommitPart(part.ticket, to_tensor(part.g, f"parts[{i}].g") if part.HasField("g") else None)
         for i, part in enumerate(message.parts)
     )
-    return CommitRequest(
+    request = CommitRequest(
         message.table,
         message.session,
         message.step,
@@ -359,8 +352,9 @@ def commit_request(message: loss_pb2.CommitRequest) -> CommitRequest:
         message.learning_rate,
         message.grad_scale if message.HasField("grad_scale") else 1.0,
         message.max_staleness if message.HasField("max_staleness") else None,
-        digest(message),
+        digest=b"",
     )
+    return replace(request, digest=digest_of(request))
 
 
 def commit_response(reply: CommitReply) -> loss_pb2.CommitResponse:
