@@ -307,6 +307,22 @@ def test_a_page_in_place_of_a_reply_is_named_and_not_asked_for_again(
     assert page.num_calls == 1
 
 
+def test_a_grpc_server_that_is_slow_is_waited_for_beyond_wait_s() -> None:
+    """The first connection is answered only after the client has looked at the address by a second one."""
+    page, looked, turns = Page(413), threading.Event(), iter([True])
+
+    def talk(sock: socket.socket) -> None:
+        if next(turns, False):
+            looked.wait(PATIENCE_S)
+        else:
+            looked.set()
+        page(sock)
+
+    with peer(talk) as address, pytest.raises(errors.LimitExceeded):
+        shardloss.connect(address, wait_s=SHORT_S)
+    assert looked.is_set()
+
+
 def test_a_page_with_status_200_is_no_reply() -> None:
     with peer(Page(200)) as address, pytest.raises(errors.BadReply, match=f"is not the server at {address}"):
         shardloss.connect(address)

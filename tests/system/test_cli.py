@@ -383,7 +383,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_sound_server(run: Any, run_json: 
     verdicts = {name: each["verdict"] for name, each in findings(document).items()}
     assert verdicts.pop("token") == "skipped"
     assert set(verdicts.values()) == {"ok"}
-    assert len(document["findings"]) == len(checks.CHECKS) == 8
+    assert len(document["findings"]) == len(checks.CHECKS) == 9
     assert "2 of 2 workers are up" in run("doctor")[1]
 
 
@@ -397,12 +397,12 @@ def taken() -> Iterator[str]:
 def test_the_doctor_names_a_taken_port(
     run_json: Any, sound: None, taken: str, monkeypatch, local_server: Server
 ) -> None:
-    """A port is taken if another process listens there or, for --listen, if a running server already uses it."""
+    """A port is taken if another process listens there, or if a running server already uses it."""
     monkeypatch.setattr(doctor, "ANSWER_S", 0.3)
-    for args in (("--listen", taken), ("--address", taken), ("--listen", local_server.address)):
-        document = run_json("doctor", *args, code=1)
+    for address in (taken, local_server.address):
+        document = run_json("doctor", "--listen", address, code=1)
         assert wrong(document) == ["port"]
-        assert args[1] in findings(document)["port"]["found"]
+        assert address in findings(document)["port"]["found"]
     assert findings(run_json("doctor", "--listen", free_address()))["port"]["verdict"] == "ok"
 
 
@@ -422,7 +422,37 @@ def test_the_doctor_names_a_token_that_others_can_read(run_json: Any, sound: Non
     assert wrong(run_json(*args, code=1)) == ["token"]
     document = run_json("doctor", "--token-file", str(token), code=1)  # a running server cannot be queried without it
     assert wrong(document) == ["token"]
-    assert "cannot be checked" in findings(document)["port"]["found"]
+    assert "is in use" in findings(document)["port"]["found"]
+
+
+def test_the_doctor_names_what_is_wrong_with_a_connection(
+    run_json: Any, sound: None, taken: str, monkeypatch: pytest.MonkeyPatch, local_server: Server
+) -> None:
+    """Malformed addresses, other programs, swapped ports, TLS on one side and proxies; a server to come is none."""
+    data, admin = local_server.address, local_server.admin_address
+    short, long = 0.5, 60.0  # seconds for the answers
+    for args, words, limit_s in (
+        (("--address", f"http://{data}"), f"data port http://{data}: INVALID_ARGUMENT: .*write '{data}'", long),
+        (("--admin-address", "localhost"), "admin port localhost: INVALID_ARGUMENT: .*has no port", long),
+        (("--address", taken), f"data port {taken}: SERVER_UNAVAILABLE: .*says nothing", short),
+        (("--address", admin), f"data port {admin}: NOT_SUPPORTED: this is the server's admin port", long),
+        (("--admin-address", data), f"admin port {data}: NOT_SUPPORTED: this is the server's data port", long),
+        (("--tls",), f"data port {data}: SERVER_UNAVAILABLE: .*does not speak TLS", short),
+        (("--ca-file", "/none"), "INVALID_ARGUMENT: cannot read ca_file /none", long),
+        (("--address", "nobody.invalid:1"), "data port nobody.invalid:1: SERVER_UNAVAILABLE", short),
+    ):
+        monkeypatch.setattr(doctor, "ANSWER_S", limit_s)
+        document = run_json("doctor", *args, code=1)
+        assert wrong(document) == ["connection"], args
+        assert re.search(words, findings(document)["connection"]["found"]), args
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(doctor, "ANSWER_S", long)
+    assert findings(run_json("doctor"))["connection"]["verdict"] == "ok"
+    monkeypatch.setattr(doctor, "ANSWER_S", short)
+    document = run_json("doctor", "--address", "192.0.2.1:7070", code=1)
+    assert "through the proxy http://127.0.0.1:1 (http_proxy" in findings(document)["connection"]["found"]
+    nowhere = ("--address", free_address(), "--admin-address", "unix:/nowhere/at/all")
+    assert findings(run_json("doctor", *nowhere))["connection"]["verdict"] == "skipped"
 
 
 def test_the_doctor_names_a_small_shared_memory_and_a_full_disk(

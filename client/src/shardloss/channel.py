@@ -31,7 +31,7 @@ from shardloss.errors import (
     TransientError,
     Unauthenticated,
 )
-from shardloss.reach import why
+from shardloss.reach import SLOW, why
 from shardloss.splice import Splice, Spliced
 from shardloss.tracing import UNTRACED, Naming, Tracing
 
@@ -100,6 +100,15 @@ def opened(address: str, credentials: Credentials) -> grpc.Channel:
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(*credentials.certificates()), options=options)
 
 
+def matures(ready: grpc.Future[Any], limit_s: float) -> bool:
+    """Wait for a future, and return True if it has a result within limit_s."""
+    try:
+        ready.result(limit_s)
+    except grpc.FutureTimeoutError:
+        return False
+    return True
+
+
 class Channel:
     """A gRPC channel that gives each call an overall deadline and retries transient errors with the same request.
 
@@ -131,17 +140,18 @@ class Channel:
     def connecting(self, wait_s: float) -> Iterator[None]:
         """Connect, and let calls in the body wait for a server that is unavailable for no longer than wait_s.
 
+        A gRPC server that is there but slow is waited for as long as a call may take.
+
         Raises:
             ServerUnavailable: there is no connection within wait_s; the message says what is at the address instead.
         """
         ready = grpc.channel_ready_future(self._grpc)
         try:
-            ready.result(wait_s)
-        except grpc.FutureTimeoutError:
-            found = why(self._address, self._credentials)
-            raise ServerUnavailable(
-                f"no connection to {self._address} within {wait_s:g} s (wait_s, --wait-s): {found}"
-            ) from None
+            if not matures(ready, wait_s):
+                found = why(self._address, self._credentials)
+                if found != SLOW or not matures(ready, self.timeout_s - wait_s):
+                    message = f"no connection to {self._address} within {wait_s:g} s (wait_s, --wait-s): {found}"
+                    raise ServerUnavailable(message)
         finally:
             ready.cancel()
         self._away_s = wait_s

@@ -13,8 +13,8 @@ from time import monotonic
 from shardloss.address import SOCKETS, endpoints, proxy_of, socket_path, split
 from shardloss.credentials import Credentials
 
-STEP_S = 0.5  # to connect, and to wait for the first bytes
-LOOK_S = 1.8  # of all steps together, and of the name's resolution
+CONNECT_S, ANSWER_S = 0.5, 1.0  # to connect, and to wait for the first bytes
+LOOK_S = 1.9  # of all steps together, and of the name's resolution
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # with an empty SETTINGS frame
 SETTINGS_KIND = 4
 TLS_ALERT = b"\x15"
@@ -58,9 +58,9 @@ def opened(address: str) -> socket.socket:
     """Connect to an address."""
     if not address.startswith(SOCKETS):
         host, port = split(endpoints(address)[0])
-        return socket.create_connection((host, int(port)), STEP_S)
+        return socket.create_connection((host, int(port)), CONNECT_S)
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(STEP_S)
+    sock.settimeout(CONNECT_S)
     try:
         sock.connect(socket_path(address))
     except BaseException:
@@ -84,7 +84,7 @@ def at_path(path: str, error: Exception) -> str:
 
 def answer_to(sock: socket.socket, sent: bytes) -> bytes | None:
     """Return what a peer answers until it pauses, or None if it is silent; an end at once is an empty answer."""
-    found, deadline = b"", monotonic() + STEP_S
+    found, deadline = b"", monotonic() + ANSWER_S
     try:
         sock.sendall(sent)
         while len(found) < MOST_BYTES and not speaks_http2(found):
@@ -186,7 +186,7 @@ def through_proxy(address: str, variable: str, url: str) -> str:
     hint = f"add {split(target)[0]} to no_proxy if the server is reached without it"
     what = f"the connection goes through the proxy {url} ({variable} in the environment)"
     try:
-        with socket.create_connection((host, int(port or 80)), STEP_S) as sock:
+        with socket.create_connection((host, int(port or 80)), CONNECT_S) as sock:
             answer = answer_to(sock, f"CONNECT {target} HTTP/1.0\r\nHost: {target}\r\n\r\n".encode()) or b""
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

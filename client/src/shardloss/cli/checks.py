@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from shardloss.address import proxy_of
 from shardloss.cli.output import Size
 from shardloss.status import ServerStatus
 
@@ -37,8 +38,23 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of one port of the server.
+
+    is_there is False if nothing listens there yet on this machine, and None if `wrong` says what is there instead.
+    refusal is the answer to a caller who may not ask for the status.
+    """
+
+    what: str
+    address: str
+    is_there: bool | None
+    wrong: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
-    """An address to listen on; is_ours is True if a shardloss server answers there, and None if that is unknown."""
+    """An address to listen on; is_ours is True if a shardloss server answers there, None if something else may."""
 
     address: str
     is_free: bool
@@ -57,12 +73,13 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts that the checks look at; status is None if no server answered, and no_status says why.
+    """The facts that the checks look at; answers are those of the data port and the admin port, in this order.
 
-    token_mode is None without a token file, and -1 if the file does not exist. clock_s is the server's clock minus this
-    machine's, known to within clock_error_s.
+    status is None if the admin port did not report it. token_mode is None without a token file, and -1 if the file does
+    not exist. clock_s is the server's clock minus this machine's, known to within clock_error_s.
     """
 
+    answers: Sequence[Answer]
     ports: Sequence[Port]
     token_file: str
     token_mode: int | None
@@ -73,9 +90,33 @@ class Facts:
     client_version: str
     protobuf_version: str
     status: ServerStatus | None
-    no_status: str
     clock_s: float
     clock_error_s: float
+
+    @property
+    def no_status(self) -> str:
+        """The reason why there is no status."""
+        admin = self.answers[-1]
+        return admin.wrong or admin.refusal or f"no server listens on {admin.address}"
+
+
+def connection(facts: Facts) -> Finding:
+    """Check that a shardloss server answers on both ports, if anything does; a proxy in between is named."""
+    if facts.token_mode == -1:
+        return Finding("connection", Verdict.SKIPPED, "the token file cannot be read")
+    wrong = [f"{one.what} {one.address}: {one.wrong}" for one in facts.answers if one.wrong]
+    if wrong:
+        do = "correct --address, --admin-address, their credentials, or the environment, as the message says"
+        return Finding("connection", Verdict.WRONG, "; ".join(wrong), do)
+    said = ", ".join(answered(one) for one in facts.answers)
+    return Finding("connection", Verdict.OK if any(one.is_there for one in facts.answers) else Verdict.SKIPPED, said)
+
+
+def answered(one: Answer) -> str:
+    """Return what a port answers, and through which proxy."""
+    proxy = proxy_of(one.address) if one.is_there else None
+    through = f" through the proxy {proxy[1]} of {proxy[0]}" if proxy else ""
+    return f"{one.what} {one.address} {f'answers{through}' if one.is_there else 'is not listened on'}"
 
 
 def port(facts: Facts) -> Finding:
@@ -89,8 +130,8 @@ def port(facts: Facts) -> Finding:
             "stop the program that listens there (ss -ltnp shows it), or use other ports (--port, --admin-port)",
         )
     if not facts.ports:
-        return Finding("port", Verdict.SKIPPED, "the server is on another machine")
-    words = {True: "answers", False: "is free", None: "is in use, but cannot be checked with these credentials"}
+        return Finding("port", Verdict.SKIPPED, "no port of this machine is known")
+    words = {True: "answers", False: "is free", None: "is in use"}
     said = (f"{one.address} {words[one.is_ours]}" for one in facts.ports)
     return Finding("port", Verdict.OK, ", ".join(said))
 
@@ -218,6 +259,7 @@ def clock(facts: Facts) -> Finding:
 
 
 CHECKS: Sequence[Callable[[Facts], Finding]] = (
+    connection,
     port,
     token,
     shared_memory,

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,12 +17,13 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from shardloss import __version__
-from shardloss.cli.checks import CHECKS, Disk, Facts, Finding, Port, Verdict
+from shardloss import LossClient, __version__
+from shardloss.address import problem, socket_path
+from shardloss.cli.checks import CHECKS, Answer, Disk, Facts, Finding, Port, Verdict
 from shardloss.cli.connection import Connection
 from shardloss.cli.invocation import Invocation, command
 from shardloss.cli.output import grid
-from shardloss.errors import InvalidArgument, PermissionDenied, ShardlossError, Unauthenticated
+from shardloss.errors import PermissionDenied, ShardlossError
 from shardloss.status import ServerStatus
 
 ANSWER_S = 3.0  # time that a server has to answer
@@ -63,13 +65,13 @@ def shown(findings: list[Finding]) -> RenderableType:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A server's status, or the reason why there is none, and the offset of its clock.
+    """The answers of both ports, the server's status or the reason why there is none, and the offset of its clock.
 
     The offset is the server's clock minus this machine's, in seconds, with the error of that difference.
     """
 
+    answers: list[Answer]
     status: ServerStatus | None
-    why: str
     clock_s: float
     error_s: float
 
@@ -77,16 +79,13 @@ class Look:
 def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -> Facts:
     """Gather the facts about this machine and the server."""
     look = looked_at(connection)
-    addresses = {connection.address: False, connection.admin_address: True}
-    ports = (
-        [port_at(address) for address in listen]
-        if listen
-        else [port_at(address, is_ours=answers(connection, admin)) for address, admin in addresses.items()]
-    )
+    answered = {answer.address: answer.is_there for answer in look.answers}
+    ports = [port_at(each) for each in listen] or [port_at(each, is_ours=ours) for each, ours in answered.items()]
     ray_dir = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
     ray_dir = next(folder for folder in (ray_dir, *ray_dir.parents) if folder.exists())  # Ray creates missing folders
     folders = [("Ray's folder", str(ray_dir))] + ([("data_dir", str(data_dir))] if data_dir else [])
     return Facts(
+        answers=look.answers,
         ports=[port for port in ports if port is not None],
         token_file=str(connection.token_file or ""),
         token_mode=mode_of(connection.token_file),
@@ -97,39 +96,41 @@ def gathered(connection: Connection, listen: list[str], data_dir: Path | None) -
         client_version=__version__,
         protobuf_version=metadata.version("protobuf"),
         status=look.status,
-        no_status=look.why,
         clock_s=look.clock_s,
         clock_error_s=look.error_s,
     )
 
 
 def looked_at(connection: Connection) -> Look:
-    """Query the admin port; the clock difference is known to within half of the round trip."""
-    if nobody_listens(connection.admin_address):
-        return Look(None, f"no server listens on {connection.admin_address}", 0.0, 0.0)
-    try:
-        with connection.connect(admin=True, timeout_s=ANSWER_S) as client:
-            before = time.time()
-            status = client.status()
-            after = time.time()
-    except ShardlossError as error:
-        return Look(None, f"no status from {connection.admin_address}: {error.reason}: {error.message}", 0.0, 0.0)
-    return Look(status, "", status.time_s - (before + after) / 2, (after - before) / 2)
+    """Call both ports; the clock difference is known to within half of the round trip."""
+    seen: list[tuple[float, ServerStatus, float]] = []
+    data = answer_of(connection, False, lambda client: client.list_tables())
+    admin = answer_of(connection, True, lambda client: seen.append((time.time(), client.status(), time.time())))
+    if not seen:
+        return Look([data, admin], None, 0.0, 0.0)
+    before, status, after = seen[0]
+    return Look([data, admin], status, status.time_s - (before + after) / 2, (after - before) / 2)
 
 
-def answers(connection: Connection, admin: bool) -> bool | None:
-    """Return True if a shardloss server answers, even with a refusal; None if the credentials given are invalid."""
-    if nobody_listens(connection.admin_address if admin else connection.address):
-        return False
+def answer_of(connection: Connection, admin: bool, call: Callable[[LossClient], object]) -> Answer:
+    """Return what one of the server's ports answers to a call."""
+    what, address = ("admin port", connection.admin_address) if admin else ("data port", connection.address)
+    if problem(address) is None and nobody_listens(address):
+        return Answer(what, address, is_there=False)
     try:
-        connection.connect(admin=admin, timeout_s=ANSWER_S).close()
+        with connection.connect(admin=admin, timeout_s=ANSWER_S) as client:
+            call(client)
+    except PermissionDenied as error:  # the server knows the caller, who may do other things
+        return Answer(what, address, is_there=True, refusal=f"{error.reason}: {error.message}")
     except ShardlossError as error:
-        return None if isinstance(error, InvalidArgument) else isinstance(error, (Unauthenticated, PermissionDenied))
-    return True
+        return Answer(what, address, is_there=None, wrong=f"{error.reason}: {error.message}")
+    return Answer(what, address, is_there=True)
 
 
 def nobody_listens(address: str) -> bool:
     """Return True if the address belongs to this machine and is free."""
+    if address.startswith("unix:"):
+        return not os.path.exists(socket_path(address))
     port = port_at(address)
     return port is not None and port.is_free
 
@@ -139,14 +140,18 @@ def port_at(address: str, *, is_ours: bool | None = False) -> Port | None:
     host, _, number = address.rpartition(":")
     if not number.isdigit() or address.startswith("unix:"):
         return None
-    if is_ours is not False:
-        return Port(address, is_free=False, is_ours=is_ours)
+    if is_ours:
+        return Port(address, is_free=False, is_ours=True)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that has just ended is free
         try:
             probe.bind((host.strip("[]"), int(number)))
         except (OSError, OverflowError) as error:
-            return Port(address, is_free=False) if getattr(error, "errno", 0) == errno.EADDRINUSE else None
+            return (
+                Port(address, is_free=False, is_ours=is_ours)
+                if getattr(error, "errno", 0) == errno.EADDRINUSE
+                else None
+            )
     return Port(address, is_free=True)
 
 
