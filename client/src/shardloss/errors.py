@@ -282,11 +282,11 @@ BY_HTTP: Mapping[int, tuple[type[ShardlossError], str]] = {
 
 
 def from_http(status: int, server: str) -> ShardlossError:
-    """Return the error for a reply of HTTP: not the server made it, but a proxy or a web server at its address."""
+    """Return the error for a reply of HTTP, which a proxy or a web server at the server's address made."""
     page = "another site answers: check host, port and path of the address (nginx: server_name, location, grpc_pass)"
     cls, meaning = BY_HTTP.get(status, (BadReply, page))
     repeated = "a repeated call may succeed" if issubclass(cls, TransientError) else "the call is not repeated"
-    return cls(f"a proxy or web server, not {server}, answered with HTTP status {status}: {meaning}; {repeated}")
+    return cls(f"a proxy or web server answered in place of {server}, with HTTP status {status}: {meaning}; {repeated}")
 
 
 def explained(status: str, message: str, server: str) -> str:
