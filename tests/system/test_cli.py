@@ -158,6 +158,7 @@ def test_errors_say_what_was_found_and_what_to_do(run: Any, run_json: Any, data:
     code, out, err = run("table", "import", "nothing.safetensors", "x")
     assert (code, out) == (1, "")
     assert err == "BAD_FILE: nothing.safetensors does not exist\n"
+    assert run("table", "import", "nothing.safetensors", "x", "--address", free_address())[2] == err
     refused = run_json("table", "create", "Bad Name", "--classes", "2", "--dim", "2", code=1)["error"]
     assert (refused["reason"], refused["field"]) == ("INVALID_ARGUMENT", "spec.name")
     refused = run_json("table", "create", "x", "--classes", "2", "--dim", "2", "--dtype", "float16", code=1)["error"]

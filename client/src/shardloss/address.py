@@ -137,13 +137,18 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback
 
 
+def is_direct(address: str) -> bool:
+    """Return True if an address is never called through a proxy, because it is on this machine."""
+    return is_local(address) or split(endpoints(address)[0])[0] in ("0.0.0.0", "::")
+
+
 def proxy_of(address: str) -> tuple[str, str] | None:
     """Return the variable and the URL, without a password, of the proxy that gRPC uses for an address, or None.
 
     Source: gRPC's http_proxy_mapper.cc. Of several variables only the first counts, even if it is empty.
     """
     name, url = first_set(PROXIES)
-    if is_local(address) or address.startswith(OTHER_RESOLVERS) or not url.lower().startswith("http://"):
+    if is_direct(address) or address.startswith(OTHER_RESOLVERS) or not url.lower().startswith("http://"):
         return None
     host = split(endpoints(address)[0])[0].lower()
     if any(covers(entry.strip().lower(), host) for entry in first_set(DIRECT)[1].split(",")):

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shardloss import errors
-from shardloss.address import checked, is_local, proxy_of
+from shardloss.address import checked, is_direct, proxy_of
 from shardloss.bearing import Bearing
 from shardloss.credentials import Bearer, Credentials
 from shardloss.errors import (
@@ -94,7 +94,7 @@ def error_info(details: bytes) -> error_details_pb2.ErrorInfo | None:
 def opened(address: str, credentials: Credentials) -> grpc.Channel:
     """Return a gRPC channel to address, encrypted if the credentials require it."""
     # A proxy from the environment could read data that is meant to stay on this machine.
-    options = (*OPTIONS, ("grpc.enable_http_proxy", 0)) if is_local(address) else OPTIONS
+    options = (*OPTIONS, ("grpc.enable_http_proxy", 0)) if is_direct(address) else OPTIONS
     if not credentials.is_tls:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(*credentials.certificates()), options=options)

@@ -61,7 +61,10 @@ class PlacesStatus:
 
 @dataclass(frozen=True, slots=True)
 class MethodStatus:
-    """Statistics of one method: calls and errors (by reason) since the start; rate and durations in the last minute."""
+    """Statistics of one method: calls and errors (by reason) since the start; rate and durations in the last minute.
+
+    If rate is 0, there were no calls in that minute, and the durations are 0.
+    """
 
     name: str
     num_calls: int

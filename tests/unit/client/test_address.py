@@ -115,6 +115,7 @@ ENVIRONMENTS: list[tuple[dict[str, str], str, str | None]] = [
     ({"http_proxy": "http://P"}, "127.0.0.1:1", None),
     ({"http_proxy": "http://P"}, "localhost:1", None),
     ({"http_proxy": "http://P"}, "[::1]:1", None),
+    ({"http_proxy": "http://P"}, "0.0.0.0:1", None),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -322,6 +323,12 @@ def test_an_export_replaces_only_what_it_is_told_to(make: Make, tmp_path: Path) 
         files.export_table(table, tmp_path / "t", overwrite=True)
     with pytest.raises(errors.BadFile, match="is not a folder"):
         files.export_table(table, tmp_path / "nowhere/t.safetensors")
+    with pytest.raises(errors.BadFile, match="cannot be written: File name too long"):
+        files.export_table(table, tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(errors.BadFile, match="pipe is neither a file nor a folder"):
+        files.export_table(table, tmp_path / "pipe", overwrite=True)
+    (tmp_path / "pipe").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "t.safetensors"]
 
 

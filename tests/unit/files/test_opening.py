@@ -85,7 +85,7 @@ def test_a_shard_that_is_not_needed_may_be_missing(tmp_path: Path) -> None:
     assert f"{tmp_path / FIRST} does not exist" in refusal(tmp_path, weights_name="embed")
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "", ".", "a\0b"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "", ".", "a\0b", "\ud800"])
 def test_an_index_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
     safetensors.numpy.save_file({HEAD: ROWS}, tmp_path / "x.safetensors")
     index = checkpoint(tmp_path / "model", {}, **{HEAD: name})
@@ -93,7 +93,8 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path: Path, name: str) ->
 
 
 def test_an_index_that_its_shards_do_not_bear_out_is_refused(tmp_path: Path) -> None:
-    index = checkpoint(tmp_path, SHARDS, **{"moved": FIRST, "old": "pytorch_model.bin"})
+    index = checkpoint(tmp_path, SHARDS, **{"moved": FIRST, "old": "pytorch_model.bin", "long": "x" * 300})
+    assert "cannot be read: File name too long" in refusal(tmp_path, weights_name="long")
     torch.save({"old": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
     assert f"{FIRST} has no tensor 'moved'" in refusal(tmp_path, weights_name="moved")
     assert "pytorch_model.bin is not a safetensors file but a PyTorch checkpoint" in refusal(

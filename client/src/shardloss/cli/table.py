@@ -145,6 +145,7 @@ def import_(
 ) -> None:
     """Create a table from a file, a page at a time; the table gets its name once it is complete."""
     steps = optimizer(optimizer_kind)
+    files.open_file(path)  # a bad file is named even if no server is there
     with call.connection.connect() as client, progress(f"import {name}") as bar:
         info = files.import_table(
             client,

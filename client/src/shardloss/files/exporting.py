@@ -148,12 +148,12 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         BadFile: `path` exists and is not to be overwritten, or its folder does not exist.
     """
-    if path.exists() and not overwrite:
-        raise BadFile(f"{path} exists: choose another name, or set overwrite (--overwrite)")
-    if not path.absolute().parent.is_dir():
-        raise BadFile(f"{path.parent} is not a folder: create it first")
-    part = path.with_name(path.name + ".part")
-    with writing(part):
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise BadFile(f"{path} exists: choose another name, or set overwrite (--overwrite)")
+        if not path.absolute().parent.is_dir():
+            raise BadFile(f"{path.parent} is not a folder: create it first")
+        part = path.with_name(path.name + ".part")
         remove(part)
     try:
         yield part
@@ -169,12 +169,14 @@ def remove(path: Path) -> None:
     """Remove a file, or a folder that contains only the NumPy files of an exported table.
 
     Raises:
-        BadFile: the folder contains something else.
+        BadFile: the folder contains something else, or the path is a device or a pipe.
     """
     if path.is_dir():
         others = [file.name for file in path.iterdir() if file.suffix != ".npy" and file.name != npy.SPEC_FILE]
         if others:
             raise BadFile(f"{path} contains {others[0]!r}, which is not part of an exported table: choose another name")
         shutil.rmtree(path)
+    elif path.exists() and not path.is_file():
+        raise BadFile(f"{path} is neither a file nor a folder: choose another name")
     else:
         path.unlink(missing_ok=True)

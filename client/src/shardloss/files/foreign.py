@@ -56,7 +56,7 @@ def format_of(path: Path, head: bytes) -> str | None:
         found = PADDLE
     elif found is None and path.suffix.startswith(".data-"):
         found = TENSORFLOW
-    found = found or inside(head) or SUFFIXES.get(path.suffix) or (TEXT if is_text(head) else None)
+    found = found or inside(head) or SUFFIXES.get(path.suffix.lower()) or (TEXT if is_text(head) else None)
     return found and f"{found[0]}: {found[1]}"
 
 
@@ -67,7 +67,7 @@ def zipped(head: bytes, path: Path) -> tuple[str, str]:
         return NPZ
     if first.endswith((b"data.pkl", b"/version", b"byteorder")):
         return PYTORCH
-    return SUFFIXES.get(path.suffix, ("a zip archive", "unpack it"))
+    return SUFFIXES.get(path.suffix.lower(), ("a zip archive", "unpack it"))
 
 
 def inside(head: bytes) -> tuple[str, str] | None:

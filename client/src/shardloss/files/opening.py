@@ -56,14 +56,11 @@ def open_file(path: str | Path) -> Opened:
         BadFile: the file is none of these, truncated, or inconsistent; other formats are named.
     """
     path = Path(path)
-    try:
-        is_folder = path.is_dir()
+    with reading(path):
         if not path.exists():
             where = f"{path} is a link to {path.readlink()}, which" if path.is_symlink() else path
             raise BadFile(f"{where} does not exist")
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, BadFile) else BadFile(f"{path} cannot be read: {error}") from None
-    if is_folder:
+    if path.is_dir():
         path = file_in(path)
     reader = reader_of(path)
     facts, tensors = reader.opened(path)
@@ -78,10 +75,10 @@ def reader_of(path: Path) -> ModuleType:
         return npy
     with regular(path) as file:
         head = file.read(8)
-    if head.startswith(npy.MAGIC) or path.suffix == ".npy":
+    if head.startswith(npy.MAGIC) or path.suffix.lower() == ".npy":
         return npy
     is_json = head.startswith(b"{") and b"\0" not in head  # the length of a header ends with zero bytes
-    return sharded if path.suffix == ".json" or is_json else safetensors
+    return sharded if path.suffix.lower() == ".json" or is_json else safetensors
 
 
 def file_in(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from shardloss.errors import BadFile
 from shardloss.files import safetensors
 from shardloss.files.facts import Facts
 from shardloss.files.jsons import object_in
-from shardloss.files.stored import Stored, regular
+from shardloss.files.stored import Stored, reading, regular
 
 MAX_INDEX_BYTES = 100_000_000
 SUFFIX = ".safetensors.index"  # of an index's name, before .json or .VARIANT.json
@@ -42,7 +42,7 @@ def opened(path: Path) -> tuple[Facts | None, Mapping[str, Stored]]:
 def is_inside(name: str) -> bool:
     """Return True if a file name of an index stays in the index's folder."""
     place = PurePosixPath(name)
-    return bool(place.name) and not place.is_absolute() and ".." not in place.parts and "\0" not in name
+    return bool(place.name) and not place.is_absolute() and ".." not in place.parts and name.isprintable()
 
 
 class Sharded(Mapping[str, Stored]):
@@ -62,8 +62,9 @@ class Sharded(Mapping[str, Stored]):
         file = self._files[name]
         path = self._index.parent / file
         if file not in self._shards:
-            if not path.exists():
-                raise BadFile(f"{path} does not exist, but {self._index.name} needs it for {name[:60]!r}: download it")
+            with reading(path):
+                if not path.exists():
+                    raise BadFile(f"{path} does not exist, but {self._index.name} names it for {name[:60]!r}")
             self._shards[file] = safetensors.opened(path)[1]
         if name not in self._shards[file]:
             raise BadFile(f"{path} has no tensor {name[:60]!r}, which {self._index.name} says it has")

@@ -20,8 +20,7 @@ def health_of(address: str, timeout_s: float, credentials: Credentials) -> str:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            code = error.code()
-            is_away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            return f"{code.name}: {why(address, credentials) if is_away else error.details()}"
+            is_away = error.code() is grpc.StatusCode.UNAVAILABLE
+            return f"{error.code().name}: {why(address, credentials) if is_away else error.details()}"
     status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     return status
