@@ -86,7 +86,12 @@ test-long: setup  ## Every case of every grid, statistics with fresh seeds, whol
 	SHARDLOSS_TEST_EVERYTHING=1 SHARDLOSS_TEST_SEED=$(shell date +%s) \
 		$(BIN)/python -m pytest -q --timeout 1800 -m "not compose and not load and not stop"
 
-test-compose: setup  ## The compose file on a container engine: images, health, training, a killed worker (minutes)
+.venv-compose/.ready: tools/requirements-compose.txt
+	$(PYTHON) -m venv .venv-compose
+	.venv-compose/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+test-compose: setup .venv-compose/.ready  ## The compose file on a container engine, by Compose 1 and 2, with Prometheus (20 minutes)
 	$(BIN)/python -m pytest -q -s -m compose tests/compose
 
 fuzz: setup  ## Ten minutes of spoilt requests and noise, from a new seed each time; make test sends 4,000 calls
@@ -119,4 +124,4 @@ docs: setup  ## Write the generated pages of docs/
 	$(BIN)/shardloss-server metrics page > docs/metrics.md
 
 clean:  ## Remove everything that make created
-	rm -rf $(VENV) $(RIVALS:%=.venv-%) .venv-audit build
+	rm -rf $(VENV) $(RIVALS:%=.venv-%) .venv-audit .venv-compose build

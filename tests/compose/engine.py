@@ -8,13 +8,14 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD_S, COMMAND_S, HEALTHY_S = 1800.0, 300.0, 240.0
+BUILD_S, COMMAND_S, HEALTHY_S = 1800.0, 300.0, 900.0
 LABEL = "com.docker.compose.project"
 
 
@@ -37,22 +38,37 @@ def output(command: list[str], timeout_s: float = COMMAND_S, **options: Any) -> 
     return done.stdout
 
 
-def compose_command() -> list[str]:
-    """Return the compose command of this machine: the docker plugin, or the older docker-compose.
+def compose_command(version: str) -> list[str]:
+    """Return the command of this machine for Compose version "1" or "2".
+
+    Candidates are the one that `make test-compose` installs, docker's plugin, and docker-compose.
 
     Raises:
-        NoEngine: neither command works, or no engine is running.
+        NoEngine: there is no such command, or no engine is running.
     """
     if shutil.which("docker") is None:
         raise NoEngine("no docker command is here")
     engine = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=COMMAND_S, check=False)
     if engine.returncode:
         raise NoEngine(f"no engine answers: {engine.stderr.strip().splitlines()[-1:]}")
-    for command in (["docker", "compose"], ["docker-compose"]):
-        asked = [*command, "version"]
-        if shutil.which(command[0]) and not subprocess.run(asked, capture_output=True, check=False).returncode:
-            return command
-    raise NoEngine("neither docker compose nor docker-compose is here")
+    for command in ([str(ROOT / ".venv-compose/bin/docker-compose")], ["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]):
+            asked = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
+            if asked.stdout.strip().lstrip("v").startswith(f"{version}."):
+                return command
+    raise NoEngine(f"no command of Compose version {version} is here")
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keep every core of this machine busy, twice over."""
+    loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def free_ports(number: int) -> list[int]:
@@ -110,6 +126,11 @@ class Project:
         """Return True if the service has containers and all of them report healthy."""
         states = [self.state(each)["State"] for each in self.containers(service)]
         return bool(states) and all(each.get("Health", {}).get("Status") == "healthy" for each in states)
+
+    def address_of(self, service: str, network: str) -> str:
+        """Return the address of the service's first container on one of the project's networks."""
+        networks = self.state(self.containers(service)[0])["NetworkSettings"]["Networks"]
+        return str(networks[f"{self.name}_{network}"]["IPAddress"])
 
     def inside(self, service: str, *command: str) -> str:
         """Run a command in the service's first container and return its output."""

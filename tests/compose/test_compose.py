@@ -8,12 +8,13 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shardloss
-from engine import BUILD_S, HEALTHY_S, NoEngine, Project, compose_command, eventually, output
+from engine import BUILD_S, HEALTHY_S, NoEngine, Project, busy_cores, compose_command, eventually, output
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_S + 2 * HEALTHY_S)]
 MB = 1e6
@@ -31,21 +32,30 @@ def figures() -> Iterator[Figures]:
     print("\n\n" + "\n".join(f"{name:<52} {value:>24}" for name, value in found.items()))
 
 
-@pytest.fixture(scope="module")
-def project(figures: Figures) -> Iterator[Project]:
-    """The service with two workers; only its images are left afterwards."""
+@pytest.fixture(scope="module", params=["1", "2"], ids=["compose-1", "compose-2"])
+def project(request: pytest.FixtureRequest, figures: Figures) -> Iterator[Project]:
+    """The service with two workers, by each version of Compose; only its images are left afterwards."""
+    with running(request.param, figures) as found:
+        yield found
+
+
+@contextmanager
+def running(version: str, figures: Figures, when: str = "") -> Iterator[Project]:
+    """Build and start the service with two workers; everything but its images is removed at the end."""
     try:
-        found = Project(compose_command(), f"shardloss-test-{os.getpid()}-{secrets.token_hex(2)}")
+        found = Project(compose_command(version), f"shardloss-test-{os.getpid()}-{secrets.token_hex(2)}")
     except NoEngine as error:
         pytest.skip(str(error))
+    label = f"compose {version}{when}"
     try:
         began = time.monotonic()
         found.run("--profile", "demo", "build", timeout_s=BUILD_S)
-        figures["build, s (cached layers included)"] = f"{time.monotonic() - began:.0f}"
+        figures[f"{label}: build, s (cached layers included)"] = f"{time.monotonic() - began:.0f}"
         began = time.monotonic()
         found.run("up", "--detach", "--scale", "worker=2", timeout_s=HEALTHY_S)
+        figures[f"{label}: `up` returned after, s"] = f"{time.monotonic() - began:.1f}"
         eventually(lambda: found.is_healthy("server"), "the front end is healthy", HEALTHY_S)
-        figures["from `up` to a healthy front end, s"] = f"{time.monotonic() - began:.1f}"
+        figures[f"{label}: from `up` to a healthy front end, s"] = f"{time.monotonic() - began:.1f}"
         yield found
     except AssertionError:
         print(found.run("logs", "--tail", "40"))
@@ -53,6 +63,14 @@ def project(figures: Figures) -> Iterator[Project]:
     finally:
         found.run("--profile", "demo", "down", "--volumes", "--remove-orphans")
         assert found.left() == []
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_up_succeeds_while_every_core_is_busy(version: str, figures: Figures) -> None:
+    """`up` waits for slow nodes, repeats their joins, and ends with a healthy front end on both workers."""
+    with busy_cores(), running(version, figures, ", busy cores") as project:
+        status = json.loads(project.inside("server", "shardloss", "status", "--output", "json"))
+        assert [worker["up"] for worker in status["workers"]] == [True, True]
 
 
 @pytest.fixture(scope="module")
