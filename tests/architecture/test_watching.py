@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,48 @@ def test_names_end_in_their_unit() -> None:
             if each.unit == unit:
                 assert unit in each.name
         assert each.meaning.endswith(".")
+
+
+UNIT_OF = {"seconds": "s", "bytes": "bytes", "ratio": "percentunit"}  # of a metric's suffix, in the dashboard's words
+
+
+@pytest.mark.parametrize(
+    ("title", "unit", "expression"),
+    [
+        (panel["title"], panel["fieldConfig"]["defaults"].get("unit", "none"), target["expr"])
+        for panel in panels()
+        for target in panel.get("targets", ())
+    ],
+)
+def test_a_panel_has_the_unit_of_its_metrics(title: str, unit: str, expression: str) -> None:
+    """A quotient of equal units has none, a rate of bytes is bytes per second, and a rate of calls is per second."""
+    names = [name for name, _ in SELECTOR.findall(expression)]
+    name = re.sub(r"_(total|bucket|sum|count|limit)$", "", names[0])
+    suffix = UNIT_OF.get(name.rsplit("_", 1)[-1], "none")
+    is_quantile_or_mean = "histogram_quantile" in expression or "_sum" in expression
+    if "/" in expression and not is_quantile_or_mean:
+        expected = "percentunit"
+    elif "rate(" in expression and not is_quantile_or_mean:
+        per_second = {"bytes": "Bps", "s": "none"}  # CPU seconds per second are cores
+        expected = per_second.get(suffix, "reqps" if re.search("calls|refusals|replays", name) else "none")
+    else:
+        expected = suffix
+    assert unit == expected, (title, expression)
+
+
+def test_the_rules_pass_their_unit_tests() -> None:
+    """Each alert is quiet, and fires when it should, with its text; promtool runs the tests, if it is installed."""
+    tests = yaml.safe_load((ROOT / "deploy/prometheus/alerts_test.yml").read_text())["tests"]
+    assert {test["name"] for test in tests} == {rule["alert"] for rule in RULES}
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool is here")
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command],
+            cwd=ROOT / "deploy/prometheus",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

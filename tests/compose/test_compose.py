@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import shardloss
 from engine import BUILD_S, HEALTHY_S, NoEngine, Project, busy_cores, compose_command, eventually, output
+from observed import Prometheus, Traffic, dashboard_queries, scraping
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_S + 2 * HEALTHY_S)]
 MB = 1e6
 TRAIN_S = 20
 V, D, N = 907, 64, 256
-LOST_S = 30.0
+LOST_S = 60.0
+DATA_S = 120.0
 Figures = dict[str, str]
 
 
@@ -130,11 +132,46 @@ def test_the_example_trains_through_it(project: Project, figures: Figures) -> No
     assert result["after"]["nll"] < result["before"]["nll"] - 0.5
 
 
+@pytest.fixture(scope="module")
+def prometheus(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus of this machine that scrapes the front end on its container's address."""
+    with scraping(f"{project.address_of('server', 'front')}:9464", tmp_path_factory.mktemp("prometheus")) as found:
+        yield found
+
+
+def test_every_query_of_the_dashboard_has_data(
+    project: Project, client: shardloss.LossClient, prometheus: Prometheus
+) -> None:
+    """After steps, questions, failures, replays and refusals, no panel of the dashboard is empty."""
+    traffic = Traffic(client, f"127.0.0.1:{project.ports[1]}", "watched")
+    empty = dict.fromkeys(dashboard_queries(), True)
+    traffic.refused()
+
+    def all_have_data() -> bool:
+        traffic.once()
+        for each in [each for each, is_empty in empty.items() if is_empty]:
+            empty[each] = not prometheus.query(each[1])
+        if any(title == "Refusals by limit" for (title, _), is_empty in empty.items() if is_empty):
+            traffic.refused()
+        return not any(empty.values())
+
+    try:
+        eventually(all_have_data, "every panel has data", DATA_S)
+    except AssertionError:
+        pytest.fail(f"no data: {[each for each, is_empty in empty.items() if is_empty]}")
+    assert prometheus.query("sum(shardloss_worker_up)") == [2.0]
+    assert prometheus.firing() == set()
+    client.delete_table("watched")
+
+
 @pytest.mark.parametrize("by_engine", [False, True], ids=["crash", "docker-kill"])
 def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
-    project: Project, client: shardloss.LossClient, figures: Figures, by_engine: bool
+    project: Project, client: shardloss.LossClient, prometheus: Prometheus, figures: Figures, by_engine: bool
 ) -> None:
-    """Calls raise ROWS_LOST and never return wrong numbers. Only a crashed worker restarts automatically."""
+    """Calls raise ROWS_LOST and never return wrong numbers, and the alerts fire until all is well again.
+
+    Only a crashed worker restarts automatically.
+    """
     hidden, labels = np.ones((N, D), np.float32), np.arange(N) % V
     how, name = ("killed by hand", "by-hand") if by_engine else ("crashed", "crashed")
 
@@ -153,6 +190,9 @@ def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
         repeat(lambda: train(session), LOST_S)
     figures[f"a worker {how}: ROWS_LOST after, s"] = f"{time.monotonic() - began:.1f}"
     figures[f"a worker {how}: what it says"] = str(raised.value)
+    fired = {"ShardlossRowsLost"} | ({"ShardlossWorkerDown"} if by_engine else {"ShardlossWorkerRestarted"})
+    took = eventually(lambda: fired <= prometheus.firing(), f"{fired} fire", LOST_S)
+    figures[f"a worker {how}: alerts after, s"] = f"{took:.1f}"
     client.delete_table(name)
     if by_engine:
         output(["docker", "start", victim])
@@ -162,6 +202,8 @@ def test_a_killed_worker_is_a_named_error_until_its_tables_are_made_again(
     assert train(again) == 1
     figures[f"a worker {how}: trained again after, s"] = f"{time.monotonic() - began:.1f}"
     eventually(lambda: project.is_healthy("worker"), "all workers are healthy", HEALTHY_S)
+    ended = {"ShardlossRowsLost", "ShardlossWorkerDown"}
+    eventually(lambda: not ended & prometheus.firing(), f"{ended} end", LOST_S)
     client.delete_table(name)
 
 
