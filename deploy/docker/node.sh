@@ -1,8 +1,8 @@
 #!/bin/sh
 # node ARGUMENTS...: run a node of a Ray cluster (`ray start --block ARGUMENTS`) until it ends. On a busy machine a start
-# may fail: for JOIN_S seconds it is repeated, instead of ending the container.
+# may fail: for SHARDLOSS_JOIN_S seconds it is repeated, instead of ending the container.
 set -u
-deadline=$(($(date +%s) + ${JOIN_S:-600}))
+deadline=$(($(date +%s) + ${SHARDLOSS_JOIN_S:-600}))
 trap 'kill -TERM "$running" 2>/dev/null; wait "$running"; exit' TERM INT
 while :; do
     ray start --block --disable-usage-stats "$@" &

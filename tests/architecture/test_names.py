@@ -38,7 +38,13 @@ OTHERS_FLAGS = {  # flags of other programs
     "--volumes",
     "--env-file",
 }  # fmt: skip
-OTHERS_PORTS = {"gRPC over Ray's head": 6379, "Ray's node manager": 6380, "Prometheus": 9090, "Grafana": 3000}
+OTHERS_PORTS = {
+    "gRPC over Ray's head": 6379,
+    "Ray's node manager": 6380,
+    "Ray's client server": 10001,
+    "Prometheus": 9090,
+    "Grafana": 3000,
+}
 
 
 OUR_PREFIXES = ("SHARDLOSS_", "OMP_", "RAY_", "MALLOC_", "OTEL_")

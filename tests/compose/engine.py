@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,30 @@ def busy_cores() -> Iterator[None]:
         for loop in loops:
             loop.kill()
             loop.wait()
+
+
+LISTENING = """
+import glob, os, socket
+inodes, named = {}, {"0.0.0.0": "all", "127.0.0.1": "127.0.0.1"}
+for name in ("tcp", "tcp6"):
+    for line in open("/proc/net/" + name).read().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":
+            raw = fields[1].split(":")[0][-8:]
+            ip = socket.inet_ntoa(bytes.fromhex(raw)[::-1])
+            if ip != "127.0.0.11":  # the engine's name server
+                inodes["socket:[" + fields[9] + "]"] = named.get(ip, "container")
+for path in glob.glob("/proc/[0-9]*/fd/*"):
+    try:
+        target = os.readlink(path)
+        command = open("/proc/" + path.split("/")[2] + "/cmdline").read().split(chr(0))
+    except OSError:
+        continue
+    if target in inodes:
+        script = [each for each in command if each.endswith((".py", "shardloss-server"))]
+        module = command[command.index("-m") + 1 :] if "-m" in command else []
+        print(os.path.basename((script or module or command)[0]).removesuffix(".py"), inodes[target])
+"""
 
 
 def free_ports(number: int) -> list[int]:
@@ -135,6 +160,14 @@ class Project:
     def inside(self, service: str, *command: str) -> str:
         """Run a command in the service's first container and return its output."""
         return self.run("exec", "-T", service, *command)
+
+    def listening(self, service: str) -> Counter[tuple[str, str]]:
+        """Return on how many TCP sockets each process of the service's first container listens, by name and address.
+
+        The address is 127.0.0.1, "container" for the container's own ones, or "all".
+        """
+        lines = self.inside(service, "python", "-c", LISTENING).splitlines()
+        return Counter((process, address) for process, address in (line.rsplit(" ", 1) for line in lines))
 
     def left(self) -> list[str]:
         """Return the project's containers, networks and volumes that still exist."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_S + 2 * HEALTHY_S)]
 MB = 1e6
 TRAIN_S = 20
 V, D, N = 907, 64, 256
+SECURITY = Path(__file__).resolve().parents[2] / "docs/security.md"
 LOST_S = 60.0
 DATA_S = 120.0
 Figures = dict[str, str]
@@ -107,6 +109,20 @@ def test_a_container_is_nobody_and_writes_nothing(project: Project, service: str
     for path in ("/x", "/opt/shardloss/x", "/usr/local/bin/x"):
         assert project.inside(service, "sh", "-c", f"touch {path} 2>/dev/null || echo refused").strip() == "refused"
     assert project.inside(service, "sh", "-c", "command -v pip gcc || echo none").strip() == "none"
+
+
+def test_the_containers_listen_where_the_page_says(project: Project) -> None:
+    """The sockets of head, worker and server are those of docs/security.md, and only two ports are published."""
+    table = SECURITY.read_text().split("### Compose\n", 1)[1].split("\n#", 1)[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines() if row.startswith("|")][
+        2:
+    ]
+    for service in ("head", "worker", "server"):
+        listed = {(row[1], row[2]): int(row[3]) for row in rows if row[0] == service}
+        assert project.listening(service) == Counter(listed)
+        published = project.state(project.containers(service)[0])["NetworkSettings"]["Ports"] or {}
+        hosts = [binding["HostIp"] for bindings in published.values() for binding in bindings or ()]
+        assert hosts == (["127.0.0.1"] * 2 if service == "server" else [])
 
 
 def test_tokens_are_kept_and_not_made_anew(project: Project) -> None:
