@@ -20,6 +20,7 @@ from shardloss.cli.app import app as client_app
 from shardloss.errors import BY_REASON
 from shardloss_server import metrics
 from shardloss_server.__main__ import app as server_app
+from shardloss_server.cluster.folder import MARK
 from shardloss_server.config import Listening
 from shardloss_server.settings import ALL, FILE_VARIABLE
 
@@ -72,14 +73,15 @@ FLAGS = {
 
 @functools.cache
 def variables() -> set[str]:
-    """Return the variables that settings, command options, compose files, tests, examples or the client read."""
+    """Return the variables that settings, options, deployment files, tests, examples, the client or processes read."""
     of_options = {name for each in COMMANDS.values() for param in each.params for name in names_of(param)}
-    of_compose = {
-        name for path in ROOT.glob("docker-compose*.yml") for name in re.findall(r"\$\{(\w+)", path.read_text())
-    }
+    deployed = [*ROOT.glob("docker-compose*.yml"), *ROOT.glob("deploy/docker/*.sh")]
+    of_deployment = {name for path in deployed for name in re.findall(r"\$\{(\w+)", path.read_text())}
     sources = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("client/src/**/*.py")]
     of_code = {name for path in sources for name in re.findall(r'environ[.\w]*[\[(]"(SHARDLOSS_\w+)', path.read_text())}
-    return {setting.variable for setting in ALL.values()} | {FILE_VARIABLE} | of_options | of_compose | of_code
+    return (
+        {setting.variable for setting in ALL.values()} | {FILE_VARIABLE} | of_options | of_deployment | of_code | {MARK}
+    )
 
 
 def names_of(param: Any) -> list[str]:
