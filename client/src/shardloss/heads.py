@@ -39,8 +39,9 @@ class Head(torch.nn.Module):
 
     hidden [..., D] is on any device in float32, float64, float16 or bfloat16. labels are int64 or int32: [...] with one
     class per row, or [..., T] with T true classes. The loss is float32 (float64 for a float64 table), [...] with
-    reduction "none". As in torch, "mean" divides by the number of rows with a label other than ignore_index, and is nan
-    if there are none.
+    reduction "none". "mean" divides as torch does (docs/losses.md): by the number of rows with a label other than
+    ignore_index or, with label_weights or class_weights, by the sum of the weights of these labels; it is nan if that
+    is 0.
 
     Each call in training mode with gradients enabled is a part of the current step. `optimizer(lr)` returns the torch
     optimizer whose step() commits the parts whose backward has run and gives up the others; create it before training.
@@ -274,11 +275,16 @@ class Head(torch.nn.Module):
         inputs = (hidden, mark, scale, loss, result.hidden_grad, scale_grad)
         return cast(Tensor, RemoteLoss.apply(*inputs))  # type: ignore[no-untyped-call]
 
-    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:  # noqa: ARG002  (overridden)
-        """Return the number by which "mean" divides the sum of the losses of labels [N, T]."""
-        if self.ignore_index is None:
-            return len(labels)
-        return int((labels != self.ignore_index).any(1).sum())
+    def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
+        """Return the divisor of "mean" for labels [N, T]: the number of rows with a label that counts."""
+        counted = self._counted(labels)
+        if label_weights is not None:
+            counted = counted & (label_weights != 0).to(counted.device)
+        return int(counted.any(1).sum())
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """Return a mask of the labels that are not ignore_index."""
+        return torch.ones_like(labels, dtype=torch.bool) if self.ignore_index is None else labels != self.ignore_index
 
 
 def scaled(loss: types.Loss, scale: Tensor) -> types.Loss:
@@ -329,6 +335,7 @@ class SoftmaxHead(Head):
     ) -> Tensor:
         """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1/T).
 
+        As class_weights do, label_weights divide "mean": it is sum(losses) / sum(weights).
         Labels of a float dtype [..., V] are a distribution over all classes, as in torch's cross_entropy. They are
         streamed to the server with the loss and again with the step, which can contain no other loss. scale, a
         one-element tensor, multiplies the logits and gets a gradient; labels and label_weights get none.
@@ -347,18 +354,18 @@ class SoftmaxHead(Head):
         __call__ = forward
 
     def num_counted(self, labels: Tensor, label_weights: Tensor | None) -> float:
-        """Return torch's divisor: the sum of the class weights of all labels, or the number of counted rows."""
-        if self.class_weights is None:
-            return super().num_counted(labels, label_weights)
-        if self.loss.label_smoothing:
-            label_weights = self._weighted(labels, labels.shape[1], None)
-        return float(0.0 if label_weights is None else label_weights.double().sum())
+        """Return torch's divisor: the sum of the weights of the labels that count, or the number of counted rows."""
+        if self.class_weights is not None and self.loss.label_smoothing:
+            label_weights = self._weighted(labels, labels.shape[1], label_weights)
+        if label_weights is None:
+            return super().num_counted(labels, None)
+        return float((label_weights.detach().cpu().double() * self._counted(labels.cpu())).sum())
 
     def _weighted(self, labels: Tensor, num_true: int, label_weights: Tensor | None) -> Tensor:
         """Return the weights of labels multiplied by the weights of their classes."""
         assert self.class_weights is not None
         ids = labels.detach().cpu()
-        counted = torch.ones_like(ids, dtype=torch.bool) if self.ignore_index is None else ids != self.ignore_index
+        counted = self._counted(ids)
         places = ids.long().clamp(0, len(self.class_weights) - 1)  # the server refuses ids of no class
         of_class = self.class_weights[places] * counted
         if label_weights is not None:
@@ -495,7 +502,11 @@ class SigmoidHead(LossHead[types.FullSigmoid]):
         *,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1)."""
+        """Compute loss = head(hidden [..., D], labels [...] or [..., T], label_weights [..., T] or None for 1).
+
+        A class counts once, however often a row lists it. label_weights are targets, not weights of rows: those of one
+        class in a row add up, to at most 1, and "mean" divides by the number of rows that count.
+        """
         return self.apply_loss(hidden, labels, self.loss, label_weights, scale)
 
     if TYPE_CHECKING:  # torch declares that Module.__call__ returns Any

@@ -42,7 +42,8 @@ class Losses(Questions):
     ) -> types.LossResult:
         """Score hidden [N, D] with labels [N] or [N, T] without opening a ticket or changing the table.
 
-        label_weights [N, T] apply to losses over all classes; None is 1/T (1 in a full sigmoid). Labels equal to
+        label_weights [N, T] apply to losses over all classes; None is 1/T (1 in a full sigmoid, where
+        the weights of one class in a row add up to its target, at most 1). Labels equal to
         ignore_index do not count. A FullSoftmax also accepts a label_distribution [N, V] in place of labels, which are
         then None: a weight >= 0 for every class, streamed in columns without those that are zero. step keys the
         sampler. want_table_grad requests the gradient of sum(upstream [N] * loss) with respect to the rows, for callers

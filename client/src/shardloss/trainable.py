@@ -167,8 +167,8 @@ class Trainable:
     ) -> SigmoidHead:
         """Return a torch.nn.Module of the logistic loss over all classes, summed per row; see `shardloss.heads.Head`.
 
-        It equals torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1).
-        Arguments are as in `softmax`.
+        It equals torch.nn.functional.binary_cross_entropy_with_logits(h @ W.T + b, multi-hot labels, "none").sum(-1),
+        whose labels are 1 for each class that a row lists, once or more often. Arguments are as in `softmax`.
 
         Raises:
             InvalidArgument: reduction is unknown.

@@ -270,7 +270,10 @@ class SampledLogistic:
 
 @dataclass(frozen=True, slots=True)
 class FullSigmoid:
-    """Logistic loss over all classes: labels have target 1 (or their weight), all others 0."""
+    """Logistic loss over all classes: labels have target 1 (or their weight), all others 0.
+
+    A class counts once, however often a row lists it. Weights of one class in a row add up, to at most 1.
+    """
 
     logits: LogitTransform = LogitTransform()
 

@@ -21,7 +21,7 @@ from shardloss_server.frontend.request import (
     SampledValues,
     SamplerSpec,
 )
-from shardloss_server.numerics.correction import fold_repeats, in_id_order, row_hits
+from shardloss_server.numerics.correction import fold_repeats, in_id_order, last_copies, row_hits
 from shardloss_server.numerics.ranking import Best, beside, ordered
 from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import Batch, Candidates, Mined, Part, RowCandidates, TableSpec
@@ -38,6 +38,8 @@ def plan(request: LossRequest, spec: TableSpec, counts: ClassCounts) -> Part:
     labels = request.labels
     if request.ignore_index is not None:
         labels = torch.where(labels == request.ignore_index, PADDING, labels)
+    if is_multi_hot(request):
+        labels = torch.where(last_copies(labels), labels, PADDING)
     batch = batch_of(request, labels, spec)
     weights = request.class_weights if request.objective.label_smoothing else None
     if request.sampled is None:
@@ -69,6 +71,11 @@ def with_mass(part: Part, mass: Tensor) -> Part:
 def counted_rows(hidden: Tensor, mass: Tensor) -> Tensor:
     """Return hidden [N, D] with 0 in ignored rows, so that their logits are finite whatever the request contains."""
     return hidden if mass.all() else torch.where((mass != 0)[:, None], hidden, 0.0)
+
+
+def is_multi_hot(request: LossRequest) -> bool:
+    """Return True for a full sigmoid without weights, in which a class counts once however often a row lists it."""
+    return request.sampled is None and request.objective.family == "logistic" and request.label_weights is None
 
 
 def batch_of(request: LossRequest, labels: Tensor, spec: TableSpec) -> Batch:

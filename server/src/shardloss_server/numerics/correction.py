@@ -96,6 +96,15 @@ def last_copies(sampled: Tensor) -> Tensor:
     return torch.zeros_like(is_last).scatter_(1, order, is_last)
 
 
+def total_weights(labels: Tensor, weights: Tensor) -> Tensor:
+    """Return, for each of labels [N, T], the sum of the weights [N, T] of all entries of its row with the same id."""
+    order = torch.argsort(labels, dim=1, stable=True)
+    ordered, place = labels.gather(1, order), torch.zeros_like(labels)
+    place[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)  # the number of the entry's id in its row
+    total = torch.zeros_like(weights).scatter_add_(1, place, weights.gather(1, order)).gather(1, place)
+    return torch.zeros_like(weights).scatter_(1, order, total)
+
+
 def grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Return log(sum over i with group[i] = j of exp(values[i])) of each group j [num_groups]; -inf if it is empty."""
     top = torch.full((num_groups,), -torch.inf, dtype=values.dtype).scatter_reduce(0, group, values, "amax")

@@ -26,7 +26,10 @@ from shardloss_server.frontend.validate.tensors import (
     vector,
     width_of,
 )
+from shardloss_server.numerics.correction import total_weights
 from shardloss_server.shard.record import TableSpec
+
+ROUNDING = 1e-3  # weights in bfloat16 that add up to 1 may exceed it
 
 
 def loss_request(request: LossRequest, spec: TableSpec, limits: Limits) -> None:
@@ -136,6 +139,21 @@ def label_weights(request: LossRequest, spec: TableSpec) -> None:
     finite(weights, "label_weights", spec)
     refuse_where(weights < 0, weights, "label_weights", "is negative")
     finite(weights.to(getattr(torch, spec.compute_dtype)).sum(1), "label_weights", spec)
+    if request.objective.family == "logistic":
+        targets(request, weights)
+
+
+def targets(request: LossRequest, weights: Tensor) -> None:
+    """Check the weights of a full sigmoid: the target of a class, the sum of its weights in a row, is at most 1.
+
+    Above 1 the loss would have no lower bound.
+    """
+    ignored = torch.zeros_like(weights, dtype=torch.bool)
+    if request.ignore_index is not None:
+        ignored = request.labels == request.ignore_index
+    total = total_weights(request.labels, torch.where(ignored, 0.0, weights.double()))
+    complaint = "is above 1: in a full sigmoid, the weights of a class in a row add up to its target"
+    refuse_where(total > 1 + ROUNDING, total, "label_weights", complaint)
 
 
 def distribution_request(request: LossRequest) -> None:
