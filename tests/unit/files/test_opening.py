@@ -254,6 +254,17 @@ def test_a_hostile_header_is_refused_for_its_true_reason(tmp_path: Path, kind: s
     assert complaint in refusal(tmp_path / "model.safetensors")
 
 
+def test_a_tensor_of_a_dtype_that_is_not_read_is_listed_and_refused(tmp_path: Path) -> None:
+    """A mask beside the rows does no harm until it is read."""
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({HEAD: ROWS, "mask": ROWS > 3}, path)
+    opened = files.open_file(path)
+    assert str(opened.tensors["mask"].shape) == "BOOL [7, 3]"
+    np.testing.assert_array_equal(opened.tensors[HEAD].read(0, V), ROWS)
+    with pytest.raises(errors.BadFile, match=r"'mask' is BOOL \[7, 3\]; only float64"):
+        opened.tensors["mask"].read(0, 1)
+
+
 def npy(header: str, version: int = 1, length: int | None = None) -> bytes:
     raw = header.encode()
     size = struct.pack("<H" if version == 1 else "<I", len(raw) if length is None else length)

@@ -62,8 +62,10 @@ class Stored:
         """Return those of the rows [start, stop) that exist; bfloat16 is returned as uint16.
 
         Raises:
-            BadFile: the file cannot be read, or was truncated after it was opened.
+            BadFile: the file cannot be read, was truncated after it was opened, or has a dtype that is not read.
         """
+        if self.shape.dtype not in STORAGE:
+            raise BadFile(f"{self.path}: {self.name!r} is {self.shape}; only {', '.join(STORAGE)} are read")
         storage, width = STORAGE[self.shape.dtype], math.prod(self.shape.sizes[1:])
         count = width * max(0, min(stop, self.num_rows) - start)
         with reading(self.path), self.path.open("rb") as file:
