@@ -190,11 +190,12 @@ def test_a_samplers_answer_is_a_losss_sampled_values(
         ("biases", {"biases": None}),
         ("labels", {"labels": [[0, 1]] * BATCH}),
         ("labels", {"labels": torch.zeros(BATCH, dtype=torch.int64)}),
-        ("inputs", {"inputs": np.zeros((BATCH, DIM))}),
+        ("labels", {"labels": torch.full((BATCH, NUM_TRUE), -(2**63))}),
+        ("inputs", {"inputs": [[0.0] * DIM] * BATCH}),
         ("inputs", {"inputs": torch.zeros(BATCH, NUM_TRUE, DIM)}),
         ("num_classes", {"num_classes": NUM_CLASSES + 1}),
         ("sampled_values", {"sampled_values": (torch.arange(2), torch.ones(BATCH, NUM_TRUE))}),
-        ("sampled_values.sampled", {"sampled_values": ([0, 1], torch.ones(BATCH, NUM_TRUE), torch.ones(2))}),
+        ("sampled_values.sampled", {"sampled_values": ("ab", torch.ones(BATCH, NUM_TRUE), torch.ones(2))}),
         ("sampled_values.sampled", {"sampled_values": (torch.tensor(1), torch.ones(BATCH, NUM_TRUE), torch.ones(1))}),
         (
             "sampled_values.sampled",
@@ -412,7 +413,7 @@ def test_a_temperature_is_finite_and_positive(temperature: float) -> None:
     [
         ("query_embeddings", {"query_embeddings": torch.zeros(3, DIM + 1)}),
         ("query_embeddings", {"query_embeddings": torch.zeros(DIM)}),
-        ("query_embeddings", {"query_embeddings": np.zeros((3, DIM))}),
+        ("query_embeddings", {"query_embeddings": np.zeros((3, DIM), dtype=np.int64)}),
         ("candidate_embeddings", {"query_embeddings": torch.zeros(NUM_CANDIDATES + 1, DIM)}),
         ("candidate_embeddings", {"candidate_embeddings": torch.zeros(NUM_CANDIDATES, DIM)}),
         ("sample_weight", {"sample_weight": torch.ones(NUM_QUERIES + 1)}),

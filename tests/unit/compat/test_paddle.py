@@ -46,6 +46,28 @@ def test_every_axis_gives_what_the_last_one_gives(axis: int, soft: bool, weighte
         torch.testing.assert_close(moved, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_smoothing_and_weights_of_an_inner_axis_are_those_of_its_classes() -> None:
+    """On axis 1 of [N, V, S] smoothing spreads over V classes and weights are [V]; Paddle 3.3.1 uses S for both."""
+    logits, weight, e = logits_of(N, V, S), torch.rand(V).double(), 0.3
+    soft, hard = logits_of(N, V, S).softmax(1), labels_of(N, S)
+    log_p = logits.log_softmax(1)
+    for label in (soft, F.one_hot(hard, V).double().movedim(-1, 1)):
+        smooth = (1 - e) * label + e / V
+        each, factors = -(smooth * log_p).sum(1, keepdim=True), (smooth * weight[:, None]).sum(1, keepdim=True)
+        given = {"label_smoothing": e, "axis": 1}
+        for form in (label, hard) if label is not soft else (label,):
+            found = paddle.cross_entropy(logits, form, reduction="none", **given)
+            torch.testing.assert_close(found, each)
+            found = paddle.cross_entropy(logits, form, weight, reduction="none", **given)
+            torch.testing.assert_close(found, each * factors)
+            torch.testing.assert_close(
+                paddle.cross_entropy(logits, form, weight, **given), (each * factors).sum() / factors.sum()
+            )
+    each, factors = -(soft * log_p).sum(1, keepdim=True), (soft * weight[:, None]).sum(1, keepdim=True)
+    found = paddle.cross_entropy(logits, soft, weight, soft_label=True, axis=1, reduction="none")
+    torch.testing.assert_close(found, each * factors)
+
+
 def test_weights_multiply_the_loss_of_a_soft_label_by_their_mean_under_it() -> None:
     """loss[n] = sum(weight * label[n]) * CE(label[n]), and "mean" divides by the sum of the factors."""
     logits, label, weight = logits_of(N, V), soft_of(N, V), torch.rand(V).double()
@@ -241,8 +263,8 @@ BAD: list[tuple[str | None, Call]] = [
     ("logits", lambda: paddle.softmax_with_cross_entropy(torch.tensor(1.0), Y)),
     ("input", lambda: paddle.cross_entropy([[1.0]], Y)),  # type: ignore[arg-type]
     ("axis", lambda: paddle.softmax_with_cross_entropy(L, Y1, axis=2)),
-    ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1.float())),
-    ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1.bool())),
+    ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1.float() + 0.5)),
+    ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1 * float("nan"))),
     ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1.expand(N, 2))),
     ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1 - 1)),
     ("label", lambda: paddle.softmax_with_cross_entropy(L, Y1 + V)),
@@ -267,7 +289,8 @@ BAD: list[tuple[str | None, Call]] = [
     ("num_samples", lambda: sampled(L, Y1, 0)),
     ("num_samples", lambda: sampled(torch.zeros(1, 300_000), Y1[:1], 299_999)),
     ("seed", lambda: sampled(L, Y1, S, seed=-1)),
-    (None, lambda: sampled(L, Y1, S, use_customized_samples=True)),
+    ("customized_samples", lambda: sampled(L, Y1, S, use_customized_samples=True)),
+    ("customized_probabilities", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS)),
     ("customized_samples", lambda: sampled(L, Y1, S + 1, 1, True, True, COLUMNS, Q)),
     ("customized_samples", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS + 1, Q)),
     ("customized_samples", lambda: sampled(L, Y1, S, 1, True, True, COLUMNS - 1, Q)),
@@ -286,6 +309,7 @@ BAD: list[tuple[str | None, Call]] = [
     ("label", lambda: paddle.class_center_sample(Y - 1, V, S)),
     ("label", lambda: paddle.class_center_sample(Y.float(), V, S)),
     ("num_samples", lambda: paddle.class_center_sample(Y, V, V + 1)),
+    ("num_samples", lambda: paddle.class_center_sample(Y, V, 0)),
 ]
 
 
@@ -311,13 +335,23 @@ def test_a_bad_probability_is_named_by_its_place() -> None:
         sampled(L, Y1, S, 1, True, True, COLUMNS, wrong)
 
 
-@pytest.mark.parametrize("group", [0, object()])
-def test_a_group_of_ranks_is_refused(group: object) -> None:
-    """A group of ranks raises NotSupported; None and False mean a single process."""
+class Ranks:
+    """A group of ranks, as Paddle recognises one."""
+
+    def is_member(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "error, group", [(NotSupported, Ranks()), (InvalidArgument, True), (InvalidArgument, 0), (InvalidArgument, "ranks")]
+)
+def test_a_group_of_ranks_is_refused(error: type[Exception], group: object) -> None:
+    """A group of ranks raises NotSupported, and what is none InvalidArgument; None and False mean a single process."""
     for call in (
         lambda: paddle.margin_cross_entropy(L, Y, group=group),
         lambda: paddle.class_center_sample(Y, V, S, group),
     ):
-        with pytest.raises(NotSupported, match="group"):
+        with pytest.raises(error, match="group") as refused:
             call()
+        assert refused.value.field == "group"  # type: ignore[attr-defined]
     paddle.class_center_sample(Y, V, S, False)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from shardloss.autograd import check_tensor, fresh_seed, to_numpy
-from shardloss.compat.paddle.arguments import check_group, integers, refuse_ids
+from shardloss.compat.arguments import check_range, integer
+from shardloss.compat.paddle.arguments import check_group, integers
 from shardloss.errors import InvalidArgument
 from shardloss.sampling import partial_fc
 
@@ -22,18 +23,19 @@ def class_center_sample(
     None or False.
 
     Raises:
-        InvalidArgument: label is not [N >= 1] of classes, or num_samples is outside [0, num_classes].
+        InvalidArgument: label is not [N >= 1] of classes, or num_samples is outside [1, num_classes].
         NotSupported: group is a group of ranks.
     """
     check_group(group)
     check_tensor(label, "label")
     if label.dim() != 1 or len(label) == 0:
         raise InvalidArgument(f"label has shape {list(label.shape)}; [N] with N >= 1 is needed", field="label")
-    if not 0 <= num_samples <= num_classes:
-        raise InvalidArgument(f"num_samples = {num_samples} is outside [0, {num_classes}]", field="num_samples")
+    classes, samples = integer(num_classes, "num_classes"), integer(num_samples, "num_samples")
+    if not 1 <= samples <= classes:
+        raise InvalidArgument(f"num_samples = {samples} is outside [1, {classes}]", field="num_samples")
     ids = integers(label, "label")
-    refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "label")
+    check_range(ids, None, classes, "label")
     labels = to_numpy(ids)
-    centers = partial_fc(labels, num_classes, num_samples, fresh_seed(), 0)
+    centers = partial_fc(labels, classes, samples, fresh_seed(), 0)
     remapped = np.searchsorted(np.unique(labels), labels)
     return torch.from_numpy(remapped).to(label), torch.from_numpy(centers).to(label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardloss.autograd import check_tensor
-from shardloss.compat.head import IGNORED
+from shardloss.compat.arguments import flag, real, truth
 from shardloss.compat.paddle import dense, remote
 from shardloss.compat.paddle.arguments import (
     Logits,
@@ -13,9 +13,12 @@ from shardloss.compat.paddle.arguments import (
     check_reduction,
     class_axis,
     classes_last,
+    counted_of,
     hard_labels,
+    ignorable,
     reduced,
     soft_labels,
+    with_alias,
 )
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy import LazyLogits, LazySoftmax
@@ -40,18 +43,19 @@ def softmax_with_cross_entropy(
         NotSupported: the logits are lazy, and axis is not the last one.
     """
     check_logits(logits)
-    place = class_axis(logits, axis)
+    ignored, place = ignorable(ignore_index), class_axis(logits, axis)
     last = classes_last(logits, place)
-    if soft_label:
+    if soft_label is not None and flag(soft_label, "soft_label"):
         losses = soft_losses(last, soft_labels(label, logits, place))
     else:
-        losses = hard_losses(last, hard_labels(label, logits, place, ignore_index))
+        losses = hard_losses(last, hard_labels(label, logits, place, ignored), ignored)
     losses = losses.unsqueeze(place)
-    if not return_softmax:
+    if not truth(return_softmax, "return_softmax"):
         return losses
     return losses, LazySoftmax(logits) if isinstance(logits, LazyLogits) else logits.softmax(place)
 
 
+@with_alias("label", "target")
 def cross_entropy(
     input: Logits,
     label: Tensor,
@@ -78,27 +82,37 @@ def cross_entropy(
     check_logits(input, "input")
     check_reduction(reduction)
     check_tensor(label, "label")
-    check_options(input, ignore_index, soft_label, use_softmax, label_smoothing)
+    is_soft = soft_label is not None and flag(soft_label, "soft_label")
+    has_softmax = use_softmax is not None and flag(use_softmax, "use_softmax")
+    ignored, smoothing = ignorable(ignore_index), real(label_smoothing, "label_smoothing")
+    check_options(input, ignored, is_soft, has_softmax, smoothing)
     place = class_axis(input, axis)
     last = classes_last(input, place)
-    if soft_label or (label_smoothing and label.is_floating_point()):
-        soft = smoothed(soft_labels(label, input, place), label_smoothing)
-        losses = soft_losses(last, soft, use_softmax)
+    if is_soft or (smoothing and label.is_floating_point()):
+        soft = smoothed(soft_labels(label, input, place), smoothing)
+        losses = soft_losses(last, soft, has_softmax)
         factors = None if weight is None else soft.to(weight.dtype) @ class_weights(weight, input, place)
         return reduced(losses, factors, None, reduction, place)
-    ids = hard_labels(label, input, place, None if label_smoothing else ignore_index)
-    losses = hard_losses(last, ids, label_smoothing, use_softmax)
-    factors = None if weight is None else label_factors(ids, class_weights(weight, input, place), label_smoothing)
-    num_counted = (ids != IGNORED).sum() if ignore_index >= 0 else None
-    keeps_axis = bool(label_smoothing) or label.dim() == input.dim()
+    of_ids = None if smoothing else ignored
+    ids = hard_labels(label, input, place, of_ids)
+    losses, counted = hard_losses(last, ids, of_ids, smoothing, has_softmax), counted_of(ids, of_ids)
+    factors = None if weight is None else label_factors(ids, counted, class_weights(weight, input, place), smoothing)
+    num_counted = counted.sum() if ignored >= 0 else None
+    keeps_axis = bool(smoothing) or label.dim() == input.dim()
     return reduced(losses, factors, num_counted, reduction, place if keeps_axis else None)
 
 
-def hard_losses(logits: Logits, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:
+def hard_losses(
+    logits: Logits,
+    ids: Tensor,
+    ignore_index: int | None,
+    label_smoothing: float = 0.0,
+    use_softmax: bool = True,
+) -> Tensor:
     """Return the losses [...] of class ids [...]."""
     if isinstance(logits, LazyLogits):
-        return remote.hard_losses(logits, ids, label_smoothing)
-    return dense.hard_losses(logits, ids, label_smoothing, use_softmax)
+        return remote.hard_losses(logits, ids, ignore_index, label_smoothing)
+    return dense.hard_losses(logits, ids, ignore_index, label_smoothing, use_softmax)
 
 
 def soft_losses(logits: Logits, label: Tensor, use_softmax: bool = True) -> Tensor:
@@ -120,7 +134,7 @@ def check_options(
             field="ignore_index",
         )
     if not use_softmax and isinstance(logits, LazyLogits):
-        raise NotSupported("use_softmax=False: a table's logits are not probabilities")
+        raise NotSupported("use_softmax=False: a table's logits are not probabilities", field="use_softmax")
 
 
 def smoothed(label: Tensor, label_smoothing: float) -> Tensor:
@@ -142,8 +156,7 @@ def class_weights(weight: Tensor, logits: Logits, axis: int) -> Tensor:
     return weight.to(logits.hidden.device if isinstance(logits, LazyLogits) else logits.device)
 
 
-def label_factors(ids: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
-    """Return sum(weight * label) [...] for class ids [...]; 0 for an IGNORED one."""
-    counted = ids != IGNORED
+def label_factors(ids: Tensor, counted: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
+    """Return sum(weight * label) [...] for class ids [...]; 0 for one that is not counted."""
     of_label = weight[ids.where(counted, 0)].where(counted, 0.0)
     return (1.0 - label_smoothing) * of_label + label_smoothing * weight.mean() if label_smoothing else of_label

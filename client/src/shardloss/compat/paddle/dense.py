@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shardloss.compat.head import IGNORED
+from shardloss.compat.paddle.arguments import counted_of
 
 
-def hard_losses(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0, use_softmax: bool = True) -> Tensor:
-    """Return -log p[label] [...] of logits [..., V], or of probabilities; 0 with gradient 0 for an IGNORED label.
+def hard_losses(
+    logits: Tensor,
+    ids: Tensor,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    use_softmax: bool = True,
+) -> Tensor:
+    """Return -log p[label] [...] of logits [..., V], or of probabilities; 0 with gradient 0 for an ignored label.
 
     With label smoothing e, return (1 - e) * -log p[label] + e * mean(-log p).
     """
-    counted = ids != IGNORED
+    counted = counted_of(ids, ignore_index)
     values = logits.log_softmax(-1) if use_softmax else logits
     at_label = values.gather(-1, ids.where(counted, 0)[..., None])[..., 0]
     at_label = at_label if use_softmax else at_label.where(counted, 1.0).log()

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from shardloss import types
 from shardloss.autograd import to_numpy, to_torch
+from shardloss.compat.arguments import named, real, truth
 from shardloss.compat.paddle import dense, remote
 from shardloss.compat.paddle.arguments import (
     Logits,
@@ -52,19 +53,22 @@ def margin_cross_entropy(
     """
     check_logits(logits)
     check_group(group)
-    check_reduction(reduction or "none")
+    reduction = "none" if reduction is None else reduction
+    check_reduction(reduction)
     ids = hard_labels(label, logits, logits.dim() - 1)
-    margin = types.Margin(margin1, margin2, margin3)
+    margin = types.Margin(real(margin1, "margin1"), real(margin2, "margin2"), real(margin3, "margin3"))
+    scale = real(scale, "scale")
     softmax: Tensor | LazySoftmax
     if isinstance(logits, LazyLogits):
         loss = remote_loss(logits, margin, scale)
-        losses, softmax = remote.losses_of(logits, ids, loss), MarginSoftmax(logits, ids, loss)
+        with named({"logits.scale": "scale"}):
+            losses, softmax = remote.losses_of(logits, ids, loss), MarginSoftmax(logits, ids, loss)
     else:
         margined = with_margin(logits.float() if logits.dtype == torch.float16 else logits, ids, margin, scale)
         losses = dense.hard_losses(margined, ids).to(logits.dtype)
         softmax = margined.softmax(-1).to(logits.dtype)
-    loss_value = reduced(losses, None, None, reduction or "none", -1)
-    return (loss_value, softmax) if return_softmax else loss_value
+    loss_value = reduced(losses, None, None, reduction, -1)
+    return (loss_value, softmax) if truth(return_softmax, "return_softmax") else loss_value
 
 
 def remote_loss(logits: LazyLogits, margin: types.Margin, scale: float) -> types.FullSoftmax:
@@ -76,6 +80,11 @@ def remote_loss(logits: LazyLogits, margin: types.Margin, scale: float) -> types
     if replace(logits.transform, normalize=False) != types.LogitTransform():
         raise InvalidArgument(
             f"logits with {logits.transform} are not cosines; leave out their scale and soft_cap, and pass scale here",
+            field="logits",
+        )
+    if logits.table.spec.bias:
+        raise InvalidArgument(
+            f"table {logits.table.name!r} has biases, and a biased logit is not a cosine: create it with bias=False",
             field="logits",
         )
     return types.FullSoftmax(margin=margin, logits=replace(logits.transform, scale=scale))

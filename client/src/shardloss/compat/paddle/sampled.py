@@ -7,9 +7,10 @@ from torch import Tensor
 
 from shardloss import sampling, types
 from shardloss.autograd import check_tensor, fresh_seed, to_numpy
+from shardloss.compat.arguments import check_range, flag, integer, refuse_where
 from shardloss.compat.head import head_of
 from shardloss.compat.paddle import remote
-from shardloss.compat.paddle.arguments import Logits, check_logits, device_of, integers, refuse_ids
+from shardloss.compat.paddle.arguments import Logits, check_logits, device_of, integers
 from shardloss.errors import InvalidArgument
 from shardloss.lazy import LazyLogits
 
@@ -40,17 +41,21 @@ def sampled_softmax_with_cross_entropy(
         InvalidArgument: an argument does not fit.
     """
     check_logits(logits)
+    seed, num_samples = integer(seed, "seed"), integer(num_samples, "num_samples")
     if not 0 <= seed < 2**64:
         raise InvalidArgument(f"seed = {seed} is outside [0, 2^64)", field="seed")
-    labels = labels_of(logits, label, num_true)
+    removes_hits = flag(remove_accidental_hits, "remove_accidental_hits")
+    labels = labels_of(logits, label, integer(num_true, "num_true"))
     columns = None
-    if use_customized_samples:
+    if flag(use_customized_samples, "use_customized_samples"):
         columns = customized(labels, customized_samples, customized_probabilities, num_samples, logits.shape[1])
+    if columns is None and not 1 <= num_samples <= logits.shape[1]:
+        raise InvalidArgument(f"num_samples = {num_samples} is outside [1, {logits.shape[1]}]", field="num_samples")
     if isinstance(logits, LazyLogits):
-        return remote_losses(logits, labels, num_samples, remove_accidental_hits, columns, seed)[:, None]
+        return remote_losses(logits, labels, num_samples, removes_hits, columns, seed)[:, None]
     if columns is None:
         columns = drawn(labels, logits.shape[1], num_samples, seed or fresh_seed())
-    return dense_losses(logits, columns, num_true, remove_accidental_hits)[:, None]
+    return dense_losses(logits, columns, labels.shape[1], removes_hits)[:, None]
 
 
 def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
@@ -63,7 +68,7 @@ def labels_of(logits: Logits, label: Tensor, num_true: int) -> Tensor:
             field="label",
         )
     ids = integers(label, "label").to(device_of(logits))
-    refuse_ids((ids < 0) | (ids >= logits.shape[1]), ids, logits.shape[1], "label")
+    check_range(ids, None, logits.shape[1], "label")
     return ids
 
 
@@ -77,14 +82,15 @@ def customized(
             has an id that is not a class, or Q is not finite and positive.
     """
     if samples is None or probabilities is None:
-        raise InvalidArgument("use_customized_samples needs customized_samples and customized_probabilities")
+        missing = "customized_samples" if samples is None else "customized_probabilities"
+        raise InvalidArgument(f"use_customized_samples needs {missing}", field=missing)
     shape = [len(labels), labels.shape[1] + num_samples]
     for tensor, field in ((samples, "customized_samples"), (probabilities, "customized_probabilities")):
         check_tensor(tensor, field)
         if list(tensor.shape) != shape:
             raise InvalidArgument(f"{field} has shape {list(tensor.shape)}; {shape} is needed", field=field)
     ids = integers(samples, "customized_samples").to(labels.device)
-    refuse_ids((ids < 0) | (ids >= num_classes), ids, num_classes, "customized_samples")
+    check_range(ids, None, num_classes, "customized_samples")
     if not torch.equal(ids[:, : labels.shape[1]], labels):
         raise InvalidArgument("each row of customized_samples must begin with its labels", field="customized_samples")
     check_probabilities(probabilities)
@@ -96,11 +102,8 @@ def check_probabilities(probabilities: Tensor) -> None:
     field = "customized_probabilities"
     if not probabilities.is_floating_point():
         raise InvalidArgument(f"{field} is {probabilities.dtype}; floats are needed", field=field)
-    wrong = (~(torch.isfinite(probabilities) & (probabilities > 0))).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
-        found, place = float(probabilities[row, column]), f"{row}, {column}"
-        raise InvalidArgument(f"{field}[{place}] = {found} must be finite and > 0", field=field, index=place)
+    wrong = ~(torch.isfinite(probabilities) & (probabilities > 0))
+    refuse_where(wrong, probabilities, field, "must be finite and > 0")
 
 
 def remote_losses(
@@ -126,10 +129,8 @@ def drawn(labels: Tensor, num_classes: int, num_samples: int, seed: int) -> Colu
     """Draw distinct log-uniform samples [S]; return them after each row's labels, and the expected counts of both.
 
     Raises:
-        InvalidArgument: num_samples is out of range, or so close to V that not enough distinct classes are found.
+        InvalidArgument: num_samples is so close to V that not enough distinct classes are found.
     """
-    if not 1 <= num_samples <= num_classes:
-        raise InvalidArgument(f"num_samples = {num_samples} is outside [1, {num_classes}]", field="num_samples")
     distribution = sampling.log_uniform(num_classes)
     try:
         draw = sampling.draw(distribution, num_samples, True, seed, 0)

@@ -8,7 +8,6 @@ sampled, true_expected_count, sampled_expected_count = sampler(true_classes)    
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from shardloss import sampling
 from shardloss.autograd import fresh_seed
-from shardloss.compat.tensorflow.arguments import at_least, classes_of, integer, real
-from shardloss.compat.tensorflow.vocabulary import Vocabulary
+from shardloss.compat.arguments import at_least, check_range, flag, real, whole
+from shardloss.compat.tensorflow.arguments import matrix_of
+from shardloss.compat.tensorflow.sampled import Lists
+from shardloss.compat.tensorflow.vocabulary import Vocabulary, text_of, unigrams_of
 from shardloss.errors import InvalidArgument, LimitExceeded
 
 
@@ -32,7 +33,7 @@ class SampledCandidates(NamedTuple):
 
 
 class CandidateSampler:
-    """A sampler with its attributes and state; call it with true_classes [N, num_true], an integer tensor.
+    """A sampler with its attributes and state; call it with true_classes [N, num_true].
 
     The k-th call, counted from 0, draws step k of seed; a refused call is not counted. seed is reduced modulo 2^64;
     with None it is drawn once from torch's generator. Calls from several threads run one after the other. The results
@@ -48,20 +49,22 @@ class CandidateSampler:
     ) -> None:
         self.num_true = at_least(1, num_true, "num_true")
         self.num_sampled = at_least(1, num_sampled, "num_sampled")
-        self.unique = bool(unique)
-        self.seed = (fresh_seed() if seed is None else integer(seed, "seed")) % 2**64
+        self.unique = flag(unique, "unique")
+        self.seed = (fresh_seed() if seed is None else whole(seed, "seed")) % 2**64
         self._distribution = distribution
         self._step = 0
         self._lock = threading.Lock()
-        if self.unique and num_sampled > distribution.num_possible:
+        if self.unique and self.num_sampled > distribution.num_possible:
             raise InvalidArgument(
-                f"num_sampled = {num_sampled} distinct ids cannot be drawn from {distribution.num_possible} classes "
-                f"with p > 0; draw fewer, or pass unique=False",
+                f"num_sampled = {self.num_sampled} distinct ids cannot be drawn from {distribution.num_possible} "
+                f"classes with p > 0; draw fewer, or pass unique=False",
                 field="num_sampled",
             )
 
-    def __call__(self, true_classes: Tensor) -> SampledCandidates:
-        ids = classes_of(true_classes, self.num_true, self._distribution.num_classes)
+    def __call__(self, true_classes: Lists) -> SampledCandidates:
+        labels = matrix_of(true_classes, self.num_true)
+        check_range(labels, None, self._distribution.num_classes, "true_classes")
+        ids, device = labels.cpu().numpy(), labels.device
         with self._lock:
             try:
                 draw = self._draw()
@@ -74,7 +77,7 @@ class CandidateSampler:
             self._step += 1
         true_count, sampled_count = (torch.from_numpy(count.astype(np.float32)) for count in counts)
         tensors = (torch.from_numpy(draw.sampled), true_count, sampled_count)
-        return SampledCandidates(*(tensor.to(true_classes.device) for tensor in tensors))
+        return SampledCandidates(*(tensor.to(device) for tensor in tensors))
 
     def _draw(self) -> sampling.Draw:
         """Draw the candidates of the current step."""
@@ -115,9 +118,8 @@ class LearnedUnigramCandidateSampler(CandidateSampler):
     """A sampler with p ~ 1 + the count of a class in true_classes of earlier calls; a call learns after sampling."""
 
     def __init__(self, num_true: int, num_sampled: int, unique: bool, range_max: int, seed: int | None = None) -> None:
-        at_least(1, range_max, "range_max")
         try:
-            self._counts = sampling.LearnedCounts(range_max)
+            self._counts = sampling.LearnedCounts(at_least(1, range_max, "range_max"))
         except MemoryError:
             raise LimitExceeded(f"counts of {range_max} classes do not fit in memory", field="range_max") from None
         super().__init__(self._counts, num_true, num_sampled, unique, seed)
@@ -143,12 +145,20 @@ class FixedUnigramCandidateSampler(CandidateSampler):
         num_reserved_ids: int = 0,
         num_shards: int = 1,
         shard: int = 0,
-        unigrams: Sequence[float] = (),
+        unigrams: Lists = (),
         seed: int | None = None,
     ) -> None:
-        at_least(1, range_max, "range_max")
-        vocabulary = Vocabulary(vocab_file, unigrams)
-        distribution = vocabulary.distribution(real(distortion, "distortion"), num_reserved_ids, num_shards, shard)
+        range_max = at_least(1, range_max, "range_max")
+        vocabulary = Vocabulary(text_of(vocab_file), unigrams_of(unigrams))
+        num_reserved, num_parts, part = (
+            at_least(least, value, field)
+            for least, value, field in (
+                (0, num_reserved_ids, "num_reserved_ids"),
+                (1, num_shards, "num_shards"),
+                (0, shard, "shard"),
+            )
+        )
+        distribution = vocabulary.distribution(real(distortion, "distortion"), num_reserved, num_parts, part)
         if distribution.num_classes != range_max:
             raise InvalidArgument(
                 f"range_max = {range_max}, but this shard has {distribution.num_classes} reserved ids and counts",

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import check_sendable, check_tensor, to_numpy
-from shardloss.compat.head import SharedHead, head_of
-from shardloss.compat.tensorflow.arguments import integer
+from shardloss.autograd import to_numpy
+from shardloss.compat.arguments import at_least, check_range, class_ids, tensor_of, truth, whole
+from shardloss.compat.head import head_of, losses_of
+from shardloss.compat.tensorflow.arguments import matrix_of
 from shardloss.errors import InvalidArgument
-from shardloss.heads import check_values
+from shardloss.heads import VALUES
 from shardloss.table import Table
+from shardloss.wire import Array
 
-SampledTriple: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (sampled [S], true_expected_count [N, T], sampled_... [S])
+Values: TypeAlias = Tensor | Array
+Lists: TypeAlias = Values | Sequence[float] | Sequence[Sequence[float]] | float
+SampledTriple: TypeAlias = Sequence[Lists]  # (sampled [S], true_expected_count [N, T], sampled_expected_count [S])
+
+NAMES = {"hidden": "inputs", "sampler.num_sampled": "num_sampled"}
 
 
 def sampled_softmax_loss(
     weights: Table,
     biases: Table | None,
-    labels: Tensor,
-    inputs: Tensor,
+    labels: Values,
+    inputs: Values,
     num_sampled: int,
     num_classes: int,
     num_true: int = 1,
@@ -42,23 +49,22 @@ def sampled_softmax_loss(
         InvalidArgument: weights is not a table, or biases, num_classes, num_true or num_sampled do not fit it or the
             tensors.
     """
-    check_arguments(weights, biases, labels, inputs, num_classes, num_true)
-    head = head_of(weights)
+    ids, hidden = batch_of(weights, biases, labels, inputs, num_classes, num_true)
     loss = types.SampledSoftmax(
-        num_sampled=num_sampled,
-        seed=seed_of(seed, head),
-        sampled_values=values_of(sampled_values, num_sampled),
-        remove_accidental_hits=remove_accidental_hits,
+        num_sampled=num_sampled_of(num_sampled, weights, sampled_values),
+        seed=head_of(weights).seed if seed is None else whole(seed, "seed") % 2**64,
+        sampled_values=None if sampled_values is None else values_of(sampled_values, num_sampled, ids),
+        remove_accidental_hits=truth(remove_accidental_hits, "remove_accidental_hits"),
         hit_removal="last",
     )
-    return head.apply_loss(inputs, labels, loss)
+    return losses_of(weights, hidden, ids, loss, NAMES)
 
 
 def nce_loss(
     weights: Table,
     biases: Table | None,
-    labels: Tensor,
-    inputs: Tensor,
+    labels: Values,
+    inputs: Values,
     num_sampled: int,
     num_classes: int,
     num_true: int = 1,
@@ -74,19 +80,18 @@ def nce_loss(
     Raises:
         InvalidArgument: as in `sampled_softmax_loss`.
     """
-    check_arguments(weights, biases, labels, inputs, num_classes, num_true)
-    head = head_of(weights)
+    ids, hidden = batch_of(weights, biases, labels, inputs, num_classes, num_true)
     loss = types.SampledLogistic(
-        num_sampled=num_sampled,
-        seed=head.seed,
-        sampled_values=values_of(sampled_values, num_sampled),
-        remove_accidental_hits=remove_accidental_hits,
+        num_sampled=num_sampled_of(num_sampled, weights, sampled_values),
+        seed=head_of(weights).seed,
+        sampled_values=None if sampled_values is None else values_of(sampled_values, num_sampled, ids),
+        remove_accidental_hits=truth(remove_accidental_hits, "remove_accidental_hits"),
         hit_removal="last",
     )
-    return head.apply_loss(inputs, labels, loss)
+    return losses_of(weights, hidden, ids, loss, NAMES)
 
 
-def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
+def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Values, inputs: Values) -> Tensor:
     """Return the exact logistic loss [N] over all classes, which TensorFlow's docs use to evaluate nce_loss.
 
     labels are [N] or [N, T]. Equals torch.nn.functional.binary_cross_entropy_with_logits(
@@ -96,11 +101,11 @@ def full_sigmoid_loss(weights: Table, biases: Table | None, labels: Tensor, inpu
     Raises:
         InvalidArgument: biases do not fit the table, or labels do not fit the inputs.
     """
-    check_biases(weights, biases)
-    return head_of(weights).apply_loss(inputs, labels, types.FullSigmoid())
+    ids, hidden = full_batch_of(weights, biases, labels, inputs)
+    return losses_of(weights, hidden, ids, types.FullSigmoid(), NAMES)
 
 
-def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor) -> Tensor:
+def full_softmax_loss(weights: Table, biases: Table | None, labels: Values, inputs: Values) -> Tensor:
     """Return the exact softmax loss [N] over all classes, used by TensorFlow's docs to evaluate sampled_softmax_loss.
 
     labels are [N] or [N, T]. Equals torch.nn.functional.cross_entropy(inputs @ W.T + b, labels, reduction="none"); each
@@ -109,48 +114,92 @@ def full_softmax_loss(weights: Table, biases: Table | None, labels: Tensor, inpu
     Raises:
         InvalidArgument: as in `full_sigmoid_loss`.
     """
+    ids, hidden = full_batch_of(weights, biases, labels, inputs)
+    return losses_of(weights, hidden, ids, types.FullSoftmax(), NAMES)
+
+
+def batch_of(
+    weights: Table, biases: Table | None, labels: Values, inputs: Values, num_classes: int, num_true: int
+) -> tuple[Tensor, Tensor]:
+    """Return labels [N, num_true] as int64, and inputs [N, D], after checking that they fit the table."""
     check_biases(weights, biases)
-    return head_of(weights).apply_loss(inputs, labels, types.FullSoftmax())
-
-
-def values_of(sampled_values: SampledTriple | None, num_sampled: int) -> types.SampledValues | None:
-    """Check that the caller's draw is three tensors, the first of them [num_sampled], and return it."""
-    if sampled_values is None:
-        return None
-    check_values(sampled_values)
-    if list(sampled_values[0].shape) != [num_sampled]:
+    found = whole(num_classes, "num_classes")
+    if found != weights.spec.num_classes:
         raise InvalidArgument(
-            f"num_sampled = {num_sampled}, but sampled_values.sampled has shape {list(sampled_values[0].shape)}",
-            field="sampled_values.sampled",
+            f"num_classes = {found}, but the table has {weights.spec.num_classes} classes", field="num_classes"
         )
-    return types.SampledValues(*map(to_numpy, sampled_values))
+    ids = matrix_of(labels, at_least(1, num_true, "num_true"), "labels", lists=False)
+    check_range(ids, None, found, "labels", HINT)
+    return ids, inputs_of(weights, inputs, len(ids))
 
 
-def seed_of(seed: int | None, head: SharedHead) -> int:
-    """Return seed modulo 2^64, as `CandidateSampler` does, or the head's own seed for None."""
-    return head.seed if seed is None else integer(seed, "seed") % 2**64
-
-
-def check_arguments(
-    weights: Table, biases: Table | None, labels: Tensor, inputs: Tensor, num_classes: int, num_true: int
-) -> None:
-    """Refuse arguments that contradict the table or the tensors."""
+def full_batch_of(weights: Table, biases: Table | None, labels: Values, inputs: Values) -> tuple[Tensor, Tensor]:
+    """Return labels [N] or [N, T] as int64, and inputs [N, D], after checking that they fit the table."""
     check_biases(weights, biases)
-    check_tensor(labels, "labels")
-    check_tensor(inputs, "inputs")
-    check_sendable(inputs, "inputs")
-    if inputs.dim() != 2:
+    ids = class_ids(labels, "labels")
+    if ids.dim() not in (1, 2):
+        raise InvalidArgument(f"labels has shape {list(ids.shape)}; [N] or [N, T] is needed", field="labels")
+    check_range(ids, None, weights.spec.num_classes, "labels", HINT)
+    return ids, inputs_of(weights, inputs, len(ids))
+
+
+HINT = ": class ids are zero-based; is there padding or an end-of-text token in the batch?"
+
+
+def inputs_of(weights: Table, inputs: Values, num_rows: int) -> Tensor:
+    """Return inputs [N, D] as a tensor."""
+    hidden = tensor_of(inputs, "inputs")
+    if hidden.shape != (num_rows, weights.spec.dim):
         raise InvalidArgument(
-            f"inputs has shape {list(inputs.shape)}; [N, D = {weights.spec.dim}] is needed", field="inputs"
+            f"inputs has shape {list(hidden.shape)}; [N = {num_rows}, D = {weights.spec.dim}] is needed", field="inputs"
         )
-    if num_classes != weights.spec.num_classes:
+    return hidden
+
+
+def num_sampled_of(num_sampled: int, weights: Table, sampled_values: SampledTriple | None) -> int:
+    """Return num_sampled as an int; distinct candidates are drawn if there are no sampled_values."""
+    found, num_classes = at_least(1, num_sampled, "num_sampled"), weights.spec.num_classes
+    if sampled_values is None and found > num_classes:
         raise InvalidArgument(
-            f"num_classes = {num_classes}, but the table has {weights.spec.num_classes} classes", field="num_classes"
+            f"num_sampled = {found} distinct ids cannot come from {num_classes} classes", field="num_sampled"
         )
-    if labels.dim() != 2 or labels.shape[1] != num_true:
+    return found
+
+
+def values_of(sampled_values: SampledTriple, num_sampled: int, labels: Tensor) -> types.SampledValues:
+    """Return the caller's draw for labels [N, T]; counts are broadcast as in TensorFlow's subtraction of their logs.
+
+    true_expected_count is broadcast to [N, T] and sampled_expected_count to [S], or, if it has a row for each row of
+    labels, to [N, S].
+    """
+    try:
+        members = tuple(sampled_values)
+    except TypeError:
+        members = ()
+    if len(members) != len(VALUES):
+        raise InvalidArgument(f"sampled_values must be ({', '.join(VALUES)})", field="sampled_values")
+    of_ids, of_true, of_sampled = (f"sampled_values.{name}" for name in VALUES)
+    sampled = class_ids(members[0], of_ids, lists=True)
+    if list(sampled.shape) != [whole(num_sampled, "num_sampled")]:
         raise InvalidArgument(
-            f"labels has shape {list(labels.shape)}; [N, num_true = {num_true}] is needed", field="labels"
+            f"num_sampled = {num_sampled}, but {of_ids} has shape {list(sampled.shape)}", field=of_ids
         )
+    true_count = broadcast(members[1], of_true, list(labels.shape))
+    count = tensor_of(members[2], of_sampled, lists=True)
+    rows = [len(labels)] if count.dim() == 2 and len(count) > 1 else []
+    count = broadcast(count[0] if count.dim() == 2 and not rows else count, of_sampled, [*rows, *sampled.shape])
+    return types.SampledValues(*map(to_numpy, (sampled.expand(count.shape), true_count, count)))
+
+
+def broadcast(count: Lists, field: str, shape: list[int]) -> Tensor:
+    """Return expected counts, broadcast to a shape."""
+    tensor = tensor_of(count, field, lists=True)
+    try:
+        if tensor.is_floating_point():
+            return tensor.expand(shape).contiguous()
+    except RuntimeError:  # the shapes do not fit
+        pass
+    raise InvalidArgument(f"{field} is {tensor.dtype} {list(tensor.shape)}; floats {shape} are needed", field=field)
 
 
 def check_table(weights: Table) -> None:

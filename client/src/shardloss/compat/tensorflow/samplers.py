@@ -12,15 +12,15 @@ in any of the functions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardloss.autograd import check_tensor
-from shardloss.compat.tensorflow.arguments import ids_of, matrix_of, plain, real
+from shardloss.compat.arguments import class_ids, flag, real, whole
+from shardloss.compat.tensorflow.arguments import matrix_of
 from shardloss.compat.tensorflow.candidate_sampler import (
     AllCandidateSampler,
     CandidateSampler,
@@ -30,24 +30,35 @@ from shardloss.compat.tensorflow.candidate_sampler import (
     SampledCandidates,
     UniformCandidateSampler,
 )
+from shardloss.compat.tensorflow.sampled import Lists
+from shardloss.compat.tensorflow.vocabulary import text_of, unigrams_of
 from shardloss.errors import InvalidArgument
 
 _samplers: dict[tuple[Hashable, ...], CandidateSampler] = {}
 _samplers_lock = threading.Lock()
 
 
-def sampler_of(kind: Callable[..., CandidateSampler], *attributes: object) -> CandidateSampler:
+def sampler_of(kind: Callable[..., CandidateSampler], **attributes: Hashable) -> CandidateSampler:
     """Return the only sampler in this process of a kind with these attributes."""
-    values = [plain(attribute) for attribute in attributes]
-    key = (kind, *values, *map(type, values))  # 2.0 has to be checked even if 2 was accepted
+    key = (kind, *attributes.items())
     with _samplers_lock:
         if key not in _samplers:
-            _samplers[key] = kind(*values)
+            _samplers[key] = kind(**attributes)
         return _samplers[key]
 
 
+def attributes_of(num_true: int, num_sampled: int, unique: bool, seed: int | None) -> dict[str, Hashable]:
+    """Return the attributes that all samplers have, in one form each, so that 2 and 2.0 share a sampler."""
+    return {
+        "num_true": whole(num_true, "num_true"),
+        "num_sampled": whole(num_sampled, "num_sampled"),
+        "unique": flag(unique, "unique"),
+        "seed": None if seed is None else whole(seed, "seed"),
+    }
+
+
 def uniform_candidate_sampler(
-    true_classes: Tensor,
+    true_classes: Lists,
     num_true: int,
     num_sampled: int,
     unique: bool,
@@ -63,11 +74,12 @@ def uniform_candidate_sampler(
     Raises:
         InvalidArgument: an argument is out of range, or too few distinct ids are found.
     """
-    return sampler_of(UniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
+    attributes = attributes_of(num_true, num_sampled, unique, seed)
+    return sampler_of(UniformCandidateSampler, range_max=whole(range_max, "range_max"), **attributes)(true_classes)
 
 
 def log_uniform_candidate_sampler(
-    true_classes: Tensor,
+    true_classes: Lists,
     num_true: int,
     num_sampled: int,
     unique: bool,
@@ -76,11 +88,12 @@ def log_uniform_candidate_sampler(
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
     """Draw as `uniform_candidate_sampler` does, but with p(k) = log((k + 2) / (k + 1)) / log(range_max + 1)."""
-    return sampler_of(LogUniformCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(true_classes)
+    attributes = attributes_of(num_true, num_sampled, unique, seed)
+    return sampler_of(LogUniformCandidateSampler, range_max=whole(range_max, "range_max"), **attributes)(true_classes)
 
 
 def learned_unigram_candidate_sampler(
-    true_classes: Tensor,
+    true_classes: Lists,
     num_true: int,
     num_sampled: int,
     unique: bool,
@@ -92,23 +105,24 @@ def learned_unigram_candidate_sampler(
 
     Calls with equal attributes update one set of counts, 16 to 24 bytes per class.
     """
-    return sampler_of(LearnedUnigramCandidateSampler, num_true, num_sampled, bool(unique), range_max, seed)(
+    attributes = attributes_of(num_true, num_sampled, unique, seed)
+    return sampler_of(LearnedUnigramCandidateSampler, range_max=whole(range_max, "range_max"), **attributes)(
         true_classes
     )
 
 
 def fixed_unigram_candidate_sampler(
-    true_classes: Tensor,
+    true_classes: Lists,
     num_true: int,
     num_sampled: int,
     unique: bool,
     range_max: int,
-    vocab_file: str = "",
-    distortion: float = 1.0,
-    num_reserved_ids: int = 0,
-    num_shards: int = 1,
-    shard: int = 0,
-    unigrams: Sequence[float] = (),
+    vocab_file: str | bytes | None = "",
+    distortion: float | None = 1.0,
+    num_reserved_ids: int | None = 0,
+    num_shards: int | None = 1,
+    shard: int | None = 0,
+    unigrams: Lists | None = (),
     seed: int | None = None,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
@@ -125,23 +139,20 @@ def fixed_unigram_candidate_sampler(
     """
     sampler = sampler_of(
         FixedUnigramCandidateSampler,
-        num_true,
-        num_sampled,
-        bool(unique),
-        range_max,
-        vocab_file,
-        real(distortion, "distortion"),
-        num_reserved_ids,
-        num_shards,
-        shard,
-        unigrams,
-        seed,
+        range_max=whole(range_max, "range_max"),
+        vocab_file=text_of(vocab_file),
+        distortion=1.0 if distortion is None else real(distortion, "distortion"),
+        num_reserved_ids=0 if num_reserved_ids is None else whole(num_reserved_ids, "num_reserved_ids"),
+        num_shards=1 if num_shards is None else whole(num_shards, "num_shards"),
+        shard=0 if shard is None else whole(shard, "shard"),
+        unigrams=unigrams_of(unigrams),
+        **attributes_of(num_true, num_sampled, unique, seed),
     )
     return sampler(true_classes)
 
 
 def all_candidate_sampler(
-    true_classes: Tensor,
+    true_classes: Lists,
     num_true: int,
     num_sampled: int,
     unique: bool,
@@ -149,7 +160,7 @@ def all_candidate_sampler(
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> SampledCandidates:
     """Return every class of [0, num_sampled) in order, with expected count 1; unique and seed have no effect."""
-    return sampler_of(AllCandidateSampler, num_true, num_sampled, bool(unique), seed)(true_classes)
+    return sampler_of(AllCandidateSampler, **attributes_of(num_true, num_sampled, unique, seed))(true_classes)
 
 
 class AccidentalHits(NamedTuple):
@@ -165,8 +176,8 @@ class AccidentalHits(NamedTuple):
 
 
 def compute_accidental_hits(
-    true_classes: Tensor,
-    sampled_candidates: Tensor,
+    true_classes: Lists,
+    sampled_candidates: Lists,
     num_true: int,
     seed: int | None = None,  # noqa: ARG001  (accepted, without effect)
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
@@ -177,19 +188,19 @@ def compute_accidental_hits(
     have no effect. Source: TensorFlow 2.21, ComputeAccidentalHitsOp.
 
     Raises:
-        InvalidArgument: true_classes is not [N, num_true] of integers, or sampled_candidates not [S] of integers.
+        InvalidArgument: true_classes is not [N, num_true] of class ids, or sampled_candidates not [S] of class ids.
     """
-    labels = matrix_of(true_classes, num_true)
-    check_tensor(sampled_candidates, "sampled_candidates")
-    if sampled_candidates.dim() != 1:
+    labels = matrix_of(true_classes, whole(num_true, "num_true"))
+    sampled = class_ids(sampled_candidates, "sampled_candidates", lists=True).cpu().numpy()
+    if sampled.ndim != 1:
         raise InvalidArgument(
-            f"sampled_candidates has shape {list(sampled_candidates.shape)}; [S] is needed", field="sampled_candidates"
+            f"sampled_candidates has shape {list(sampled.shape)}; [S] is needed", field="sampled_candidates"
         )
-    sampled = ids_of(sampled_candidates, "sampled_candidates")
-    class_ids, from_end = np.unique(sampled[::-1], return_index=True)
-    is_hit = np.isin(labels, class_ids)
-    places = len(sampled) - 1 - from_end[np.searchsorted(class_ids, labels[is_hit])]
+    true_ids, device = labels.cpu().numpy(), labels.device
+    ids, from_end = np.unique(sampled[::-1], return_index=True)
+    is_hit = np.isin(true_ids, ids)
+    places = len(sampled) - 1 - from_end[np.searchsorted(ids, true_ids[is_hit])]
     rows = torch.from_numpy(is_hit.nonzero()[0].astype(np.int32))
     weights = torch.full(rows.shape, torch.finfo(torch.float32).min)
     tensors = (rows, torch.from_numpy(places.astype(np.int64)), weights)
-    return AccidentalHits(*(tensor.to(true_classes.device) for tensor in tensors))
+    return AccidentalHits(*(tensor.to(device) for tensor in tensors))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from shardloss.autograd import check_tensor
-from shardloss.compat.tensorflow.arguments import ids_of, integer
+from shardloss.compat.arguments import class_ids, tensor_of, whole
+from shardloss.compat.tensorflow.sampled import Lists
 from shardloss.errors import InvalidArgument
 
 
 def in_top_k(
-    targets: Tensor,
-    predictions: Tensor,
+    targets: Lists,
+    predictions: Lists,
     k: int,
     name: str | None = None,  # noqa: ARG001  (accepted, without effect)
 ) -> Tensor:
@@ -22,24 +21,21 @@ def in_top_k(
     prediction that is not finite. name has no effect. Source: TensorFlow 2.21, in_topk_op.h.
 
     Raises:
-        InvalidArgument: predictions are not floats [N, C], targets are not integers [N], or k is not an integer.
+        InvalidArgument: predictions are not floats [N, C], targets are not class ids [N], or k is not a whole number.
     """
-    check_tensor(predictions, "predictions")
-    check_tensor(targets, "targets")
-    if predictions.dim() != 2 or not predictions.is_floating_point():
+    scores = tensor_of(predictions, "predictions", lists=True)
+    scores = scores if isinstance(predictions, Tensor) else scores.float()  # TensorFlow's kernel has float32 alone
+    if scores.dim() != 2 or not scores.is_floating_point():
         raise InvalidArgument(
-            f"predictions are {predictions.dtype} {list(predictions.shape)}; floats [N, C] are needed",
-            field="predictions",
+            f"predictions are {scores.dtype} {list(scores.shape)}; floats [N, C] are needed", field="predictions"
         )
-    if targets.shape != predictions.shape[:1]:
-        raise InvalidArgument(
-            f"targets has shape {list(targets.shape)}; [N = {len(predictions)}] is needed", field="targets"
-        )
-    num_in = integer(k, "k")
-    ids = torch.from_numpy(ids_of(targets, "targets")).to(predictions.device)
-    num_classes = predictions.shape[1]
-    can_say = (ids >= 0) & (ids < num_classes) & predictions.isfinite().all(1)
+    ids = class_ids(targets, "targets", lists=True).to(scores.device)
+    if ids.shape != scores.shape[:1]:
+        raise InvalidArgument(f"targets has shape {list(ids.shape)}; [N = {len(scores)}] is needed", field="targets")
+    num_in = whole(k, "k")
+    num_classes = scores.shape[1]
+    can_say = (ids >= 0) & (ids < num_classes) & scores.isfinite().all(1)
     if not can_say.any():  # C may be 0
         return can_say
-    at_target = predictions.gather(1, ids.clamp(0, num_classes - 1)[:, None])
-    return can_say & ((predictions > at_target).sum(1) < num_in)
+    at_target = scores.gather(1, ids.clamp(0, num_classes - 1)[:, None])
+    return can_say & ((scores > at_target).sum(1) < num_in)

@@ -32,8 +32,8 @@ __all__ = [
 def sampled_softmax_loss(
     weights: Table,
     biases: Table | None,
-    labels: Tensor,
-    inputs: Tensor,
+    labels: sampled.Values,
+    inputs: sampled.Values,
     num_sampled: int,
     num_classes: int,
     num_true: int = 1,
@@ -45,10 +45,10 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """Return the loss of `shardloss.compat.tensorflow.sampled_softmax_loss`.
 
-    partition_strategy must be the table's placement, unless the table has one shard.
+    partition_strategy must be the table's placement; it has no effect if the table has one shard, as in TensorFlow.
 
     Raises:
-        InvalidArgument: partition_strategy is unknown or not the table's, or another argument does not fit.
+        InvalidArgument: partition_strategy is not the table's, or another argument does not fit.
     """
     check_strategy(weights, partition_strategy)
     return sampled.sampled_softmax_loss(
@@ -69,8 +69,8 @@ def sampled_softmax_loss(
 def nce_loss(
     weights: Table,
     biases: Table | None,
-    labels: Tensor,
-    inputs: Tensor,
+    labels: sampled.Values,
+    inputs: sampled.Values,
     num_sampled: int,
     num_classes: int,
     num_true: int = 1,
@@ -99,14 +99,13 @@ def check_strategy(weights: Table, partition_strategy: str) -> None:
     """Refuse weights that are not a table, and a strategy other than its placement, unless it has a single shard."""
     sampled.check_table(weights)
     spec = weights.spec
-    if partition_strategy not in ("div", "mod"):
-        raise InvalidArgument(f"partition_strategy = {partition_strategy!r} must be 'div' or 'mod'")
     if spec.num_shards > 1 and partition_strategy != spec.placement:
         raise InvalidArgument(
-            f"partition_strategy = {partition_strategy!r}, but the table's placement is {spec.placement!r}"
+            f"partition_strategy = {partition_strategy!r}, but the table's placement is {spec.placement!r}",
+            field="partition_strategy",
         )
 
 
-def in_top_k(predictions: Tensor, targets: Tensor, k: int, name: str | None = None) -> Tensor:
+def in_top_k(predictions: sampled.Lists, targets: sampled.Lists, k: int, name: str | None = None) -> Tensor:
     """Return the result of `shardloss.compat.tensorflow.in_top_k`; here predictions are the first argument."""
     return top_k.in_top_k(targets, predictions, k, name)

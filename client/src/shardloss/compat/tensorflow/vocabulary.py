@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardloss import sampling
-from shardloss.compat.tensorflow.arguments import at_least
+from shardloss.compat.arguments import tensor_of
+from shardloss.compat.tensorflow.sampled import Lists
 from shardloss.errors import InvalidArgument
 
 
@@ -19,7 +21,7 @@ class Vocabulary:
     """The counts of words in order, without reserved ids: from vocab_file, or from unigrams if vocab_file is ""."""
 
     vocab_file: str
-    unigrams: Sequence[float]
+    unigrams: tuple[float, ...]
 
     def distribution(
         self, distortion: float, num_reserved_ids: int, num_shards: int, shard: int
@@ -36,9 +38,9 @@ class Vocabulary:
         """
         if bool(self.vocab_file) == (len(self.unigrams) > 0):
             raise InvalidArgument("pass exactly one of vocab_file and unigrams", field=self.field)
-        if not 0 <= shard < at_least(1, num_shards, "num_shards"):
+        if not 0 <= shard < num_shards:
             raise InvalidArgument(f"shard = {shard} is outside [0, num_shards = {num_shards})", field="shard")
-        num_reserved = len(range(shard, at_least(0, num_reserved_ids, "num_reserved_ids"), num_shards))
+        num_reserved = len(range(shard, num_reserved_ids, num_shards))
         counts = self.counts((shard - num_reserved) % num_shards, num_shards)
         if not len(counts):
             raise InvalidArgument("this shard has no counts: there is nothing to draw", field=self.field)
@@ -57,10 +59,22 @@ class Vocabulary:
         """Return the counts of the words first, first + stride, ..."""
         if self.vocab_file:
             return np.fromiter(read_counts(self.vocab_file, first, stride), dtype=np.float64)
-        try:
-            return np.asarray(self.unigrams[first::stride], dtype=np.float64)
-        except (TypeError, ValueError):
-            raise InvalidArgument("unigrams are not all numbers", field="unigrams") from None
+        return np.asarray(self.unigrams[first::stride], dtype=np.float64)
+
+
+def text_of(vocab_file: str | bytes | None) -> str:
+    """Return the path of a file, "" for none."""
+    if not isinstance(vocab_file, (str, bytes, type(None))):
+        raise InvalidArgument(f"vocab_file is a {type(vocab_file).__name__}; a path is needed", field="vocab_file")
+    return os.fsdecode(vocab_file or "")
+
+
+def unigrams_of(unigrams: Lists | None) -> tuple[float, ...]:
+    """Return counts, given as a list or a one-dimensional array or tensor, as a tuple; () for None."""
+    counts = tensor_of(() if unigrams is None else unigrams, "unigrams", lists=True)
+    if counts.dim() != 1 or counts.is_complex():
+        raise InvalidArgument(f"unigrams has shape {list(counts.shape)}; [V] numbers are needed", field="unigrams")
+    return tuple(counts.tolist())
 
 
 def read_counts(vocab_file: str, first: int, stride: int) -> Iterator[float]:

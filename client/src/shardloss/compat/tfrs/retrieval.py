@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,14 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardloss import types
-from shardloss.autograd import check_sendable, check_tensor, to_numpy
-from shardloss.compat.head import head_of
+from shardloss.autograd import to_numpy
+from shardloss.compat.arguments import real, refuse_where, tensor_of, truth, whole
+from shardloss.compat.head import losses_of
 from shardloss.errors import InvalidArgument, NotSupported
 from shardloss.lazy_rows import LazyRows
 from shardloss.wire import Array
 
 LEAST_PROBABILITY = 1e-6  # as in tensorflow_recommenders v0.7.7, layers/loss.py
+MOST_TEMPERATURE = 1e37  # it and its inverse are float32 numbers
+NAMES = {  # fields of the contract -> the arguments of tensorflow_recommenders
+    "hidden": "query_embeddings",
+    "labels": "candidate_embeddings",
+    "sampled_values.sampled": "candidate_embeddings",
+    "sampled_softmax.num_hard_negatives": "num_hard_negatives",
+}
 Ids = NDArray[np.int64]
+Values: TypeAlias = Tensor | Array | Sequence[Any]
 
 
 class Retrieval:
@@ -32,7 +41,7 @@ class Retrieval:
 
     Raises:
         NotSupported: a loss or metrics are given.
-        InvalidArgument: temperature is not a finite number above 0.
+        InvalidArgument: temperature is not in [1e-37, 1e37], or another option has a wrong type.
     """
 
     def __init__(
@@ -54,12 +63,17 @@ class Retrieval:
         ):
             if given is not None:
                 raise NotSupported(f"{field} must be None: {INSTEAD[field]}", field=field)
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise InvalidArgument(f"temperature = {temperature} must be finite and > 0", field="temperature")
         self.name = name
-        self.temperature = 1.0 if temperature is None else float(temperature)
-        self.num_hard_negatives = max(0, num_hard_negatives or 0)
-        self.remove_accidental_hits = bool(remove_accidental_hits)
+        self.temperature = 1.0 if temperature is None else real(temperature, "temperature")
+        if not 1 / MOST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            raise InvalidArgument(
+                f"temperature = {self.temperature} is outside [{1 / MOST_TEMPERATURE}, {MOST_TEMPERATURE}]",
+                field="temperature",
+            )
+        self.num_hard_negatives = (
+            0 if num_hard_negatives is None else max(0, whole(num_hard_negatives, "num_hard_negatives"))
+        )
+        self.remove_accidental_hits = truth(remove_accidental_hits, "remove_accidental_hits")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Return the loss, as `call` does."""
@@ -67,11 +81,11 @@ class Retrieval:
 
     def call(
         self,
-        query_embeddings: Tensor,
+        query_embeddings: Values,
         candidate_embeddings: LazyRows,
-        sample_weight: Tensor | Array | float | None = None,
-        candidate_sampling_probability: Tensor | Array | None = None,
-        candidate_ids: Tensor | Array | None = None,
+        sample_weight: Values | float | None = None,
+        candidate_sampling_probability: Values | float | None = None,
+        candidate_ids: Values | None = None,
         compute_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
         compute_batch_metrics: bool = True,  # noqa: ARG002  (accepted, without effect)
         score_mask: None = None,
@@ -91,8 +105,9 @@ class Retrieval:
         """
         if score_mask is not None:
             raise NotSupported("score_mask must be None: all queries share the candidates", field="score_mask")
-        check_candidates(query_embeddings, candidate_embeddings)
-        num_queries, class_ids = len(query_embeddings), candidate_embeddings.class_ids
+        queries = tensor_of(query_embeddings, "query_embeddings", lists=True)
+        check_candidates(queries, candidate_embeddings)
+        num_queries, class_ids = len(queries), candidate_embeddings.class_ids
         keeps_all = self.num_hard_negatives >= len(class_ids) - 1
         count = probabilities_of(candidate_sampling_probability, len(class_ids))
         loss = types.SampledSoftmax(
@@ -103,10 +118,10 @@ class Retrieval:
         )
         weights = None if sample_weight is None else weights_of(sample_weight, num_queries)
         labels = torch.tensor(class_ids[:num_queries, None])
-        losses = head_of(candidate_embeddings.table).apply_loss(query_embeddings, labels, loss)
+        losses = losses_of(candidate_embeddings.table, queries, labels, loss, NAMES)
         return (losses if weights is None else losses * weights.to(losses)).sum()
 
-    def _hit_ids(self, candidate_ids: Tensor | Array | None, num_queries: int, num_candidates: int) -> types.HitIds:
+    def _hit_ids(self, candidate_ids: Values | None, num_queries: int, num_candidates: int) -> types.HitIds:
         """Return the ids by which hits are found: column numbers, which match the positive alone, or candidate_ids."""
         places = np.arange(num_candidates)
         if self.remove_accidental_hits:
@@ -122,7 +137,7 @@ INSTEAD = {
 }
 
 
-def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
+def check_candidates(queries: Tensor, candidates: LazyRows) -> None:
     """Refuse arguments that are not a batch of queries [Q, D] with at least one candidate each."""
     if not isinstance(candidates, LazyRows):
         raise InvalidArgument(
@@ -134,58 +149,60 @@ def check_candidates(query_embeddings: Tensor, candidates: LazyRows) -> None:
             f"table {candidates.table.name!r} has biases, but two-tower scores have none: create it with bias=False",
             field="candidate_embeddings",
         )
-    check_tensor(query_embeddings, "query_embeddings")
-    check_sendable(query_embeddings, "query_embeddings")
-    if query_embeddings.dim() == 3:
+    if queries.dim() == 3:
         raise NotSupported("query_embeddings has several heads per query; [Q, D] is needed", field="query_embeddings")
-    if query_embeddings.dim() != 2 or query_embeddings.shape[1] != candidates.shape[1]:
+    if queries.dim() != 2 or queries.shape[1] != candidates.shape[1]:
         raise InvalidArgument(
-            f"query_embeddings has shape {list(query_embeddings.shape)}; [Q, {candidates.shape[1]}] is needed",
+            f"query_embeddings has shape {list(queries.shape)}; [Q, {candidates.shape[1]}] is needed",
             field="query_embeddings",
         )
-    if len(candidates) < len(query_embeddings):
+    if len(candidates) < len(queries):
         raise InvalidArgument(
-            f"{len(candidates)} candidates for {len(query_embeddings)} queries: candidate i is the positive of query i",
+            f"{len(candidates)} candidates for {len(queries)} queries: candidate i is the positive of query i",
             field="candidate_embeddings",
         )
 
 
-def probabilities_of(given: Tensor | Array | None, num_candidates: int) -> NDArray[np.float64]:
-    """Return candidate_sampling_probability [C], or ones (no correction) if it is None."""
+def probabilities_of(given: Values | float | None, num_candidates: int) -> NDArray[np.float64]:
+    """Return candidate_sampling_probability [C], broadcast from [1, C], [1] or a number; ones for None."""
     field = "candidate_sampling_probability"
     if given is None:
         return np.ones(num_candidates)
-    p: NDArray[np.float64] = to_numpy(torch.as_tensor(given)).astype(np.float64)
-    if p.shape != (num_candidates,):
-        raise InvalidArgument(f"{field} has shape {list(p.shape)}; [C = {num_candidates}] is needed", field=field)
-    wrong = np.flatnonzero(~((p >= 0) & (p < np.inf)))
-    if len(wrong):
-        place = int(wrong[0])
-        raise InvalidArgument(f"{field}[{place}] = {p[place]} must be finite and >= 0", field=field, index=place)
-    return p.clip(LEAST_PROBABILITY, 1.0)
+    p = tensor_of(given, field, lists=True).double()
+    refuse_where(~((p >= 0) & (p < torch.inf)), p, field, "must be finite and >= 0")
+    try:
+        p = (p[0] if p.dim() == 2 and len(p) == 1 else p).expand(num_candidates)
+    except RuntimeError:
+        raise InvalidArgument(
+            f"{field} has shape {list(p.shape)}; [C = {num_candidates}] is needed", field=field
+        ) from None
+    return np.asarray(to_numpy(p), np.float64).clip(LEAST_PROBABILITY, 1.0)
 
 
-def numbered(candidate_ids: Tensor | Array | None, num_candidates: int) -> Ids:
-    """Number candidate_ids [C] from 0; equal ids get equal numbers."""
+def numbered(candidate_ids: Values | None, num_candidates: int) -> Ids:
+    """Number candidate_ids [C] from 0; equal ids get equal numbers, and nan is equal to nothing."""
     if candidate_ids is None:
         raise InvalidArgument("remove_accidental_hits needs candidate_ids", field="candidate_ids")
-    ids = to_numpy(candidate_ids) if isinstance(candidate_ids, Tensor) else np.asarray(candidate_ids)
+    try:
+        ids = to_numpy(candidate_ids) if isinstance(candidate_ids, Tensor) else np.asarray(candidate_ids)
+    except ValueError as error:
+        raise InvalidArgument(f"candidate_ids is not an array: {error}", field="candidate_ids") from None
     if ids.shape != (num_candidates,):
         raise InvalidArgument(
             f"candidate_ids has shape {list(ids.shape)}; [C = {num_candidates}] is needed", field="candidate_ids"
         )
     try:
-        numbers: Ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+        numbers: Ids = np.unique(ids, return_inverse=True, equal_nan=False)[1].astype(np.int64)
     except TypeError as error:
         raise InvalidArgument(f"candidate_ids cannot be compared: {error}", field="candidate_ids") from None
     return numbers
 
 
-def weights_of(sample_weight: Tensor | Array | float, num_queries: int) -> Tensor:
-    """Return sample_weight in the shape [Q] or []; as in Keras, it is [Q], [Q, 1] or a scalar."""
-    weights = torch.as_tensor(sample_weight)
-    if weights.shape not in ((num_queries,), (num_queries, 1), ()):
+def weights_of(sample_weight: Values | float, num_queries: int) -> Tensor:
+    """Return sample_weight in the shape [Q] or []; as in Keras, it is [Q], [Q, 1], [1] or a number."""
+    weights = tensor_of(sample_weight, "sample_weight", lists=True)
+    if weights.shape not in ((num_queries,), (num_queries, 1), (1,), ()):
         raise InvalidArgument(
             f"sample_weight has shape {list(weights.shape)}; [Q = {num_queries}] is needed", field="sample_weight"
         )
-    return weights if weights.dim() == 0 else weights.reshape(num_queries)
+    return weights.reshape(num_queries if weights.numel() == num_queries else ())

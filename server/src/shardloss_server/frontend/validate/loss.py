@@ -97,20 +97,24 @@ def labels(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | 
         raise LimitExceeded(
             f"labels has T = {tensor.shape[1]}, above max_num_true = {limits.max_num_true}", field="labels"
         )
-    class_ids(
-        tensor,
-        num_classes,
-        "labels",
-        ignore_index,
-        ": class ids are zero-based; is there an end-of-text token in the batch?",
-    )
+    label_ids(tensor, num_classes, ignore_index)
 
 
 def label_list(tensor: Tensor, num_rows: int, num_classes: int, ignore_index: int | None) -> None:
     """Check labels: [N] class ids in [0, V) or equal to ignore_index."""
     if tensor.dim() != 1 or len(tensor) != num_rows:
         raise InvalidArgument(f"labels has shape {list(tensor.shape)}; [{num_rows}] is needed", field="labels")
-    class_ids(tensor, num_classes, "labels", ignore_index)
+    label_ids(tensor, num_classes, ignore_index)
+
+
+def label_ids(tensor: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Check that labels are class ids in [0, V) or equal to ignore_index."""
+    now = "" if ignore_index is None else f" (now {ignore_index})"
+    hint = (
+        ": class ids are zero-based; is there an end-of-text token in the batch? To leave labels out, as padding, pass "
+        f"their value as ignore_index{now}"
+    )
+    class_ids(tensor, num_classes, "labels", ignore_index, hint)
 
 
 def label_rows(tensor: Tensor, spec: TableSpec, limits: Limits) -> None:
