@@ -83,37 +83,34 @@ def refusal(tables: Tables, loss: Loss, label: int) -> InvalidArgument:
     return refused.value
 
 
-@pytest.mark.parametrize("label", OUTSIDE)
 @pytest.mark.parametrize("name", [*TENSORFLOW, *PADDLE])
-def test_a_loss_without_ignore_index_refuses_every_label_that_is_no_class(
-    tables: Tables, name: str, label: int
-) -> None:
+def test_a_loss_without_ignore_index_refuses_every_label_that_is_no_class(tables: Tables, name: str) -> None:
     """No private mark can be passed as a label, and the message does not name an argument that the loss lacks."""
-    assert "ignore_index" not in refusal(tables, {**TENSORFLOW, **PADDLE}[name], label).message
+    for label in OUTSIDE:
+        assert "ignore_index" not in refusal(tables, {**TENSORFLOW, **PADDLE}[name], label).message
 
 
-@pytest.mark.parametrize("label", [label for label in OUTSIDE if label != -100])
 @pytest.mark.parametrize("name", IGNORING)
-def test_a_loss_with_ignore_index_names_it_for_a_label_that_is_no_class(tables: Tables, name: str, label: int) -> None:
+def test_a_loss_with_ignore_index_names_it_for_a_label_that_is_no_class(tables: Tables, name: str) -> None:
     """Only ignore_index, -100 by default, is left out; the message says so and gives the value in force."""
-    assert "ignore_index (now -100)" in refusal(tables, IGNORING[name], label).message
+    for label in OUTSIDE:
+        if label != -100:
+            assert "ignore_index (now -100)" in refusal(tables, IGNORING[name], label).message
 
 
-@pytest.mark.parametrize("label", [-1, -100, V, -(2**63)])
 @pytest.mark.parametrize("ignored", [None, 5, -2])
-def test_another_ignore_index_leaves_out_no_other_label(tables: Tables, ignored: int | None, label: int) -> None:
+def test_another_ignore_index_leaves_out_no_other_label(tables: Tables, ignored: int | None) -> None:
     """-100 and -1 are ordinary bad labels if ignore_index is something else or None."""
-    heads: dict[str, Loss] = {
-        "softmax": lambda t, y: t[0].softmax(ignore_index=ignored)(HIDDEN, y),
-        "nce": lambda t, y: t[0].nce(3, ignore_index=ignored)(HIDDEN, y),
-        "evaluate": lambda t, y: t[0].evaluate(HIDDEN.numpy(), y.numpy(), ignore_index=ignored),
-        "compute_loss": lambda t, y: t[0].compute_loss(
-            HIDDEN.numpy(), y.numpy(), shardloss.FullSigmoid(), ignore_index=ignored
-        ),
-    }
+    heads: list[Loss] = [
+        lambda t, y: t[0].softmax(ignore_index=ignored)(HIDDEN, y),
+        lambda t, y: t[0].nce(3, ignore_index=ignored)(HIDDEN, y),
+        lambda t, y: t[0].evaluate(HIDDEN.numpy(), y.numpy(), ignore_index=ignored),
+        lambda t, y: t[0].compute_loss(HIDDEN.numpy(), y.numpy(), shardloss.FullSigmoid(), ignore_index=ignored),
+    ]
     now = "ignore_index" if ignored is None else f"ignore_index (now {ignored})"
-    for head in heads.values():
-        assert now in refusal(tables, head, label).message
+    for head in heads:
+        for label in (-1, -100, V, -(2**63)):
+            assert now in refusal(tables, head, label).message
 
 
 @pytest.mark.parametrize("ignored", [-1, -2, 3, V + 5, 2**63 - 1, -(2**63)])
@@ -153,3 +150,37 @@ def test_a_label_that_is_left_out_is_not_counted(tables: Tables) -> None:
     counts = tables[0].read_class_counts(0, V).learned
     assert counts is not None
     np.testing.assert_array_equal(counts - 1, np.bincount([0, 3, 3], minlength=V))
+
+
+@pytest.mark.parametrize("value", [-100.0, float("nan"), True, "x", [1], 2**63, -(2**63) - 1])
+def test_an_ignore_index_is_an_integer_of_64_bits(tables: Tables, value: Any) -> None:
+    """Anything else is refused by name: True would be class 1."""
+    table, labels = tables[0], labels_with(1)
+    for call in (
+        lambda: table.softmax(ignore_index=value),
+        lambda: table.evaluate(HIDDEN.numpy(), labels.numpy(), ignore_index=value),
+        lambda: table.compute_loss(HIDDEN.numpy(), labels.numpy(), shardloss.FullSoftmax(), ignore_index=value),
+    ):
+        with pytest.raises(InvalidArgument, match="ignore_index") as refused:
+            call()
+        assert refused.value.field == "ignore_index"
+
+
+def test_an_ignore_index_may_be_an_integer_of_numpy_or_torch(tables: Tables) -> None:
+    for value in (np.int64(-100), torch.tensor(-100)):
+        found = tables[0].evaluate(HIDDEN.numpy(), labels_with(-100).numpy(), ignore_index=value)  # type: ignore[arg-type]
+        assert found.counted is not None
+        assert found.counted.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "field, given",
+    [("num_sampled", {"num_sampled": value}) for value in (None, 5.0, "5", True, 2**63)]
+    + [("seed", {"num_sampled": 3, "seed": value}) for value in (1.5, "a", -1, 2**64, False)],
+)
+def test_a_draw_is_described_by_integers(tables: Tables, field: str, given: Any) -> None:
+    """A head names the argument when it is created, before any loss."""
+    for make in (tables[0].sampled_softmax, tables[0].nce):
+        with pytest.raises(InvalidArgument, match=field) as refused:
+            make(**given)
+        assert refused.value.field == field

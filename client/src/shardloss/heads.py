@@ -71,7 +71,8 @@ class Head(torch.nn.Module):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InvalidArgument(f"reduction = {reduction!r} must be one of {', '.join(REDUCTIONS)}")
-        self.table, self.reduction, self.ignore_index = table, reduction, ignore_index
+        self.table, self.reduction = table, reduction
+        self.ignore_index = None if ignore_index is None else wire.integer(ignore_index, "ignore_index")
         self.pending = Pending(table.session(), learning_rate, self.advice)
         self.wire_dtype: torch.dtype | None = None
 

@@ -184,8 +184,14 @@ def sampler(loss: types.SampledSoftmax | types.SampledLogistic) -> loss_pb2.Samp
     if isinstance(loss.sampler, (types.InBatch, types.PartialFc)):
         raise InvalidArgument(f"{type(loss.sampler).__name__} needs a batch; pass another sampler", field="sampler")
     message = distribution(loss.sampler)
-    message.num_sampled, message.unique, message.seed = loss.num_sampled, loss.unique, loss.seed
+    message.num_sampled, message.seed = draw_of(loss)
+    message.unique = loss.unique
     return message
+
+
+def draw_of(loss: types.SampledSoftmax | types.SampledLogistic) -> tuple[int, int]:
+    """Return (num_sampled, seed) of a loss."""
+    return wire.integer(loss.num_sampled, "num_sampled"), wire.integer(loss.seed, "seed", wire.UINT64)
 
 
 def distribution(sampler: str | types.FixedUnigram | types.Mixture) -> loss_pb2.Sampler:
@@ -270,7 +276,7 @@ def set_columns(message: loss_pb2.SampledSoftmax, loss: types.SampledSoftmax | t
     elif isinstance(loss.sampler, types.InBatch):
         message.in_batch.correct_log_q = loss.sampler.correct_log_q
     elif isinstance(loss.sampler, types.PartialFc):
-        message.partial_fc.num_sampled, message.partial_fc.seed = loss.num_sampled, loss.seed
+        message.partial_fc.num_sampled, message.partial_fc.seed = draw_of(loss)
     else:
         message.sampler.CopyFrom(sampler(loss))
 
@@ -299,7 +305,7 @@ def loss_request(
         hidden=encoded.header,
         labels=None if labels is None else numbers(labels, "labels"),
         label_columns=labels is None,
-        ignore_index=ignore_index,
+        ignore_index=None if ignore_index is None else wire.integer(ignore_index, "ignore_index"),
         want_lse=want_lse,
         want_hidden_grad=want_hidden_grad,
         want_table_grad=want_table_grad,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from google.protobuf.message import Message
 
-from shardloss import evaluation, messages, types
+from shardloss import evaluation, messages, types, wire
 from shardloss.cost import sum_of
 from shardloss.errors import BadReply
 from shardloss.messages import numbers
@@ -57,6 +57,7 @@ class Questions:
         """
         hidden, labels = of_rank(hidden, 2, "hidden"), of_rank(labels, 1, "labels")
         check_length(labels, hidden, "labels")
+        ignore_index = None if ignore_index is None else wire.integer(ignore_index, "ignore_index")
         transform = messages.logit_transform(logits)
 
         def ask(page: slice) -> types.Evaluation:

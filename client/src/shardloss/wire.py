@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,24 @@ WIRE_DTYPES: Mapping[str, tensor_pb2.DType] = {
 }
 NAMES: Mapping[int, str] = {number: name for name, number in WIRE_DTYPES.items()}
 MAX_RANK = 8
+INT64, UINT64 = range(-(2**63), 2**63), range(2**64)
+
+
+def integer(value: Any, field: str, within: range = INT64) -> int:
+    """Return an integer of Python, NumPy or torch as an int; a boolean is none.
+
+    Raises:
+        InvalidArgument: value is not an integer, or is outside the range that the field can hold.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidArgument(f"{field} = {value!r:.80} is not an integer", field=field)
+    if number not in within:
+        raise InvalidArgument(f"{field} = {number} is outside [{within.start}, {within.stop})", field=field)
+    return number
 
 
 @dataclass(frozen=True, slots=True)
