@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import secrets
@@ -25,6 +26,7 @@ from shardloss.errors import (
     ClientClosed,
     DeadlineExceeded,
     LimitExceeded,
+    NotSupported,
     Overloaded,
     ServerUnavailable,
     ShardlossError,
@@ -131,7 +133,7 @@ class Channel:
         self._tracing = Tracing.found()
         if self._tracing is not None:
             self._bearing = Naming(self._bearing)
-        self._request_ids = (f"{prefix}-{number}" for prefix in [secrets.token_hex(6)] for number in count(1))
+        self._id, self._calls, self._process = secrets.token_hex(6), count(1), os.getpid()
         self._closed = False
         self._away_s = float("inf")  # how long a server that is unavailable is called again
         self.max_message_bytes = MESSAGE_BYTES  # replaced by the server's limit once that is known
@@ -172,7 +174,8 @@ class Channel:
     def close(self) -> None:
         """Close the connection; later calls raise ClientClosed. Idempotent."""
         self._closed = True
-        self._grpc.close()
+        if os.getpid() == self._process:
+            self._grpc.close()
 
     def unary(
         self,
@@ -209,7 +212,12 @@ class Channel:
         self, method: Callable[..., object], attempt: Attempt[R], timeout_s: float | None, whole: bool, repeatable: bool
     ) -> R:
         """Run all tries of a call with one request id, which is added to its error, and one span if it is traced."""
-        request_id = next(self._request_ids)
+        if os.getpid() != self._process:  # gRPC does not survive a fork: the call would hang
+            raise NotSupported(
+                f"this client was connected in process {self._process}, of which this one is a fork: call "
+                "shardloss.connect in each process (a DataLoader: in its worker_init_fn)"
+            )
+        request_id = f"{self._id}-{next(self._calls)}"
         span = UNTRACED if self._tracing is None else self._tracing.call(getattr(method, "path", ""), request_id)
         named: Named = {"metadata": ((REQUEST_ID_KEY, request_id), *span.headers)}
         try:

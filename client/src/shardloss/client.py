@@ -79,8 +79,9 @@ def connect(
 class LossClient:
     """A thread-safe connection to a server, usable as a context manager.
 
-    Calls have a deadline, and transient errors are retried. A client cannot be copied or pickled, and neither can an
-    object that contains it: a table, lazy logits, or a head in torch.save(model).
+    Calls have a deadline, and transient errors are retried. Each process needs its own client, even
+    after a fork. A client cannot be copied or pickled, and neither can an object that contains it: a table, lazy
+    logits, or a head in torch.save(model).
     """
 
     def __init__(

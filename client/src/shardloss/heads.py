@@ -52,7 +52,10 @@ class Head(torch.nn.Module):
     committed. With its own learning_rate the head commits in backward, for simple loops with one loss per step.
     copy.deepcopy returns a head of the same table with its own steps. torch.compile runs the head, its backward and its
     optimizer uncompiled, between compiled graphs. A backward frees the gradient of hidden unless retain_graph is set.
-    torch.func, forward-mode differentiation, torch.export and torch.jit are not supported. Not thread-safe.
+    torch.func, forward-mode differentiation, torch.export and torch.jit are not supported.
+
+    One thread at a time may train with a head and its optimizer, as with a `Session`. torch.nn.DataParallel is refused;
+    each process of torch.nn.parallel.DistributedDataParallel has its own head.
 
     wire_dtype, None by default, is the dtype in which hidden and its gradient are sent: torch.bfloat16 or torch.float16
     halve the bytes of float32 hidden, with one rounding in each direction. The gradient of a loss is rounded before it

@@ -136,20 +136,21 @@ class Pending:
         without no_grad, the step is given up first. If the server has already finished the step, for example after a
         commit whose replies were lost, recorded gradients are dropped and the loss belongs to the next step.
         """
-        if self._under_way is None or self._under_way.done():
-            self.join()
-        if not self._upstreams:
-            self._leave_if_nobody_waits()
-            if self.session.num_parts - len(self._waiting) > MAX_DEAD_PARTS:
-                self._give_up()
-        try:
+        with self.session.used(opens=True):
+            if self._under_way is None or self._under_way.done():
+                self.join()
+            if not self._upstreams:
+                self._leave_if_nobody_waits()
+                if self.session.num_parts - len(self._waiting) > MAX_DEAD_PARTS:
+                    self._give_up()
+            try:
+                return self.session.compute_loss(*args, **options)
+            except ShardlossError as error:
+                self.join()  # if the previous step failed, its error is raised first
+                if not isinstance(error, StepTooOld):
+                    raise
+            self._clear()
             return self.session.compute_loss(*args, **options)
-        except ShardlossError as error:
-            self.join()  # if the previous step failed, its error is raised first
-            if not isinstance(error, StepTooOld):
-                raise
-        self._clear()
-        return self.session.compute_loss(*args, **options)
 
     def part(self, ticket: str, alone: Alone | None = None) -> Part:
         """Return a new part for a ticket or for a step of its own; the graph of its loss keeps it alive."""
@@ -202,20 +203,21 @@ class Pending:
         With overlap, the commit is still in progress when this returns. The server scores the next loss after the
         commit. If the commit fails, the next loss, commit or `join` raises its error.
         """
-        self.join()
-        if not self._upstreams:
-            return
-        self._num_dropped = 0
-        if overlap and all(part.alone is None for part in self._upstreams):
-            self._begin_commit(learning_rate, grad_scale)
-            return
-        try:
-            self._commit_recorded(learning_rate, grad_scale)
-        except ShardlossError as error:
-            if isinstance(error, RequestError) or self.learning_rate is not None:
-                self._give_up()
-            raise
-        self._clear()
+        with self.session.used():
+            self.join()
+            if not self._upstreams:
+                return
+            self._num_dropped = 0
+            if overlap and all(part.alone is None for part in self._upstreams):
+                self._begin_commit(learning_rate, grad_scale)
+                return
+            try:
+                self._commit_recorded(learning_rate, grad_scale)
+            except ShardlossError as error:
+                if isinstance(error, RequestError) or self.learning_rate is not None:
+                    self._give_up()
+                raise
+            self._clear()
 
     def join(self) -> None:
         """Wait for the commit in progress, if there is one; a commit that got no reply is sent again first.
@@ -224,21 +226,23 @@ class Pending:
             TransientError: there was again no reply; the next call repeats the commit.
             RequestError, ServiceError: the step was refused.
         """
-        if self._send is None:
+        send = self._send
+        if send is None:
             return
         try:
-            self._send() if self._under_way is None else self._under_way.result()
+            send() if self._under_way is None else self._under_way.result()
         except TransientError:
             self._under_way = None  # it is sent again next time
             raise
         except ShardlossError:
-            self._forget_commit()
+            self._forget_commit(send)
             raise
-        self._forget_commit()
+        self._forget_commit(send)
 
-    def _forget_commit(self) -> None:
-        """Forget the commit in progress, whose outcome is known."""
-        self._send = self._under_way = self.session.follows = None
+    def _forget_commit(self, send: Callable[[], object]) -> None:
+        """Forget the commit in progress, whose outcome is known, unless another thread has begun the next one."""
+        if self._send is send:
+            self._send = self._under_way = self.session.follows = None
 
     def _begin_commit(self, learning_rate: float, grad_scale: float) -> None:
         tickets = [(part.ticket, wire_array(g)) for part, g in self._upstreams.items()]
@@ -272,8 +276,9 @@ class Pending:
 
     def drop(self) -> None:
         """Drop the recorded gradients, and give the step up unless a loss still waits for its backward."""
-        self._forget_recorded()
-        self._leave_if_nobody_waits()
+        with self.session.used(opens=True):
+            self._forget_recorded()
+            self._leave_if_nobody_waits()
 
     def _leave_if_nobody_waits(self) -> None:
         if self.session.num_parts and not self._waiting:

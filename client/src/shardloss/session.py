@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from shardloss import messages, types
-from shardloss.errors import RequestError, ShardlossError, StepReused, StepTooOld
+from shardloss.errors import NotSupported, RequestError, ShardlossError, StepReused, StepTooOld
 from shardloss.messages import Numbers, numbers
 from shardloss.v1 import loss_pb2
 from shardloss.wire import Array
@@ -24,7 +25,11 @@ def log_name(session: str) -> str:
 
 
 class Session:
-    """The steps of one trainer on one table. Step numbers start at 1 and only increase. Not thread-safe."""
+    """The steps of one trainer on one table. Step numbers start at 1 and only increase.
+
+    One thread at a time may use a session: a call during another thread's call, or a loss during a step with losses of
+    another thread that is still alive, is refused with NotSupported and changes nothing.
+    """
 
     def __init__(self, table: Table, name: str, opened_at_version: int) -> None:
         self.table, self.name, self.opened_at_version = table, name, opened_at_version
@@ -32,6 +37,9 @@ class Session:
         self.num_parts = 0
         self._scoring_s = 0.0  # seconds that the losses of this step took
         self.follows: int | None = None  # a step whose commit may be in progress
+        self._entering = threading.Lock()
+        self._inside: threading.Thread | None = None  # the thread whose call is in progress
+        self._scorer: threading.Thread | None = None  # the thread that computed the losses of the current step
 
     def __repr__(self) -> str:
         where = f"table {self.table.name!r} on {self.table.client.address}"
@@ -72,14 +80,15 @@ class Session:
             grad_dtype=grad_dtype,
             want_cost=want_cost,
         )
-        self._key(request.message)
-        self.num_parts += 1
-        began = time.monotonic()
-        try:
-            with self._passing(StepTooOld):
-                return self.table._send_loss(request)
-        finally:
-            self._scoring_s += time.monotonic() - began
+        with self.used(opens=True):
+            self._key(request.message)
+            self.num_parts += 1
+            began = time.monotonic()
+            try:
+                with self._passing(StepTooOld):
+                    return self.table._send_loss(request)
+            finally:
+                self._scoring_s += time.monotonic() - began
 
     def commit(
         self,
@@ -101,12 +110,13 @@ class Session:
             StepTooOld, StepReused: the server has already finished this step; the next call starts a new step.
             TicketUnknown, TicketExpired, TicketAborted, Stale, InvalidArgument: nothing was changed.
         """
-        request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
-        request.want_cost = want_cost
-        with self._passing(StepTooOld, StepReused):
-            result = self._send_commit(request, self._commit_timeout_s)
-        self._next_step()
-        return result
+        with self.used():
+            request = self._commit_request(parts, learning_rate, grad_scale, max_staleness)
+            request.want_cost = want_cost
+            with self._passing(StepTooOld, StepReused):
+                result = self._send_commit(request, self._commit_timeout_s)
+            self._next_step()
+            return result
 
     def _begin_commit(
         self, parts: Sequence[tuple[str, Array]], *, learning_rate: float, grad_scale: float
@@ -200,15 +210,16 @@ class Session:
             grad_dtype=grad_dtype,
             want_cost=want_cost,
         )
-        self._key(request.message)
         with messages.writing_request():
             now = request.message.commit_now
             now.learning_rate, now.grad_scale = learning_rate, grad_scale
         now.opened_at_version = self.opened_at_version
-        with self._passing(StepTooOld, StepReused):
-            result = self.table._send_loss(request, label_distribution)
-        self._next_step()
-        return result
+        with self.used(opens=True):
+            self._key(request.message)
+            with self._passing(StepTooOld, StepReused):
+                result = self.table._send_loss(request, label_distribution)
+            self._next_step()
+            return result
 
     def _skip(self) -> None:
         """Leave the current step, if it has parts, without an abort; the next commit gives up all earlier steps."""
@@ -217,18 +228,44 @@ class Session:
 
     def abort(self) -> int:
         """Give up the tickets of the current step, as if its losses had never been computed; return their number."""
-        if self.num_parts == 0:
-            return 0
-        try:
-            return self._send_abort(self.step)
-        finally:
-            self._next_step()  # even if the abort failed: the next commit gives up all earlier steps
+        with self.used():
+            if self.num_parts == 0:
+                return 0
+            try:
+                return self._send_abort(self.step)
+            finally:
+                self._next_step()  # even if the abort failed: the next commit gives up all earlier steps
 
     def _send_abort(self, step: int) -> int:
         client = self.table.client
         request = loss_pb2.AbortRequest(table=self.table.reference, session=self.name, step=step)
         reply: loss_pb2.AbortResponse = client.channel.unary(client.losses.Abort, request, None)
         return reply.num_aborted
+
+    @contextmanager
+    def used(self, *, opens: bool = False) -> Iterator[None]:
+        """Keep other threads out during a call of this thread; opens: also of the step that the call opens or joins.
+
+        Raises:
+            NotSupported: another thread is inside a call or, if opens, has computed losses of the current step.
+        """
+        me = threading.current_thread()
+        with self._entering:
+            outer = self._inside
+            for other in (outer, self._scorer if opens and self.num_parts else None):
+                if other is not None and other is not me and other.is_alive():
+                    raise NotSupported(
+                        f"threads {other.name!r} and {me.name!r} use one session of table {self.table.name!r} at the "
+                        "same time: give each thread a session (table.session()) or a head (copy.deepcopy(head)) with "
+                        "an optimizer of its own; losses that train nothing belong under torch.no_grad()"
+                    )
+            self._inside = me
+            if opens:
+                self._scorer = me
+        try:
+            yield
+        finally:
+            self._inside = outer
 
     @contextmanager
     def _passing(self, *errors: type[ShardlossError]) -> Iterator[None]:
