@@ -204,6 +204,29 @@ def test_a_sampled_loss_refuses_any_other_form_by_the_callers_name(
     assert refused(lambda: loss(function, table, **given)) == (InvalidArgument, field)
 
 
+def test_the_exact_losses_name_their_own_arguments(table: shardloss.Table) -> None:
+    """Labels that do not fit the inputs are refused without a field of the contract in the message."""
+    for function in (tensorflow.full_softmax_loss, tensorflow.full_sigmoid_loss):
+        for field, labels, inputs in (
+            ("labels", LABELS[:2], INPUTS),
+            ("labels", LABELS.tolist(), INPUTS),
+            ("inputs", LABELS, INPUTS.tolist()),
+            ("inputs", LABELS, INPUTS[:, :3]),
+            ("inputs", LABELS, INPUTS * NAN),
+        ):
+            with pytest.raises(InvalidArgument) as refused, torch.no_grad():
+                function(table, table, labels, inputs)  # type: ignore[arg-type]
+            assert refused.value.field == field
+            assert "hidden" not in refused.value.message
+
+
+def test_no_rows_are_no_losses(table: shardloss.Table) -> None:
+    """An empty batch is answered, also with counts of each row."""
+    for count in (COUNT, COUNT.repeat(2, 1)[:0]):
+        given = {"labels": LABELS[:0], "inputs": INPUTS[:0], **values(true_count=TRUE_COUNT[:0], count=count)}
+        assert loss(tensorflow.nce_loss, table, **given).shape == (0,)
+
+
 def test_a_batch_above_the_limits_names_inputs(table: shardloss.Table) -> None:
     """A refusal by the server names the argument and not a field of the contract."""
     rows = int(table.client.info.limits["max_batch"]) + 1

@@ -21,11 +21,10 @@ def named(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (InvalidArgument, LimitExceeded, NotSupported) as error:
-        field = error.field or ""
-        if field not in names:
-            raise
-        message = re.sub(rf"(?<![\w.]){re.escape(field)}(?!\w|\.\w)", names[field], error.message)
-        raise type(error)(message, **{**error.details, "field": names[field]}) from None
+        words = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))})(?!\w|\.\w)")
+        message = words.sub(lambda found: names[found[0]], error.message)
+        field = names.get(error.field or "", error.field)
+        raise type(error)(message, **{**error.details, "field": field}) from None
 
 
 def scalar(value: object) -> object:

@@ -22,6 +22,7 @@ Lists: TypeAlias = Values | Sequence[float] | Sequence[Sequence[float]] | float
 SampledTriple: TypeAlias = Sequence[Lists]  # (sampled [S], true_expected_count [N, T], sampled_expected_count [S])
 
 NAMES = {"hidden": "inputs", "sampler.num_sampled": "num_sampled"}
+HINT = ": class ids are zero-based; is there padding or an end-of-text token in the batch?"
 
 
 def sampled_softmax_loss(
@@ -130,30 +131,20 @@ def batch_of(
         )
     ids = matrix_of(labels, at_least(1, num_true, "num_true"), "labels", lists=False)
     check_range(ids, None, found, "labels", HINT)
-    return ids, inputs_of(weights, inputs, len(ids))
+    hidden = tensor_of(inputs, "inputs")
+    if hidden.shape != (len(ids), weights.spec.dim):
+        raise InvalidArgument(
+            f"inputs has shape {list(hidden.shape)}; [N = {len(ids)}, D = {weights.spec.dim}] is needed", field="inputs"
+        )
+    return ids, hidden
 
 
 def full_batch_of(weights: Table, biases: Table | None, labels: Values, inputs: Values) -> tuple[Tensor, Tensor]:
-    """Return labels [N] or [N, T] as int64, and inputs [N, D], after checking that they fit the table."""
+    """Return labels [...] or [..., T] as int64, and inputs [..., D]."""
     check_biases(weights, biases)
     ids = class_ids(labels, "labels")
-    if ids.dim() not in (1, 2):
-        raise InvalidArgument(f"labels has shape {list(ids.shape)}; [N] or [N, T] is needed", field="labels")
     check_range(ids, None, weights.spec.num_classes, "labels", HINT)
-    return ids, inputs_of(weights, inputs, len(ids))
-
-
-HINT = ": class ids are zero-based; is there padding or an end-of-text token in the batch?"
-
-
-def inputs_of(weights: Table, inputs: Values, num_rows: int) -> Tensor:
-    """Return inputs [N, D] as a tensor."""
-    hidden = tensor_of(inputs, "inputs")
-    if hidden.shape != (num_rows, weights.spec.dim):
-        raise InvalidArgument(
-            f"inputs has shape {list(hidden.shape)}; [N = {num_rows}, D = {weights.spec.dim}] is needed", field="inputs"
-        )
-    return hidden
+    return ids, tensor_of(inputs, "inputs")
 
 
 def num_sampled_of(num_sampled: int, weights: Table, sampled_values: SampledTriple | None) -> int:
@@ -186,8 +177,9 @@ def values_of(sampled_values: SampledTriple, num_sampled: int, labels: Tensor) -
         )
     true_count = broadcast(members[1], of_true, list(labels.shape))
     count = tensor_of(members[2], of_sampled, lists=True)
-    rows = [len(labels)] if count.dim() == 2 and len(count) > 1 else []
-    count = broadcast(count[0] if count.dim() == 2 and not rows else count, of_sampled, [*rows, *sampled.shape])
+    is_of_rows = count.dim() == 2 and len(count) != 1
+    shape = [len(labels), len(sampled)] if is_of_rows else [len(sampled)]
+    count = broadcast(count[0] if count.dim() == 2 and not is_of_rows else count, of_sampled, shape)
     return types.SampledValues(*map(to_numpy, (sampled.expand(count.shape), true_count, count)))
 
 
