@@ -155,9 +155,9 @@ def over_tls(sock: socket.socket, address: str, credentials: Credentials) -> str
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(sock, server_hostname=split(endpoints(address)[0])[0]) as tls:
-            answer = answer_to(tls, PREFACE)
             if tls.selected_alpn_protocol() != "h2":
                 return "a server with TLS but without HTTP/2 answers there: check the port, and any proxy in between"
+            answer = answer_to(tls, PREFACE)
             if answer == b"":
                 return (
                     f"the server ends the connection after the TLS handshake: does it require a certificate? {MUTUAL}"
