@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.stop, pytest.mark.timeout(1800)]
 ROUNDS = int(os.environ.get("SHARDLOSS_STOP_ROUNDS", "20"))
 CALLS_S = (1.0, 5.0, 9.0)
 DRAIN_S = "100"  # the calls share two cores, perhaps with other work; the default of 10 s is for one such call
-V, D, CALIBRATION_ROWS = 200_000, 64, 256
+V, D, CALIBRATION_ROWS = 800_000, 64, 64
+PAGE_ROWS = 2048  # of an exact question: more would be a second call, which a stopping server refuses
 GCS, RAYLET, WORKER, FRONT_END = "gcs_server", "raylet", "ray::WorkerActor", "front end"
 
 
@@ -63,7 +64,9 @@ def test_calls_inside_are_answered_and_nothing_is_left(temp: Path, workers: tupl
             began = time.monotonic()
             evaluated(client, CALIBRATION_ROWS)
             rows_a_second = CALIBRATION_ROWS / (time.monotonic() - began)
-        calls = [Call(server.address, max(1, round(seconds * rows_a_second))) for seconds in CALLS_S]
+        num_rows = [round(seconds * rows_a_second) for seconds in CALLS_S]
+        assert max(num_rows) < PAGE_ROWS, "a faster machine needs a larger table"
+        calls = [Call(server.address, max(1, number)) for number in num_rows]
         eventually(lambda: server.num_in_flight == len(calls), "the calls to be inside")
         children = children_of(server.process.pid)
         server.process.terminate()
