@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from shardloss_server import tracing
 from shardloss_server.access import certificates, token_files
@@ -62,16 +64,25 @@ def refuse_unusable(host_name: str, host: str, name: str, port: int) -> None:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise CannotServe(f"{host_name} = {host} is not an address: {error.strerror}") from None
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: a closed connection is no obstacle
-        try:
+    errors = [bind_error(family, address) for family, _, _, _, address in found]
+    failed = [error for error in errors if error is not None]
+    if errno.EADDRINUSE in failed or len(failed) == len(found):  # "localhost" may have an address that is not set up
+        reason = os.strerror(errno.EADDRINUSE if errno.EADDRINUSE in failed else failed[0])
+        raise CannotServe(
+            f"cannot listen on {host_name} = {host} port {port} ({name}): {reason}. Is another server "
+            "using it? Port 0 picks a free one"
+        )
+
+
+def bind_error(family: int, address: Any) -> int | None:
+    """Return the errno with which a TCP socket cannot be bound to an address, or None."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a closed connection is no obstacle
             probe.bind(address)
-        except OSError as error:
-            raise CannotServe(
-                f"cannot listen on {host_name} = {host} port {port} ({name}): {os.strerror(error.errno or 0)}. Is "
-                f"another server using it? Port 0 picks a free one"
-            ) from None
+    except OSError as error:
+        return error.errno or 0
+    return None
 
 
 def check_files(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -46,19 +47,18 @@ def serve(settings: Settings) -> None:
     install_signals(stop, None)
     try:
         check_all(settings)
+        if config.listening.ready_file is not None:
+            withdraw(config.listening.ready_file)  # of a server that was killed
+        folder = None if workers.local else OwnFolder()
     except CannotServe as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     keep_freed_memory(one_arena=True)
-    if config.listening.ready_file is not None:
-        config.listening.ready_file.unlink(missing_ok=True)  # of a server that was killed
-    folder = None if workers.local else OwnFolder()
     install_signals(stop, folder)
     thread = futures.ThreadPoolExecutor(1, "serve")  # lives as long as Ray's processes, which end with their thread
     status = 1
     try:
-        group = started(thread.submit(make_group, workers, folder), workers.start_timeout_s, stop)
-        install_signals(stop, folder)  # Ray has replaced the handler of SIGTERM
+        group = started(thread.submit(make_group, workers, folder), workers.start_timeout_s, stop, folder)
         status = 0 if group is None else thread.submit(run, group, config, stop).result()
     except CannotServe as error:
         typer.echo(str(error), err=True)
@@ -68,7 +68,9 @@ def serve(settings: Settings) -> None:
     end(status)
 
 
-def started(starting: futures.Future[ShardGroup], timeout_s: float, stop: threading.Event) -> ShardGroup | None:
+def started(
+    starting: futures.Future[ShardGroup], timeout_s: float, stop: threading.Event, folder: OwnFolder | None
+) -> ShardGroup | None:
     """Wait until the workers have started; return None if the server is told to stop before.
 
     Raises:
@@ -82,18 +84,21 @@ def started(starting: futures.Future[ShardGroup], timeout_s: float, stop: thread
             log.info("told to stop before the workers had started")
             return None
         if waited_s > timeout_s + GRACE_S:
-            raise CannotServe(f"the workers did not start within start_timeout_s = {timeout_s:.0f} s: {SLOW}")
+            raise CannotServe(f"the workers did not start within start_timeout_s = {timeout_s:g} s: {SLOW}")
         if waited_s > said_s + SAY_S:
             said_s = waited_s
             log.info("the workers have been starting for %.0f s, of start_timeout_s = %.0f s", waited_s, timeout_s)
+        install_signals(stop, folder)  # Ray replaces the handler of SIGTERM at some moment of its start
+    install_signals(stop, folder)
     return starting.result()
 
 
 def end(status: int) -> NoReturn:
     """Exit, skipping the interpreter's shutdown, which C++ threads of Ray and gRPC could still abort."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the terminal is closed
+            stream.flush()
     os._exit(status)
 
 
@@ -143,19 +148,41 @@ def run(group: ShardGroup, config: ServerConfig, stop: threading.Event) -> int:
     finally:
         group.close()
         if config.listening.ready_file is not None:
-            config.listening.ready_file.unlink(missing_ok=True)
+            withdraw(config.listening.ready_file)
     return 0 if failure is None else 1
 
 
 def announce(ready_file: Path, address: str) -> None:
-    """Write the server's address to a file atomically."""
+    """Write the server's address to a file atomically.
+
+    Raises:
+        CannotServe: the file cannot be written.
+    """
     unfinished = ready_file.with_suffix(ready_file.suffix + ".part")
-    unfinished.write_text(address)
-    unfinished.rename(ready_file)
+    try:
+        unfinished.write_text(address)
+        unfinished.rename(ready_file)
+    except OSError as error:
+        raise CannotServe(f"ready_file = {ready_file} cannot be written: {error.strerror}") from None
+
+
+def withdraw(ready_file: Path) -> None:
+    """Remove the ready file, if it is there.
+
+    Raises:
+        CannotServe: it cannot be removed.
+    """
+    try:
+        ready_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotServe(f"ready_file = {ready_file} cannot be removed: {error.strerror}") from None
 
 
 def install_signals(stop: threading.Event, folder: OwnFolder | None) -> None:
-    """Handle SIGTERM and SIGINT: the first signal sets `stop`, the second exits at once."""
+    """Handle SIGTERM, SIGINT and SIGHUP: the first signal sets `stop`, the second exits at once.
+
+    A SIGHUP that is ignored, as by nohup, stays so.
+    """
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         signal.alarm(0)  # while Ray starts, its own handler runs first, and would abort the process 3 s later
@@ -167,3 +194,5 @@ def install_signals(stop: threading.Event, folder: OwnFolder | None) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # the terminal is closed
+        signal.signal(signal.SIGHUP, on_signal)

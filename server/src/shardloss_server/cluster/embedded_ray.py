@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import threading
@@ -21,6 +22,13 @@ from shardloss_server.config import LONGEST_S
 OBJECT_STORE_BYTES = 512 * 2**20  # staged parts of open tickets spill to disk above this
 STOP_S = 10.0
 NODE_POLL_S = 0.2
+FOR_CLUSTERS = (  # settings of a Ray that this user runs elsewhere; with them, an embedded one does not start
+    "RAY_ADDRESS",
+    "RAY_REDIS_ADDRESS",
+    "RAY_gcs_storage",
+    "RAY_USE_TLS",
+    "RAY_OVERRIDE_RESOURCES",
+)
 VITAL = ("gcs_server", "raylet")  # without them no worker can be started, watched or restarted
 
 
@@ -44,7 +52,7 @@ class EmbeddedRay:
                 _temp_dir=str(folder.path / "ray"),  # Ray lets everyone write to it, but not enter the folder
                 _system_config={
                     "memory_monitor_refresh_ms": 0,  # no worker is killed because a neighbour needs memory
-                    "worker_register_timeout_seconds": round(start_timeout_s),
+                    "worker_register_timeout_seconds": math.ceil(start_timeout_s),
                     "gcs_rpc_server_reconnect_timeout_s": LONGEST_S,  # else Ray ends this process amid its drain
                 },
             )
@@ -72,8 +80,9 @@ def variables(folder: OwnFolder, start_timeout_s: float) -> dict[str, str | None
         "RAY_AUTH_MODE": None,  # Ray turns its token on, in this process, too, unless it is set
         "RAY_AUTH_TOKEN": None,  # it would take precedence over the file
         "RAY_AUTH_TOKEN_PATH": str(folder.path / "token"),
+        **dict.fromkeys(FOR_CLUSTERS),
         "AUTOSCALER_METRIC_PORT": "0",  # else every embedded Ray of the machine wants port 44217
-        "RAY_gcs_server_port_wait_time_s": str(round(start_timeout_s)),
+        "RAY_gcs_server_port_wait_time_s": str(math.ceil(start_timeout_s)),
     }
 
 

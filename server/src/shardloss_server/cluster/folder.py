@@ -7,15 +7,19 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import IO
+
+from shardloss_server.config import CannotServe
 
 PREFIX = "shardloss-"
 MARK = "SHARDLOSS_FOLDER"  # environment variable of every process that belongs to a folder
-LOCK = "lock"
+LOCK = "lock-of-shardloss-server"  # a name that no other folder has
 END_S = 5.0
 log = logging.getLogger(__name__)
 
@@ -24,15 +28,29 @@ class OwnFolder:
     """A new folder in TMPDIR that only this user may enter, locked until `remove` or the end of this process.
 
     Folders whose server ended without removing them are removed first, with the processes that still use them.
+
+    Raises:
+        CannotServe: TMPDIR is full, or its file system has no locks.
     """
 
     def __init__(self) -> None:
         remove_abandoned()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary()))
+            self._lock = self._locked()
+        except OSError as error:
+            reason = f"TMPDIR = {temporary()} cannot hold this server's folder: {error.strerror}"
+            raise CannotServe(f"{reason}. Set TMPDIR to a folder on a local disk with space") from None
+
+    def _locked(self) -> IO[str]:
         unlocked = self.path / "unlocked"
-        self._lock = unlocked.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(self.path / LOCK)  # only now can another server find it, and it is locked
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, self.path, ignore_errors=True)
+            lock = undo.enter_context(unlocked.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unlocked.rename(self.path / LOCK)  # only now can another server find it, and it is locked
+            undo.pop_all()
+        return lock
 
     def end_processes(self) -> None:
         """Kill the processes that belong to this folder, and wait until they have ended."""
@@ -45,14 +63,51 @@ class OwnFolder:
         self._lock.close()
 
 
+def temporary() -> Path:
+    """Return TMPDIR as the one path by which processes are marked, whatever links lead to it.
+
+    Raises:
+        CannotServe: neither TMPDIR nor a default can be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir()).resolve()
+    except FileNotFoundError:
+        raise CannotServe("no folder for temporary files can be written to: set TMPDIR to one that can") from None
+
+
 def remove_abandoned() -> None:
-    """Remove the folders in TMPDIR that no server holds any more."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError), (folder / LOCK).open("r+") as lock:  # another user's, or just removed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            end_processes(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            log.info("removed %s, which a server that was killed had left", folder)
+    """Remove this user's folders in TMPDIR that no server holds any more.
+
+    Other users may create anything in TMPDIR: links and folders of theirs are left alone, even by root.
+    """
+    for folder in temporary().glob(f"{PREFIX}*"):
+        with suppress(OSError):  # it has just been removed
+            if not is_own(folder, stat.S_ISDIR) or not is_own(folder / LOCK, stat.S_ISREG):
+                continue
+            remove_unlocked(folder)
+
+
+def is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Return True if a path is of this user and of a kind; a link is neither a folder nor a file.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and is_kind(found.st_mode)
+
+
+def remove_unlocked(folder: Path) -> None:
+    """Remove a folder and end the processes in it.
+
+    Raises:
+        OSError: a server holds its lock, or it has just been removed.
+    """
+    with (folder / LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        end_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        log.info("removed %s, which a server that was killed had left", folder)
 
 
 def end_processes(folder: Path) -> None:

@@ -178,6 +178,11 @@ def all_there_is(timeout_s: float, settled_s: float) -> int:
     raise WorkersNotStarted(f"the cluster has no node with a CPU or a GPU after {timeout_s:.0f} s: add nodes")
 
 
+def brief(error: Exception) -> str:
+    """Return the type of an error and the first line of its text, of which Ray writes many."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def has_died(actor: Any) -> bool:
     """Return True if Ray knows that the actor's process has ended and has not restarted it yet."""
     found = ray_state.actors(actor._actor_id.hex())
@@ -259,9 +264,12 @@ class RayGroup(FanoutGroup):
             register_tensors()
             self._start_actors(num_threads, kept_bytes, with_links=links)
             self._watcher.start()
-        except BaseException:
+        except BaseException as error:
+            failed = self.failure()
             self.close()
-            raise
+            if isinstance(error, CannotServe) or not isinstance(error, Exception):
+                raise
+            raise WorkersNotStarted(f"the workers cannot start: {failed or brief(error)}") from error
 
     def _start_ray(self, address: str | None, start_timeout_s: float) -> None:
         try:
@@ -273,13 +281,12 @@ class RayGroup(FanoutGroup):
         except Exception as error:  # Ray raises many types, and some texts have many lines
             log.debug("Ray did not start", exc_info=True)
             what = "the embedded Ray did not start" if address is None else f"ray_address = {address} cannot be joined"
-            reason = str(error).strip().partition("\n")[0]
             late = (
                 ""
                 if self._left()
                 else f" within start_timeout_s = {start_timeout_s:g} s (is the machine slow or busy?)"
             )
-            raise WorkersNotStarted(f"{what}{late}: {type(error).__name__}: {reason}") from None
+            raise WorkersNotStarted(f"{what}{late}: {brief(error)}") from None
 
     def _start_actors(self, num_threads: int, kept_bytes: int, with_links: bool) -> None:
         num_gpus = relay.share_of_gpu(self._num_workers, int(resources().get("GPU", 0.0)))
@@ -303,7 +310,7 @@ class RayGroup(FanoutGroup):
             self._links = None
             self._stop_relays()
 
-    def _started(self, refs: Sequence[Any], num_cpus: float, num_gpus: float) -> list[tuple[int, str]]:
+    def _started(self, refs: list[Any], num_cpus: float, num_gpus: float) -> list[tuple[int, str]]:
         """Wait until every worker has started; return the process id and device of each.
 
         Raises:
@@ -313,7 +320,12 @@ class RayGroup(FanoutGroup):
         if has_room < self._num_workers:
             log.warning("%d workers were requested, but the cluster has room for %d", self._num_workers, has_room)
         try:
-            answers: list[tuple[int, str]] = ray.get(refs, timeout=self._left())
+            while ray.wait(refs, num_returns=len(refs), timeout=min(self._left(), DEATH_POLL_S))[1]:
+                if failed := self.failure():
+                    raise WorkersNotStarted(f"the workers cannot start: {failed}")
+                if not self._left():
+                    break
+            answers: list[tuple[int, str]] = ray.get(refs, timeout=0)
         except GetTimeoutError:
             raise WorkersNotStarted(
                 f"{self._num_workers} workers did not start within start_timeout_s; the cluster has room for "
@@ -445,8 +457,9 @@ class RayGroup(FanoutGroup):
         self._actors = []
         if self._links:
             self._links.close()
-        if self._embedded:
+        if self._owns_ray and self._embedded:
             self._embedded.close()
         elif self._owns_ray and ray.is_initialized():
             ray.shutdown()
+        self._owns_ray = False  # a second close must not stop the Ray of the next group
         self._folder.remove()

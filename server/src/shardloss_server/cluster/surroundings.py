@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 import time
 
+from shardloss_server.cluster.folder import temporary
 from shardloss_server.config import CannotServe
 
 SOCKET_BYTES = 107  # the longest path of a Unix socket
@@ -32,7 +32,7 @@ def refuse_bad_tmpdir() -> None:
     given = os.environ.get("TMPDIR")
     if given and not (os.path.isdir(given) and os.access(given, os.W_OK | os.X_OK)):
         raise CannotServe(f"TMPDIR = {given} is not a folder that this user may write to: create it, or set another")
-    folder = tempfile.gettempdir()
+    folder = temporary()
     num_bytes = len(os.fsencode(os.path.join(folder, SOCKET.format(pid=os.getpid()))))
     if num_bytes > SOCKET_BYTES:
         raise CannotServe(
