@@ -24,8 +24,14 @@ NOTICE_S = 60.0  # seconds on a busy machine; `make test-stop` measures them
 
 @pytest.fixture
 def server(temp: Path) -> Started:
-    """A running server with two workers, to which a hundredth of the machine's memory looks like too much."""
-    with started(temp, "--workers", "2", environment={"RAY_memory_usage_threshold": "0.01"}) as found:
+    """A running server with two workers, to which a hundredth of the machine's memory looks like too much.
+
+    Its environment also has the settings of a user who works with Ray clusters, which say nothing about its own Ray.
+    """
+    clusters = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_REDIS_ADDRESS": "127.0.0.1:9", "RAY_gcs_storage": "redis"}
+    others = {"RAY_USE_TLS": "1", "RAY_OVERRIDE_RESOURCES": "{", "RAY_AUTH_TOKEN": "another", "RAY_AUTH_MODE": "TOKEN"}
+    environment = {"RAY_memory_usage_threshold": "0.01", **clusters, **others}
+    with started(temp, "--workers", "2", environment=environment) as found:
         yield found
 
 
@@ -62,6 +68,15 @@ def test_a_server_without_ray_listens_on_its_two_ports(temp: Path) -> None:
     """docs/security.md lists every socket of `serve --local`, too."""
     with started(temp, "--local") as server:
         assert listening_of(server) == documented("serve --local")
+
+
+def test_a_server_whose_terminal_is_closed_ends_in_order(temp: Path) -> None:
+    """SIGHUP ends it as SIGTERM does."""
+    with started(temp, "--local") as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(STOP_S) == 0
+        assert len(re.findall("stopping", server.log)) == 1
+    assert not (temp / "ready").exists()
 
 
 def documented(command: str) -> Counter[tuple[str, str]]:

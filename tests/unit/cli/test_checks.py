@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from shardloss_server.__main__ import app
+from shardloss_server.cli.serve import announce, withdraw
+from shardloss_server.config import CannotServe
 from typer.testing import CliRunner
 
 FREE = ("--port", "0", "--admin-port", "0")
@@ -149,3 +151,20 @@ def test_a_mistake_in_the_environment_is_refused_before_ray_starts(
     (line,) = done.stderr.splitlines()
     assert f"{variable} = {value}" in line
     assert reason in line
+
+
+def test_a_ready_file_that_cannot_be_written_or_removed_is_named(folder: Path) -> None:
+    """Its folder may have gone since the checks: the server ends with one line."""
+    with pytest.raises(CannotServe, match="ready_file = none/ready cannot be written: No such file"):
+        announce(Path("none/ready"), "127.0.0.1:1")
+    with pytest.raises(CannotServe, match="ready_file = file/ready cannot be removed: Not a directory"):
+        withdraw(Path("file/ready"))
+
+
+def test_every_address_of_a_host_is_checked(taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that is taken on the second address is found; an address that is not set up is no obstacle."""
+    taken, absent = ("127.0.0.1", taken_port), ("192.0.2.77", 0)
+    for second, expected in ((taken, 1), (absent, 0)):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in (("127.0.0.2", 0), second)]
+        monkeypatch.setattr("shardloss_server.cli.checks.socket.getaddrinfo", lambda *_, found=found, **__: found)
+        assert len(doctor("--local", "--port", "0", "--admin-port", "0")) == expected
