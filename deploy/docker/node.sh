@@ -10,7 +10,6 @@ while :; do
     wait "$running"
     status=$?
     [ "$(date +%s)" -lt "$deadline" ] || exit "$status"
-    rm -f /tmp/registered
     echo "node: ray start ended with status $status and is repeated" >&2
     sleep 2 &
     running=$!

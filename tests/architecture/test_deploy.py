@@ -97,7 +97,17 @@ def test_health_and_start_are_commands_that_exist() -> None:
 
     commands = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
     assert {"serve", "health"} <= commands
-    assert 'CMD ["shardloss-server", "health", "--address", "127.0.0.1:7071"]' in DOCKERFILE
+    assert 'CMD ["shardloss-server", "health", "--address", "127.0.0.1:7071", "--timeout-s", "30"]' in DOCKERFILE
+
+
+def test_a_health_check_waits_for_a_busy_machine() -> None:
+    """Each check has a minute for its answer and minutes for the start, in the compose file and in the image."""
+    checks = [s["healthcheck"] for s in SERVICES.values() if "test" in s["healthcheck"]]
+    assert len(checks) == 5
+    for check in checks:
+        assert check["timeout"] == "60s"
+        assert int(check["interval"].removesuffix("s")) * check["retries"] >= 600
+    assert "HEALTHCHECK --interval=10s --timeout=60s --start-period=600s" in DOCKERFILE
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, Any]:
