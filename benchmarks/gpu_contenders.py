@@ -51,6 +51,7 @@ def ours(given: Problem) -> Step:
     spec = TableSpec("gpu", num_classes, dim, dtype, False, Placement("div", num_classes, 1), initializer, optimizer)
     with torch.inference_mode(), on(device):
         table = ShardTable(spec, 0, 1)
+        table.fill_()
         table.weights.copy_(given.rows)
         # Labels and hidden are as the front end sends them; hidden is in the table's compute dtype.
         hidden, n = given.hidden.to(table.compute_dtype), len(given.labels)

@@ -86,6 +86,7 @@ class ShardFloor:
         spec = TableSpec("floor", num_classes, dim, dtype, False, placement, initializer, OptimizerSpec("sgd"))
         with torch.inference_mode():
             self.table = ShardTable(spec, 0, 1)
+            self.table.fill_()
             # Hidden is in the table's compute dtype, as the front end sends it; labels are of the whole table.
             self.batches = tensors({**shape, "V": num_classes, "dtype": "float32"})
             self.gemms = Gemms(self.table.weights.to(LOSS_DTYPES[dtype], copy=True), int(shape["N"]))

@@ -13,7 +13,7 @@ CLIENT, SERVER = ROOT / "client/src/shardloss", ROOT / "server/src/shardloss_ser
 
 # A package may import itself and the packages after it. `evaluation` is a peer of `frontend` that may import it.
 ORDER = ["__main__", "cli", "rpc", "evaluation", "frontend", "cluster", "shard", "numerics", "placement", "access"]
-EVERYWHERE = {"config", "logs", "metrics", "settings", "tracing"}
+EVERYWHERE = {"config", "logs", "machine", "metrics", "settings", "tracing"}
 ONLY_IN = {
     "ray": ("cluster/ray_group.py", "cluster/embedded_ray.py"),
     "grpc": "rpc/",

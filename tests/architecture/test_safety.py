@@ -24,6 +24,7 @@ PROCESSES = {"subprocess", "pty", "pexpect"}
 # The server packages and modules that may access files: none of them accepts a path from the wire.
 FILE_ROOMS = {"cli", "access", "settings.py", "config.py", "metrics.py"}
 FILE_MODULES = {
+    "machine.py",
     "cluster/embedded_ray.py",
     "cluster/folder.py",
     "cluster/link.py",

@@ -98,6 +98,13 @@ class Shards:
         return Order(version, key, LEARNING_RATE, 0, (Upstream(lse, torch.tensor(g)),))
 
 
+def create(group: FanoutGroup, spec: TableSpec) -> None:
+    """Create a table in two pieces."""
+    group.create(spec, 8).result(TIMEOUT_S)
+    for piece in range(2):
+        group.fill(spec.name, piece, 2).result(TIMEOUT_S)
+
+
 @pytest.fixture
 def make_shards(group: FanoutGroup, fresh_name: Callable[[], str]) -> Iterator[Callable[..., Shards]]:
     """A function that creates tables, which are dropped after the test."""
@@ -108,7 +115,7 @@ def make_shards(group: FanoutGroup, fresh_name: Callable[[], str]) -> Iterator[C
     ) -> Shards:
         spec = spec_of(name or fresh_name(), num_shards, placement, optimizer)
         made.append(spec.name)
-        group.create(spec, 8).result(TIMEOUT_S)
+        create(group, spec)
         return Shards(group, spec)
 
     yield make
@@ -174,7 +181,7 @@ def test_rows_begin_the_same_on_every_group_and_cut(
     shards = make_shards(num_shards, placement)
     whole = LocalGroup(1)
     try:
-        whole.create(spec_of("whole", 1), 8).result(TIMEOUT_S)
+        create(whole, spec_of("whole", 1))
         expected = Shards(whole, spec_of("whole", 1)).read()
     finally:
         whole.close()
@@ -286,7 +293,7 @@ def test_a_dropped_table_is_gone_and_may_be_made_anew(
     group.drop(shards.name).result(TIMEOUT_S)
     with pytest.raises(ShardMissing):
         shards.versions()
-    group.create(shards.spec, 8).result(TIMEOUT_S)
+    create(group, shards.spec)
     assert shards.versions() == [0] * NUM_SHARDS
     np.testing.assert_array_equal(shards.read().rows, first.rows)
 
@@ -558,7 +565,8 @@ def test_an_answer_that_is_late_is_a_timeout_and_the_work_goes_on(
     cut = Placement("mod", num_classes, 3)
     name = fresh_name()
     spec = TableSpec(name, num_classes, 32, "float32", True, cut, Initializer("normal", 1.0, 0), OptimizerSpec("sgd"))
-    making = group.create(spec, 8)
+    group.create(spec, 8)
+    making = group.fill(name, 0, 1)
     with pytest.raises(TimeoutError):
         making.result(0.0)
     with pytest.raises(TimeoutError):
@@ -682,7 +690,7 @@ def test_closing_a_local_group_ends_its_threads_and_may_be_repeated() -> None:
     """close is idempotent and leaves no thread behind."""
     before = set(threading.enumerate())
     local = LocalGroup(3)
-    local.create(spec_of("short-lived"), 8).result(TIMEOUT_S)
+    create(local, spec_of("short-lived"))
     assert set(threading.enumerate()) - before
     local.close()
     local.close()

@@ -124,7 +124,7 @@ def test_a_bug_is_internal_with_a_request_id_and_nothing_else(
 
     with shardloss.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
         world = World(server, client, "words")
-        for name in ("owner", "owners", "create", "delete", "rename"):
+        for name in ("owner", "owners", "find", "create", "delete", "rename"):
             if hasattr(server.catalog, name):
                 monkeypatch.setattr(server.catalog, name, bug)
         for method in all_methods():

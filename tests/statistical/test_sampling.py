@@ -147,6 +147,7 @@ class Model:
         self.hidden, self.labels = torch.randn(N, D).double(), torch.tensor([[1], [7], [50]])
         self.shards = [ShardTable(self.spec, k, 8) for k in range(2)]
         for shard in self.shards:
+            shard.fill_()
             shard.write_(RowWrite(1, torch.arange(V), self.weights, self.biases))
 
     def part(self, kind: str, num_sampled: int, step: int, labels: Tensor) -> Part:

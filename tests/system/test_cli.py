@@ -314,7 +314,7 @@ def test_what_was_not_measured_is_shown_as_a_dash(capsys: pytest.CaptureFixture[
             MethodStatus("GetTable", 9, {}, 2.0, 0.0, 0.0, 0.0),
             MethodStatus("Commit", 7, {}, 0.0, 0.0, 0.0, 0.0),
         ],
-        workers=[WorkerStatus(3, False, "cpu", "", 0, 2, 0, 0, 0, 0, 0, 0)],
+        workers=[WorkerStatus(3, False, "cpu", "", 0, 2, 0, 0, 0, 0, 0, 0, 0, 0)],
     )
     status.screen().print(status.methods(seen))
     called, idle = (line.split() for line in capsys.readouterr().out.splitlines() if "/s" in line)

@@ -54,7 +54,7 @@ def answers(worker: Worker, dtype: str, is_sampled: bool) -> list[Any]:
     upstream = Upstream(torch.full((N,), 3.0, dtype=torch.float64), torch.ones(N, dtype=compute))
     ids = torch.tensor([5, 0, 22])
     question = Question(hidden, labels[:, 0], torch.zeros(N, dtype=torch.float64), 3, True)
-    found: list[Any] = [worker.create(spec, 4)]
+    found: list[Any] = [worker.create(spec, 4), worker.fill("t", 0, 1)]
     found.append(worker.write("t", RowWrite(1, ids, torch.ones(3, D), torch.ones(3))))
     found.append(worker.score("t", True, True, part))
     found.append(worker.gradient("t", upstream, part))

@@ -56,6 +56,7 @@ class Cut:
         self.workers = [Worker(index, 2) for index in range(2)]
         self.version = self.num_steps = 0
         self.ask("create", self.spec, 8, table=None)
+        self.ask("fill", 0, 1)
         self.write(weights, biases)
 
     def ask(self, verb: str, *args: Any, table: str | None = NAME) -> list[Any]:

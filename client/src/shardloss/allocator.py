@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+
+
+def return_freed_memory() -> None:
+    """Make glibc return all freed memory to the kernel now; on another libc, and for a GPU's memory, do nothing."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory(one_arena: bool = False) -> bool:

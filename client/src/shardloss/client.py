@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from shardloss import allocator, messages, splice, types
 from shardloss.channel import Channel
+from shardloss.creating import Progress, reported
 from shardloss.credentials import Credentials, FilePath
 from shardloss.errors import NotSupported
 from shardloss.status import ServerStatus, server_status
@@ -195,6 +196,7 @@ class LossClient:
         optimizer: types.Optimizer | None = None,
         count_labels: bool = False,
         timeout_s: float = FILL_S,
+        progress: Progress | None = None,
     ) -> Table:
         """Create a table of num_classes V rows of dim D, or return the existing table if its spec is equal.
 
@@ -203,21 +205,26 @@ class LossClient:
         hit; "div" assigns contiguous ranges. num_shards 0 is one shard per worker. initializer None is uniform on
         +-1/sqrt(D); optimizer None is plain SGD. With count_labels the server counts the labels of commits, which the
         learned_unigram sampler and corrected in-batch candidates need. timeout_s includes the initialization of all
-        rows.
+        rows, of which progress(done, total) reports the state every half second; other tables can be used meanwhile. If
+        it is interrupted, the server deletes what it had of the table.
 
         Raises:
-            TableExists: a table of this name exists with a different spec.
-            InvalidArgument, LimitExceeded: the spec is invalid or too large.
+            TableExists: a table of this name exists, or is being created, with a different spec.
+            InvalidArgument, LimitExceeded: the spec is invalid, or too large for a limit or a worker's memory.
+            RowsLost: the existing table has lost rows; or a worker died while it filled the new one, which is not kept.
         """
         spec = messages.table_spec(
             name, num_classes, dim, dtype, bias, num_shards, placement, initializer, optimizer, count_labels
         )
         request = table_pb2.CreateTableRequest(spec=spec)
-        reply = self.channel.unary(self.tables.CreateTable, request, timeout_s, whole=True)
+        with reported(progress, lambda: self.table(name).spec):
+            reply = self.channel.unary(self.tables.CreateTable, request, timeout_s, whole=True)
         return Table(self, messages.table_info(reply.table))
 
     def table(self, name: str) -> Table:
         """Return an existing table, given by its name or by `Table.reference`.
+
+        It may still be in creation, or have lost rows: see `table.spec.state`.
 
         Raises:
             TableNotFound: there is no table of this name.
@@ -230,15 +237,15 @@ class LossClient:
         reply = self.channel.unary(self.tables.ListTables, table_pb2.ListTablesRequest(), None)
         return [messages.table_info(table) for table in reply.tables]
 
-    def rename_table(self, name: str, new_name: str) -> Table:
-        """Rename a table atomically.
+    def rename_table(self, name: str, new_name: str, *, replace: bool = False) -> Table:
+        """Rename a table atomically; with replace, delete the table that has the new name in the same moment.
 
         Raises:
             TableNotFound: there is no table of this name.
-            TableExists: the new name is taken.
+            TableExists: the new name is taken, and replace is False.
             TransientError: the table may have been renamed.
         """
-        request = table_pb2.RenameTableRequest(table=name, new_name=new_name)
+        request = table_pb2.RenameTableRequest(table=name, new_name=new_name, replace=replace)
         reply = self.channel.unary(self.tables.RenameTable, request, None, whole=True, repeatable=False)
         return Table(self, messages.table_info(reply.table))
 

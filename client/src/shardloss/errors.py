@@ -222,7 +222,7 @@ class ServiceError(ShardlossError):
 
 
 class RowsLost(ServiceError):
-    """A worker died and its rows of this table are lost: delete the table, create it again and reload its rows."""
+    """A worker died with rows of this table: import it again (replace=True), or delete it and create it again."""
 
     reason, status = "ROWS_LOST", "DATA_LOSS"
 

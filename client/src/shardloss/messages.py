@@ -33,6 +33,11 @@ SAMPLER_KINDS = {
 HIT_REMOVALS = {"every": loss_pb2.HIT_REMOVAL_EVERY, "last": loss_pb2.HIT_REMOVAL_LAST}
 TABLE_DTYPES = {name: wire.WIRE_DTYPES[name] for name in ("float32", "float64", "bfloat16")}
 FLOATS = {name: dtype for name, dtype in wire.WIRE_DTYPES.items() if "float" in name}
+STATES = {
+    table_pb2.TABLE_STATE_READY: "ready",
+    table_pb2.TABLE_STATE_CREATING: "creating",
+    table_pb2.TABLE_STATE_ROWS_LOST: "rows_lost",
+}
 PLACEMENTS = {"div": table_pb2.PLACEMENT_DIV, "mod": table_pb2.PLACEMENT_MOD}
 
 
@@ -159,7 +164,7 @@ def initializer_of(message: table_pb2.Initializer) -> types.Initializer:
 @reading_reply()
 def table_info(message: table_pb2.Table) -> types.TableInfo:
     """Return the spec and current state of a table."""
-    spec = message.spec
+    spec, state = message.spec, STATES.get(message.state, "ready")  # a server of version 0.1 sends none
     return types.TableInfo(
         name=spec.name,
         num_classes=spec.num_classes,
@@ -175,6 +180,8 @@ def table_info(message: table_pb2.Table) -> types.TableInfo:
         num_commits=message.num_commits,
         num_open_tickets=message.num_open_tickets,
         reference=message.reference or spec.name,  # a server of version 0.1 sends none
+        state=state,
+        filled=message.filled if state == "creating" else 1.0,
     )
 
 

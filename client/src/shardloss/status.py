@@ -29,6 +29,8 @@ class WorkerStatus:
     num_threads: int
     num_cores: int
     num_shards: int
+    memory_limit_bytes: int
+    memory_free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class TableStatus:
     num_open_tickets: int
     num_bytes: int
     rows_lost: bool
+    filled: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,8 @@ class Table(Trainable, Losses):
     def __repr__(self) -> str:
         spec = self.spec
         size = f"{spec.num_classes:,} x {spec.dim} {spec.dtype}"
-        return f"<Table {self.name!r} on {self.client.address}, {size}, version {spec.version} when opened>"
+        state = "" if spec.state == "ready" else f", {spec.state.replace('_', ' ').upper()}"
+        return f"<Table {self.name!r} on {self.client.address}, {size}, version {spec.version}{state} when opened>"
 
     @property
     def id(self) -> str:

@@ -286,9 +286,11 @@ Loss: TypeAlias = FullSoftmax | SampledSoftmax | SampledLogistic | FullSigmoid
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """The spec of a table with every default filled in, and its current version and number of commits and tickets.
+    """The spec of a table with every default filled in, and its current state, version, commits and tickets.
 
-    reference names this very table in a request, whatever its name is now; a table created later never has it.
+    state is "ready", "creating" (filled is the share of the rows that have their initial values), or "rows_lost": a
+    worker died with rows of the table, and all calls that need rows raise `RowsLost`. reference names this very table
+    in a request, whatever its name is now; a table created later never has it.
     """
 
     name: str
@@ -305,6 +307,8 @@ class TableInfo:
     num_commits: int
     num_open_tickets: int
     reference: str = ""
+    state: str = "ready"
+    filled: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
+from shardloss_server.machine import memory_limit_bytes
 
 MIB = 2**20
 LONGEST_S = 1_000_000  # 11 days: gRPC counts milliseconds in 31 bits, and the timeout of a lock must be finite
@@ -26,11 +27,6 @@ def a(meaning: str, *, ge: float | None = None, gt: float | None = None, le: flo
 
 class CannotServe(Exception):
     """An error that keeps a server from starting; its message is for the operator."""
-
-
-def physical_memory_bytes() -> int:
-    """Return the physical memory of this machine, in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +58,12 @@ class Workers:
     worker_threads: Annotated[int, a("Compute threads of each worker.", ge=1)] = 1
     keep_mib: Annotated[
         int,
-        a("MiB of results that each worker may keep between a loss and its step; 0: the step recomputes them.", ge=0),
-    ] = 512
+        a(
+            "MiB of results that each worker may keep between a loss and its step; 0: the step recomputes them. By "
+            "default 512, or a sixteenth of the memory if less.",
+            ge=0,
+        ),
+    ] = field(default_factory=lambda: min(512, memory_limit_bytes() // 16 // MIB))
     links: Annotated[bool, a("Call the workers over sockets (links); if off, through plain Ray calls.")] = True
     ray_address: Annotated[
         str | None, a("Address of a Ray cluster to join; if absent, the server starts an embedded Ray.")
@@ -91,8 +91,9 @@ class Limits:
     max_num_classes: Annotated[int, a("Classes of a table, V.", ge=1)] = 1 << 40
     max_num_shards: Annotated[int, a("Shards of a table, K.", ge=1)] = 4096
     max_table_bytes: Annotated[
-        int, a("Bytes of all tables with their optimizer state; by default half of this machine's memory.", ge=1)
-    ] = field(default_factory=lambda: physical_memory_bytes() // 2)
+        int,
+        a("Bytes of all tables with their optimizer state; by default half of what this process may use.", ge=1),
+    ] = field(default_factory=lambda: memory_limit_bytes() // 2)
     max_tables: Annotated[int, a("Tables that exist at the same time.", ge=1)] = 64
     max_parts: Annotated[int, a("Parts of one commit.", ge=1)] = 4096
     max_open_tickets: Annotated[int, a("Open tickets over all tables.", ge=1)] = 4096
@@ -100,10 +101,10 @@ class Limits:
         int,
         a(
             "Bytes that the front end keeps for open tickets over all tables; each worker keeps as many for its own "
-            "tables. By default 2.5 GiB, or a sixth of this machine's memory if that is less.",
+            "tables. By default 2.5 GiB, or a sixth of the memory that this server may use if that is less.",
             ge=1,
         ),
-    ] = field(default_factory=lambda: min(5 * 2**29, physical_memory_bytes() // 6))
+    ] = field(default_factory=lambda: min(5 * 2**29, memory_limit_bytes() // 6))
     max_sessions: Annotated[int, a("Sessions that one table remembers.", ge=1)] = 1 << 16
     max_calls_in_flight: Annotated[int, a("Concurrent calls, not counting commits and streams.", ge=1)] = 64
     max_top_k: Annotated[int, a("Best classes or hard negatives per row, k.", ge=1)] = 1 << 14

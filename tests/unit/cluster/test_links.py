@@ -213,24 +213,24 @@ def test_a_lost_worker_fails_what_is_under_way_and_the_next_one_is_asked(links: 
 
 
 def test_calls_that_need_rows_miss_them_at_once_where_the_worker_is_known_to_have_died(links: Links) -> None:
-    """Waiting and new calls fail alike; calls that create or drop a table wait until the worker is back."""
+    """Waiting and new calls fail alike, also those that create a table; a drop waits until the worker is back."""
     sock = linked_worker.connect(links.invitation, 0)
     threading.Thread(target=linked_worker.LinkedWorker(Worker().call, sock).run, daemon=True).start()
     assert links.wait(PATIENCE_S)
     assert not links.away()
     shut(sock)
     eventually(lambda: bool(links.away()), "the link is broken")
-    waiting, made = links.call([0], "score")[0], links.call([0], "create")[0]
+    waiting, freed = links.call([0], "score")[0], links.call([0], "drop")[0]
     link = links.away()[0]
     link.bury(link.lives)
-    for pending in (waiting, links.call([0], "apply")[0]):
+    for pending in (waiting, *(links.call([0], method)[0] for method in ("apply", "memory", "create", "fill"))):
         with pytest.raises(ShardMissing, match="worker 0 has died"):
             pending.result(PATIENCE_S)
     back = Worker()
     linked_worker.start(back.call, [links.invitation], 0, 1)
-    made.result(PATIENCE_S)
+    freed.result(PATIENCE_S)
     ask(links, "score")
-    assert [method for method, _ in back.calls] == ["create", "score"]
+    assert [method for method, _ in back.calls] == ["drop", "score"]
 
 
 def test_a_death_that_is_heard_of_late_is_none_of_the_next_life(links: Links, worker: Worker) -> None:

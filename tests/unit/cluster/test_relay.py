@@ -49,6 +49,8 @@ class Noting:
         if method == "missing":
             raise ShardMissing(f"nothing here, says {self.index}")
         if method == "memory":
+            return {self.index: []}
+        if method == "full":
             raise OutOfMemory("none left")
         if method == "strange":
             raise Unsendable(threading.Lock())
@@ -129,6 +131,7 @@ def spec_of(num_shards: int, name: str = "t") -> TableSpec:
 
 def merged_by(group: Any, num_shards: int, part: Part) -> tuple[Merged, list[Score]]:
     group.create(spec_of(num_shards), 8).result(PATIENCE_S)
+    group.fill("t", 0, 1).result(PATIENCE_S)
     scores = group.score("t", group.stage(part), True, False).result(PATIENCE_S)
     return merge(scores), scores
 
@@ -264,7 +267,7 @@ def test_each_worker_gets_its_calls_in_the_order_they_were_started(group: Relaye
 
 
 @pytest.mark.parametrize(
-    ("method", "error"), [("missing", ShardMissing), ("memory", OutOfMemory), ("strange", WorkerFailed)]
+    ("method", "error"), [("missing", ShardMissing), ("full", OutOfMemory), ("strange", WorkerFailed)]
 )
 def test_errors_of_a_worker_keep_their_kind(group: RelayedGroup, method: str, error: type[Exception]) -> None:
     """The caller gets the worker's error, and the next call is answered."""
@@ -489,7 +492,7 @@ def test_a_table_is_freed_wherever_its_drop_was_lost(group: RelayedGroup, noting
     catalog.create(spec_of(5), Deadline.after(PATIENCE_S))
     group.start_on([2], "wait")
     assert noting[2].entered.wait(PATIENCE_S)
-    catalog.delete("t", Deadline.after(PATIENCE_S))
+    catalog.delete("t")
     group.kill_relay(0)
     noting[2].gate.set()
     group.revive_relay(0)

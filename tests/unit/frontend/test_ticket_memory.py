@@ -8,10 +8,11 @@ from itertools import chain
 
 import pytest
 import torch
-from shardloss_server.config import Limits, physical_memory_bytes
+from shardloss_server.config import Limits
 from shardloss_server.frontend import owner, validate
 from shardloss_server.frontend.pipeline import kept_bytes
 from shardloss_server.frontend.request import SampledSoftmax, Want
+from shardloss_server.machine import memory_limit_bytes
 from shardloss_server.numerics.initializer import Initializer
 from shardloss_server.numerics.optimizer import OptimizerSpec
 from shardloss_server.placement import Placement
@@ -64,7 +65,7 @@ def test_half_a_million_rows_of_1024_columns_fit_the_default_limit() -> None:
     request = request_of(hidden, torch.zeros(num_rows, 1, dtype=torch.int64), want=Want(hidden_grad=True))
     kept = 128 * kept_bytes(request, spec) + validate.reply_bytes(request, spec)
     assert kept <= 5 * 2**29
-    assert Limits().max_ticket_bytes == min(5 * 2**29, physical_memory_bytes() // 6)
+    assert Limits().max_ticket_bytes == min(5 * 2**29, memory_limit_bytes() // 6)
 
 
 def test_a_late_repeat_is_scored_again_and_leaves_the_ticket(front: Front) -> None:

@@ -88,6 +88,8 @@ def test_the_cut_does_not_show_in_a_new_table(kind: str, dtype: str) -> None:
         placement = Placement(strategy, 23, num_shards)
         spec = TableSpec("table", 23, 5, dtype, True, placement, initializer, OptimizerSpec("sgd"))
         shards = [ShardTable(spec, k, 8) for k in range(num_shards)]
+        for shard, piece in itertools.product(shards, range(3)):
+            shard.fill_(piece, 3)
         assert not any(shard.biases.any() for shard in shards)
         order = torch.cat([placement.class_ids(k, 0, placement.num_rows(k)) for k in range(num_shards)])
         return torch.cat([shard.weights for shard in shards])[torch.argsort(order)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from shardloss_server.frontend.request import SampledSoftmax, SampledValues
 from shardloss_server.numerics import reference
-from shardloss_server.numerics.optimizer import OptimizerSpec, initial_state, update_
+from shardloss_server.numerics.optimizer import OptimizerSpec, State, fill_state_, new_state, update_
 from torch import Tensor
 
 V, D, NUM_STEPS = 11, 5, 50
@@ -70,6 +70,13 @@ SPARSE: dict[str, tuple[OptimizerSpec, MakeTorch]] = {
 }
 
 
+def first_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
+    """Return the state of num_rows rows before any step."""
+    state = new_state(spec, num_rows, dim, dtype)
+    fill_state_(spec, state, 0, num_rows)
+    return state
+
+
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -90,7 +97,7 @@ def test_steps_equal_torch_optim(name: str) -> None:
     rows = randn(V, D)
     parameter = torch.nn.Parameter(rows.clone())
     optimizer = make([parameter])
-    state = initial_state(spec, V, D, torch.float64)
+    state = first_state(spec, V, D, torch.float64)
     for step in range(1, NUM_STEPS + 1):
         gradient = randn(V, D)
         parameter.grad = gradient.clone()
@@ -107,7 +114,7 @@ def test_sparse_steps_equal_torch_optim(name: str) -> None:
     rows = randn(V, D)
     parameter = torch.nn.Parameter(rows.clone())
     optimizer = make([parameter])
-    state = initial_state(spec, V, D, torch.float64)
+    state = first_state(spec, V, D, torch.float64)
     for step in range(1, NUM_STEPS + 1):
         index, gradient = torch.randperm(V)[:4].sort().values, randn(4, D)
         with torch.sparse.check_sparse_tensor_invariants():
@@ -128,7 +135,7 @@ def test_row_adagrad_holds_one_sum_a_row(initial: float) -> None:
     spec = OptimizerSpec("row_adagrad", initial_accumulator_value=initial, eps=1e-3)
     rows = randn(V, D)
     expected, sums = rows.tolist(), [initial] * V
-    state = initial_state(spec, V, D, torch.float64)
+    state = first_state(spec, V, D, torch.float64)
     assert {name: tuple(value.shape) for name, value in state.items()} == {"sum": (V, 1)}
     for step in range(1, NUM_STEPS + 1):
         gradient = randn(V, D)
@@ -230,7 +237,7 @@ def test_squares_that_overflow_or_vanish_leave_rows_finite(name: str) -> None:
     spec = OptimizerSpec(name, beta1=0.9, beta2=0.999, eps=1e-8)
     rows = torch.ones(4, 3)
     gradient = torch.tensor([1e30, 1e-30, 0.0, 1.0])[:, None].expand(4, 3).clone()
-    state = initial_state(spec, 4, 3, torch.float32)
+    state = first_state(spec, 4, 3, torch.float32)
     for step in (1, 2):
         update_(spec, rows, gradient.clone(), state, RATE, step)
     assert torch.isfinite(rows).all()
@@ -242,6 +249,6 @@ def test_squares_that_overflow_or_vanish_leave_rows_finite(name: str) -> None:
 def test_a_rate_near_the_largest_number_does_not_raise() -> None:
     """The step succeeds even if bias correction would overflow the rate; rows without a gradient are unchanged."""
     spec = OptimizerSpec("adam", beta1=0.9, beta2=0.999, eps=1e-8)
-    rows, state = torch.ones(2, 3), initial_state(spec, 2, 3, torch.float32)
+    rows, state = torch.ones(2, 3), first_state(spec, 2, 3, torch.float32)
     update_(spec, rows, torch.zeros(2, 3), state, 1e38, 1)
     assert (rows == 1).all()

@@ -38,7 +38,9 @@ def table_of(spread: float, bias: bool = False, dtype: str = "bfloat16") -> Shar
     """Return one shard whose logits against unit normal hidden have a standard deviation of about `spread`."""
     start = Initializer("normal", spread / D**0.5, 3)
     spec = TableSpec("t", V, D, dtype, bias, Placement("div", V, 1), start, OptimizerSpec("sgd"))
-    return ShardTable(spec, 0, 8)
+    table = ShardTable(spec, 0, 8)
+    table.fill_()
+    return table
 
 
 def part_of(objective: Objective | None = None) -> Part:

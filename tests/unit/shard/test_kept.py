@@ -42,7 +42,9 @@ def table_of(max_bytes: int) -> tuple[ShardTable, Room]:
     room = Room(max_bytes)
     start = Initializer("normal", 0.7, 3)
     spec = TableSpec("t", V, D, "float64", True, Placement("mod", V, 1), start, OptimizerSpec("adagrad", eps=1e-3))
-    return ShardTable(spec, 0, 8, room), room
+    table = ShardTable(spec, 0, 8, room)
+    table.fill_()
+    return table, room
 
 
 def part_of(num_sampled: int, num_rows: int = N) -> Part:

@@ -111,7 +111,9 @@ def shard_table() -> ShardTable:
     spec = TableSpec(
         "table", 11, 5, "float64", True, Placement("div", 11, 1), Initializer("normal", 1.0, 3), OptimizerSpec("sgd")
     )
-    return ShardTable(spec, 0, 8)
+    table = ShardTable(spec, 0, 8)
+    table.fill_()
+    return table
 
 
 def record(version: int, step: int) -> Record:

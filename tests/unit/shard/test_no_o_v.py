@@ -74,7 +74,9 @@ def make_table(num_classes: int, kind: str, strategy: str, dtype: str) -> ShardT
     }
     placement = Placement(strategy, num_classes, 1)
     zeros = Initializer("zeros", 0.0, 0)  # initializing 10 million rows would be the slowest part of the test
-    return ShardTable(TableSpec("table", num_classes, D, dtype, True, placement, zeros, optimizers[kind]), 0, 8)
+    table = ShardTable(TableSpec("table", num_classes, D, dtype, True, placement, zeros, optimizers[kind]), 0, 8)
+    table.fill_()
+    return table
 
 
 def watched_step(table: ShardTable, hit_removal: str) -> Iterator[tuple[str, Watch]]:

@@ -63,6 +63,7 @@ def workers(seen: ServerStatus) -> RenderableType:
         "pid",
         "restarts",
         "memory",
+        "free for tables",
         "device memory",
         "kept",
         "threads",
@@ -76,7 +77,9 @@ def workers(seen: ServerStatus) -> RenderableType:
             one.node or "-",
             str(one.pid) if one.up else "-",
             one.num_restarts,
-            *(Size(size) if one.up else "-" for size in (one.resident_bytes, one.device_bytes, one.kept_bytes)),
+            Size(one.resident_bytes) if one.up else "-",
+            f"{Size(one.memory_free_bytes)} of {Size(one.memory_limit_bytes)}" if one.up else "-",
+            *(Size(size) if one.up else "-" for size in (one.device_bytes, one.kept_bytes)),
             *(count if one.up else "-" for count in (one.num_threads, one.num_shards)),
         )
         for one in seen.workers
@@ -90,7 +93,7 @@ def tables(seen: ServerStatus) -> RenderableType:
     rows = [
         (
             one.name,
-            "ROWS LOST" if one.rows_lost else "",
+            "ROWS LOST" if one.rows_lost else "" if one.filled == 1 else f"creating {one.filled:.0%}",
             one.num_classes,
             one.dim,
             one.dtype,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +23,7 @@ from shardloss.cli.values import (
     initializer,
     optimizer,
 )
+from shardloss.client import FILL_S
 from shardloss.files.facts import of_kind
 
 app = typer.Typer(help="Create, list, show, export, import and delete tables.", no_args_is_help=True)
@@ -32,9 +35,15 @@ def document(info: types.TableInfo) -> dict[str, Any]:
     return asdict(info) | {"optimizer": of_kind(info.optimizer), "initializer": of_kind(info.initializer)}
 
 
+def marked(info: types.TableInfo) -> str:
+    """Return the mark of a table that is not ready."""
+    return {"ready": "", "creating": f"creating {info.filled:.0%}"}.get(info.state, "ROWS LOST")
+
+
 def lines(info: types.TableInfo) -> Any:
     """Format a table as text."""
-    shown = {name: value for name, value in document(info).items() if not isinstance(value, dict)}
+    shown = {name: value for name, value in document(info).items() if not isinstance(value, dict) and name != "filled"}
+    shown["state"] = marked(info) or info.state
     for name, one in (("optimizer", of_kind(info.optimizer)), ("initializer", of_kind(info.initializer))):
         numbers = ", ".join(f"{key}={value}" for key, value in one.items() if key != "kind")
         shown[name] = f"{one['kind']} ({numbers})" if numbers else one["kind"]
@@ -55,10 +64,14 @@ def create(
     optimizer_kind: OptimizerOption = None,
     initializer_kind: InitializerOption = None,
     count_labels: CountLabels = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that filling all rows may take.")] = FILL_S,
 ) -> None:
-    """Create a table, or find an existing one with an equal spec."""
+    """Create a table, or find an existing one with an equal spec; other tables can be used while its rows are filled.
+
+    If this command is interrupted, the server deletes what it had of the table.
+    """
     start, steps = initializer(initializer_kind), optimizer(optimizer_kind)
-    with call.connection.connect() as client:
+    with call.connection.connect() as client, progress(f"create {name}") as bar, given_up(name):
         info = client.create_table(
             name,
             num_classes=classes,
@@ -70,8 +83,20 @@ def create(
             initializer=start,
             optimizer=steps,
             count_labels=count_labels,
+            timeout_s=timeout,
+            progress=bar,
         ).spec
     call.emit(document(info), lambda: lines(info))
+
+
+@contextmanager
+def given_up(name: str) -> Iterator[None]:
+    """Add to an interruption what becomes of the table that was being created."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"the creation of {name!r} was given up, and the server deletes what it had of the table")
+        raise
 
 
 @app.command("list")
@@ -80,9 +105,9 @@ def list_tables(call: Invocation) -> None:
     """List all tables."""
     with call.connection.connect() as client:
         tables = client.list_tables()
-    columns = ("name", "classes", "dim", "dtype", "shards", "version", "commits", "tickets")
+    columns = ("name", "", "classes", "dim", "dtype", "shards", "version", "commits", "tickets")
     rows = [
-        (t.name, t.num_classes, t.dim, t.dtype, t.num_shards, t.version, t.num_commits, t.num_open_tickets)
+        (t.name, marked(t), t.num_classes, t.dim, t.dtype, t.num_shards, t.version, t.num_commits, t.num_open_tickets)
         for t in tables
     ]
     text = "no tables; create one with: shardloss table create NAME --classes V --dim D"
@@ -142,6 +167,9 @@ def import_(
     optimizer_kind: OptimizerOption = None,
     count_labels: CountLabels = False,
     resume: Annotated[bool, typer.Option("--resume", help="Replace the remains of an interrupted import.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace an existing table, once the new one is complete.")
+    ] = False,
 ) -> None:
     """Create a table from a file, a page at a time; the table gets its name once it is complete."""
     steps = optimizer(optimizer_kind)
@@ -160,6 +188,7 @@ def import_(
             optimizer=steps,
             count_labels=count_labels,
             resume=resume,
+            replace=replace,
             progress=bar,
         ).info()
     call.emit(document(info), lambda: lines(info))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def import_table(
     optimizer: types.Optimizer | None = None,
     count_labels: bool = False,
     resume: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Table:
     """Create a table from a file, with at most one page in memory.
@@ -67,9 +69,14 @@ def import_table(
     The table is called name + ".part" until all of it is written. If the import is interrupted, that table remains;
     import again with resume=True to recreate it from scratch. A table that the server refuses is deleted.
 
+    With replace=True an existing table of that name, also one that has lost rows, stays as it is until then, and is
+    deleted in the moment in which the new one gets the name; if the import fails, it is kept. Both must fit in memory,
+    except that a table that has lost rows takes none. Sessions and heads of the old table end with it.
+
     Raises:
         BadFile: the file is truncated, mis-shaped, inconsistent or of another format; no table is created.
-        TableExists: the name is in use, or an earlier import to it was interrupted (set resume, or delete NAME.part).
+        TableExists: the name is in use (set replace), or an earlier import to it was interrupted (set resume, or delete
+            NAME.part).
         InvalidArgument, LimitExceeded: the server refuses the table or a row; no table is left.
         TransientError, ServiceError: the import was interrupted; the message says what to do.
     """
@@ -84,13 +91,13 @@ def import_table(
         source = Source(dict(opened.tensors), opened.facts.spec, opened.facts.num_commits)
     else:
         plain = rows_alone(opened, weights_name, biases_name, dtype, bias)
-        source = replace(plain, spec=replace(plain.spec, optimizer=optimizer or types.Sgd(), count_labels=count_labels))
-    spec = replace(source.spec, num_shards=num_shards, placement=placement or source.spec.placement)
-    refuse_taken(client, name, resume)
+        source = changed(plain, spec=changed(plain.spec, optimizer=optimizer or types.Sgd(), count_labels=count_labels))
+    spec = changed(source.spec, num_shards=num_shards, placement=placement or source.spec.placement)
+    refuse_taken(client, name, resume, replace)
     table = made(client, name + PART, spec)
     with explained(table, name):
         fill(table, source, progress or unseen)
-        return client.rename_table(table.reference, name)
+        return client.rename_table(table.reference, name, replace=replace)
 
 
 def rows_alone(
@@ -128,15 +135,20 @@ def rows_alone(
     return Source(tensors, spec, None)
 
 
-def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
-    """Refuse a name in use; with resume, delete the incomplete table that an earlier import left.
+def refuse_taken(client: LossClient, name: str, resume: bool, replace: bool) -> None:
+    """Refuse a name in use unless replace is set; with resume, delete the incomplete table that an earlier import left.
 
     Raises:
         TableExists: a table has the name, or there is an incomplete one and resume is not set.
     """
-    if exists(client, name):
-        raise TableExists(f"table {name!r} already exists: delete it, or import under another name", field="name")
-    if not exists(client, name + PART):
+    existing = found(client, name)
+    if existing is not None and not replace:
+        lost = " and has lost its rows" if existing.state == "rows_lost" else ""
+        raise TableExists(
+            f"table {name!r} already exists{lost}: delete it, replace it (--replace), or import under another name",
+            field="name",
+        )
+    if found(client, name + PART) is None:
         return
     if not resume:
         raise TableExists(
@@ -147,9 +159,9 @@ def refuse_taken(client: LossClient, name: str, resume: bool) -> None:
     client.delete_table(name + PART)  # it may be of another file, or of another number of shards
 
 
-def exists(client: LossClient, name: str) -> bool:
-    """Return True if a table of that name exists."""
-    return any(info.name == name for info in client.list_tables())
+def found(client: LossClient, name: str) -> types.TableInfo | None:
+    """Return the description of the table of that name; None if there is none."""
+    return next((info for info in client.list_tables() if info.name == name), None)
 
 
 def made(client: LossClient, name: str, spec: types.TableInfo) -> Table:

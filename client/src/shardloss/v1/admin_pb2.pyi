@@ -45,7 +45,7 @@ class Status(_message.Message):
     def __init__(self, versions: _Optional[_Mapping[str, str]] = ..., uptime_s: _Optional[float] = ..., time_s: _Optional[float] = ..., num_workers: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., shm_free_bytes: _Optional[int] = ..., shm_total_bytes: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Places, _Mapping]]] = ..., num_refused: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("index", "up", "device", "node", "pid", "num_restarts", "resident_bytes", "device_bytes", "kept_bytes", "num_threads", "num_cores", "num_shards")
+    __slots__ = ("index", "up", "device", "node", "pid", "num_restarts", "resident_bytes", "device_bytes", "kept_bytes", "num_threads", "num_cores", "num_shards", "memory_limit_bytes", "memory_free_bytes")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,8 @@ class Worker(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     NUM_CORES_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     index: int
     up: bool
     device: str
@@ -70,10 +72,12 @@ class Worker(_message.Message):
     num_threads: int
     num_cores: int
     num_shards: int
-    def __init__(self, index: _Optional[int] = ..., up: bool = ..., device: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., num_restarts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., num_threads: _Optional[int] = ..., num_cores: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
+    memory_limit_bytes: int
+    memory_free_bytes: int
+    def __init__(self, index: _Optional[int] = ..., up: bool = ..., device: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., num_restarts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., num_threads: _Optional[int] = ..., num_cores: _Optional[int] = ..., num_shards: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ...) -> None: ...
 
 class TableStatus(_message.Message):
-    __slots__ = ("name", "num_classes", "dim", "dtype", "num_shards", "version", "num_commits", "num_sessions", "num_open_tickets", "num_bytes", "rows_lost")
+    __slots__ = ("name", "num_classes", "dim", "dtype", "num_shards", "version", "num_commits", "num_sessions", "num_open_tickets", "num_bytes", "rows_lost", "filled")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_CLASSES_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +89,7 @@ class TableStatus(_message.Message):
     NUM_OPEN_TICKETS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_LOST_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
     name: str
     num_classes: int
     dim: int
@@ -96,7 +101,8 @@ class TableStatus(_message.Message):
     num_open_tickets: int
     num_bytes: int
     rows_lost: bool
-    def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ..., num_shards: _Optional[int] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_open_tickets: _Optional[int] = ..., num_bytes: _Optional[int] = ..., rows_lost: bool = ...) -> None: ...
+    filled: float
+    def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ..., num_shards: _Optional[int] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_open_tickets: _Optional[int] = ..., num_bytes: _Optional[int] = ..., rows_lost: bool = ..., filled: _Optional[float] = ...) -> None: ...
 
 class Places(_message.Message):
     __slots__ = ("name", "num_calls", "num_bytes", "max_calls", "max_bytes")

@@ -20,12 +20,23 @@ class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DURABILITY_UNSPECIFIED: _ClassVar[Durability]
     DURABILITY_MEMORY: _ClassVar[Durability]
     DURABILITY_LOG: _ClassVar[Durability]
+
+class TableState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TABLE_STATE_UNSPECIFIED: _ClassVar[TableState]
+    TABLE_STATE_READY: _ClassVar[TableState]
+    TABLE_STATE_CREATING: _ClassVar[TableState]
+    TABLE_STATE_ROWS_LOST: _ClassVar[TableState]
 PLACEMENT_UNSPECIFIED: Placement
 PLACEMENT_DIV: Placement
 PLACEMENT_MOD: Placement
 DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_LOG: Durability
+TABLE_STATE_UNSPECIFIED: TableState
+TABLE_STATE_READY: TableState
+TABLE_STATE_CREATING: TableState
+TABLE_STATE_ROWS_LOST: TableState
 
 class Initializer(_message.Message):
     __slots__ = ("normal", "uniform", "zeros", "seed")
@@ -159,18 +170,22 @@ class TableSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_classes: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., bias: bool = ..., num_shards: _Optional[int] = ..., placement: _Optional[_Union[Placement, str]] = ..., initializer: _Optional[_Union[Initializer, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., limits: _Optional[_Union[TableLimits, _Mapping]] = ..., count_labels: bool = ...) -> None: ...
 
 class Table(_message.Message):
-    __slots__ = ("spec", "version", "num_commits", "num_open_tickets", "reference")
+    __slots__ = ("spec", "version", "num_commits", "num_open_tickets", "reference", "state", "filled")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_COMMITS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPEN_TICKETS_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
     spec: TableSpec
     version: int
     num_commits: int
     num_open_tickets: int
     reference: str
-    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_open_tickets: _Optional[int] = ..., reference: _Optional[str] = ...) -> None: ...
+    state: TableState
+    filled: float
+    def __init__(self, spec: _Optional[_Union[TableSpec, _Mapping]] = ..., version: _Optional[int] = ..., num_commits: _Optional[int] = ..., num_open_tickets: _Optional[int] = ..., reference: _Optional[str] = ..., state: _Optional[_Union[TableState, str]] = ..., filled: _Optional[float] = ...) -> None: ...
 
 class CreateTableRequest(_message.Message):
     __slots__ = ("spec",)
@@ -213,12 +228,14 @@ class DeleteTableResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RenameTableRequest(_message.Message):
-    __slots__ = ("table", "new_name")
+    __slots__ = ("table", "new_name", "replace")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     NEW_NAME_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
     table: str
     new_name: str
-    def __init__(self, table: _Optional[str] = ..., new_name: _Optional[str] = ...) -> None: ...
+    replace: bool
+    def __init__(self, table: _Optional[str] = ..., new_name: _Optional[str] = ..., replace: bool = ...) -> None: ...
 
 class RenameTableResponse(_message.Message):
     __slots__ = ("table",)

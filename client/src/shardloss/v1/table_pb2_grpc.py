@@ -90,15 +90,20 @@ class TableServiceServicer(object):
 
     def CreateTable(self, request, context):
         """Creates a table and fills it with its initializer. Idempotent: an existing table with an equal spec is returned
-        with created = false and left unchanged. Errors: INVALID_ARGUMENT, TABLE_EXISTS (with a different spec),
-        LIMIT_EXCEEDED, NOT_SUPPORTED, OVERLOADED, TABLE_UNAVAILABLE (a worker did not answer; no table was created).
+        with created = false and left unchanged; if another call is creating it, this call waits for that one. Other tables
+        can be created, used and deleted meanwhile. If the caller goes away or its deadline passes, which max_deadline_s
+        does not shorten, nothing is left. Errors: INVALID_ARGUMENT, TABLE_EXISTS (with a different spec), LIMIT_EXCEEDED
+        (also if a worker's memory cannot hold it: ErrorInfo has process, needed_bytes and available_bytes), NOT_SUPPORTED,
+        OVERLOADED, TABLE_UNAVAILABLE (a worker is away; no table was created), TABLE_NOT_FOUND (it was deleted meanwhile),
+        ROWS_LOST (the existing table has lost rows; or a worker died while it filled the new one, which was not created).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTable(self, request, context):
-        """Reads a table's spec and version, even if its rows are lost. Changes nothing, so it is idempotent.
+        """Reads a table's spec and state, even while it is being created or if its rows are lost. Changes nothing, so it is
+        idempotent.
         Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -113,8 +118,9 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTable(self, request, context):
-        """Deletes a table with all its tickets and sessions, even if its rows are lost. Idempotent in effect: a repeat fails
-        with TABLE_NOT_FOUND, which a retry may ignore. Errors: TABLE_NOT_FOUND, OVERLOADED.
+        """Deletes a table with all its tickets and sessions, even if its rows are lost or it is still being created, which
+        ends its creation. Idempotent in effect: a repeat fails with TABLE_NOT_FOUND, which a retry may ignore.
+        Errors: TABLE_NOT_FOUND, OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,8 +128,10 @@ class TableServiceServicer(object):
 
     def RenameTable(self, request, context):
         """Renames a table atomically. Rows, version and workers stay the same, and its sessions continue under the new name.
-        Not idempotent: a repeat fails with TABLE_NOT_FOUND. Errors: INVALID_ARGUMENT, TABLE_NOT_FOUND, TABLE_EXISTS (a
-        table with the new name exists, even if its spec is equal), OVERLOADED.
+        With replace, it takes the place of the table that has the new name, which is deleted: there is no moment at which
+        no table has the name. Not idempotent: a repeat fails with TABLE_NOT_FOUND. Errors: INVALID_ARGUMENT,
+        TABLE_NOT_FOUND, TABLE_EXISTS (a table with the new name exists, even if its spec is equal, and replace is false),
+        TABLE_UNAVAILABLE (it is still being created), OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

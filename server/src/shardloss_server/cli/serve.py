@@ -20,6 +20,7 @@ from shardloss_server import __version__, logs
 from shardloss_server.cli.checks import check_all
 from shardloss_server.cli.flags import with_flags
 from shardloss_server.config import CannotServe, ServerConfig, Workers
+from shardloss_server.machine import num_cores
 from shardloss_server.settings import Settings
 
 if TYPE_CHECKING:  # torch and ray take a second to import, and most commands need neither
@@ -111,7 +112,7 @@ def make_group(workers: Workers, folder: OwnFolder | None = None) -> ShardGroup:
     if workers.local:
         from shardloss_server.cluster.local import LocalGroup
 
-        return LocalGroup(workers.workers or os.cpu_count() or 1, kept_bytes)
+        return LocalGroup(workers.workers or num_cores(), kept_bytes)
     from shardloss_server.cluster.ray_group import RayGroup
 
     return RayGroup(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardloss_server.cluster.group import Order, Pending, ShardMissing, Staged, WorkerLost
 from shardloss_server.cluster.stats import SeenWorker, WorkerStats
+from shardloss_server.machine import Pool
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import num_hosts
 from shardloss_server.shard.record import (
@@ -99,6 +100,12 @@ class FanoutGroup(ABC):
     def create(self, spec: TableSpec, max_sessions: int) -> Gathered[int]:
         self._num_shards[spec.name] = spec.placement.num_shards
         return Gathered(self.start_on(self._hosts(spec.name), "create", spec, max_sessions))
+
+    def fill(self, table: str, piece: int, num_pieces: int) -> Gathered[int]:
+        return self.on_all("fill", table, piece, num_pieces)
+
+    def memory(self, num_shards: int, num_bytes: int) -> Gathered[Sequence[Pool]]:
+        return Gathered(self.start_on(range(num_hosts(self._num_workers, num_shards)), "memory", num_bytes))
 
     def drop(self, table: str) -> Gathered[int]:
         pending = self.on_all("drop", table)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from shardloss_server.cluster.stats import SeenWorker
+from shardloss_server.machine import Pool
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.shard.record import (
     LabelTarget,
@@ -96,7 +97,16 @@ class ShardGroup(Protocol):
         """Return why this group can no longer start or watch its workers, for good; None if it can."""
 
     def create(self, spec: TableSpec, max_sessions: int) -> Pending[object]:
-        """Allocate and fill the shards of a table."""
+        """Allocate the shards of a table, whose rows `fill` must then fill."""
+
+    def fill(self, table: str, piece: int, num_pieces: int) -> Pending[list[int]]:
+        """Set the initial values of one of num_pieces equal pieces of every shard."""
+
+    def memory(self, num_shards: int, num_bytes: int) -> Pending[list[Sequence[Pool]]]:
+        """Read the memory of each worker, by index, that would host a table of num_shards.
+
+        A worker with less than num_bytes first returns what it has freed to its machine.
+        """
 
     def drop(self, table: str) -> Pending[object]:
         """Free the shards of a table; unknown ones are ignored."""

@@ -33,7 +33,7 @@ from shardloss_server.shard.record import Part
 CALL, KEEP, FREE, CANCEL, ANSWER, FAILURE, ROUTE = range(1, 8)
 SEND_TIMEOUT_S = 20  # a worker reads even while it computes; one that has not read for so long is lost
 SWEEP_MS = 1000
-WITHOUT_ROWS = {"create", "drop", "echo", "stats"}  # methods that a worker without its rows can answer
+WAITING = {"drop", "echo", "stats"}  # methods that wait for a dead worker's return; others fail at once
 
 log = logging.getLogger(__name__)
 Timed = tuple[tuple[float, ...], dict[int, Any]]  # seconds that each worker computed, and {shard: answer}
@@ -382,7 +382,7 @@ class Links:
                 pending.append(link.call(number, body, parts, route.workers, route))
                 self._give_up_gone(theirs)
             else:  # a worker that has left its relay may be back behind it next, so its calls do not wait
-                is_direct, needs_rows = theirs[0] not in self._relay_of, method not in WITHOUT_ROWS
+                is_direct, needs_rows = theirs[0] not in self._relay_of, method not in WAITING
                 one = link.call(number, body, parts, tuple(theirs), waits=is_direct, needs_rows=needs_rows)
                 pending.append(one)
         return pending

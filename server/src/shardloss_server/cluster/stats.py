@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from shardloss_server.machine import Pool, num_cores, pools
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
@@ -25,6 +27,8 @@ class WorkerStats:
     num_threads: int
     num_cores: int
     num_shards: int
+    memory_limit_bytes: int  # of the memory with the least left
+    memory_free_bytes: int
     versions: Mapping[str, int]  # lowest version of each table's shards here, by the shards' name of the table
 
 
@@ -40,6 +44,7 @@ class SeenWorker:
 
 def of_process(index: int, device: str, kept_bytes: int, num_shards: int, versions: Mapping[str, int]) -> WorkerStats:
     """Return the stats of the calling process and thread."""
+    tightest = min(pools_of(device), key=lambda pool: pool.free_bytes)
     return WorkerStats(
         index=index,
         device=device,
@@ -49,10 +54,21 @@ def of_process(index: int, device: str, kept_bytes: int, num_shards: int, versio
         device_bytes=0 if device == "cpu" else torch.cuda.memory_reserved(device),
         kept_bytes=kept_bytes,
         num_threads=torch.get_num_threads(),
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=num_cores(),
         num_shards=num_shards,
+        memory_limit_bytes=tightest.limit_bytes,
+        memory_free_bytes=tightest.free_bytes,
         versions=versions,
     )
+
+
+def pools_of(device: str) -> list[Pool]:
+    """Return the memory that tensors on a device of this process are taken from."""
+    if device == "cpu":
+        return pools()
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return [Pool(str(torch.cuda.get_device_properties(device).uuid), f"the GPU {device}", total, free)]
 
 
 def resident_bytes() -> int:

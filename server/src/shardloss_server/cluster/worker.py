@@ -9,10 +9,12 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from shardloss.allocator import return_freed_memory
 from torch import Tensor
 
 from shardloss_server.cluster.group import Order, ShardMissing
-from shardloss_server.cluster.stats import WorkerStats, of_process
+from shardloss_server.cluster.stats import WorkerStats, of_process, pools_of
+from shardloss_server.machine import Pool
 from shardloss_server.numerics.transform import Transform
 from shardloss_server.placement import hosted_shards
 from shardloss_server.shard import scan
@@ -53,11 +55,22 @@ class Worker:
         self._tables: dict[str, dict[int, ShardTable]] = {}
 
     def create(self, spec: TableSpec, max_sessions: int) -> dict[int, int]:
-        """Allocate and fill this worker's shards."""
+        """Allocate this worker's shards."""
         shards = hosted_shards(self.index, self.num_workers, spec.placement.num_shards)
         with allocating(f"the shards of {spec.name!r} on worker {self.index}"), self._computing():
             self._tables[spec.name] = {k: ShardTable(spec, k, max_sessions, self._room) for k in shards}
         return dict.fromkeys(shards, 0)
+
+    def fill(self, table: str, piece: int, num_pieces: int) -> dict[int, int]:
+        return self._each(table, lambda shard: shard.fill_(piece, num_pieces))
+
+    def memory(self, num_bytes: int) -> dict[int, list[Pool]]:
+        """Return the memory that rows are taken from, after giving back what was freed if num_bytes are not left."""
+        found = pools_of(self.device)
+        if any(pool.free_bytes < num_bytes for pool in found):
+            return_freed_memory()
+            found = pools_of(self.device)
+        return {self.index: found}
 
     def drop(self, table: str) -> dict[int, int]:
         """Free this worker's shards of a table."""

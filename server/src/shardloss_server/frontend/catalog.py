@@ -14,26 +14,29 @@ from shardloss.errors import InvalidArgument, LimitExceeded, TableExists, TableN
 
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.config import Limits
+from shardloss_server.frontend import creation
 from shardloss_server.frontend.deadline import Deadline
 from shardloss_server.frontend.owner import TableOwner
 from shardloss_server.frontend.session import TicketBudget
+from shardloss_server.frontend.sizes import refuse_too_large
 from shardloss_server.frontend.turns import Turns
-from shardloss_server.numerics.optimizer import OptimizerSpec, state_widths
 from shardloss_server.shard.record import TableSpec
 
 MAX_DEVIATIONS = 8.0  # a normal number drawn from 32 bits is within 6.8 standard deviations
 log = logging.getLogger(__name__)
-COUNT_BYTES = 24  # a count and up to two nodes of its tree
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 GONE = (
     "the table that was opened as {!r} was deleted, or the server was restarted; a table created since under that name "
     "is another one: open it with client.table, and create new sessions, heads and optimizers"
 )
-ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 class Catalog:
-    """The collection of a server's tables, which creates, finds, renames and deletes them. Thread-safe."""
+    """The collection of a server's tables, which creates, finds, renames and deletes them. Thread-safe.
+
+    `_naming` is held only while names are read and changed, never while a worker is waited for: a new table has its
+    name from the start, is filled outside the lock, and until then only its creation can use it.
+    """
 
     def __init__(self, group: ShardGroup, limits: Limits) -> None:
         self.group, self.limits = group, limits
@@ -41,10 +44,21 @@ class Catalog:
         self.turns = Turns(limits.max_calls_at_workers)
         self._owners: dict[str, TableOwner] = {}
         self._retired: deque[TableOwner] = deque()  # their shards may not be freed yet
-        self._making = threading.Lock()
+        self._naming = threading.Lock()
 
     def owner(self, table: str) -> TableOwner:
         """Return the owner of a table, given by its name or by its reference, which a renaming does not change.
+
+        Raises:
+            TableNotFound: no table has this name, or the table of this reference is gone.
+            TableUnavailable: the table is still being created.
+        """
+        owner = self.find(table)
+        owner.refuse_unfinished()
+        return owner
+
+    def find(self, table: str) -> TableOwner:
+        """Return the owner of a table, even while it is being created.
 
         Raises:
             TableNotFound: no table has this name, or the table of this reference is gone.
@@ -65,64 +79,82 @@ class Catalog:
         return sum(owner.sessions.num_known for owner in self.owners())
 
     def owners(self) -> list[TableOwner]:
-        """Return the owners of all tables, ordered by name."""
+        """Return the owners of all tables, also of those being created, ordered by name."""
         return [owner for _, owner in sorted(self._owners.copy().items())]
 
     def create(self, spec: TableSpec, deadline: Deadline) -> tuple[TableOwner, bool]:
         """Create a table, or find the one with an equal spec; return its owner, and True if the table is new.
 
+        If another call is creating an equal table, wait for it. A creation that fails leaves nothing behind.
+
         Raises:
-            TableExists: a table with this name has a different spec.
+            TableExists: a table with this name exists, or is being created, with a different spec.
             InvalidArgument, LimitExceeded: the spec is invalid or too large.
+            TableUnavailable: a worker is away, or the creation that this call waited for has failed.
+            RowsLost: the existing table has lost rows, or a worker died while it filled the new one.
         """
         check_spec(spec, self.limits)
-        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
-            existing = self._owners.get(spec.name)
-            if existing is not None:
-                refuse_other(existing.spec, spec)
-                return existing, False
-            if len(self._owners) >= self.limits.max_tables:
-                raise LimitExceeded(f"max_tables = {self.limits.max_tables} tables exist; delete one", field="spec")
-            refuse_too_large(spec, [owner.spec for owner in self.owners()], self.limits)
-            owner = TableOwner(spec, self.group, self.limits, self.budget, self.turns, secrets.token_hex(8))
-            try:
-                owner.create(deadline)
-            except BaseException:
-                self._retire(owner)
-                raise
-            self._owners[spec.name] = owner
-            return owner, True
+        with self._naming:
+            owner = self._owners.get(spec.name)
+            earlier = [other for other in self._owners.values() if not other.is_filled]
+            if owner is None:
+                self._refuse_more(spec)
+                new = TableOwner(spec, self.group, self.limits, self.budget, self.turns, secrets.token_hex(8))
+                self._owners[spec.name] = new
+        if owner is not None:
+            refuse_other(owner, spec)
+            owner.wait_until_filled(deadline)
+            return owner, False
+        try:
+            creation.create(new, self.group, earlier, deadline)
+        except BaseException:
+            self._remove(new)
+            raise
+        return new, True
 
-    def delete(self, table: str, deadline: Deadline) -> None:
-        """Delete a table and free its shards, even if it has lost rows.
+    def _refuse_more(self, spec: TableSpec) -> None:
+        """Refuse a table beyond max_tables or max_table_bytes."""
+        if len(self._owners) >= self.limits.max_tables:
+            raise LimitExceeded(f"max_tables = {self.limits.max_tables} tables exist; delete one", field="spec")
+        refuse_too_large(spec, [owner.spec for owner in self._owners.values() if owner.lost is None], self.limits)
+
+    def delete(self, table: str) -> None:
+        """Delete a table and free its shards, even if it has lost rows or is still being created.
 
         Raises:
             TableNotFound: no table has this name.
         """
-        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
-            owner = self.owner(table)
-            del self._owners[owner.spec.name]
-            self._retire(owner)
+        self._remove(self.find(table))
 
-    def rename(self, table: str, new_name: str, deadline: Deadline) -> TableOwner:
-        """Rename a table; its shards keep their key.
+    def rename(self, table: str, new_name: str, replace_existing: bool = False) -> TableOwner:
+        """Rename a table; its shards keep their key. With replace_existing, delete the table that had the new name.
 
         Raises:
             TableNotFound: no table has the old name.
             TableExists: another table has the new name.
+            TableUnavailable: the table is still being created.
             InvalidArgument: the new name is not valid.
         """
         check_name(new_name, "new_name")
-        with deadline.holding(self._making, "another creation, renaming or deletion of a table"):
-            owner = self.owner(table)
+        with self._naming:
+            owner, other = self.owner(table), self._owners.get(new_name)
             old_name = owner.spec.name
-            if new_name in self._owners and new_name != old_name:
+            if other is not None and other is not owner and not replace_existing:
                 raise TableExists(f"a table named {new_name!r} exists; delete it or use another name", field="new_name")
             owner.spec = replace(owner.spec, name=new_name)
             self._owners[new_name] = owner
             if new_name != old_name:
                 del self._owners[old_name]
-            return owner
+        if other is not None and other is not owner:
+            self._retire(other)
+        return owner
+
+    def _remove(self, owner: TableOwner) -> None:
+        """Take a table out of the catalog, unless that has been done, and free its shards."""
+        with self._naming:
+            if self._owners.get(owner.spec.name) is owner:
+                del self._owners[owner.spec.name]
+        self._retire(owner)
 
     def _retire(self, owner: TableOwner) -> None:
         owner.retire()
@@ -134,12 +166,13 @@ class Catalog:
             owner.close()
 
     def settle(self, deadline: Deadline) -> None:
-        """Settle tables whose last change is still in doubt, and free the remaining shards of deleted tables."""
+        """Settle tables in doubt, mark tables with lost rows, and free the remaining shards of deleted tables."""
         for _ in range(len(self._retired)):
             retired = self._retired.popleft()
             if not retired.is_freed():
                 self._retired.append(retired)
         for owner in self.owners():
+            owner.notice_loss()
             owner.settle_if_idle(deadline)
 
     def expire_tickets(self, now: float) -> int:
@@ -183,34 +216,6 @@ def check_spec(spec: TableSpec, limits: Limits) -> None:
         )
 
 
-def refuse_too_large(spec: TableSpec, existing: list[TableSpec], limits: Limits) -> None:
-    """Refuse a table that does not fit in max_table_bytes alongside the existing ones."""
-    taken, needed = sum(map(table_bytes, existing)), table_bytes(spec)
-    if taken + needed > limits.max_table_bytes:
-        raise LimitExceeded(
-            f"the table would take {needed} bytes with its optimizer state; {taken} of max_table_bytes = "
-            f"{limits.max_table_bytes} are in use",
-            field="spec.num_classes",
-        )
-
-
-def table_bytes(spec: TableSpec) -> int:
-    """Return the bytes of a whole table: rows, biases, optimizer state and label counts."""
-    state_item = ITEM_BYTES[spec.compute_dtype]
-    per_row = spec.dim * ITEM_BYTES[spec.dtype] + state_item
-    per_row += state_elements(spec.optimizer, spec.dim) * state_item
-    if spec.bias:
-        per_row += state_elements(spec.optimizer, 1) * state_item
-    if spec.count_labels:
-        per_row += COUNT_BYTES
-    return spec.num_classes * per_row
-
-
-def state_elements(optimizer: OptimizerSpec, dim: int) -> int:
-    """Return the number of elements of the optimizer state of one row."""
-    return sum(state_widths(optimizer, dim).values())
-
-
 def facts(spec: TableSpec) -> dict[str, object]:
     """Return the fields that must agree for two specs to describe one table, by the contract's field names."""
     fields = ("num_classes", "dim", "dtype", "bias", "initializer", "optimizer", "count_labels")
@@ -218,13 +223,14 @@ def facts(spec: TableSpec) -> dict[str, object]:
     return {field: getattr(spec, field) for field in fields} | cut
 
 
-def refuse_other(existing: TableSpec, asked: TableSpec) -> None:
+def refuse_other(owner: TableOwner, asked: TableSpec) -> None:
     """Refuse a spec that differs from the existing table's; the error names the first difference."""
-    have_all, want_all = facts(existing), facts(asked)
+    have_all, want_all = facts(owner.spec), facts(asked)
+    verb = "exists" if owner.is_filled else "is being created"
     for field, have in have_all.items():
         want = want_all[field]
         if have != want:
             raise TableExists(
-                f"table {existing.name!r} exists with {field} = {have}, not {want}; delete it or use another name",
+                f"table {asked.name!r} {verb} with {field} = {have}, not {want}; delete it or use another name",
                 field=f"spec.{field}",
             )

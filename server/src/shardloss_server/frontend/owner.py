@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -98,12 +97,47 @@ class TableOwner:
         self._retired = False
         self._closing = False
         self._dropping: Pending[object]  # set when the table is retired
+        self._probe: Pending[object] | None = None
+        self._filled = threading.Event()
+        self.filled = 0.0  # share of the rows that have their initial values
 
-    def create(self, deadline: Deadline) -> None:
-        """Allocate and fill the shards."""
-        spec = replace(self.spec, name=self.key)
-        began = time.perf_counter()
-        self._wait(self._group.create(spec, self.limits.max_sessions), deadline, began)
+    # Creating (frontend/creation.py)
+
+    @property
+    def is_filled(self) -> bool:
+        """True once the table has been created."""
+        return self._filled.is_set()
+
+    def note_filled(self, share: float) -> None:
+        """Record the share of the rows that have their initial values; at 1 the table has been created."""
+        self.filled = share
+        if share == 1:
+            self._filled.set()
+
+    def refuse_unfinished(self) -> None:
+        """Refuse to use a table that is still being created.
+
+        Raises:
+            TableUnavailable: it is not filled yet; repeat the call.
+        """
+        if not self.is_filled:
+            raise TableUnavailable(
+                f"table {self.spec.name!r} is being created: {self.filled:.0%} of its rows are filled; repeat the call",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def wait_until_filled(self, deadline: Deadline) -> None:
+        """Wait until another call has created the table.
+
+        Raises:
+            TableUnavailable: that creation failed, or the table was deleted; repeat the call.
+            RowsLost: the table has lost rows since.
+        """
+        deadline.wait(lambda seconds: self._filled.wait(seconds) or self._retired, "the table was filled")
+        if not self.is_filled:
+            raise TableUnavailable(f"the creation of table {self.spec.name!r} has ended; repeat the call")
+        if self._lost is not None:
+            self._refuse_lost()
 
     @property
     def reference(self) -> str:
@@ -115,8 +149,24 @@ class TableOwner:
         """The reason why rows of the table are lost, or None if all rows are present."""
         return self._lost
 
+    def notice_loss(self) -> None:
+        """Ask the shards for their version, without waiting, so that a loss of rows is seen before anyone calls."""
+        if self._lost is not None or self._retired or not self.is_filled:
+            return
+        self._probe = self._probe or self._group.applied_versions(self.key)
+        try:
+            self._probe.result(0.0)
+        except TimeoutError:
+            return
+        except ShardMissing as error:
+            if not self._retired:
+                self._lose_rows(error)
+        except Exception as error:  # unknown until the next probe
+            log.debug("table %s cannot be probed: %s", self.spec.name, error)
+        self._probe = None
+
     def retire(self) -> None:
-        """Retire a deleted table: refuse later calls, abort the tickets and free the shards."""
+        """Retire a deleted table: refuse later calls, abort the tickets and free the shards. Idempotent."""
         self._retired = True
         self.sessions.clear()
         self.steps.wake()
@@ -490,8 +540,7 @@ class TableOwner:
             raise TableUnavailable("a worker did not answer; repeat with the same key") from error
         except ShardMissing as error:
             self._refuse_retired()
-            log.error("table %s: %s", self.spec.name, error)
-            self._lose("a worker died and its rows are lost")
+            self._lose_rows(error)
             self._refuse_lost()
             raise
         except OutOfMemory as error:  # a change stays in doubt: other shards may have applied it
@@ -505,11 +554,16 @@ class TableOwner:
                 self._lose("a shard failed while changing its rows")
             raise
 
+    def _lose_rows(self, error: ShardMissing) -> None:
+        log.error("table %s: %s", self.spec.name, error)
+        self._lose("a worker died and its rows are lost")
+
     def _lose(self, reason: str) -> None:
-        """Mark the table as having lost rows: nothing can be committed any more, so its tickets are aborted."""
+        """Mark the table as having lost rows: abort its tickets, and free the shards that are left."""
         self._lost = reason
         self.sessions.clear()
         self.steps.wake()
+        self._group.drop(self.key)
 
     def _refuse_retired(self) -> None:
         if self._retired:
@@ -519,5 +573,6 @@ class TableOwner:
         self._refuse_retired()
         if self._lost is not None:
             raise RowsLost(
-                f"table {self.spec.name!r}: {self._lost}; delete the table, create it again and reload its rows"
+                f"table {self.spec.name!r}: {self._lost}; import it again (shardloss table import --replace), "
+                "or delete it and create it again"
             )

@@ -44,10 +44,15 @@ def state_widths(spec: OptimizerSpec, dim: int) -> dict[str, int]:
     return {"first_moment": dim, "second_moment": dim}
 
 
-def initial_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
-    """Return the state of num_rows rows before any step; each entry is [num_rows, W], W from `state_widths`."""
-    start = spec.initial_accumulator_value  # 0 except for the Adagrad kinds
-    return {name: torch.full((num_rows, width), start, dtype=dtype) for name, width in state_widths(spec, dim).items()}
+def new_state(spec: OptimizerSpec, num_rows: int, dim: int, dtype: torch.dtype) -> State:
+    """Allocate the state of num_rows rows, not filled yet; each entry is [num_rows, W], W from `state_widths`."""
+    return {name: torch.empty(num_rows, width, dtype=dtype) for name, width in state_widths(spec, dim).items()}
+
+
+def fill_state_(spec: OptimizerSpec, state: State, first_row: int, end_row: int) -> None:
+    """Overwrite the state of a range of rows with the one before any step: 0, except for the Adagrad kinds."""
+    for values in state.values():
+        values[first_row:end_row] = spec.initial_accumulator_value
 
 
 def update_(spec: OptimizerSpec, rows: Tensor, gradient: Tensor, state: State, learning_rate: float, step: int) -> None:

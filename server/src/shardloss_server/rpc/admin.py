@@ -15,8 +15,8 @@ from shardloss.v1 import admin_pb2, admin_pb2_grpc
 
 from shardloss_server import __version__
 from shardloss_server.cluster.stats import SeenWorker
-from shardloss_server.frontend.catalog import table_bytes
 from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.frontend.sizes import table_bytes
 from shardloss_server.rpc.servicer import Handlers, answers
 
 STATS_S = 2.0  # a worker that has not answered by then is reported as down
@@ -104,4 +104,5 @@ def table_message(owner: TableOwner) -> admin_pb2.TableStatus:
         num_open_tickets=owner.sessions.num_open,
         num_bytes=table_bytes(spec),
         rows_lost=owner.lost is not None,
+        filled=owner.filled,
     )

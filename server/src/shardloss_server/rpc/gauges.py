@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from shardloss.errors import Internal
@@ -15,10 +14,12 @@ from shardloss.v1 import admin_pb2, evaluation_pb2, loss_pb2, server_pb2, table_
 from shardloss_server import __version__, metrics
 from shardloss_server.cluster.group import ShardGroup
 from shardloss_server.cluster.stats import WorkerStats
-from shardloss_server.config import Limits, physical_memory_bytes
+from shardloss_server.config import Limits
 from shardloss_server.frontend.admission import Admission
-from shardloss_server.frontend.catalog import Catalog, table_bytes
+from shardloss_server.frontend.catalog import Catalog
 from shardloss_server.frontend.owner import TableOwner
+from shardloss_server.frontend.sizes import table_bytes
+from shardloss_server.machine import memory_limit_bytes
 from shardloss_server.metrics import Metric, Metrics, Reading
 from shardloss_server.rpc.servicer import Handlers
 from shardloss_server.rpc.workers import WorkerWatch
@@ -29,7 +30,6 @@ METHODS = tuple(
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], bool]) -> None:
@@ -51,15 +51,6 @@ def read_all(counted: Metrics, handlers: Handlers, is_stopping: Callable[[], boo
     one(counted, metrics.START_SECONDS, lambda: made)
     build = __version__, platform.python_version(), str(torch.__version__)
     counted.read(metrics.BUILD_INFO, lambda: [(build, 1.0)])
-
-
-def memory_limit_bytes() -> int:
-    """Return the memory limit of this process's control group, at most the machine's memory."""
-    try:
-        limit = int(CGROUP_LIMIT.read_text())
-    except (OSError, ValueError):  # there is none, or it is "max"
-        limit = physical_memory_bytes()
-    return min(limit, physical_memory_bytes())
 
 
 def one(counted: Metrics, metric: Metric, read: Callable[[], float]) -> None:

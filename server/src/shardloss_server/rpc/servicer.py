@@ -98,11 +98,14 @@ class Handlers:
         self.unsent.refuse_unread(caller)
         return (self.commits if method in ("Commit", "Abort") else self.admission).admit(num_bytes, caller)
 
-    def deadline(self, context: Context, request: object = None) -> Deadline:
-        """Return the caller's deadline, at most max_deadline_s away; it is cancelled when the caller goes away."""
+    def deadline(self, context: Context, request: object = None, *, is_capped: bool = True) -> Deadline:
+        """Return the caller's deadline, which is cancelled when the caller goes away.
+
+        It is at most max_deadline_s away; if not is_capped, only a caller without a deadline gets that one.
+        """
         left = context.time_remaining()
         longest = self.limits.max_deadline_s
-        seconds = longest if left is None else min(left, longest)
+        seconds = longest if left is None else min(left, longest) if is_capped else left
         deadline = Deadline.after(seconds, caller_of(context, request))
         if not context.add_callback(deadline.cancel):
             deadline.cancel()
@@ -310,14 +313,13 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
 
     @answers
     def CreateTable(self, request: table_pb2.CreateTableRequest, context: Context) -> table_pb2.CreateTableResponse:
-        num_shards = max(1, self.handlers.catalog.group.num_workers)
-        spec = specs.table_spec(request.spec, num_shards)
-        owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context, request))
+        spec = specs.table_spec(request.spec, len(self.handlers.catalog.group.devices))
+        owner, created = self.handlers.catalog.create(spec, self.handlers.deadline(context, request, is_capped=False))
         return table_pb2.CreateTableResponse(table=specs.table_message(owner), created=created)
 
     @answers
     def GetTable(self, request: table_pb2.GetTableRequest, context: Context) -> table_pb2.Table:
-        return specs.table_message(self.handlers.catalog.owner(request.table))
+        return specs.table_message(self.handlers.catalog.find(request.table))
 
     @answers
     def ListTables(self, request: table_pb2.ListTablesRequest, context: Context) -> table_pb2.ListTablesResponse:
@@ -326,12 +328,12 @@ class TableServicer(table_pb2_grpc.TableServiceServicer):
 
     @answers
     def DeleteTable(self, request: table_pb2.DeleteTableRequest, context: Context) -> table_pb2.DeleteTableResponse:
-        self.handlers.catalog.delete(request.table, self.handlers.deadline(context, request))
+        self.handlers.catalog.delete(request.table)
         return table_pb2.DeleteTableResponse()
 
     @answers
     def RenameTable(self, request: table_pb2.RenameTableRequest, context: Context) -> table_pb2.RenameTableResponse:
-        owner = self.handlers.catalog.rename(request.table, request.new_name, self.handlers.deadline(context, request))
+        owner = self.handlers.catalog.rename(request.table, request.new_name, request.replace)
         return table_pb2.RenameTableResponse(table=specs.table_message(owner))
 
     @answers

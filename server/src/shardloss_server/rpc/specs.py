@@ -170,6 +170,13 @@ def spec_message(spec: TableSpec) -> table_pb2.TableSpec:
     return message
 
 
+def state_of(owner: TableOwner) -> table_pb2.TableState:
+    """Return what can be done with a table."""
+    if owner.lost is not None:
+        return table_pb2.TABLE_STATE_ROWS_LOST
+    return table_pb2.TABLE_STATE_READY if owner.is_filled else table_pb2.TABLE_STATE_CREATING
+
+
 def table_message(owner: TableOwner) -> table_pb2.Table:
     """Encode the current state of a table."""
     return table_pb2.Table(
@@ -178,4 +185,6 @@ def table_message(owner: TableOwner) -> table_pb2.Table:
         num_commits=owner.steps.num_commits,
         num_open_tickets=owner.sessions.num_open,
         reference=owner.reference,
+        state=state_of(owner),
+        filled=owner.filled,
     )

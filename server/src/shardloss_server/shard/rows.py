@@ -9,7 +9,6 @@ from torch import Tensor
 
 from shardloss_server.numerics import kernel
 from shardloss_server.numerics.exponentials import multiplies_bfloat16
-from shardloss_server.numerics.initializer import fill_rows_
 from shardloss_server.numerics.transform import Transform, normalized
 from shardloss_server.shard.record import TableSpec
 
@@ -20,19 +19,16 @@ Index = Tensor | slice  # rows of a shard: sparse, or one contiguous range
 
 
 class ShardRows:
-    """One shard of a table: weights [R, D] in storage dtype and biases [R] in compute dtype, with initial values."""
+    """One shard of a table, not filled yet: weights [R, D] in storage dtype and biases [R] in compute dtype."""
 
     def __init__(self, spec: TableSpec, shard: int) -> None:
         self.spec, self.shard = spec, shard
         self.num_rows = spec.placement.num_rows(shard)
         self.compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.weights = torch.empty(self.num_rows, spec.dim, dtype=getattr(torch, spec.dtype))
-        self.biases = torch.zeros(self.num_rows, dtype=self.compute_dtype)
+        self.biases = torch.empty(self.num_rows, dtype=self.compute_dtype)
         is_plain = self.weights.dtype == torch.bfloat16 and not spec.bias
         self.multiplies_bfloat16 = is_plain and multiplies_bfloat16(self.weights.device)
-        for start, end in self.blocks():
-            class_ids = spec.placement.class_ids(shard, start, end)
-            fill_rows_(spec.initializer, class_ids, self.weights[start:end])
 
     def gather(self, row_index: Index, transform: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return transformed rows, their biases, and their norms if the transform normalises, all in compute dtype."""

@@ -8,8 +8,8 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from shardloss_server.numerics.initializer import round_stochastically
-from shardloss_server.numerics.optimizer import State, initial_state, update_
+from shardloss_server.numerics.initializer import fill_rows_, round_stochastically
+from shardloss_server.numerics.optimizer import State, fill_state_, new_state, update_
 from shardloss_server.shard import columns, distribution
 from shardloss_server.shard.distribution import Collected
 from shardloss_server.shard.gradient import dense_gradient, in_blocks, touched_gradient
@@ -40,8 +40,9 @@ class VersionGap(Exception):
 class ShardTable(ShardRows):
     """The rows of one shard of a table and the operations that change them.
 
-    Optimizer state is in compute dtype. Only `apply_` and `write_` change rows or state, and only from version v to
-    v + 1; repeating the current version is a no-op.
+    A new shard is allocated, and `fill_` gives it its initial values. Optimizer state is in compute dtype. After that,
+    only `apply_` and `write_` change rows or state, and only from version v to v + 1; repeating the current version is
+    a no-op.
     """
 
     def __init__(self, spec: TableSpec, shard: int, max_sessions: int, room: Room | None = None) -> None:
@@ -52,8 +53,8 @@ class ShardTable(ShardRows):
         self.collected: Collected | None = None
         self.kept = Kept(room or Room(KEPT_BYTES))
         self._records: deque[Record | RowWrite] = deque(maxlen=KEPT_RECORDS)
-        self.weight_state = initial_state(spec.optimizer, self.num_rows, spec.dim, self.compute_dtype)
-        self.bias_state = initial_state(spec.optimizer, self.num_rows if spec.bias else 0, 1, self.compute_dtype)
+        self.weight_state = new_state(spec.optimizer, self.num_rows, spec.dim, self.compute_dtype)
+        self.bias_state = new_state(spec.optimizer, self.num_rows if spec.bias else 0, 1, self.compute_dtype)
 
     # Reading
 
@@ -121,6 +122,17 @@ class ShardTable(ShardRows):
         return self.version
 
     # Changing
+
+    def fill_(self, piece: int = 0, num_pieces: int = 1) -> int:
+        """Overwrite one of num_pieces equal pieces of the rows and their state with the initial values."""
+        first, end = (place * self.num_rows // num_pieces for place in (piece, piece + 1))
+        fill_rows_(
+            self.spec.initializer, self.spec.placement.class_ids(self.shard, first, end), self.weights[first:end]
+        )
+        self.biases[first:end] = 0
+        for state in (self.weight_state, self.bias_state):
+            fill_state_(self.spec.optimizer, state, first, end)
+        return self.version
 
     def apply_(self, record: Record) -> int:
         """Apply one optimizer step and return the version; a record of the current version is already applied.
