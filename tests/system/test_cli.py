@@ -321,7 +321,7 @@ def test_what_was_not_measured_is_shown_as_a_dash(capsys: pytest.CaptureFixture[
     assert called[-2:] == ["0.0", "ms"]
     assert idle == ["Commit", "7", "0.0/s", "-", "-", "-"]
     status.screen().print(status.workers(seen))
-    assert capsys.readouterr().out.splitlines()[1].split() == ["3", "DOWN", "cpu", "-", "-", "2", *"-----"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["3", "DOWN", "cpu", "-", "-", "2", *"------"]
 
 
 @pytest.mark.parametrize("output", ["json", "text"])
