@@ -26,6 +26,7 @@ from shardloss_server.cluster.relay import Post
 from shardloss_server.cluster.surroundings import refuse_bad_surroundings
 from shardloss_server.cluster.worker import Worker
 from shardloss_server.config import CannotServe
+from shardloss_server.machine import num_cores
 from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import OutOfMemory, Part
 
@@ -274,7 +275,7 @@ class RayGroup(FanoutGroup):
     def _start_ray(self, address: str | None, start_timeout_s: float) -> None:
         try:
             if address is None:
-                num_cpus = max(self._num_workers, os.cpu_count() or 1)
+                num_cpus = max(self._num_workers, num_cores())
                 self._embedded = EmbeddedRay(self._folder, num_cpus, start_timeout_s)
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

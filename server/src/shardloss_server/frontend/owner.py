@@ -555,7 +555,8 @@ class TableOwner:
             raise
 
     def _lose_rows(self, error: ShardMissing) -> None:
-        log.error("table %s: %s", self.spec.name, error)
+        if self.is_filled:  # else its creation fails and says so
+            log.error("table %s: %s", self.spec.name, error)
         self._lose("a worker died and its rows are lost")
 
     def _lose(self, reason: str) -> None:
