@@ -80,8 +80,8 @@ def test_a_gpu_worker_answers_as_a_cpu_worker(dtype: str, is_sampled: bool) -> N
 
 
 def test_every_verb_is_asked_here() -> None:
-    """The nine calls of the comparison above succeed on a CPU worker, so they are checked without a GPU too."""
-    assert len(answers(Worker(0, 1), "float32", True)) == 9
+    """The ten calls of the comparison above succeed on a CPU worker, so they are checked without a GPU too."""
+    assert len(answers(Worker(0, 1), "float32", True)) == 10
 
 
 @needs_gpu
