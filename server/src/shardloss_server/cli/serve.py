@@ -60,10 +60,17 @@ def serve(settings: Settings) -> None:
     status = 1
     try:
         group = started(thread.submit(make_group, workers, folder), workers.start_timeout_s, stop, folder)
-        status = 0 if group is None else thread.submit(run, group, config, stop).result()
+        if group is None:
+            status = 0
+        else:
+            serving = thread.submit(run, group, config, stop)
+            while not futures.wait([serving], POLL_S).done:
+                install_signals(stop, folder)  # Ray resets the handler of SIGTERM at some moment of its end
+            status = serving.result()
     except CannotServe as error:
         typer.echo(str(error), err=True)
     finally:
+        install_signals(stop, folder)
         if folder is not None:
             folder.remove()
     end(status)
