@@ -19,18 +19,6 @@ from shardloss_server.rpc.serve import Server
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture
-def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardloss.Table:
-    return client.create_table(fresh_name(), num_classes=NUM_CLASSES, dim=DIM, num_shards=3, dtype="float64")
-
-
-@pytest.fixture
-def batch() -> Batch:
-    """hidden [N, D] that requires a gradient, and labels [N]."""
-    hidden = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
-    return hidden, torch.randint(0, NUM_CLASSES, (BATCH,))
-
-
 def test_a_gradient_of_hidden_alone_trains_no_table(table: shardloss.Table, batch: Batch) -> None:
     """torch.autograd.grad and backward(inputs=...) give hidden its gradient, and the next step commits nothing."""
     head = table.softmax()

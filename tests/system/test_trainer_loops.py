@@ -24,18 +24,6 @@ MANY = 20  # more losses than a warning waits for
 Batch = tuple[Tensor, Tensor]
 
 
-@pytest.fixture
-def table(client: shardloss.LossClient, fresh_name: Callable[[], str]) -> shardloss.Table:
-    return client.create_table(fresh_name(), num_classes=NUM_CLASSES, dim=DIM, num_shards=3, dtype="float64")
-
-
-@pytest.fixture
-def batch() -> Batch:
-    """hidden [N, D] that requires a gradient, and labels [N]."""
-    hidden = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
-    return hidden, torch.randint(0, NUM_CLASSES, (BATCH,))
-
-
 def num_open(table: shardloss.Table) -> int:
     return table.info().num_open_tickets
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardloss.address import MAX_SOCKET_BYTES
+
 from shardloss_server import tracing
 from shardloss_server.access import certificates, token_files
 from shardloss_server.access.exposure import refuse_exposed
 from shardloss_server.access.watched import Unreadable
-from shardloss_server.cluster.surroundings import SOCKET_BYTES, refuse_bad_surroundings
+from shardloss_server.cluster.surroundings import refuse_bad_surroundings
 from shardloss_server.config import CannotServe, Listening, Security, Watching, Workers
 from shardloss_server.settings import Settings
 
@@ -98,8 +100,10 @@ def check_files(settings: Settings) -> None:
 
 def refuse_bad_socket(path: str) -> None:
     """Refuse a path at which no Unix socket can be created, or another server listens."""
-    if len(os.fsencode(path)) > SOCKET_BYTES:
-        raise CannotServe(f"socket = {path} is too long: the path of a Unix socket has at most {SOCKET_BYTES} bytes")
+    if len(os.fsencode(path)) > MAX_SOCKET_BYTES:
+        raise CannotServe(
+            f"socket = {path} is too long: the path of a Unix socket has at most {MAX_SOCKET_BYTES} bytes"
+        )
     refuse_uncreatable("socket", Path(path))
     if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
         raise CannotServe(f"socket = {path} exists and is not a socket: remove it, or name another path")

@@ -6,10 +6,11 @@ import os
 import socket
 import time
 
+from shardloss.address import MAX_SOCKET_BYTES
+
 from shardloss_server.cluster.folder import temporary
 from shardloss_server.config import CannotServe
 
-SOCKET_BYTES = 107  # the longest path of a Unix socket
 SOCKET = "shardloss-12345678/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # as Ray names it
 ABSENT_S, ABSENT_POLL_S = 10.0, 0.2  # a cluster's head that is started at the same time has this long to listen
 
@@ -34,10 +35,10 @@ def refuse_bad_tmpdir() -> None:
         raise CannotServe(f"TMPDIR = {given} is not a folder that this user may write to: create it, or set another")
     folder = temporary()
     num_bytes = len(os.fsencode(os.path.join(folder, SOCKET.format(pid=os.getpid()))))
-    if num_bytes > SOCKET_BYTES:
+    if num_bytes > MAX_SOCKET_BYTES:
         raise CannotServe(
             f"TMPDIR = {folder} is too long: the path of a Unix socket in it would have {num_bytes} bytes, and the "
-            f"limit is {SOCKET_BYTES}. Set TMPDIR to a folder with a shorter path"
+            f"limit is {MAX_SOCKET_BYTES}. Set TMPDIR to a folder with a shorter path"
         )
 
 
