@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import torch
+from ray._private import state as ray_state  # the public API queries the dashboard, which may not be running
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shardloss.allocator import keep_freed_memory
 
 from shardloss_server.cluster import linked_worker, relay
@@ -30,14 +34,10 @@ from shardloss_server.machine import num_cores
 from shardloss_server.shard.kept import KEPT_BYTES
 from shardloss_server.shard.record import OutOfMemory, Part
 
+# Ray and the processes that it starts read these when they start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # a trainer waits for the workers: they are not background work
-
-import ray  # reads the variables above
-from ray._private import state as ray_state  # the public API queries the dashboard, which may not be running
-from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 START_TIMEOUT_S = 300.0
 LINK_TIMEOUT_S = 10.0
